@@ -1,0 +1,32 @@
+# make demo: train a small model on this machine's own Python sources.   make test: prove the installation.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+RUN    ?= runs/demo
+
+.PHONY: setup demo test lint clean
+
+setup: $(VENV)/.ready
+
+# The marker is written last: an interrupted installation is simply done again.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found. Install Python 3.11 or newer, or say make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version). Say make PYTHON=python3.12 or the like"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "make: could not create $(VENV). On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@echo "Installing CLLM and its dependencies into $(VENV) (pinned in constraints.txt; one to three minutes) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,all]'
+	@touch $@
+
+demo: setup
+	@$(BIN)/cllm train "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" --config examples/demo.toml --out $(RUN)
+
+test: setup
+	@$(BIN)/python -m pytest
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

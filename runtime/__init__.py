@@ -1,0 +1,18 @@
+"""The machine: what it has, how many workers and which backend an operation gets. Light to import: nothing is measured or compiled here.
+
+    with runtime.use(threads=4): ...          backend=, deterministic= likewise; CLLM_BACKEND and CLLM_THREADS do the same from outside
+    runtime.explain("attention", (1, 1024, 12, 64))
+    runtime.describe()
+"""
+
+from cllm.runtime import compiler, device, progress, threads, tree, tuning
+from cllm.runtime.ceiling import Ceilings, ceilings, register_probe
+from cllm.runtime.describe import Report, describe, explain
+from cllm.runtime.errors import BackendError, CheckpointError, CLLMError, DataError, UserError
+from cllm.runtime.plan import LaunchPlan, Settings, backends, plan, register_backend, settings, use
+
+__all__ = [
+    "BackendError", "CLLMError", "Ceilings", "CheckpointError", "DataError", "LaunchPlan", "Report", "Settings", "UserError",
+    "backends", "ceilings", "compiler", "describe", "device", "explain", "plan", "progress", "register_backend", "register_probe",
+    "settings", "threads", "tree", "tuning", "use",
+]

@@ -1,0 +1,117 @@
+"""Prepares numba before its first use: where compiled kernels are kept, what they are compiled for, and a word to the user while they are.
+
+The cache folder's name holds the CPU's features and the versions of numba and llvmlite: a kernel compiled for another machine or by another
+compiler is never loaded. numba writes each entry beside and renames it, and compiles anew what it cannot read; processes may start together.
+"""
+
+import os
+import sys
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from cllm.runtime import tuning
+from cllm.runtime.errors import BackendError
+
+_ready = False
+
+
+def _plain(name: str) -> str:
+    """One spelling for LLVM's and Linux's names: avx512bf16, amx-bf16 -> avx512_bf16, amx_bf16."""
+    name = name.lower().replace("-", "_")
+    for start in ("avx512", "amx"):
+        if name.startswith(start) and len(name) > len(start) + 1 and name[len(start)] != "_":
+            return f"{start}_{name[len(start):]}"
+    return name
+
+
+@lru_cache(maxsize=1)
+def _llvm_features() -> dict[str, bool]:
+    import llvmlite.binding as llvm
+
+    return dict(llvm.get_host_cpu_features())
+
+
+@lru_cache(maxsize=1)
+def cpu_features() -> frozenset[str]:
+    """Instruction sets of this CPU: avx2, fma, avx512f, avx512_bf16, amx_bf16, neon, ... (empty where llvmlite is missing)."""
+    try:
+        found = _llvm_features()
+    except ImportError:
+        return frozenset()
+    return frozenset({_plain(name) for name, present in found.items() if present} | {name for name, present in found.items() if present})
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def kernel_cache_key() -> str:
+    return tuning.digest(
+        sorted(cpu_features()), sys.version_info[:2], _version("numba"), _version("llvmlite"), _version("numpy"),
+        os.environ.get("CLLM_SIMD_LANES", ""), os.environ.get("CLLM_GEMM_KERNEL", ""),
+    )
+
+
+def numba_setup() -> None:
+    """Call before importing numba; later calls do nothing.
+
+    Raises BackendError where numba is not installed.
+    """
+    global _ready
+    if _ready:
+        return
+    if _version("numba") == "absent":
+        raise BackendError("the CPU kernels need numba, which is not installed. Install it with: pip install numba")
+    settings: dict[str, Any] = {
+        "CACHE_DIR": str(tuning.cache_dir() / f"numba-{kernel_cache_key()}"),
+        "THREADING_LAYER_PRIORITY": ["omp", "tbb", "workqueue"],
+    }
+    if "avx512f" in cpu_features():
+        # LLVM splits 512-bit vectors in two on CPUs of which it believes that they clock down; our micro-kernels need all 32 whole registers.
+        names = (f"{'+' if present else '-'}{name}" for name, present in sorted(_llvm_features().items()))
+        settings["CPU_FEATURES"] = ",".join([*names, "-prefer-256-bit"])
+        import llvmlite.binding as llvm
+
+        settings["CPU_NAME"] = llvm.get_host_cpu_name()
+    for name, value in settings.items():
+        if f"NUMBA_{name}" in os.environ:  # the user's own choice stands
+            continue
+        os.environ[f"NUMBA_{name}"] = " ".join(value) if isinstance(value, list) else value
+    import numba
+
+    for name, value in settings.items():  # numba may have been imported before us
+        if os.environ[f"NUMBA_{name}"] == (" ".join(value) if isinstance(value, list) else value):
+            setattr(numba.config, name, value)
+    _announce_compilation()
+    _ready = True
+
+
+def _announce_compilation() -> None:
+    """numba tells when it really compiles (not when it loads from the cache): then the user is told, every two seconds."""
+    from numba.core import event
+
+    from cllm.runtime.progress import Stage
+
+    class Announcer(event.Listener):
+        depth = 0
+        seconds = 0.0
+        stage: Stage | None = None
+
+        def on_start(self, event: Any) -> None:
+            self.depth += 1
+            if self.depth == 1:
+                self.stage = Stage("Compiling CPU kernels for this machine (once; kept for the next run)", seconds_before=self.seconds)
+                self.stage.__enter__()
+
+        def on_end(self, event: Any) -> None:
+            self.depth -= 1
+            if self.depth == 0 and self.stage is not None:
+                self.stage.__exit__()
+                self.seconds += self.stage.seconds
+                self.stage = None
+
+    event.register("numba:compile", Announcer())

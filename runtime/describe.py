@@ -1,0 +1,132 @@
+"""The machine in words: three lines at the start of a run, or all of it for `cllm doctor`."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from cllm.runtime import ceiling, compiler, tuning
+from cllm.runtime.device import available_memory, cpu, devices, gpus, operating_system
+from cllm.runtime.plan import LaunchPlan, plan, settings
+from cllm.runtime.tree import FANOUT
+
+EXAMPLE_SHAPES = ((1, 1024, 12, 64),)
+
+
+def explain(op: str, *shapes: tuple[int, ...], dtype: Any = "float32", device: str = "cpu") -> LaunchPlan:
+    """The plan for `op` on these shapes: str() of it says which backend would run, with how many workers, and why no other."""
+    if not shapes:
+        return plan(op, EXAMPLE_SHAPES, dtype, device)
+    return plan(op, shapes, dtype, device, work=_work(op, shapes))
+
+
+def _work(op: str, shapes: tuple[tuple[int, ...], ...]) -> float:
+    """Floating-point operations of the forward pass, from the shapes of the inputs; elementwise operations count what they move."""
+    size = 1.0
+    for length in shapes[0]:
+        size *= length
+    if op == "attention" and len(shapes[0]) == 4:
+        keys = shapes[1][1] if len(shapes) > 1 and len(shapes[1]) == 4 else shapes[0][1]
+        return 4.0 * size * keys
+    if op in ("matmul", "linear_cross_entropy", "feed_forward") and len(shapes) > 1:
+        products = 1.0
+        for shape in shapes[1:]:
+            products += 2.0 * size * (shape[-1] if op == "matmul" else shape[0])
+        return products
+    return 8.0 * size
+
+
+@dataclass(frozen=True)
+class Report:
+    """`str()` is for people, `to_dict()` for programs, `brief()` the three lines that a run starts with."""
+
+    values: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.values
+
+    def brief(self) -> str:
+        values, peak = self.values, self.values["ceilings"]
+        machine = values["devices"][0]
+        extra = "".join(f", {gpu['name']}" for gpu in values["devices"][1:])
+        sets = ", ".join(name for name in machine["features"] if name not in ("fma", "bf16", "asimd")) or "none known"
+        return (
+            f"device   {machine['name']}{extra}, {machine['workers']} usable core{'s' if machine['workers'] != 1 else ''}, "
+            f"{machine['memory_bytes'] / 2**30:.0f} GiB\n"
+            f"compute  {sets}; measured peak {peak['fp32_gflops']:.0f} GFLOP/s in fp32, {peak['bf16_gflops']:.0f} in bf16, "
+            f"{peak['copy_gbps']:.0f} GB/s copying\n"
+            f"kernels  {values['summary']}"
+        )
+
+    def __str__(self) -> str:
+        values = self.values
+        machine = values["devices"][0]
+        lines = [self.brief(), "", f"system   {values['system']}"]
+        caches = ", ".join(f"{level} {size / 1024:,.0f} KiB" for level, size in machine["cache_bytes"].items()) or "not readable here"
+        lines.append(f"caches   {caches}")
+        lines.append(f"memory   {values['memory_available_bytes'] / 2**30:.1f} GiB free of {machine['memory_bytes'] / 2**30:.1f}")
+        lines.append("versions " + ", ".join(f"{name} {number}" for name, number in values["versions"].items()))
+        lines.append(f"cache    {values['cache_dir']}")
+        lines.append(f"sums     over workers in a fixed tree of fan-out {FANOUT}: the same bits for any number of threads")
+        if values["operations"]:
+            lines += ["", "operation              float32   bfloat16  why"]
+            for name, by_dtype in values["operations"].items():
+                single, half = by_dtype["float32"], by_dtype["bfloat16"]
+                lines.append(f"{name:<22} {single['backend']:<9} {half['backend']:<9} {single['reason']}")
+        lines += ["", *(f"missing: {text}" for text in values["missing"])] if values["missing"] else []
+        return "\n".join(lines)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("cllm", "torch", "numba", "llvmlite", "numpy", "triton", "tokenizers", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def _missing(features: frozenset[str], versions: dict[str, str]) -> list[str]:
+    """What would make this installation faster or more complete, each with what to do."""
+    missing = []
+    if versions["numba"] == "absent":
+        missing.append("numba, so the CPU kernels cannot run and plain torch does all the work. Install it: pip install numba")
+    if not gpus():
+        missing.append("a GPU that torch can use; everything runs on the CPU")
+    if features and not features & {"avx512f", "neon", "asimd"}:
+        missing.append("512-bit vectors (AVX-512) in this CPU; the kernels use narrower ones")
+    if features and not features & {"amx_bf16", "avx512_bf16", "bf16"}:
+        missing.append("bfloat16 arithmetic in this CPU; fp32 is as fast here and the default")
+    for name, extra in (("tensorboardX", "log"),):
+        try:
+            version(name)
+        except PackageNotFoundError:
+            missing.append(f"{name}, for TensorBoard files beside metrics.jsonl. Install it: pip install 'cllm[{extra}]'")
+    return missing
+
+
+def describe(operations: Iterable[str] = ()) -> Report:
+    """Everything known about this machine; with `operations`, the backend that each would get and why."""
+    features, versions = compiler.cpu_features(), _versions()
+    asked = settings()
+    backends = {
+        name: {dtype: explain(name, dtype=dtype).to_dict() for dtype in ("float32", "bfloat16")} for name in operations
+    }
+    if versions["numba"] == "absent" or asked.backend == "torch":
+        summary = "plain torch" + (" (asked for)" if asked.backend == "torch" else " (numba is not installed)")
+    else:
+        threads = asked.threads or cpu().workers
+        summary = f"numba with explicit SIMD, up to {threads} worker{'s' if threads != 1 else ''} per operation, same bits for any number of them"
+    return Report({
+        "devices": [device.to_dict() for device in devices()],
+        "system": operating_system(),
+        "memory_available_bytes": available_memory(),
+        "versions": versions,
+        "cache_dir": str(tuning.cache_dir()),
+        "ceilings": ceiling.ceilings().to_dict(),
+        "settings": {"backend": asked.backend, "threads": asked.threads, "deterministic": asked.deterministic},
+        "summary": summary,
+        "operations": backends,
+        "missing": _missing(features, versions),
+    })

@@ -1,0 +1,149 @@
+"""Which backend an operation gets and how many workers: the only place that decides.
+
+A backend registers itself for an operation and a device with a priority and `can_serve(shapes, dtype, device) -> (bool, reason)`. The plan takes
+the highest priority that can serve, or the one asked for by name; a backend asked for that cannot serve is an error, never replaced in silence.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from cllm.runtime import threads as _threads
+from cllm.runtime.device import usable_cores
+from cllm.runtime.errors import BackendError, UserError
+
+Shapes = tuple[tuple[int, ...], ...]
+CanServe = Callable[[Any, Any, str], tuple[bool, str]]
+
+# A fork over two cores costs about 2 us and one core computes some 50,000 operations in a microsecond: below this share a worker costs more
+# than it brings.
+WORK_PER_WORKER = 400_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the caller asked for; None leaves it to the plan."""
+
+    backend: str | None = None
+    threads: int | None = None
+    deterministic: bool = True
+
+
+class _Entry(NamedTuple):
+    name: str
+    priority: int
+    can_serve: CanServe
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """The decision for one operation on one shape."""
+
+    op: str
+    backend: str
+    device: str
+    workers: int
+    reason: str
+    rejected: tuple[tuple[str, str], ...] = field(default=())
+    """(backend, why it was not taken) of all others."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"rejected": dict(self.rejected)}
+
+    def __str__(self) -> str:
+        workers = f"{self.workers} worker{'s' if self.workers != 1 else ''}"
+        lines = [f"{self.op} on {self.device}: {self.backend}, {workers} ({self.reason})"]
+        return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.rejected])
+
+
+_entries: dict[tuple[str, str], list[_Entry]] = {}
+_settings: ContextVar[Settings | None] = ContextVar("cllm_settings", default=None)
+
+
+def register_backend(op: str, name: str, device_type: str, priority: int, can_serve: CanServe) -> None:
+    """Adds a backend for `op` on devices of `device_type`; a name registered before is replaced."""
+    entries = [entry for entry in _entries.get((op, device_type), []) if entry.name != name]
+    _entries[op, device_type] = sorted([*entries, _Entry(name, priority, can_serve)], key=lambda entry: -entry.priority)
+    _plan.cache_clear()
+
+
+def backends(op: str, device_type: str = "cpu") -> list[str]:
+    return [entry.name for entry in _entries.get((op, device_type), [])]
+
+
+@lru_cache(maxsize=8)
+def _from_environment(backend: str | None, threads: str | None) -> Settings:
+    return Settings(backend or None, _threads.default_threads() if threads else None)
+
+
+def settings() -> Settings:
+    """What is in force here: the innermost `use`, else CLLM_BACKEND and CLLM_THREADS."""
+    current = _settings.get()
+    return current if current is not None else _from_environment(os.environ.get("CLLM_BACKEND"), os.environ.get("CLLM_THREADS"))
+
+
+@contextmanager
+def use(backend: str | None = None, threads: int | None = None, deterministic: bool | None = None) -> Iterator[Settings]:
+    """Settings for everything inside the scope; None keeps what was in force.
+
+    backend: "numba", "torch", ...; threads: upper limit of workers, 1 to thousands. Raises UserError for a backend nobody registered.
+    """
+    before = settings()
+    known = {entry.name for entries in _entries.values() for entry in entries}
+    if backend is not None and known and backend not in known:
+        raise UserError(f"unknown backend {backend!r}. Known: {', '.join(sorted(known))}.")
+    wanted = Settings(
+        before.backend if backend is None else backend,
+        before.threads if threads is None else _threads.checked(threads),
+        before.deterministic if deterministic is None else deterministic,
+    )
+    token = _settings.set(wanted)
+    try:
+        with _threads.limit(threads):
+            yield wanted
+    finally:
+        _settings.reset(token)
+
+
+def plan(op: str, shapes: Shapes, dtype: Any, device: str = "cpu", work: float = float("inf")) -> LaunchPlan:
+    """The backend and the number of workers for `op` on these shapes.
+
+    dtype: a torch.dtype or its name; work: floating-point operations, or bytes moved where that is more (default: enough for all workers).
+    Raises BackendError when no backend can serve, or the one asked for cannot.
+    """
+    asked = settings()
+    return _plan(op, tuple(map(tuple, shapes)), str(dtype).removeprefix("torch."), device, float(work), asked.backend, asked.threads)
+
+
+@lru_cache(maxsize=8192)
+def _plan(op: str, shapes: Shapes, dtype: str, device: str, work: float, backend: str | None, threads: int | None) -> LaunchPlan:
+    device_type = device.partition(":")[0]
+    entries = _entries.get((op, device_type), [])
+    answers = [(entry, *entry.can_serve(shapes, dtype, device)) for entry in entries]
+    if backend is not None:
+        answers.sort(key=lambda answer: answer[0].name != backend)  # the one asked for first, the rest in order of priority
+        if not answers or answers[0][0].name != backend:
+            raise BackendError(f"{op} on {device_type} has no backend {backend!r}. It has: {', '.join(backends(op, device_type)) or 'none'}.")
+        if not answers[0][1]:
+            raise BackendError(f"backend {backend!r} cannot serve {op} {shapes} {dtype} on {device}: {answers[0][2]}.")
+    chosen = next((answer for answer in answers if answer[1]), None)
+    if chosen is None:
+        reasons = "; ".join(f"{entry.name}: {reason}" for entry, _, reason in answers)
+        raise BackendError(f"no backend can serve {op} {shapes} {dtype} on {device} ({reasons or 'none is registered'}).")
+    entry, _, reason = chosen
+    others = tuple(
+        (other.name, why if not serves else f"could serve ({why}), but {entry.name} {'was asked for' if backend else 'comes first'}")
+        for other, serves, why in answers if other is not entry
+    )
+    if device_type != "cpu":
+        return LaunchPlan(op, entry.name, device, 1, reason, others)
+    most = threads if threads is not None else usable_cores()
+    useful = int(min(work / WORK_PER_WORKER, most))
+    workers = max(1, useful)
+    limit = "threads asked for" if threads is not None else "usable cores"
+    sized = f"all {most} {limit}" if workers == most else "too little work to share" if workers == 1 else f"work for {workers} of {most} {limit}"
+    return LaunchPlan(op, entry.name, device, workers, f"{reason}; {sized}", others)

@@ -1,0 +1,221 @@
+"""Nothing is silent: progress lines with an ETA, a heartbeat for long stages, and a watchdog that shows where a stall is.
+
+All of it goes to stderr: drawn in place on a terminal, as plain lines in a log.
+"""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TextIO
+
+HEARTBEAT_SECONDS = 2.0
+
+_lock = threading.RLock()
+_active: "Progress | None" = None
+
+
+def duration(seconds: float) -> str:
+    """1:05, 2:03:04, 3d 4h: short, for people."""
+    whole = int(max(0.0, seconds) + 0.5)
+    if whole >= 86400:
+        return f"{whole // 86400}d {whole % 86400 // 3600}h"
+    if whole >= 3600:
+        return f"{whole // 3600}:{whole % 3600 // 60:02}:{whole % 60:02}"
+    return f"{whole // 60}:{whole % 60:02}"
+
+
+def say(text: str) -> None:
+    """One line on stderr, above the progress line where there is one."""
+    with _lock:
+        if _active is not None:
+            _active._write(text)
+        else:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+
+class _Ticker:
+    """Calls a function every so many seconds in a thread of its own until stopped."""
+
+    def __init__(self, seconds: float, call: Callable[[], None]) -> None:
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(seconds, call), daemon=True, name="cllm-heartbeat")
+        self._thread.start()
+
+    def _run(self, seconds: float, call: Callable[[], None]) -> None:
+        while not self._stop.wait(seconds):
+            call()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=5)
+
+
+class Progress:
+    """One line: how far, the caller's own figures, and the time left. A heartbeat renews it even while the caller is busy.
+
+    total None: unknown, then no ETA. `log_seconds` is the pause between lines where stderr is not a terminal.
+    """
+
+    def __init__(
+        self, total: float | None, label: str, *, initial: float = 0, log_seconds: float = HEARTBEAT_SECONDS, stream: TextIO | None = None
+    ) -> None:
+        self.total, self.label, self.initial = total, label, initial
+        self._stream = stream or sys.stderr
+        self._terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._pause = 0.25 if self._terminal else log_seconds
+        self._done, self._text = float(initial), ""
+        self._started = self._drawn = time.monotonic()
+        self._rich: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> "Progress":
+        global _active
+        self._started = self._drawn = time.monotonic()
+        if self._terminal:
+            from rich.console import Console
+            from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+            from rich.progress import Progress as Rich
+
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), TaskProgressColumn(), TextColumn("{task.fields[text]}"))
+            self._rich = Rich(*columns, console=Console(file=self._stream), refresh_per_second=4, transient=True)
+            self._task = self._rich.add_task(self.label, total=self.total, completed=self.initial, text="")
+            self._rich.start()
+        with _lock:
+            self._before, _active = _active, self
+        self._ticker = _Ticker(max(0.05, min(self._pause, HEARTBEAT_SECONDS)), self._beat)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        global _active
+        self._ticker.stop()
+        with _lock:
+            _active = self._before
+        if self._rich is not None:
+            self._rich.stop()
+        self._stream.write(self.line() + "\n")
+        self._stream.flush()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def eta_seconds(self) -> float | None:
+        """Time left at the mean speed so far; None before the first advance or without a total."""
+        gained = self._done - self.initial
+        if self.total is None or gained <= 0:
+            return None
+        return max(0.0, self.seconds * (self.total - self._done) / gained)
+
+    def update(self, done: float, text: str = "") -> None:
+        """`done` of `total`, with the caller's figures as text."""
+        self._done = float(done)
+        self._text = text or self._text
+        self._beat()
+
+    def line(self) -> str:
+        eta = self.eta_seconds()
+        share = f" {100 * self._done / self.total:3.0f}%" if self.total else ""
+        running = eta is not None and self.total is not None and self._done < self.total
+        left = f"  ETA {duration(eta or 0)}" if running else f"  in {duration(self.seconds)}"
+        return f"{self.label}{share}{'  ' + self._text if self._text else ''}{left}"
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        if now - self._drawn < self._pause * 0.99:
+            return
+        self._drawn = now
+        if self._rich is not None:
+            eta = self.eta_seconds()
+            tail = f"  ETA {duration(eta)}" if eta is not None else f"  {duration(self.seconds)}"
+            self._rich.update(self._task, completed=self._done, text=self._text + tail)
+        else:
+            with _lock:
+                self._stream.write(self.line() + "\n")
+                self._stream.flush()
+
+    def _write(self, text: str) -> None:
+        if self._rich is not None:
+            self._rich.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+
+
+def track(items: Iterable[Any], total: float | None, label: str) -> Iterator[Any]:
+    """The items one by one, with a progress line."""
+    with Progress(total, label) as line:
+        for count, item in enumerate(items, 1):
+            yield item
+            line.update(count)
+
+
+class Stage:
+    """Work that cannot tell how far it is: says so after two seconds, and again every two seconds until it ends."""
+
+    def __init__(self, label: str, seconds_before: float = 0.0, after: float = HEARTBEAT_SECONDS) -> None:
+        self.label, self._seconds_before, self._after = label, seconds_before, after
+        self.seconds = 0.0
+
+    def __enter__(self) -> "Stage":
+        self._started = time.monotonic()
+        self._ticker = _Ticker(self._after, self._beat)
+        return self
+
+    def _beat(self) -> None:
+        say(f"{self.label} ... {self._seconds_before + time.monotonic() - self._started:.0f} s")
+
+    def __exit__(self, *exc: object) -> None:
+        self.seconds = time.monotonic() - self._started
+        self._ticker.stop()
+
+
+stage = Stage
+
+
+class Watchdog:
+    """Dumps the stacks of all threads when `beat` was not called for `seconds`, and calls `on_stall(seconds_without_beat)`; again after each pause.
+
+    seconds 0: never. Nothing is ended: a slow disk may come back.
+    """
+
+    def __init__(self, seconds: float, on_stall: Callable[[float], None] | None = None, stream: TextIO | None = None) -> None:
+        self.seconds, self._on_stall, self._stream = seconds, on_stall, stream
+        self._last = time.monotonic()
+        self._reported = 0.0
+        self._ticker: _Ticker | None = None
+
+    def __enter__(self) -> "Watchdog":
+        self.beat()
+        if self.seconds > 0:
+            self._ticker = _Ticker(min(1.0, self.seconds / 4), self._look)
+        return self
+
+    def beat(self) -> None:
+        self._last, self._reported = time.monotonic(), 0.0
+
+    def _look(self) -> None:
+        silent = time.monotonic() - self._last
+        if silent < self.seconds + self._reported:
+            return
+        self._reported = silent
+        stream = self._stream or sys.stderr
+        say(f"Nothing has moved for {silent:.0f} s. The stacks of all threads follow; the run goes on waiting.")
+        try:
+            faulthandler.dump_traceback(file=stream, all_threads=True)
+        except (ValueError, OSError, AttributeError):  # a stream without a file behind it
+            import traceback
+
+            for ident, frame in sys._current_frames().items():
+                stream.write(f"Thread {ident}\n{''.join(traceback.format_stack(frame))}\n")
+        stream.flush()
+        if self._on_stall is not None:
+            self._on_stall(silent)
+
+    def __exit__(self, *exc: object) -> None:
+        if self._ticker is not None:
+            self._ticker.stop()

@@ -1,0 +1,105 @@
+"""What is read from the machine, and the caches that remember it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cllm import runtime
+from cllm.runtime import compiler, device, threads, tuning
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "150000 100000"}, 1.5),
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4.0),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({"cpu.max": "800000 100000", "a/b/cpu.max": "200000 100000"}, 2.0),
+        ({}, None),
+    ],
+)
+def test_the_tightest_cpu_quota_counts_in_both_versions_of_the_interface(tmp_path, files, cores):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert device.cgroup_cpus(str(tmp_path), own="0::/a/b\n4:cpu,cpuacct:/a/b") == cores
+
+
+def test_the_tightest_memory_limit_counts(tmp_path):
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "memory.max").write_text("1048576\n")
+    assert device.cgroup_memory(str(tmp_path), own="0::/a") == 1 << 20
+    assert device.cgroup_memory(str(tmp_path / "nothing"), own="") is None
+
+
+def test_usable_cores_respect_the_affinity_mask():
+    code = "import os; os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]}); from cllm.runtime import device; print(device.usable_cores())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
+
+
+def test_the_cpu_is_described():
+    cpu = device.cpu()
+    assert cpu.workers >= 1 and cpu.memory_bytes > 1 << 28 and cpu.name
+    assert json.loads(json.dumps(cpu.to_dict()))["kind"] == "cpu"
+
+
+def test_torch_threads_are_changed_in_the_scope_and_restored():
+    before = torch.get_num_threads()
+    with runtime.use(threads=1):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+    with runtime.use(threads=1741):
+        assert torch.get_num_threads() <= device.usable_cores()
+
+
+def test_numba_runs_with_any_number_of_workers():
+    pytest.importorskip("numba")
+    compiler.numba_setup()
+    import numba
+
+    for count in (1, 2, 7, 64, 1741):
+        threads.numba_workers(count)
+        assert numba.get_num_threads() == count or numba.threading_layer() != "omp"
+    threads.numba_workers(1)
+
+
+def test_a_stored_value_comes_back_and_a_damaged_cache_is_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLLM_CACHE_DIR", str(tmp_path))
+    calls = []
+
+    def measure():
+        calls.append(1)
+        return {"value": len(calls)}
+
+    assert tuning.remembered("key", measure) == {"value": 1}
+    assert tuning.remembered("key", measure) == {"value": 1}
+    (tmp_path / "tuning.json").write_text('{"key": ')
+    assert tuning.remembered("key", measure) == {"value": 2}
+    assert tuning.load("other") is None
+    assert [name for name in os.listdir(tmp_path) if name.startswith(".tuning-")] == []
+
+
+def test_a_cache_folder_that_cannot_be_written_is_replaced(tmp_path, monkeypatch):
+    place = tmp_path / "file"
+    place.write_text("not a folder")
+    monkeypatch.setenv("CLLM_CACHE_DIR", str(place))
+    assert os.access(tuning.cache_dir(), os.W_OK) and tuning.cache_dir() != place
+
+
+def test_ceilings_are_measured_once_and_a_report_tells_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLLM_CACHE_DIR", str(tmp_path))
+    runtime.ceilings.cache_clear()
+    first = runtime.ceilings()
+    assert first.fp32_gflops > 1 and first.bf16_gflops > 0.1 and first.copy_gbps > 0.1
+    runtime.ceilings.cache_clear()
+    assert runtime.ceilings() == first  # from the file this time
+    report = runtime.describe()
+    assert len(report.brief().splitlines()) == 3
+    assert json.loads(json.dumps(report.to_dict()))["ceilings"]["fp32_gflops"] == first.fp32_gflops
+    runtime.ceilings.cache_clear()

@@ -1,0 +1,76 @@
+"""Nothing is silent: lines, heartbeats, the watchdog."""
+
+import io
+import re
+import time
+
+import pytest
+
+from cllm.runtime import progress
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (65, "1:05"), (7384, "2:03:04"), (3 * 86400 + 4 * 3600, "3d 4h")])
+def test_durations_read_well(seconds, text):
+    assert progress.duration(seconds) == text
+
+
+def test_a_log_gets_lines_with_figures_share_and_eta():
+    stream = io.StringIO()
+    with progress.Progress(100, "working", log_seconds=0.0, stream=stream) as line:
+        line.update(25, "loss 1.5")
+        line.update(100, "loss 1.0")
+    lines = stream.getvalue().splitlines()
+    assert re.fullmatch(r"working  25%  loss 1.5  ETA \d+:\d\d", lines[0])
+    assert re.fullmatch(r"working 100%  loss 1.0  in \d+:\d\d", lines[-1])
+
+
+def test_a_resumed_progress_counts_only_what_it_did_itself():
+    line = progress.Progress(100, "working", initial=90, stream=io.StringIO())
+    line._started = time.monotonic() - 10
+    line._done = 95.0
+    assert line.eta_seconds() == pytest.approx(10, abs=0.5)
+
+
+def test_the_line_beats_while_the_caller_is_busy():
+    stream = io.StringIO()
+    with progress.Progress(10, "busy", log_seconds=0.05, stream=stream) as line:
+        line.update(1)
+        time.sleep(0.6)
+        beats = stream.getvalue().count("busy")
+    assert beats >= 3
+
+
+def test_a_stage_tells_that_it_still_runs_and_says_nothing_when_it_is_short(capsys):
+    with progress.Stage("thinking", after=0.05):
+        time.sleep(0.3)
+    assert "thinking ... 0 s" in capsys.readouterr().err
+    with progress.Stage("blinking"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_said_lines_stand_above_the_progress_line():
+    stream = io.StringIO()
+    with progress.Progress(2, "outer", stream=stream):
+        progress.say("a word")
+    assert "a word\n" in stream.getvalue()
+
+
+def test_the_watchdog_dumps_all_stacks_when_nothing_moves_and_is_quiet_while_it_does(tmp_path, capsys):
+    stalls = []
+    with open(tmp_path / "stacks", "w+") as stream:
+        with progress.Watchdog(0.4, stalls.append, stream) as dog:
+            for _ in range(8):
+                time.sleep(0.1)
+                dog.beat()
+            assert stalls == []
+            time.sleep(0.9)
+        stream.seek(0)
+        stacks = stream.read()
+    assert stalls and stalls[0] >= 0.4
+    assert "test_the_watchdog_dumps_all_stacks" in stacks and "Nothing has moved" in capsys.readouterr().err
+
+
+def test_a_watchdog_of_zero_seconds_never_barks():
+    with progress.Watchdog(0, lambda seconds: pytest.fail("barked")):
+        time.sleep(0.05)

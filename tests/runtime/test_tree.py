@@ -1,0 +1,43 @@
+"""The reduction tree: its sums depend on the parts alone."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cllm.runtime import tree
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=400), st.integers(2, 13))
+@settings(deadline=None, max_examples=60, derandomize=True)
+def test_the_tree_sum_is_the_sum(values, fanout):
+    assert tree.sum(values, fanout) == pytest.approx(np.sum(np.array(values)), rel=1e-9, abs=1e-6)
+
+
+@given(st.integers(1, 3000))
+@settings(deadline=None, max_examples=40, derandomize=True)
+def test_levels_shrink_twelvefold_to_one_root(n):
+    levels = tree.levels(n)
+    assert levels[0] == n and levels[-1] == 1
+    assert all(after == -(-before // 12) for before, after in zip(levels, levels[1:]))
+
+
+@given(st.integers(1, 200))
+@settings(deadline=None, max_examples=40, derandomize=True)
+def test_complete_subtrees_summed_apart_give_the_same_bits(n):
+    """Whoever holds twelve neighbours may add them alone: this is what lets workers share a sum."""
+    parts = list(np.random.default_rng(n).standard_normal(n).astype(np.float32))
+    apart = [tree.sum(parts[start : start + 12]) for start in range(0, n, 12)]
+    assert tree.sum(apart) == tree.sum(parts)
+
+
+def test_tensors_are_summed_and_left_alone():
+    parts = [torch.full((3,), float(i)) for i in range(30)]
+    assert torch.equal(tree.sum(parts), torch.full((3,), 435.0))
+    assert torch.equal(parts[0], torch.zeros(3))
+
+
+def test_nothing_has_no_sum():
+    with pytest.raises(ValueError, match="at least one"):
+        tree.sum([])
