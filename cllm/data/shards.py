@@ -1,0 +1,380 @@
+"""Packed tokens on disk: written once as a stream, then memory-mapped.
+
+    FOLDER/shard-00000.bin ...   token ids, little-endian uint16 (vocabularies up to 65,536) or uint32, one after the other
+           offsets.bin           int64 (num_documents + 1): where each document begins in the stream, and the end
+           documents.jsonl       one JSON string a line: the names of the documents
+           counts.bin            int64 (vocab_size): how often each token occurs
+           index.json            counts, tokenizer hash, and size and BLAKE2b of every file above; written last
+
+A folder appears whole or not at all: it is written beside its place and renamed. Sizes are checked whenever it is opened, checksums by `verify`.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import psutil
+
+from cllm.runtime.errors import DataError
+
+FORMAT = "cllm-tokens"
+VERSION = 1
+SHARD_TOKENS = 1 << 27
+_AGAIN = "Pack the data again (`cllm pack`)."
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@contextmanager
+def writing_to(place: Path) -> Iterator[None]:
+    """Turns what the system says about a full or forbidden disk into a DataError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            try:
+                free = f" ({shutil.disk_usage(_existing(place)).free / 1e6:,.0f} MB free)"
+            except OSError:
+                free = ""
+            raise DataError(
+                f"The disk is full{free}: {place} could not be written, and nothing half-written was left. Free some space or choose another --out."
+            ) from error
+        if error.errno in _DENIED:
+            raise DataError(f"{place} cannot be written ({error.strerror}). Choose another --out.") from error
+        raise
+
+
+def _existing(place: Path) -> Path:
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return place
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write a whole file beside its place, flush it to the disk, rename it; a failure leaves what was there before."""
+    temporary = file.with_name(f".{file.name}.partial-{os.getpid()}")
+    with writing_to(file):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as out:
+                out.write(content)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(temporary, file)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(file.parent)
+
+
+@contextmanager
+def folder_written_atomically(place: Path) -> Iterator[Path]:
+    """Gives a temporary folder beside `place` that takes its place at the end, replacing what was there; a failure leaves nothing new."""
+    temporary = place.with_name(f".{place.name}.partial-{os.getpid()}")
+    replaced = place.with_name(f".{place.name}.replaced-{os.getpid()}")
+    _remove_leftovers(place)
+    with writing_to(place):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            _sync_folder(temporary)
+            if place.exists():
+                os.rename(place, replaced)
+            os.rename(temporary, place)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if replaced.exists() and not place.exists():
+                os.rename(replaced, place)
+            raise
+        _sync_folder(place.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _remove_leftovers(place: Path) -> None:
+    """What processes that were killed have left beside this place."""
+    for leftover in [*place.parent.glob(f".{place.name}.partial-*"), *place.parent.glob(f".{place.name}.replaced-*")]:
+        owner = leftover.name.rpartition("-")[2]
+        if owner.isdigit() and (int(owner) == os.getpid() or not psutil.pid_exists(int(owner))):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # some file systems cannot
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+class _HashedFile:
+    """A file written front to back, with its size and checksum known at the end."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.size = 0
+        self._hash = hashlib.blake2b(digest_size=16)
+        self._file: IO[bytes] = open(path, "wb")  # noqa: SIM115 - closed by `close`
+
+    def write(self, content: bytes | memoryview) -> None:
+        self._file.write(content)
+        self._hash.update(content)
+        self.size += len(content)
+
+    def close(self) -> dict[str, Any]:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return {"file": self.path.name, "size": self.size, "blake2b": self._hash.hexdigest()}
+
+    def abandon(self) -> None:
+        with suppress(OSError):
+            self._file.close()
+
+
+class ShardWriter:
+    """Writes one packed split into an existing folder: append tokens, end each document, close."""
+
+    def __init__(self, folder: Path, vocab_size: int, tokenizer_hash: str, eot_id: int | None, shard_tokens: int = SHARD_TOKENS):
+        self.folder = folder
+        self._dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+        self._facts = {"tokenizer": tokenizer_hash, "vocab_size": vocab_size, "eot_id": eot_id}
+        self._shard_tokens = shard_tokens
+        self._shards: list[dict[str, Any]] = []
+        self._shard: _HashedFile | None = None
+        self._counts = np.zeros(vocab_size, dtype=np.int64)
+        self._names = _HashedFile(folder / "documents.jsonl")
+        self._offsets = _HashedFile(folder / "offsets.bin")
+        self._offsets.write(np.zeros(1, dtype="<i8").tobytes())
+        self._last_end = 0
+        self.num_tokens = self.num_documents = self.num_bytes = self.num_chars = 0
+
+    def append(self, ids: np.ndarray) -> None:
+        """More tokens of the document that is being written."""
+        if not len(ids):
+            return
+        self._counts += np.bincount(ids, minlength=len(self._counts))  # an id outside the vocabulary makes the sum fail
+        written = 0
+        while written < len(ids):
+            if self._shard is None:
+                self._shard = _HashedFile(self.folder / f"shard-{len(self._shards):05d}.bin")
+            room = self._shard_tokens - self._shard.size // self._dtype.itemsize
+            part = ids[written : written + room]
+            self._shard.write(np.ascontiguousarray(part, dtype=self._dtype).tobytes())
+            written += len(part)
+            if len(part) == room:
+                self._close_shard()
+        self.num_tokens += len(ids)
+
+    def end_document(self, name: str, num_chars: int, num_bytes: int) -> None:
+        """What was appended since the last document is a document of this name and these sizes of text (without the end token); no token, none."""
+        if self.num_tokens == self._last_end:
+            return
+        self._last_end = self.num_tokens
+        self._names.write((json.dumps(name) + "\n").encode("ascii"))
+        self._offsets.write(np.array([self.num_tokens], dtype="<i8").tobytes())
+        self.num_documents += 1
+        self.num_chars += num_chars
+        self.num_bytes += num_bytes
+
+    def close(self) -> None:
+        """Finish all files; index.json comes last and makes the folder valid."""
+        if self._shard is not None:
+            self._close_shard()
+        counts = _HashedFile(self.folder / "counts.bin")
+        counts.write(self._counts.astype("<i8").tobytes())
+        index = {
+            "format": FORMAT,
+            "version": VERSION,
+            "dtype": "uint16" if self._dtype.itemsize == 2 else "uint32",
+            "num_tokens": self.num_tokens,
+            "num_documents": self.num_documents,
+            "num_chars": self.num_chars,
+            "num_bytes": self.num_bytes,
+            **self._facts,
+            "shards": self._shards,
+            "offsets": self._offsets.close(),
+            "documents": self._names.close(),
+            "counts": counts.close(),
+        }
+        write_atomically(self.folder / "index.json", json.dumps(index, indent=1).encode("utf-8"))
+
+    def abandon(self) -> None:
+        """Close the files without finishing them."""
+        for file in (self._shard, self._names, self._offsets):
+            if file is not None:
+                file.abandon()
+
+    def _close_shard(self) -> None:
+        assert self._shard is not None
+        tokens = self._shard.size // self._dtype.itemsize
+        self._shards.append({**self._shard.close(), "num_tokens": tokens})
+        self._shard = None
+
+
+@dataclass(frozen=True)
+class _File:
+    """What index.json says about one file."""
+
+    name: str
+    size: int
+    blake2b: str
+
+    @classmethod
+    def parse(cls, values: dict[str, Any]) -> "_File":
+        name = str(values["file"])
+        if name != os.path.basename(name) or name in ("", ".", ".."):
+            raise ValueError(f"a file name may not lead elsewhere: {name!r}")
+        return cls(name, int(values["size"]), str(values["blake2b"]))
+
+
+class TokenSplit:
+    """One packed split, memory-mapped: `read(start, count)` gives tokens, `document_starts` where documents begin.
+
+    Raises DataError when the folder is missing, foreign, of a newer format, incomplete, or packed with another tokenizer than
+    `tokenizer_hash` (when given).
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], tokenizer_hash: str | None = None):
+        self.folder = Path(folder)
+        index = self._load_index()
+        try:
+            if index.get("format") != FORMAT:
+                raise ValueError(f'format is {index.get("format")!r}, expected "{FORMAT}"')
+            if int(index["version"]) > VERSION:
+                raise ValueError(f"version {index['version']} is newer than {VERSION}, the newest that this program reads")
+            self.num_tokens = int(index["num_tokens"])
+            self.num_documents = int(index["num_documents"])
+            self.num_chars = int(index["num_chars"])
+            self.num_bytes = int(index["num_bytes"])
+            self.vocab_size = int(index["vocab_size"])
+            self.eot_id: int | None = None if index["eot_id"] is None else int(index["eot_id"])
+            self.tokenizer_hash = str(index["tokenizer"])
+            self.dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[index["dtype"]])
+            self._shard_files = [_File.parse(shard) for shard in index["shards"]]
+            self._offsets_file, self._names_file, self._counts_file = (_File.parse(index[key]) for key in ("offsets", "documents", "counts"))
+            sizes = [shard.size // self.dtype.itemsize for shard in self._shard_files]
+            if sum(sizes) != self.num_tokens or any(shard.size % self.dtype.itemsize for shard in self._shard_files):
+                raise ValueError(f"the shards hold {sum(sizes):,} tokens, and num_tokens is {self.num_tokens:,}")
+            if self._offsets_file.size != 8 * (self.num_documents + 1) or self._counts_file.size != 8 * self.vocab_size:
+                raise ValueError("the sizes of offsets.bin and counts.bin do not fit the counts")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise DataError(f"{self.folder / 'index.json'} is not a valid index of packed tokens: {what}. {_AGAIN}") from None
+        if tokenizer_hash is not None and tokenizer_hash != self.tokenizer_hash:
+            raise DataError(
+                f"{self.folder} was packed with another tokenizer (hash {self.tokenizer_hash[:12]}, expected {tokenizer_hash[:12]}): "
+                "its numbers mean other text. Pack the data again with this tokenizer, or use the model that belongs to these tokens."
+            )
+        self._check_sizes()
+        self._ends = np.cumsum(sizes, dtype=np.int64)
+        self._shards = [self._map(shard, self.dtype) for shard in self._shard_files]
+        self._offsets = self._map(self._offsets_file, np.dtype("<i8"))
+        if int(self._offsets[0]) != 0 or int(self._offsets[-1]) != self.num_tokens:
+            raise DataError(f"{self.folder / 'offsets.bin'} does not fit {self.num_tokens:,} tokens. {_AGAIN}")
+
+    def __repr__(self) -> str:
+        return f"TokenSplit({str(self.folder)!r}, num_tokens={self.num_tokens:,}, num_documents={self.num_documents:,})"
+
+    @property
+    def document_starts(self) -> np.ndarray:
+        """(num_documents,) int64: position of the first token of each document."""
+        return self._offsets[:-1]
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """(count,) int64: the tokens from position `start`, across shards."""
+        assert start >= 0 and count >= 0 and start + count <= self.num_tokens, (start, count, self.num_tokens)
+        out = np.empty(count, dtype=np.int64)
+        shard = int(np.searchsorted(self._ends, start, side="right"))
+        filled = 0
+        while filled < count:
+            begin = start + filled - (int(self._ends[shard - 1]) if shard else 0)
+            part = self._shards[shard][begin : begin + count - filled]
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+            shard += 1
+        return out
+
+    def document_at(self, position: int) -> int:
+        """Index of the document that holds the token at this position."""
+        return int(np.searchsorted(self._offsets, position, side="right")) - 1
+
+    def document_name(self, document: int) -> str:
+        """The name of a document (file, or file:line of JSONL), for reports of faults; reads the list of names up to it."""
+        with open(self.folder / self._names_file.name, "rb") as file:
+            for number, line in enumerate(file):
+                if number == document:
+                    return str(json.loads(line))
+        raise DataError(f"{self.folder} has {self.num_documents:,} documents; there is no number {document:,}.")
+
+    def token_counts(self) -> np.ndarray:
+        """(vocab_size,) int64: how often each token occurs."""
+        return np.array(self._map(self._counts_file, np.dtype("<i8")))
+
+    def unigram_nats(self, reference: "TokenSplit | None" = None) -> float:
+        """Nats per token of a model that knows only how frequent each token is: what a language model must beat.
+
+        Frequencies come from this split itself (its entropy), or from `reference` (the training split, say), where each token then counts
+        once more than it was seen so that a token it never saw is unlikely and not impossible.
+        """
+        counts = self.token_counts().astype(np.float64)
+        total = counts.sum()
+        if not total:
+            return 0.0
+        if reference is None or reference is self:
+            seen = counts[counts > 0]
+            return float(-(seen * np.log(seen / total)).sum() / total)
+        model = reference.token_counts().astype(np.float64) + 1.0
+        return float(-(counts * np.log(model / model.sum())).sum() / total)
+
+    def unigram_nats_per_byte(self, reference: "TokenSplit | None" = None) -> float:
+        """The same per byte of text; divided by ln 2 it is bits per byte."""
+        return self.unigram_nats(reference) * self.num_tokens / max(self.num_bytes, 1)
+
+    def verify(self) -> None:
+        """Read every byte and compare it with the checksums; DataError names the damaged file."""
+        for file in self._files():
+            digest = hashlib.blake2b(digest_size=16)
+            with open(self.folder / file.name, "rb") as raw:
+                while block := raw.read(1 << 20):
+                    digest.update(block)
+            if digest.hexdigest() != file.blake2b:
+                raise DataError(f"{self.folder / file.name} is damaged: its checksum is not the one in index.json. {_AGAIN}")
+
+    def _files(self) -> list[_File]:
+        return [*self._shard_files, self._offsets_file, self._names_file, self._counts_file]
+
+    def _load_index(self) -> dict[str, Any]:
+        path = self.folder / "index.json"
+        try:
+            index = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise DataError(f"{self.folder} holds no packed tokens (there is no index.json). Make some with `cllm pack`.") from None
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read as an index of packed tokens: {error}. {_AGAIN}") from None
+        if not isinstance(index, dict):
+            raise DataError(f"{path} is not an index of packed tokens: an object was expected. {_AGAIN}")
+        return index
+
+    def _check_sizes(self) -> None:
+        for file in self._files():
+            path = self.folder / file.name
+            try:
+                size = path.stat().st_size
+            except OSError:
+                raise DataError(f"{path} is missing. {_AGAIN}") from None
+            if size != file.size:
+                raise DataError(f"{path} has {size:,} bytes, and {file.size:,} were expected: it is damaged. {_AGAIN}")
+
+    def _map(self, file: _File, dtype: np.dtype) -> np.ndarray:
+        if file.size == 0:
+            return np.empty(0, dtype=dtype)
+        return np.memmap(self.folder / file.name, dtype=dtype, mode="r")
