@@ -1,0 +1,1 @@
+"""Other programs' formats. `hf`: Hugging Face model folders."""

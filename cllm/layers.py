@@ -1,0 +1,215 @@
+"""The transformer blocks of both families. Module and parameter names are Hugging Face's, so that a state dict is a
+checkpoint.
+
+Legend: B batch, T tokens, S keys (cached + new), H query heads, H_kv key heads, D head dim, E embed, F ffn.
+
+Blocks are pre-norm and pass (x, h) along: h the residual stream before the last branch, x that branch's output, still
+to be added. The next norm adds and normalises in one pass over memory.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from cllm import kernels
+from cllm.cache import KVCache
+from cllm.config import ModelConfig
+
+
+class Context:
+    """What a forward pass shares between its layers."""
+
+    def __init__(
+        self,
+        positions: Tensor | None,
+        rotary_tables: tuple[Tensor, Tensor] | None,
+        cu_seqlens: Tensor | None,
+        cache: KVCache | None,
+        window: int | None,
+    ) -> None:
+        self.positions = positions
+        self.rotary_tables = rotary_tables
+        self.cu_seqlens = cu_seqlens
+        self.cache = cache
+        self.window = window
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (B, T, H, D), k and v (B, T, H_kv, D) of the new tokens -> (B, T, H, D), seeing the cached ones too."""
+        if self.cache is not None:
+            k, v = self.cache.extend(layer, k, v)
+        return kernels.attention(q, k, v, causal=True, window=self.window, cu_seqlens=self.cu_seqlens)
+
+
+class Weights(nn.Module):
+    """A weight and perhaps a bias under the names of nn.Linear, nn.Embedding, nn.LayerNorm or Hugging Face's Conv1D."""
+
+    def __init__(self, *shape: int, bias: int | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*shape))
+        self.bias = nn.Parameter(torch.empty(bias)) if bias is not None else None
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, bias={self.bias is not None}"
+
+
+def linear(x: Tensor, weights: Weights) -> Tensor:
+    """x (..., in) with weight (out, in)."""
+    return kernels.matmul(x, weights.weight.T, weights.bias)
+
+
+def conv1d(x: Tensor, weights: Weights) -> Tensor:
+    """x (..., in) with weight (in, out), the layout of GPT-2's Conv1D."""
+    return kernels.matmul(x, weights.weight, weights.bias)
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        embed_dim, head_dim = config.embed_dim, config.head_size
+        self.layer, self.head_dim, self.eps = layer, head_dim, config.eps
+        self.q_proj = Weights(config.num_heads * head_dim, embed_dim)
+        self.k_proj = Weights(config.kv_heads * head_dim, embed_dim)
+        self.v_proj = Weights(config.kv_heads * head_dim, embed_dim)
+        self.o_proj = Weights(embed_dim, config.num_heads * head_dim)
+        self.q_norm = Weights(head_dim) if config.qk_norm else None
+        self.k_norm = Weights(head_dim) if config.qk_norm else None
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        q = linear(x, self.q_proj).view(heads)  # (B, T, H, D)
+        k = linear(x, self.k_proj).view(heads)  # (B, T, H_kv, D)
+        v = linear(x, self.v_proj).view(heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q = kernels.rms_norm(q, self.q_norm.weight, self.eps)
+            k = kernels.rms_norm(k, self.k_norm.weight, self.eps)
+        assert context.rotary_tables is not None
+        cos, sin = context.rotary_tables
+        q = kernels.rotary(q, cos, sin, context.positions)
+        k = kernels.rotary(k, cos, sin, context.positions)
+        return linear(context.attend(self.layer, q, k, v).flatten(-2), self.o_proj)
+
+
+class LlamaMLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = config.activation_name
+        self.gate_proj = Weights(config.ffn_size, config.embed_dim)
+        self.up_proj = Weights(config.ffn_size, config.embed_dim)
+        self.down_proj = Weights(config.embed_dim, config.ffn_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+        return kernels.feed_forward(x, *weights, activation=self.activation)
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.self_attn = LlamaAttention(config, layer)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = Weights(config.embed_dim)
+        self.post_attention_layernorm = Weights(config.embed_dim)
+
+    def forward(self, x: Tensor, h: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
+        y, h = _rms_norm(x, h, self.input_layernorm, self.eps)
+        y, h = _rms_norm(self.self_attn(y, context), h, self.post_attention_layernorm, self.eps)
+        return self.mlp(y), h
+
+
+class LlamaBackbone(nn.Module):
+    """Embedding, blocks and final norm of the cllm family (the `model.` of a Llama or Qwen3 checkpoint)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.embed_tokens = Weights(config.vocab_size, config.embed_dim)
+        self.layers = nn.ModuleList(LlamaBlock(config, layer) for layer in range(config.num_layers))
+        self.norm = Weights(config.embed_dim)
+
+    def forward(self, tokens: Tensor, context: Context, dtype: torch.dtype) -> Tensor:
+        x = kernels.embedding(tokens, self.embed_tokens.weight, dtype)  # (B, T, E)
+        h: Tensor | None = None
+        for block in self.layers:
+            x, h = block(x, h, context)
+        return _rms_norm(x, h, self.norm, self.eps)[0]
+
+
+class GPT2Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        embed_dim = config.embed_dim
+        self.layer, self.head_dim = layer, config.head_size
+        self.c_attn = Weights(embed_dim, 3 * embed_dim, bias=3 * embed_dim)
+        self.c_proj = Weights(embed_dim, embed_dim, bias=embed_dim)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        qkv = conv1d(x, self.c_attn).view(*x.shape[:-1], 3, -1, self.head_dim)  # (B, T, 3, H, D)
+        q, k, v = qkv.unbind(-3)
+        return conv1d(context.attend(self.layer, q, k, v).flatten(-2), self.c_proj)
+
+
+class GPT2MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = config.activation_name
+        self.c_fc = Weights(config.embed_dim, config.ffn_size, bias=config.ffn_size)
+        self.c_proj = Weights(config.ffn_size, config.embed_dim, bias=config.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, down = self.c_fc, self.c_proj
+        return kernels.feed_forward(
+            x, None, up.weight.T, down.weight.T, activation=self.activation, b_up=up.bias, b_down=down.bias
+        )
+
+
+class GPT2Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.ln_1 = Weights(config.embed_dim, bias=config.embed_dim)
+        self.attn = GPT2Attention(config, layer)
+        self.ln_2 = Weights(config.embed_dim, bias=config.embed_dim)
+        self.mlp = GPT2MLP(config)
+
+    def forward(self, x: Tensor, h: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
+        y, h = _layer_norm(x, h, self.ln_1, self.eps)
+        y, h = _layer_norm(self.attn(y, context), h, self.ln_2, self.eps)
+        return self.mlp(y), h
+
+
+class GPT2Backbone(nn.Module):
+    """Embeddings, blocks and final norm of the gpt2 family (the `transformer.` of a GPT-2 checkpoint)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.wte = Weights(config.vocab_size, config.embed_dim)
+        self.wpe = Weights(config.max_seq_len, config.embed_dim)
+        self.h = nn.ModuleList(GPT2Block(config, layer) for layer in range(config.num_layers))
+        self.ln_f = Weights(config.embed_dim, bias=config.embed_dim)
+
+    def forward(self, tokens: Tensor, context: Context, dtype: torch.dtype) -> Tensor:
+        positions = context.positions
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        # Expanded before the lookup: its backward then sums over the batch in the kernel's fixed order.
+        x = kernels.embedding(tokens, self.wte.weight, dtype) + kernels.embedding(
+            positions.expand(tokens.shape), self.wpe.weight, dtype
+        )
+        h: Tensor | None = None
+        for block in self.h:
+            x, h = block(x, h, context)
+        return _layer_norm(x, h, self.ln_f, self.eps)[0]
+
+
+def _rms_norm(x: Tensor, h: Tensor | None, weights: Weights, eps: float) -> tuple[Tensor, Tensor]:
+    """Norm of h + x, and h + x; at the first norm there is no h yet."""
+    if h is None:
+        return kernels.rms_norm(x, weights.weight, eps), x
+    return kernels.rms_norm(x, weights.weight, eps, residual=h)
+
+
+def _layer_norm(x: Tensor, h: Tensor | None, weights: Weights, eps: float) -> tuple[Tensor, Tensor]:
+    if h is None:
+        return kernels.layer_norm(x, weights.weight, weights.bias, eps), x
+    return kernels.layer_norm(x, weights.weight, weights.bias, eps, residual=h)

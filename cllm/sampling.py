@@ -1,0 +1,115 @@
+"""From the logits of the next token to a token: repetition penalty, temperature, top-k, top-p, min-p, then one draw.
+
+Each filter takes log-probabilities or logits (V,) float64 and sets what it excludes to -inf. They apply in the order
+above, which is Hugging Face's. Ties are broken towards the lower token id, so that a filter keeps exactly as many
+tokens as it says.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cllm.runtime.errors import CLLMError, UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen. temperature 0 is greedy: the most probable token, and the filters are of no effect."""
+
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(
+                f"temperature must be a finite number >= 0 (0 is greedy), got {self.temperature}. Use a value like 0.8."
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k must be at least 1, got {self.top_k}. Leave it out to keep all tokens.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}. Use a value like 0.95.")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p must be from 0 to 1, got {self.min_p}. Use a value like 0.05.")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise UserError(
+                f"repetition_penalty must be > 0 (1 is none), got {self.repetition_penalty}. Use a value like 1.1."
+            )
+
+
+def penalise_repetition(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
+    """Divides the positive and multiplies the negative logits of tokens that occurred (Keskar et al. 2019, CTRL,
+    section 4.1)."""
+    if penalty == 1.0 or not history:
+        return logits
+    seen = torch.tensor(sorted(set(history)), dtype=torch.int64)
+    values = logits[seen]
+    return logits.index_copy(0, seen, torch.where(values > 0, values / penalty, values * penalty))
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Keeps the k most probable tokens."""
+    if k >= logits.numel():
+        return logits
+    return _keep(logits, torch.sort(logits, descending=True, stable=True).indices[:k])
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Keeps the smallest set of most probable tokens whose mass reaches p (nucleus sampling, Holtzman et al. 2020)."""
+    ordered, tokens = torch.sort(logits, descending=True, stable=True)
+    mass_before = torch.softmax(ordered, 0).cumsum(0).roll(1)
+    mass_before[0] = 0.0
+    return _keep(logits, tokens[mass_before < p])
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """Keeps the tokens at least p times as probable as the most probable one (Nguyen et al. 2024)."""
+    probabilities = torch.softmax(logits, 0)
+    return logits.masked_fill(probabilities < p * probabilities.max(), -torch.inf)
+
+
+def distribution(logits: Tensor, history: Sequence[int], sampling: Sampling) -> Tensor:
+    """logits (V,) of the next token, ids that occurred so far -> the probabilities (V,) float64 that a draw uses."""
+    if logits.isnan().any() or logits.max() == torch.inf or logits.max() == -torch.inf:
+        raise CLLMError(
+            "the model's logits are not finite, so no token can be chosen: its weights are damaged or training "
+            "diverged. Try an earlier checkpoint."
+        )
+    logits = penalise_repetition(logits.to("cpu", torch.float64), history, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1.0)
+    logits = (
+        logits - logits.max()
+    ) / sampling.temperature  # the largest is 0: a tiny temperature cannot overflow upwards
+    if sampling.top_k is not None:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        logits = keep_top_p(logits, sampling.top_p)
+    if sampling.min_p:
+        logits = keep_min_p(logits, sampling.min_p)
+    return torch.softmax(logits, 0)
+
+
+def draw(probabilities: Tensor, generator: torch.Generator) -> int:
+    """One token by inversion of the cumulative distribution: one uniform number per token, the same on every
+    machine."""
+    cumulative = probabilities.cumsum(0)
+    uniform = torch.rand((), dtype=torch.float64, generator=generator)
+    # "right": a token of probability 0 can never be hit, not even by a uniform of exactly 0. The last bound guards
+    # against rounding.
+    token = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+    return min(token, int(probabilities.nonzero()[-1]))
+
+
+def sample(logits: Tensor, history: Sequence[int], sampling: Sampling, generator: torch.Generator) -> int:
+    """The next token for logits (V,). Greedy draws nothing from the generator."""
+    probabilities = distribution(logits, history, sampling)
+    return int(probabilities.argmax()) if sampling.temperature == 0 else draw(probabilities, generator)
+
+
+def _keep(logits: Tensor, tokens: Tensor) -> Tensor:
+    return torch.full_like(logits, -torch.inf).index_copy(0, tokens, logits[tokens])
