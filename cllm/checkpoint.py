@@ -1,0 +1,374 @@
+"""Checkpoints that are whole or absent: safetensors and JSON, every byte under a SHA-256, nothing ever unpickled.
+
+A checkpoint is a folder `step-00001000` of model.safetensors, optimizer.safetensors, state.json and manifest.json. It is written beside its
+place, flushed to the disk, read back and compared, then renamed; the manifest is written last and is the commit mark.
+`save` and `load` handle the one-file form `.cllm`: a safetensors file whose metadata carries the configuration and the tokenizer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cllm.runtime.errors import CheckpointError, CLLMError, UserError
+from cllm.storage import (
+    DTYPES,
+    NOT_A_CHECKPOINT,
+    disk_error,
+    flush_folder,
+    one_line,
+    raw_bytes,
+    read_safetensors,
+    sha256_of,
+    tensors_bytes,
+    write_atomic,
+    write_flushed,
+    write_safetensors,
+)
+
+if TYPE_CHECKING:
+    from cllm.model import Model
+    from cllm.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+WEIGHTS, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+
+
+# -- weights of a model ----------------------------------------------------------------------------------------------------
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state of a model by name; of tied weights only the first name, as Hugging Face stores them."""
+    seen: set[tuple[int, torch.Size]] = set()
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        weights[name] = tensor
+    return weights
+
+
+def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], where: Path | str) -> None:
+    """Copies weights into the model in place; CheckpointError when names or shapes are not the model's."""
+    own = weights_of(model)
+    missing, foreign = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    if missing or foreign:
+        raise CheckpointError(
+            f"the weights in {where} do not fit this model: {len(missing)} missing ({', '.join(missing[:3]) or '-'}), "
+            f"{len(foreign)} unknown ({', '.join(foreign[:3]) or '-'})."
+        )
+    for name, tensor in own.items():
+        if tensor.shape != weights[name].shape:
+            raise CheckpointError(f"{name} in {where} has shape {tuple(weights[name].shape)}, the model needs {tuple(tensor.shape)}.")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+
+
+# -- checkpoint folders ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint folder holds."""
+
+    path: Path
+    step: int
+    weights: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder, checked against its own digest."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        version, files, digest = manifest["format_version"], manifest["files"], manifest["sha256"]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} has no {MANIFEST}: it is not a checkpoint, or one that was never finished.") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} is damaged ({one_line(error)}).") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format version {version}, this CLLM reads {FORMAT_VERSION}. Use the CLLM that wrote it.")
+    if digest != _manifest_digest(manifest) or not isinstance(files, dict):
+        raise CheckpointError(f"{path / MANIFEST} is damaged: its own SHA-256 does not match.")
+    return manifest
+
+
+def verify(path: str | Path) -> None:
+    """Reads every byte of a checkpoint folder; CheckpointError naming the first file that is missing or differs."""
+    path = Path(path)
+    for name, entry in read_manifest(path)["files"].items():
+        _verify_file(path / name, entry)
+
+
+def _verify_file(path: Path, entry: Mapping[str, Any]) -> None:
+    try:
+        size, digest = path.stat().st_size, sha256_of(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({one_line(error)}).") from error
+    if size != entry["bytes"]:
+        raise CheckpointError(f"{path} is damaged: {size} bytes, the manifest says {entry['bytes']}.")
+    if digest != entry["sha256"]:
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the manifest's.")
+
+
+def read_checkpoint(path: str | Path, with_optimizer: bool = True) -> Checkpoint:
+    """A checkpoint folder, verified; CheckpointError when any byte differs."""
+    path = Path(path)
+    manifest = read_manifest(path)
+    for name in (WEIGHTS, STATE) + ((OPTIMIZER,) if with_optimizer else ()):
+        if name not in manifest["files"]:
+            raise CheckpointError(f"{path} holds no {name}.")
+        _verify_file(path / name, manifest["files"][name])
+    try:
+        state = json.loads((path / STATE).read_bytes())
+        step = int(state["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / STATE} is damaged ({one_line(error)}).") from error
+    weights, _ = read_safetensors(path / WEIGHTS)
+    optimizer = read_safetensors(path / OPTIMIZER)[0] if with_optimizer else {}
+    return Checkpoint(path, step, weights, optimizer, state)
+
+
+class CheckpointStore:
+    """The checkpoints of one run: `folder/step-00001000`, `folder/latest`, `folder/best`."""
+
+    def __init__(self, folder: str | Path, keep: int = 2) -> None:
+        self.folder, self.keep = Path(folder), keep
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint folder, rising; whether they are whole shows only when they are read."""
+        if not self.folder.is_dir():
+            return []
+        names = (entry.name for entry in self.folder.iterdir() if entry.is_dir())
+        return sorted(int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit())
+
+    def save(self, step: int, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
+        """Writes, verifies and commits a checkpoint, then drops the oldest; CheckpointError leaves everything as it was."""
+        target, beside = self.path(step), self.folder / f".step-{step:08d}.{os.getpid()}.tmp"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.clean()
+            beside.mkdir()
+            digests = {
+                WEIGHTS: write_safetensors(beside / WEIGHTS, weights, {"format": "pt"}),
+                OPTIMIZER: write_safetensors(beside / OPTIMIZER, optimizer, {"format": "pt"}),
+                STATE: write_flushed(beside / STATE, json.dumps({**state, "step": step}, indent=1).encode()),
+            }
+            files = {name: {"bytes": (beside / name).stat().st_size, "sha256": digest} for name, digest in digests.items()}
+            manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "files": files}
+            manifest["sha256"] = _manifest_digest(manifest)
+            write_flushed(beside / MANIFEST, json.dumps(manifest, indent=1).encode())
+            flush_folder(beside)
+            verify(beside)
+            if target.exists():  # a damaged one of the same step, or the run was taken back behind it
+                old = self.folder / f".step-{step:08d}.{os.getpid()}.old.tmp"
+                os.rename(target, old)
+            os.rename(beside, target)
+            flush_folder(self.folder)
+        except OSError as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise disk_error(target, tensors_bytes(weights) + tensors_bytes(optimizer), error) from error
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+        self.clean()
+        self._point("latest", step)
+        self._prune()
+        return target
+
+    def clean(self) -> None:
+        """Removes what an interrupted write left beside the checkpoints. The run's lock makes sure that nobody is still writing it."""
+        for leftover in self.folder.glob(".*.tmp"):
+            if leftover.name.endswith(".old.tmp") and not self.path(int(leftover.name.split(".")[1][5:])).exists():
+                os.rename(leftover, self.path(int(leftover.name.split(".")[1][5:])))  # stopped between the two renames of `save`
+            elif leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+
+    def mark_best(self, step: int) -> None:
+        self._point("best", step)
+        self._prune()
+
+    def best(self) -> int | None:
+        return self._pointed("best")
+
+    def latest(self) -> int | None:
+        return self._pointed("latest")
+
+    def newest_good(self, report: Callable[[str], None] | None = None, with_optimizer: bool = True) -> Checkpoint | None:
+        """The newest checkpoint whose every byte verifies; each damaged one passed over is reported. None when there is none at all.
+
+        Raises CheckpointError when there are checkpoints and all are damaged: starting afresh would be a silent loss.
+        """
+        problems = []
+        for step in reversed(self.steps()):
+            try:
+                return read_checkpoint(self.path(step), with_optimizer)
+            except CheckpointError as error:
+                problems.append(str(error))
+                if report is not None:
+                    report(f"{error} Falling back to the checkpoint before it.")
+        if problems:
+            raise CheckpointError(f"no good checkpoint in {self.folder}: {' '.join(problems)} Move the folder away to start anew.")
+        return None
+
+    def _point(self, name: str, step: int) -> None:
+        write_atomic(self.folder / name, f"{self.path(step).name}\n".encode())
+
+    def _pointed(self, name: str) -> int | None:
+        with contextlib.suppress(OSError, ValueError):
+            return int((self.folder / name).read_text().strip().removeprefix("step-"))
+        return None
+
+    def _prune(self) -> None:
+        steps = self.steps()
+        kept = {*steps[-self.keep :], self.best(), self.latest()}
+        for step in steps:
+            if step not in kept:
+                # Renamed first: a half-deleted folder must not look like a checkpoint.
+                doomed = self.folder / f".step-{step:08d}.{os.getpid()}.tmp"
+                with contextlib.suppress(OSError):
+                    os.rename(self.path(step), doomed)
+                    shutil.rmtree(doomed, ignore_errors=True)
+
+
+# -- public: one file, any form --------------------------------------------------------------------------------------------
+
+
+def save(model: Model, path: str | Path, tokenizer: Tokenizer | None = None) -> None:
+    """Writes the model, its configuration and optionally its tokenizer as one .cllm file, atomically.
+
+    Raises UserError for another suffix, CheckpointError when the disk does not take it.
+    """
+    path = Path(path)
+    if path.suffix != ".cllm":
+        raise UserError(f"save writes a .cllm file, got {str(path)!r}. For a Hugging Face folder use cllm.interop.hf.save_hf or `cllm export`.")
+    weights = weights_of(model)
+    metadata = {"format": "pt", "cllm_format": str(FORMAT_VERSION), "config": json.dumps(model.config.to_dict(), sort_keys=True)}
+    if tokenizer is not None:
+        metadata |= {"tokenizer": tokenizer.to_json(), "tokenizer_hash": tokenizer.hash}
+    metadata["sha256"] = _content_digest(weights, metadata)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        digest = write_safetensors(beside, weights, metadata)
+        if sha256_of(beside) != digest:
+            raise CheckpointError(f"{path} did not read back as it was written: the disk is failing.")
+        os.replace(beside, path)
+        flush_folder(path.parent)
+    except OSError as error:
+        raise disk_error(path, tensors_bytes(weights), error) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _content_digest(weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(metadata.keys() - {"sha256"}):
+        digest.update(json.dumps([key, metadata[key]]).encode())
+    for name in sorted(weights):
+        digest.update(json.dumps([name, DTYPES[weights[name].dtype], list(weights[name].shape)]).encode())
+        digest.update(raw_bytes(weights[name]))
+    return digest.hexdigest()
+
+
+def load(path: str | Path, report: Callable[[str], None] | None = None) -> tuple[Model, Tokenizer | None]:
+    """The model and tokenizer in a run folder (its newest good checkpoint), a checkpoint folder, a .cllm file or a Hugging Face folder.
+
+    `report` hears of damaged checkpoints that were passed over. Raises CheckpointError for anything else; nothing is ever unpickled.
+    """
+    path = Path(path)
+    try:
+        if path.is_file():
+            return _load_file(path)
+        if (path / MANIFEST).is_file():
+            return _model_of(read_checkpoint(path, with_optimizer=False))
+        if (path / "checkpoints").is_dir():
+            checkpoint = CheckpointStore(path / "checkpoints").newest_good(report, with_optimizer=False)
+            if checkpoint is None:
+                raise CheckpointError(f"{path} has no checkpoint yet. Train it first: cllm train DATA --out {path}")
+            return _model_of(checkpoint)
+        if (path / "config.json").is_file():
+            from cllm.interop.hf import load_hf
+
+            return load_hf(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {one_line(error)}.") from error
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist. {NOT_A_CHECKPOINT}")
+    raise CheckpointError(f"{path} is not a checkpoint. {NOT_A_CHECKPOINT}")
+
+
+def _load_file(path: Path) -> tuple[Model, Tokenizer | None]:
+    weights, metadata = read_safetensors(path)
+    if "cllm_format" not in metadata or "config" not in metadata:
+        raise CheckpointError(f"{path} is a safetensors file without a CLLM configuration. {NOT_A_CHECKPOINT}")
+    if metadata["cllm_format"] != str(FORMAT_VERSION):
+        raise CheckpointError(f"{path} has format version {metadata['cllm_format']}, this CLLM reads {FORMAT_VERSION}. Use the CLLM that wrote it.")
+    if metadata.get("sha256") != _content_digest(weights, metadata):
+        raise CheckpointError(f"{path} is damaged: its SHA-256 does not match. Copy it again from its source.")
+    model = _build(json.loads(metadata["config"]), weights, path)
+    return model, _tokenizer(metadata["tokenizer"], metadata.get("tokenizer_hash"), path) if "tokenizer" in metadata else None
+
+
+def _build(config: dict[str, Any], weights: Mapping[str, torch.Tensor], where: Path) -> Model:
+    from cllm.config import ModelConfig
+    from cllm.model import Model
+
+    try:
+        with torch.device("meta"):  # no memory and no random numbers for weights that are read anyway
+            model = Model(ModelConfig.from_dict(config))
+    except (CLLMError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{where} holds a model configuration that this CLLM cannot build: {one_line(error)}") from error
+    model.to_empty(device="cpu")
+    load_weights(model, weights, where)
+    return model
+
+
+def _model_of(checkpoint: Checkpoint) -> tuple[Model, Tokenizer | None]:
+    model = _build(checkpoint.state["model"], checkpoint.weights, checkpoint.path)
+    # runs/NAME/checkpoints/step-N: the tokenizer belongs to the run. A checkpoint that was copied elsewhere has none.
+    stored = checkpoint.path.resolve().parent.parent / "tokenizer.json"
+    wanted = checkpoint.state.get("tokenizer_hash")
+    if wanted is None or not stored.is_file():
+        return model, None
+    return model, _tokenizer(stored.read_text(encoding="utf-8"), wanted, stored)
+
+
+def _tokenizer(text: str, wanted: str | None, where: Path) -> Tokenizer:
+    from cllm.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_json(text)
+    check_tokenizer(tokenizer.hash, wanted, where)
+    return tokenizer
+
+
+def check_tokenizer(found: str | None, wanted: str | None, where: Path | str) -> None:
+    """Refuses weights or tokens that were made with another tokenizer: the same numbers would mean other text."""
+    if wanted is not None and found != wanted:
+        raise CheckpointError(
+            f"{where}: this tokenizer (hash {str(found)[:12]}) is not the one that the model was trained with ({wanted[:12]}). "
+            "Use the tokenizer.json of the run, or train a new run."
+        )

@@ -1,0 +1,61 @@
+"""Predicts the memory of a training run before it starts, by adding up what the step keeps alive at its peak (the end of the forward pass)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cllm.config import ModelConfig
+
+# Logits exist only in chunks of rows; this is what a chunk and the packed panels of a matrix product may take.
+LOGIT_ROWS = 1024
+# Python, torch and compiled kernels, before any tensor: measured 0.35 to 0.5 GB.
+PROCESS_BYTES = 450 << 20
+
+
+@dataclass(frozen=True)
+class MemoryPrediction:
+    """Bytes of each part of a training process."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    process: int = PROCESS_BYTES
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.process
+
+    def rows(self) -> list[tuple[str, int, str]]:
+        """(part, bytes, what it counts), largest first."""
+        parts = [
+            ("weights", self.weights, "float32 masters"),
+            ("gradients", self.gradients, "float32"),
+            ("optimizer", self.optimizer, "AdamW: two float32 moments"),
+            ("activations", self.activations, "kept for the backward of one microbatch"),
+            ("logits", self.logits, f"one chunk of {LOGIT_ROWS} rows and the gradient of the output matrix"),
+            ("process", self.process, "Python, torch, compiled kernels"),
+        ]
+        return sorted(parts, key=lambda part: -part[1])
+
+
+def predict(config: ModelConfig, batch_size: int, seq_len: int, precision: str = "fp32") -> MemoryPrediction:
+    """The memory of training with microbatches of batch_size x seq_len tokens."""
+    parameters, tokens = config.num_parameters(), batch_size * seq_len
+    width = 2 if precision == "bf16" else 4
+    queries, keys = config.num_heads * config.head_size, config.kv_heads * config.head_size
+    # Per token and layer: the residual stream and its normalised copy, twice; q, k, v before and after norm or rotation; the attention's
+    # output. The feed-forward keeps its input only and recomputes the rest.
+    per_layer = 4 * config.embed_dim + 2 * (queries + 2 * keys) + queries
+    per_token = config.num_layers * (per_layer * width + 4 * (config.num_heads + 2)) + 3 * config.embed_dim * width
+    feed_forward = tokens * config.ffn_size * width * (3 if config.gated else 2)  # recomputed for one layer at a time
+    chunk = min(LOGIT_ROWS, tokens) * config.vocab_size * 4
+    output_gradient = config.vocab_size * config.embed_dim * 4
+    return MemoryPrediction(
+        weights=4 * parameters,
+        gradients=4 * parameters,
+        optimizer=8 * parameters,
+        activations=tokens * per_token + feed_forward,
+        logits=chunk + output_gradient,
+    )

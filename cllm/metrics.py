@@ -1,0 +1,92 @@
+"""What a run measured: one JSON object per line in metrics.jsonl, and the same numbers for TensorBoard where tensorboardX is installed.
+
+Each row has `kind` (train or eval) and `step` (updates done). On resume the file is cut back to the checkpoint, so that a run that was
+stopped and resumed leaves the same rows as one that was not, apart from the fields that hold times.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cllm.runtime.errors import CheckpointError
+
+# Fields that depend on the machine and the hour, not on the training.
+TIME_FIELDS = ("seconds", "tokens_per_second", "share_of_peak", "memory_bytes", "time")
+
+
+class Metrics:
+    """Appends rows to `run/metrics.jsonl` and to TensorBoard events in `run`."""
+
+    def __init__(self, run: str | Path, tensorboard: bool = False) -> None:
+        self.run = Path(run)
+        self.path = self.run / "metrics.jsonl"
+        self._file: Any = None
+        self._board = _tensorboard(self.run) if tensorboard else None
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def truncate(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Before the first write: drops the rows that a resumed run will write again, and a last line that a kill cut short."""
+        assert self._file is None
+        if not self.path.exists():
+            return
+        kept = "".join(json.dumps(row) + "\n" for row in read_metrics(self.path) if keep(row))
+        beside = self.path.with_name(".metrics.jsonl.tmp")
+        beside.write_text(kept)
+        os.replace(beside, self.path)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """One row, on disk when this returns (flushed to the operating system; a checkpoint's rows survive a kill)."""
+        row = {"kind": kind, "step": step, **{key: _plain(value) for key, value in values.items()}}
+        try:
+            if self._file is None:
+                self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the run's whole life)
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise CheckpointError(f"could not write {self.path}: {error.strerror or error}. Free some space and run the same command.") from error
+        if self._board is not None:
+            for key, value in values.items():
+                if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                    self._board.add_scalar(f"{kind}/{key}", value, step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._board is not None:
+            self._board.close()
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: they become their names."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The rows of a metrics.jsonl; lines that are not whole JSON objects are passed over."""
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and line.endswith("\n"):
+                yield row
+
+
+def _tensorboard(run: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(run / "events"))

@@ -1,0 +1,124 @@
+"""One training step: forward and backward over the microbatches, clip, update. What the Trainer runs, for scripts and profilers as well.
+
+    step = TrainStep(model, precision="bf16", learning_rate=3e-4, grad_clip=1.0)
+    loss = step(tokens, targets)          # forward, backward, clip, update; returns the loss before the update
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from cllm.optim import AdamW
+from cllm.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from cllm.model import Model
+
+IGNORED = -100
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """tokens, targets (B, T) int64, targets -100 where there is none; cu_seqlens int32 over the B * T tokens, or None."""
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    cu_seqlens: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did. `loss`: nats per target before the update, smoothing and z-loss included. `updated`: False when it was skipped."""
+
+    loss: float
+    gradient_norm: float
+    largest_gradient: float
+    num_nonfinite: int
+    num_targets: int
+    learning_rate: float
+    updated: bool
+
+    @property
+    def finite(self) -> bool:
+        return self.num_nonfinite == 0 and math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
+
+
+class TrainStep:
+    """Forward, backward, clip and AdamW update of a model whose parameters are float32 masters; `precision` is that of the activations."""
+
+    def __init__(
+        self,
+        model: Model,
+        precision: str = "fp32",
+        learning_rate: float = 3e-4,
+        grad_clip: float = 1.0,
+        *,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
+        if not learning_rate > 0 or grad_clip < 0:
+            raise UserError(f"learning_rate must be > 0 and grad_clip >= 0, got {learning_rate!r} and {grad_clip!r}.")
+        self.model, self.learning_rate, self.grad_clip = model, learning_rate, grad_clip
+        self.label_smoothing, self.z_loss = label_smoothing, z_loss
+        if next(model.parameters()).dtype != torch.float64:  # a float64 model is a reference and computes in float64
+            model.compute_dtype = PRECISIONS[precision]
+        self.optimizer = AdamW(model.named_parameters(), betas=betas, eps=eps, weight_decay=weight_decay)
+        self.last: StepResult | None = None
+
+    def __call__(self, tokens: torch.Tensor, targets: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
+        """tokens, targets (B, T) -> the loss before the update, a scalar float32 tensor. More of it in `last`."""
+        return torch.tensor(self.run([Microbatch(tokens, targets, cu_seqlens)]).loss)
+
+    def run(
+        self, microbatches: Sequence[Microbatch], learning_rate: float | None = None, beat: Callable[[], None] | None = None
+    ) -> StepResult:
+        """One update from the gradients of all microbatches together. `beat` is called after each of them.
+
+        A loss or gradient that is not finite leaves weights, moments and the count of updates as they were.
+        """
+        rate = self.learning_rate if learning_rate is None else learning_rate
+        loss, num_targets = self.accumulate(microbatches, beat)
+        if math.isfinite(loss) and num_targets:
+            updates = self.optimizer.num_updates
+            norm, largest, nonfinite = self.optimizer.update(rate, self.grad_clip)
+            updated = self.optimizer.num_updates > updates
+        else:
+            norm, largest, nonfinite, updated = math.nan if num_targets else 0.0, 0.0, int(num_targets > 0), False
+        self.optimizer.zero_grad()
+        self.last = StepResult(loss, norm, largest, nonfinite, num_targets, rate, updated)
+        return self.last
+
+    def accumulate(self, microbatches: Sequence[Microbatch], beat: Callable[[], None] | None = None) -> tuple[float, int]:
+        """Leaves in `.grad` the gradient of the loss over all microbatches and returns (loss, number of targets).
+
+        Each microbatch's summed loss is divided by the targets of all of them, not averaged over microbatches: a short document
+        in one of them weighs no more than its tokens. Gradients add up in the parameters' own float32.
+        """
+        num_targets = sum(int((each.targets != IGNORED).sum()) for each in microbatches)
+        self.optimizer.zero_grad()
+        total = 0.0
+        for each in microbatches if num_targets else ():
+            loss = self.model.loss(
+                each.tokens,
+                each.targets,
+                divisor=float(num_targets),
+                cu_seqlens=each.cu_seqlens,
+                label_smoothing=self.label_smoothing,
+                z_loss=self.z_loss,
+            )
+            loss.backward()
+            total += loss.item()
+            if beat is not None:
+                beat()
+        return total, num_targets

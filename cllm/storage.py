@@ -1,0 +1,126 @@
+"""Files that are written whole: safetensors with a known SHA-256, small files replaced in one step, and what a full disk is told."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cllm.runtime.errors import CheckpointError
+
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}
+_CHUNK = 16 << 20
+NOT_A_CHECKPOINT = "Expected a run folder, a checkpoint folder, a .cllm file or a Hugging Face folder."
+
+
+def tensors_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order, without a copy where it already lies so on the CPU."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """Writes and flushes one safetensors file and returns its SHA-256.
+
+    Ours, because the library's writer orders metadata by a random hash: the same weights must give the same file.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    # Widest numbers first keeps every tensor aligned to its own size, as the format asks.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    offset = 0
+    for name in names:
+        size = tensors[name].numel() * tensors[name].element_size()
+        header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for piece in _pieces(struct.pack("<Q", len(head)) + head, (raw_bytes(tensors[name]) for name in names)):
+            digest.update(piece)
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _pieces(head: bytes, blobs: Iterator[memoryview]) -> Iterator[bytes | memoryview]:
+    yield head
+    for blob in blobs:
+        for start in range(0, len(blob), _CHUNK):
+            yield blob[start : start + _CHUNK]
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors and the metadata of a safetensors file; CheckpointError when it is not one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            # Copied out of the mapping: a checkpoint may be replaced on disk while its weights are in use.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file ({one_line(error)}). {NOT_A_CHECKPOINT}") from error
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_flushed(path: Path, content: bytes) -> str:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(content).hexdigest()
+
+
+def flush_folder(folder: Path) -> None:
+    """Makes renames inside the folder survive a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replaces a small file in one step: a reader sees the old text or the new one, never a part."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_flushed(beside, content)
+        os.replace(beside, path)
+        flush_folder(path.parent)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise disk_error(path, len(content), error) from error
+
+
+def disk_error(what: Path, size: int, error: OSError) -> CheckpointError:
+    free = ""
+    with contextlib.suppress(OSError):
+        free = f", {shutil.disk_usage(what.parent).free / 1e6:,.2f} MB are free"
+    return CheckpointError(
+        f"could not write {what}: {one_line(error)} (it needs {size / 1e6:,.2f} MB{free}). Earlier checkpoints are untouched. "
+        "Free some space or choose another folder with --out, then run the same command to go on."
+    )

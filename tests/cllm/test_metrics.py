@@ -1,0 +1,47 @@
+"""metrics.jsonl: whole rows only, cut back to the checkpoint on resume, and the same numbers for TensorBoard."""
+
+import json
+import math
+
+import pytest
+
+from cllm.metrics import Metrics, read_metrics
+from cllm.runtime.errors import CheckpointError
+
+
+def test_rows_are_on_disk_as_soon_as_they_are_written(tmp_path):
+    metrics = Metrics(tmp_path)
+    metrics.write("train", 1, loss=2.5, updated=True)
+    metrics.write("train", 2, loss=math.nan, gradient_norm=math.inf)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0]) == {"kind": "train", "step": 1, "loss": 2.5, "updated": True}
+    assert json.loads(lines[1], parse_constant=pytest.fail) == {"kind": "train", "step": 2, "loss": "nan", "gradient_norm": "inf"}
+
+
+def test_rows_after_the_checkpoint_and_a_torn_line_are_dropped(tmp_path):
+    metrics = Metrics(tmp_path)
+    for step in range(1, 6):
+        metrics.write("train", step, loss=1.0 / step)
+    with open(metrics.path, "a") as file:
+        file.write('{"kind": "train", "step": 1')
+    metrics.close()
+    metrics.truncate(lambda row: row["step"] <= 3)
+    metrics.write("train", 4, loss=9.0)
+    assert [(row["step"], row["loss"]) for row in read_metrics(metrics.path)] == [(1, 1.0), (2, 0.5), (3, 1.0 / 3), (4, 9.0)]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
+    metrics = Metrics(tmp_path)
+    metrics.path = tmp_path / "absent" / "metrics.jsonl"
+    with pytest.raises(CheckpointError, match=r"could not write .* same command"):
+        metrics.write("train", 1, loss=1.0)
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    pytest.importorskip("tensorboardX")
+    metrics = Metrics(tmp_path, tensorboard=True)
+    metrics.write("train", 1, loss=2.5, note="text")
+    metrics.close()
+    (events,) = (tmp_path / "events").iterdir()
+    assert b"train/loss" in events.read_bytes()
