@@ -1,0 +1,33 @@
+"""The fused operations: torch tensors in, torch tensors out, each with a gradient, the same names on every device.
+
+Each is a `torch.library` operator (`torch.ops.cllm.*`), so that `torch.compile` and `torch.export` work on them. `cllm.runtime`
+chooses the backend of a call: numba or plain torch on a CPU.
+"""
+
+from cllm.kernels._register import OPERATIONS
+from cllm.kernels.adamw import adamw_
+from cllm.kernels.attention import attention
+from cllm.kernels.cross_entropy import cross_entropy
+from cllm.kernels.embedding import embedding
+from cllm.kernels.feed_forward import feed_forward
+from cllm.kernels.linear_cross_entropy import LossStats, linear_cross_entropy
+from cllm.kernels.matmul import matmul
+from cllm.kernels.norm import layer_norm, rms_norm
+from cllm.kernels.rotary import rotary
+from cllm.kernels.softmax import softmax
+
+__all__ = [
+    "OPERATIONS",
+    "LossStats",
+    "adamw_",
+    "attention",
+    "cross_entropy",
+    "embedding",
+    "feed_forward",
+    "layer_norm",
+    "linear_cross_entropy",
+    "matmul",
+    "rms_norm",
+    "rotary",
+    "softmax",
+]

@@ -1,0 +1,194 @@
+"""How an operation becomes a torch operator, and how a call finds the backend that serves it.
+
+An operation is a `torch.library` custom op in the namespace `cllm` with a fake (shapes for the compiler) and, where it has one, an
+autograd formula. Its implementation asks `backend(...)` for a module: the runtime's plan names the backend, the table here names
+the module, and the module is imported when it first serves. A new backend is one more entry in `_BACKENDS`.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cllm import runtime
+from cllm.runtime.errors import UserError
+
+# Operation as the plan knows it -> the file that holds it in each backend's folder.
+OPERATIONS = {
+    "attention": "attention",
+    "feed_forward": "feed_forward",
+    "rms_norm": "norm",
+    "layer_norm": "norm",
+    "rotary": "rotary",
+    "softmax": "softmax",
+    "embedding": "embedding",
+    "cross_entropy": "cross_entropy",
+    "linear_cross_entropy": "linear_cross_entropy",
+    "matmul": "matmul",
+    "adamw": "adamw",
+}
+
+
+class _Backend(NamedTuple):
+    package: str
+    device_types: tuple[str, ...]
+    priority: int  # the highest that can serve is chosen
+
+
+_BACKENDS = {
+    "numba": _Backend("cllm.kernels.cpu", ("cpu",), 100),
+    "torch": _Backend("cllm.kernels.reference", ("cpu", "cuda", "mps", "xpu"), 0),
+}
+
+Shapes = tuple[tuple[int, ...], ...]
+_MAX_HEAD_DIM = 256
+_MAX_CACHED_PLANS = 4096
+_modules: dict[tuple[Any, ...], ModuleType] = {}
+
+
+def _numba_can_serve(op: str) -> Callable[..., tuple[bool, str]]:
+    module_name = f"{_BACKENDS['numba'].package}.{OPERATIONS[op]}"
+
+    def can_serve(shapes: Shapes, dtype: torch.dtype | str, device: str) -> tuple[bool, str]:
+        if str(dtype).removeprefix("torch.") not in ("float32", "bfloat16"):
+            return False, f"the numba kernels compute float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+        if op == "attention" and shapes and shapes[0][-1] > _MAX_HEAD_DIM:
+            return False, f"head size {shapes[0][-1]} is larger than {_MAX_HEAD_DIM}"
+        if importlib.util.find_spec("numba") is None:
+            return False, "numba is not installed"
+        if importlib.util.find_spec(module_name) is None:
+            return False, f"there is no {module_name}"
+        return True, "explicit SIMD, every core"
+
+    return can_serve
+
+
+def _torch_can_serve(shapes: Shapes, dtype: torch.dtype | str, device: str) -> tuple[bool, str]:
+    return True, "plain torch serves every dtype and device"
+
+
+def _register_backends() -> None:
+    for op in OPERATIONS:
+        for name, entry in _BACKENDS.items():
+            can_serve = _numba_can_serve(op) if name == "numba" else _torch_can_serve
+            for device_type in entry.device_types:
+                runtime.register_backend(op, name, device_type, entry.priority, can_serve)
+
+
+def backend(op: str, shapes: Shapes, dtype: torch.dtype, device_type: str, work: float) -> ModuleType:
+    """The module that serves `op` on these shapes; `work` is its floating-point operations, or bytes moved where that is more."""
+    settings = runtime.settings()
+    key = (op, shapes, dtype, device_type, settings.backend, settings.threads)
+    module = _modules.get(key)
+    if module is None:
+        plan = runtime.plan(op, shapes, dtype, device_type, work)
+        module = importlib.import_module(f"{_BACKENDS[plan.backend].package}.{OPERATIONS[op]}")
+        if len(_modules) >= _MAX_CACHED_PLANS:  # decoding meets a new key length at every step
+            _modules.clear()
+        _modules[key] = module
+    return module
+
+
+def operation(
+    name: str,
+    fake: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    mutates_args: tuple[str, ...] = (),
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: register a function as the operator `cllm::name` and return what calls it."""
+
+    def make(function: Callable[..., Any]) -> Callable[..., Any]:
+        op = torch.library.custom_op(f"cllm::{name}", function, mutates_args=mutates_args)
+        op.register_fake(fake)
+        if backward is not None:
+            op.register_autograd(backward, setup_context=setup_context)
+        operator = getattr(torch.ops.cllm, name).default
+        if mutates_args:  # the dispatcher counts the versions of what an operator changes
+            return operator
+
+        def call(*args: Any) -> Any:
+            return operator(*args) if torch.is_grad_enabled() or _is_observed(args) else function(*args)
+
+        return call
+
+    return make
+
+
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype))
+
+
+def _is_observed(args: tuple[Any, ...]) -> bool:
+    """Whether anything but the implementation has to see this call: a compiler, a dispatch mode, a transform, a tensor subclass.
+
+    Without gradients nothing else does, in the backward pass and in generation; going past the dispatcher then halves the cost of a small call.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return any(type(arg) not in _PLAIN_TYPES or (isinstance(arg, Tensor) and arg.is_meta) for arg in args)
+
+
+def tensor_or_empty(value: Tensor | None, like: Tensor) -> Tensor:
+    """An operator cannot return None: an absent result is an empty tensor."""
+    return like.new_empty(0) if value is None else value
+
+
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of per-row statistics such as log-sum-exp: float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_floating(op: str, **tensors: Tensor | None) -> None:
+    """Activations of one call: floating point, and all of the first one's dtype and device."""
+    first: Tensor | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if first is None:
+            if not tensor.is_floating_point():
+                raise UserError(f"{op}: {name} must be floating point, got {tensor.dtype}. Convert it first.")
+            first, first_name = tensor, name
+        elif tensor.dtype != first.dtype or tensor.device != first.device:
+            raise UserError(
+                f"{op}: {name} is {tensor.dtype} on {tensor.device} and {first_name} is {first.dtype} on {first.device}. "
+                "They must agree: convert one of them."
+            )
+
+
+def check_weight(op: str, activation: Tensor, **weights: Tensor | None) -> None:
+    """Weights may be the float32 master copy or have the activation's dtype."""
+    for name, weight in weights.items():
+        if weight is None:
+            continue
+        if weight.dtype != activation.dtype and weight.dtype != torch.float32:
+            raise UserError(
+                f"{op}: {name} is {weight.dtype}, expected torch.float32 or the activations' {activation.dtype}. Convert it first."
+            )
+        if weight.device != activation.device:
+            raise UserError(f"{op}: {name} is on {weight.device} and the activations on {activation.device}. Move one.")
+
+
+def check_integer_range(op: str, name: str, values: Tensor, end: int, ignored: int | None = None) -> None:
+    """Indices within [0, end): read on the CPU only, because elsewhere the answer would stall the device."""
+    if values.device.type != "cpu" or values.numel() == 0:
+        return
+    low, high = values.aminmax()
+    if low >= 0 and high < end:
+        return
+    wrong = (values < 0) | (values >= end)
+    if ignored is not None:
+        wrong &= values != ignored
+    if wrong.any():
+        raise UserError(
+            f"{op}: {name} holds {int(values[wrong][0])}, expected 0 <= {name} < {end}"
+            + (f" or {ignored} where there is nothing to predict" if ignored is not None else "")
+            + ". Check that tokenizer and vocabulary size belong together."
+        )
+
+
+_register_backends()

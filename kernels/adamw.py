@@ -1,0 +1,72 @@
+"""AdamW over all tensors at once: one pass that measures the gradients, one that clips and updates."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cllm.kernels._register import backend, operation
+from cllm.runtime.errors import UserError
+
+
+def adamw_(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor], *,
+    learning_rate: float, betas: tuple[float, float], eps: float, weight_decays: Sequence[float], step: int,
+    max_norm: float = 0.0, skip_nonfinite: bool = True,
+) -> Tensor:  # fmt: skip
+    """One AdamW update in place, with decoupled weight decay (Loshchilov and Hutter 2017, arXiv 1711.05101).
+
+    Lists of equal length: float32 params and moments, gradients in float32 or bfloat16 of the same shapes, one weight decay per
+    tensor; `step` counts from 1. `max_norm` > 0 scales all gradients so that their global norm is at most that. With
+    `skip_nonfinite` nothing at all changes when any gradient is inf or NaN. Returns float32 (3,): the gradient norm before
+    clipping, the largest |g| and the number of non-finite elements. Raises UserError for lists, shapes or options that do not fit.
+    """
+    num_tensors = len(params)
+    if not num_tensors == len(grads) == len(exp_avgs) == len(exp_avg_sqs) == len(weight_decays):
+        raise UserError(
+            f"adamw_: {num_tensors} params, {len(grads)} grads, {len(exp_avgs)} exp_avgs, {len(exp_avg_sqs)} exp_avg_sqs and "
+            f"{len(weight_decays)} weight_decays. Pass lists of one length."
+        )
+    for index, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
+        if not param.shape == grad.shape == exp_avg.shape == exp_avg_sq.shape:
+            raise UserError(
+                f"adamw_: tensor {index} has shapes {tuple(param.shape)} (param), {tuple(grad.shape)} (grad), "
+                f"{tuple(exp_avg.shape)} and {tuple(exp_avg_sq.shape)} (moments). They must be the same."
+            )
+        if param.dtype != params[0].dtype or exp_avg.dtype != param.dtype or exp_avg_sq.dtype != param.dtype:
+            raise UserError(
+                f"adamw_: tensor {index} is {param.dtype} with moments {exp_avg.dtype} and {exp_avg_sq.dtype}. "
+                f"Parameters and moments must all be {params[0].dtype}."
+            )
+        if grad.dtype not in (param.dtype, torch.bfloat16):
+            raise UserError(f"adamw_: gradient {index} is {grad.dtype}, expected {param.dtype} or torch.bfloat16. Convert it first.")
+    beta1, beta2 = betas
+    if not (learning_rate >= 0 and eps >= 0 and 0 <= beta1 < 1 and 0 <= beta2 < 1 and step >= 1 and max_norm >= 0):
+        raise UserError(
+            f"adamw_: expected learning_rate >= 0, eps >= 0, 0 <= betas < 1, step >= 1 and max_norm >= 0, "
+            f"got {learning_rate}, {eps}, {betas}, {step} and {max_norm}."
+        )
+    with torch.no_grad():
+        return _adamw(
+            list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), float(learning_rate), beta1, beta2, eps,
+            list(weight_decays), step, float(max_norm), skip_nonfinite,
+        )  # fmt: skip
+
+
+def _adamw_fake(params: list[Tensor], *_: object) -> Tensor:
+    return params[0].new_empty(3, dtype=torch.float32) if params else torch.empty(3)
+
+
+@operation("adamw_", _adamw_fake, mutates_args=("params", "exp_avgs", "exp_avg_sqs"))
+def _adamw(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    learning_rate: float, beta1: float, beta2: float, eps: float, weight_decays: list[float], step: int,
+    max_norm: float, skip_nonfinite: bool,
+) -> Tensor:  # fmt: skip
+    if not params:
+        return torch.zeros(3)
+    size = sum(param.numel() for param in params)
+    serving = backend("adamw", ((size,),), params[0].dtype, params[0].device.type, 28.0 * size)
+    return serving.step(
+        params, grads, exp_avgs, exp_avg_sqs, learning_rate, beta1, beta2, eps, weight_decays, step, max_norm, skip_nonfinite
+    )

@@ -1,0 +1,130 @@
+"""Scaled dot-product attention: causal, grouped-query, windowed, soft-capped, over packed documents, with log-sum-exp.
+
+B batch, T query tokens, S key tokens, H query heads, Hkv key-value heads, D head dim.
+"""
+
+from itertools import pairwise
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from cllm.kernels._register import backend, check_floating, operation, stats_dtype
+from cllm.runtime.errors import UserError
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, window: int | None = None,
+    softcap: float | None = None, cu_seqlens: Tensor | None = None, return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, window: int | None = None,
+    softcap: float | None = None, cu_seqlens: Tensor | None = None, return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, window: int | None = None,
+    softcap: float | None = None, cu_seqlens: Tensor | None = None, return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """softmax(scale * q k^T) v without ever holding all the scores (Dao 2023, arXiv 2307.08691).
+
+    q (B, T, H, D), k and v (B, S, Hkv, D) of one dtype, any strides -> (B, T, H, D), and with `return_lse` the log-sum-exp of the
+    scaled scores (B, H, T) in float32, through which gradients flow. Queries are the last T positions of the S keys: with `causal`
+    query t sees the keys s <= t + S - T; with `window` W only those with s > t + S - T - W. `scale` defaults to D ** -0.5;
+    `softcap` c turns a score x into c * tanh(x / c). `cu_seqlens` int32 (n + 1,) holds the bounds of packed documents, with B = 1 and
+    T = S: a query sees its own document only. A query that sees nothing gets 0 and a log-sum-exp of -inf.
+    Raises UserError for shapes, dtypes or options that do not fit together.
+    """
+    _check(q, k, v, window, softcap, cu_seqlens)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    out, lse = _attention(q, k, v, causal, scale, window or 0, float(softcap or 0.0), cu_seqlens)
+    return (out, lse) if return_lse else out
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None, cu_seqlens: Tensor | None
+) -> None:  # fmt: skip
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise UserError(
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together. "
+            "Expected q (B, T, H, D), k and v (B, S, Hkv, D)."
+        )
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2] or q.shape[3] == 0:
+        raise UserError(
+            f"attention: {q.shape[2]} query heads of size {q.shape[3]} cannot share {k.shape[2]} key-value heads. "
+            "The number of query heads must be a multiple of the number of key-value heads."
+        )
+    check_floating("attention", q=q, k=k, v=v)
+    if window is not None and window < 1:
+        raise UserError(f"attention: window must be >= 1, got {window}. Use None for no window.")
+    if softcap is not None and not softcap > 0:
+        raise UserError(f"attention: softcap must be > 0, got {softcap}. Use None for no softcap.")
+    if cu_seqlens is not None:
+        if q.shape[0] != 1 or q.shape[1] != k.shape[1]:
+            raise UserError(
+                f"attention: cu_seqlens needs B = 1 and as many queries as keys, got q {tuple(q.shape)} and k {tuple(k.shape)}. "
+                "Flatten the batch into one row of packed documents."
+            )
+        if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+            raise UserError(
+                f"attention: cu_seqlens must be int32 of shape (documents + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}."
+            )
+
+
+def _check_bounds(cu_seqlens: Tensor | None, num_tokens: int) -> None:
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != num_tokens or any(end < start for start, end in pairwise(bounds)):
+            raise UserError(
+                f"attention: cu_seqlens must rise from 0 to the number of tokens, {num_tokens}, got {bounds[:4]}...{bounds[-1]}."
+            )
+
+
+def _flops(q: Tensor, k: Tensor, causal: bool) -> float:
+    return (2.0 if causal else 4.0) * q.numel() * k.shape[1]
+
+
+def _attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int, softcap: float, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, num_tokens, num_heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, num_heads, num_tokens), dtype=stats_dtype(q.dtype))
+
+
+def _backward_fake(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@operation("attention_backward", _backward_fake)
+def _attention_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    causal: bool, scale: float, window: int, softcap: float, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    serving = backend("attention", (q.shape, k.shape), q.dtype, q.device.type, 2.5 * _flops(q, k, causal))
+    if dlse is not None:
+        dlse = dlse.contiguous()
+    return serving.backward(dout.contiguous(), dlse, q, k, v, out, lse, causal, scale, window, softcap, cu_seqlens)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *ctx.options, cu_seqlens = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    dq, dk, dv = _attention_backward(dout, dlse, q, k, v, out, lse, *ctx.options, cu_seqlens)
+    return dq, dk, dv, None, None, None, None, None
+
+
+@operation("attention", _attention_fake, setup_context=_save, backward=_backward)
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int, softcap: float, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check_bounds(cu_seqlens, q.shape[1])
+    serving = backend("attention", (q.shape, k.shape), q.dtype, q.device.type, _flops(q, k, causal))
+    return serving.forward(q, k, v, causal, scale, window, softcap, cu_seqlens)

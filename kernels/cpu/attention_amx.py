@@ -1,0 +1,175 @@
+"""Attention's products on AMX tiles: bfloat16 operands, float32 sums, 16 x 16 outputs and 32 steps of k an instruction.
+
+A operands are rows of bfloat16 with any row stride (a multiple of 32 elements wide); B operands are strips of 16 columns, two k
+to a word, as pack.py makes them. An element is one chain over k in order, so its bits depend on its own row and column only.
+On a CPU without AMX every function here is empty and never called: LLVM could not compile the instructions.
+"""
+
+import numpy as np
+from numba import types
+
+from cllm.kernels.cpu import simd
+from cllm.kernels.cpu.launch import inline, jit, load, store
+from cllm.kernels.cpu.micro import HAS_PAIRS, HAS_TILES, tile_configuration, tile_configure, tile_release
+from cllm.kernels.cpu.micro import _BFloat as BFloat
+from cllm.kernels.cpu.pack import BF16_PAIRS, pack_strip
+from cllm.kernels.cpu.simd import I8, I64, W, intrinsic, vec, vstore_bf16, vzero
+
+LANES = 16  # rows and columns of a tile
+STEP = 32  # k of one instruction
+STEP_BYTES = 64
+
+
+def _make_tiles(row_strips: int, column_strips: int):
+    """C tiles = or += A B: a at its first row and k, stride a_row; b strips of [k/2][16][2], b_strip apart."""
+
+    @intrinsic
+    def tiles(tc, a, a_row, b, b_strip, c, c_row, steps, first):
+        def codegen(ctx, bld, sig, args):
+            a, a_row, b, b_strip, c, c_row, steps, first = args
+
+            def op(name, *operands):
+                simd.call(bld, f"llvm.x86.{name}", simd.ir.VoidType(), *operands)
+
+            def at(address):
+                return bld.inttoptr(address, I8.as_pointer())
+
+            grid = [(i, j, I8(2 * i + j)) for i in range(row_strips) for j in range(column_strips)]
+            to = [bld.add(c, bld.add(bld.mul(c_row, I64(LANES * i)), I64(j * STEP_BYTES))) for i, j, _ in grid]
+            zero, resume, start, loop, end = (bld.append_basic_block(f"tiles.{n}") for n in ("zero", "resume", "start", "k", "end"))
+            bld.cbranch(bld.icmp_unsigned("!=", first, first.type(0)), zero, resume)
+            bld.position_at_end(zero)
+            for _, _, tile in grid:
+                op("tilezero", tile)
+            bld.branch(start)
+            bld.position_at_end(resume)
+            for (_, _, tile), address in zip(grid, to):
+                op("tileloadd64", tile, at(address), c_row)
+            bld.branch(start)
+            bld.position_at_end(start)
+            bld.branch(loop)
+            bld.position_at_end(loop)
+            k = bld.phi(I64)
+            k.add_incoming(I64(0), start)
+            for j in range(column_strips):
+                address = bld.add(b, bld.add(bld.mul(b_strip, I64(j)), bld.mul(k, I64(LANES * STEP_BYTES))))
+                op("tileloadd64", I8(6 + j), at(address), I64(STEP_BYTES))
+            for i in range(row_strips):
+                address = bld.add(a, bld.add(bld.mul(a_row, I64(LANES * i)), bld.mul(k, I64(STEP_BYTES))))
+                op("tileloadd64", I8(4 + i), at(address), a_row)
+                for j in range(column_strips):
+                    op("tdpbf16ps", I8(2 * i + j), I8(4 + i), I8(6 + j))
+            after = bld.add(k, I64(1))
+            k.add_incoming(after, loop)
+            bld.cbranch(bld.icmp_signed("<", after, steps), loop, end)
+            bld.position_at_end(end)
+            for (_, _, tile), address in zip(grid, to):
+                op("tilestored64", tile, at(address), c_row)
+            return ctx.get_dummy_value()
+
+        return types.void(*[types.intp] * 7, types.boolean), codegen
+
+    return tiles
+
+
+_11, _12, _21, _22 = (_make_tiles(rows, columns) for rows in (1, 2) for columns in (1, 2))
+
+
+def _multiply(a, a_row, b, b_strip, c, c_row, row_strips, column_strips, steps, first):
+    for s in range(0, column_strips, 2):
+        for r in range(0, row_strips, 2):
+            at_a, at_b, at_c = a + r * LANES * a_row, b + s * b_strip, c + r * LANES * c_row + s * STEP_BYTES
+            if r + 1 < row_strips:
+                if s + 1 < column_strips:
+                    _22(at_a, a_row, at_b, b_strip, at_c, c_row, steps, first)
+                else:
+                    _21(at_a, a_row, at_b, b_strip, at_c, c_row, steps, first)
+            elif s + 1 < column_strips:
+                _12(at_a, a_row, at_b, b_strip, at_c, c_row, steps, first)
+            else:
+                _11(at_a, a_row, at_b, b_strip, at_c, c_row, steps, first)
+
+
+def _start(configuration):
+    tile_configure(configuration)
+
+
+def _stop():
+    tile_release()
+
+
+def _no_multiply(a, a_row, b, b_strip, c, c_row, row_strips, column_strips, steps, first):
+    pass
+
+
+def _no_start(configuration):
+    pass
+
+
+def _no_stop():
+    pass
+
+
+multiply = jit(_multiply if HAS_TILES else _no_multiply)
+start = jit(_start if HAS_TILES else _no_start)
+stop = jit(_stop if HAS_TILES else _no_stop)
+
+
+@jit
+def fill_rows(source, row_bytes, rows, dim, target, target_row, all_rows):
+    """Rows of bfloat16, copied and padded with 0 to target_row bytes; rows from `rows` on are 0."""
+    for r in range(all_rows):
+        for c in range(0, target_row // 2, W):
+            v = load(source + r * row_bytes, True, c, dim - c) if r < rows else vzero()
+            store(target + r * target_row, True, c, v, W)
+
+
+@jit
+def fill_strips_of_rows(source, row_bytes, rows, dim, strips, target, spare):
+    """B with a column for each row of a block and k along its elements: strips of padded dim * 32 bytes."""
+    words = (dim + STEP - 1) // STEP * LANES
+    for s in range(strips):
+        lanes = max(0, min(LANES, rows - s * LANES))
+        pack_strip(BF16_PAIRS, source + s * LANES * row_bytes, row_bytes // 2, 1, lanes, dim, words,
+                   target + s * words * STEP_BYTES, spare, False)  # fmt: skip
+
+
+@jit
+def fill_strips_of_columns(source, row_bytes, rows, dim, words, target, spare):
+    """B with k along the rows of a block and a column for each element: strips of words * 64 bytes."""
+    for s in range((dim + LANES - 1) // LANES):
+        pack_strip(BF16_PAIRS, source + s * LANES * 2, 1, row_bytes // 2, min(LANES, dim - s * LANES), rows, words,
+                   target + s * words * STEP_BYTES, spare, False)  # fmt: skip
+
+
+@intrinsic
+def _store_half(tc, address, i, v):
+    def codegen(ctx, bld, sig, args):
+        address, i, v = args
+        half = simd.call(bld, "llvm.x86.avx512bf16.cvtneps2bf16.512", simd.ir.VectorType(BFloat(), W), v)
+        simd.store(bld, half, simd.pointer(ctx, bld, types.intp, address, i, simd.I16), 2)
+        return ctx.get_dummy_value()
+
+    return types.void(types.intp, types.intp, vec), codegen
+
+
+def _with_instruction(address, i, v):
+    """A vector, rounded to bfloat16 by the CPU's own instruction (denormal numbers become 0), at element i of an address."""
+    _store_half(address, i, v)
+
+
+def _without_instruction(address, i, v):
+    vstore_bf16(address, i, v)
+
+
+store_half = inline(_with_instruction if HAS_PAIRS else _without_instruction)
+
+
+def _aligned_configuration() -> tuple[np.ndarray, int]:
+    memory = np.zeros(128, np.uint8)
+    start = -memory.ctypes.data % 64
+    memory[start : start + 64] = np.frombuffer(tile_configuration(), np.uint8)
+    return memory, memory.ctypes.data + start
+
+
+_memory, CONFIGURATION = _aligned_configuration()

@@ -1,0 +1,90 @@
+"""Embedding look-up on the CPU, with a gradient that every row of the table sums in the order of the tokens.
+
+V rows of the table, E columns, N tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from cllm.kernels.cpu._arrays import as_flat
+from cllm.kernels.cpu.launch import Kernel, as_rows, int64_at, is_half, jit, load, num_workers, row_bytes, store
+from cllm.kernels.cpu.simd import W, vadd, vzero
+
+TOKENS_PER_TASK = 16
+ROWS_PER_TASK = 16
+
+WEIGHT, WEIGHT_ROW, WEIGHT_HALF, TOKENS, OUT, OUT_ROW, OUT_HALF, NUM_TOKENS, COLUMNS = range(9)
+DY, DY_ROW, DY_HALF, ORDER, STARTS, DWEIGHT, DWEIGHT_ROW, DWEIGHT_HALF, NUM_ROWS, E = range(10)
+
+
+def _forward(p, f, task, worker):
+    for token in range(task * TOKENS_PER_TASK, min((task + 1) * TOKENS_PER_TASK, p[NUM_TOKENS])):
+        row, out = p[WEIGHT] + int64_at(p[TOKENS], token) * p[WEIGHT_ROW], p[OUT] + token * p[OUT_ROW]
+        for c in range(0, p[COLUMNS], W):
+            n = p[COLUMNS] - c
+            store(out, p[OUT_HALF], c, load(row, p[WEIGHT_HALF], c, n), n)
+
+
+def _backward(p, f, task, worker):
+    dy, half, columns = p[DY], p[DY_HALF], p[E]
+    for row in range(task * ROWS_PER_TASK, min((task + 1) * ROWS_PER_TASK, p[NUM_ROWS])):
+        start, end = int64_at(p[STARTS], row), int64_at(p[STARTS], row + 1)
+        out = p[DWEIGHT] + row * p[DWEIGHT_ROW]
+        for c in range(0, columns, 2 * W):
+            n = columns - c
+            low, high = vzero(), vzero()
+            for i in range(start, end):
+                source = dy + int64_at(p[ORDER], i) * p[DY_ROW]
+                low, high = vadd(low, load(source, half, c, n)), vadd(high, load(source, half, c + W, n - W))
+            store(out, p[DWEIGHT_HALF], c, low, n)
+            store(out, p[DWEIGHT_HALF], c + W, high, n - W)
+
+
+_forward_kernel, _backward_kernel = Kernel(_forward), Kernel(_backward)
+
+
+@jit
+def _group_by_row(tokens, starts, order):
+    """starts (V + 1,): where each row's tokens begin in `order`, which lists them in rising order. Counting sort."""
+    starts[:] = 0
+    for token in tokens:
+        starts[token + 1] += 1
+    for row in range(starts.size - 1):
+        starts[row + 1] += starts[row]
+    for i in range(tokens.size):  # starts[row] moves to the end of the row, which is the start of the next
+        order[starts[tokens[i]]] = i
+        starts[tokens[i]] += 1
+    for row in range(starts.size - 1, 0, -1):
+        starts[row] = starts[row - 1]
+    starts[0] = 0
+
+
+def forward(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """tokens int64 (...), weight (V, E) -> (..., E) in dtype."""
+    table, flat = as_rows(weight), tokens.reshape(-1).contiguous()
+    out = torch.empty((flat.numel(), table.shape[1]), dtype=dtype)
+    if out.numel():
+        _forward_kernel(
+            -(-flat.numel() // TOKENS_PER_TASK),
+            num_workers("embedding", (tuple(tokens.shape), tuple(weight.shape)), dtype, 2.0 * out.numel() * out.element_size()),
+            (table.data_ptr(), row_bytes(table), is_half(table), flat.data_ptr(), out.data_ptr(), row_bytes(out), is_half(out),
+             flat.numel(), table.shape[1]),
+        )  # fmt: skip
+    return out.view(*tokens.shape, table.shape[1])
+
+
+def backward(dy: Tensor, tokens: Tensor, num_rows: int, weight_dtype: torch.dtype) -> Tensor:
+    """dy (..., E), tokens int64 (...) -> (V, E) in weight_dtype."""
+    rows, flat = as_rows(dy), tokens.reshape(-1).contiguous()
+    dweight = torch.empty((num_rows, dy.shape[-1]), dtype=weight_dtype)
+    if dweight.numel():
+        starts, order = torch.empty(num_rows + 1, dtype=torch.int64), torch.empty(flat.numel(), dtype=torch.int64)
+        _group_by_row(as_flat(flat), as_flat(starts), as_flat(order))
+        work = float(rows.numel() * rows.element_size() + dweight.numel() * dweight.element_size())
+        _backward_kernel(
+            -(-num_rows // ROWS_PER_TASK),
+            num_workers("embedding", (tuple(tokens.shape), tuple(dweight.shape)), dy.dtype, work),
+            (rows.data_ptr(), row_bytes(rows), is_half(rows), order.data_ptr(), starts.data_ptr(), dweight.data_ptr(),
+             row_bytes(dweight), is_half(dweight), num_rows, dweight.shape[1]),
+        )  # fmt: skip
+    return dweight

@@ -1,0 +1,536 @@
+"""Matrix product C = A B (+ C) (+ bias) on strided float32 or bfloat16 views, with float32 accumulation.
+
+An element's bits depend on its row of A, its column of B and K, on nothing else: not on M, N, the tile grid, the number
+of workers or whether B was packed before. K is cut into parts of K_PART and those into equal blocks; each block is one
+fma chain from 0, blocks are added in order within a part, then parts in order. (AMX tiles continue one chain through a
+part.) So a decoded token gets the bits of the same token in a long prefill.
+
+Method: K. Goto, R. van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008 (BLIS): packed strips of A and
+B, a micro-kernel in registers, tiles of C that stay in the L2 cache.
+"""
+
+import os
+import threading
+
+import numba
+import numpy as np
+import torch
+
+from cllm.kernels.cpu import micro, pack
+from cllm.kernels.cpu.micro import BLOCK_BYTES, HAS_PAIRS, HAS_TILES, MR, NV, WORD, make_micro, make_tile_micro, prefetch
+from cllm.kernels.cpu.pack import pack_strip
+from cllm.kernels.cpu.simd import W, vadd, vload_masked, vstore_bf16_masked, vstore_masked
+from cllm.runtime import threads
+from cllm.runtime.errors import BackendError
+from cllm.runtime.plan import plan
+
+FP32, PAIRS, TILES, WIDENED = "fp32", "vdpbf16ps", "amx", "widened"  # micro-kernels; the last three compute bfloat16
+
+BLOCK_WORDS = 256  # words of a strip in one K block: 16 KB of a 16-lane strip, three of them in L1
+K_PART = 4096  # bounds the packed copies; float32 accumulation restarts here
+TILE_COLUMNS = 192  # 4 panels of 48 or 6 of 32
+TILE_ROWS, ONE_SLAB_ROWS = 256, 512  # up to ONE_SLAB_ROWS each tile packs its own part of B, once
+MOST_GROUP, CHUNK_WORDS = 4, 32  # strips that one task packs; words at a time where the panel is contiguous
+PACK_BYTES = 32 << 20  # packed copies of A and of B are kept below this, each
+
+# Fields of the parameter block that the kernels read (int64; addresses and strides in bytes unless said).
+(KERNEL, ROWS, COLUMNS, DEPTH, BLOCK, A, A_STRIP, A_ROW, A_K, A_MODE, A_PACKED, B, B_STRIP, B_COLUMN, B_K, B_MODE,
+ B_PACKED, B_READY, OUT, OUT_ROW, OUT_HALF, OLD, OLD_ROW, BIAS, DIRECT, TILE_R, TILE_C, SCRATCH,
+ SCRATCH_STRIDE, CONFIG, GROUP_A, GROUP_B, NUM_FIELDS) = range(33)  # fmt: skip
+_CODE = {FP32: 0, WIDENED: 0, PAIRS: 1, TILES: 2}
+
+_micro_1, _micro_2, _micro_n = make_micro(MR, 1), make_micro(MR, min(2, NV)), make_micro(MR, NV)
+if HAS_PAIRS:
+    _pairs_1, _pairs_2, _pairs_n = make_micro(MR, 1, True), make_micro(MR, 2, True), make_micro(MR, NV, True)
+if HAS_TILES:
+    _tile_11, _tile_12 = make_tile_micro(1, 1), make_tile_micro(1, 2)
+    _tile_21, _tile_22 = make_tile_micro(2, 1), make_tile_micro(2, 2)
+
+
+# ---- one block of K: packed strips -> C tile -----------------------------------------------------------------------
+
+
+@numba.njit(cache=True, nogil=True)
+def _prefetch(address, begin, end):
+    for line in range(begin, end):
+        prefetch(address + line * 64)
+
+
+@numba.njit(cache=True, nogil=True)
+def _block_fp32(a, a_strip, b, b_strip, c, c_row, words, rows, strips, first, next_b):
+    calls = (rows + MR - 1) // MR
+    lines = words * W * WORD // 64
+    for s in range(0, strips, NV):
+        count = min(NV, strips - s)
+        # The next panel of B (at the end, that of the next block) travels to L2 while this one is used.
+        coming = b + (s + NV) * b_strip if s + NV < strips else next_b
+        for r in range(0, rows, MR):
+            if coming != 0:
+                i = r // MR
+                for j in range(NV):
+                    _prefetch(coming + j * b_strip, lines * i // calls, lines * (i + 1) // calls)
+            at_a = a + (r // W) * a_strip + (r % W) * WORD
+            at_b, at_c = b + s * b_strip, c + r * c_row + s * (W * WORD)
+            if s == 0:
+                _prefetch(at_a + a_strip, (r % W) // MR * lines * MR // W, ((r % W) // MR + 1) * lines * MR // W)
+            if count == NV:
+                _micro_n(at_a, at_b, b_strip, at_c, c_row, words, first)
+            else:
+                done = 0
+                if count - done >= 2:
+                    _micro_2(at_a, at_b, b_strip, at_c, c_row, words, first)
+                    done = 2
+                for j in range(done, count):
+                    _micro_1(at_a, at_b + j * b_strip, b_strip, at_c + j * (W * WORD), c_row, words, first)
+
+
+def _block_pairs_py(a, a_strip, b, b_strip, c, c_row, words, rows, strips, first):
+    for s in range(0, strips, NV):
+        count = min(NV, strips - s)
+        for r in range(0, rows, MR):
+            at_a = a + (r // W) * a_strip + (r % W) * WORD
+            at_b, at_c = b + s * b_strip, c + r * c_row + s * (W * WORD)
+            if count == NV:
+                _pairs_n(at_a, at_b, b_strip, at_c, c_row, words, first)
+            elif count == 2:
+                _pairs_2(at_a, at_b, b_strip, at_c, c_row, words, first)
+            else:
+                _pairs_1(at_a, at_b, b_strip, at_c, c_row, words, first)
+
+
+def _block_tiles_py(a, a_strip, b, b_strip, c, c_row, words, rows, strips, first):
+    steps = words // W
+    row_strips = (rows + W - 1) // W
+    for s in range(0, strips, 2):
+        for r in range(0, row_strips, 2):
+            at_a, at_b, at_c = a + r * a_strip, b + s * b_strip, c + r * W * c_row + s * (W * WORD)
+            if r + 1 < row_strips:
+                if s + 1 < strips:
+                    _tile_22(at_a, a_strip, at_b, b_strip, at_c, c_row, steps, first)
+                else:
+                    _tile_21(at_a, a_strip, at_b, b_strip, at_c, c_row, steps, first)
+            elif s + 1 < strips:
+                _tile_12(at_a, a_strip, at_b, b_strip, at_c, c_row, steps, first)
+            else:
+                _tile_11(at_a, a_strip, at_b, b_strip, at_c, c_row, steps, first)
+
+
+def _tiles_on_py(address):
+    micro.tile_configure(address)
+
+
+def _tiles_off_py():
+    micro.tile_release()
+
+
+def _absent_block(a, a_strip, b, b_strip, c, c_row, words, rows, strips, first):
+    pass
+
+
+def _absent_on(address):
+    pass
+
+
+def _absent_off():
+    pass
+
+
+# A CPU without the instructions must not see them: LLVM could not select them.
+_jit = numba.njit(cache=True, nogil=True)
+_block_pairs = _jit(_block_pairs_py if HAS_PAIRS else _absent_block)
+_block_tiles = _jit(_block_tiles_py if HAS_TILES else _absent_block)
+_tiles_on = _jit(_tiles_on_py if HAS_TILES else _absent_on)
+_tiles_off = _jit(_tiles_off_py if HAS_TILES else _absent_off)
+
+
+@numba.njit(cache=True, nogil=True)
+def _finish(p, tile, tile_row, r0, rows, c0, columns):
+    """Scratch tile (+ old C) (+ bias) -> out."""
+    for r in range(rows):
+        line = tile + r * tile_row
+        old = p[OLD] + (r0 + r) * p[OLD_ROW] + c0 * 4
+        out = p[OUT] + (r0 + r) * p[OUT_ROW] + c0 * (2 if p[OUT_HALF] else 4)
+        for c in range(0, columns, W):
+            n = columns - c
+            v = vload_masked(line, c, n)
+            if p[OLD] != 0:
+                v = vadd(vload_masked(old, c, n), v)
+            if p[BIAS] != 0:
+                v = vadd(v, vload_masked(p[BIAS] + c0 * 4, c, n))
+            if p[OUT_HALF]:
+                vstore_bf16_masked(out, c, v, n)
+            else:
+                vstore_masked(out, c, v, n)
+
+
+@numba.njit(cache=True, nogil=True)
+def _pack_strips(mode, source, panel_stride, k_stride, lanes, num_k, words, target, strip_bytes, spare, rows_first):
+    """Strips side by side. Where the panel is contiguous in memory, a few k at a time, so that its lines serve them all."""
+    size = 2 if mode in (pack.BF16_WIDENED, pack.BF16_PAIRS) else 4
+    per_word = 2 if mode >= pack.BF16_PAIRS else 1
+    step = words if k_stride == 1 else CHUNK_WORDS
+    for word in range(0, words, step):
+        k = word * per_word
+        for first in range(0, lanes, W):
+            pack_strip(
+                mode,
+                source + (first * panel_stride + k * k_stride) * size,
+                panel_stride,
+                k_stride,
+                min(W, lanes - first),
+                num_k - k,
+                min(step, words - word),
+                target + (first // W) * strip_bytes + word * (W * WORD),
+                spare,
+                rows_first,
+            )
+
+
+@numba.njit(cache=True, nogil=True)
+def _pack_a(p, group, spare):
+    first = group * p[GROUP_A]
+    size = 2 if p[A_MODE] in (pack.BF16_WIDENED, pack.BF16_PAIRS) else 4
+    source = p[A] + first * W * p[A_ROW] * size
+    lanes = min(p[GROUP_A] * W, p[ROWS] - first * W)
+    words = p[A_STRIP] // (W * WORD)
+    target = p[A_PACKED] + first * p[A_STRIP]
+    _pack_strips(p[A_MODE], source, p[A_ROW], p[A_K], lanes, p[DEPTH], words, target, p[A_STRIP], spare, p[KERNEL] == 2)
+
+
+@numba.njit(cache=True, nogil=True)
+def _pack_b(p, column, lanes, k, num_k, words, target, strip_bytes, spare):
+    size = 2 if p[B_MODE] in (pack.BF16_WIDENED, pack.BF16_PAIRS) else 4
+    source = p[B] + (column * p[B_COLUMN] + k * p[B_K]) * size
+    _pack_strips(p[B_MODE], source, p[B_COLUMN], p[B_K], lanes, num_k, words, target, strip_bytes, spare, False)
+
+
+@numba.njit(cache=True, nogil=True)
+def _multiply(p, task, scratch):
+    """One tile of C."""
+    tiles_across = (p[COLUMNS] + p[TILE_C] - 1) // p[TILE_C]
+    r0, c0 = (task // tiles_across) * p[TILE_R], (task % tiles_across) * p[TILE_C]
+    rows, columns = min(p[TILE_R], p[ROWS] - r0), min(p[TILE_C], p[COLUMNS] - c0)
+    strips = (columns + W - 1) // W
+    # Whole micro-tiles go straight to C; a ragged edge goes through the scratch tile, which has room for the padding.
+    direct = p[DIRECT] != 0 and columns % W == 0 and rows % W == 0
+    packed_b = scratch + BLOCK_BYTES
+    block_bytes = BLOCK_WORDS * W * WORD
+    c, c_row = packed_b + (p[TILE_C] // W) * block_bytes, p[TILE_C] * WORD
+    if direct:
+        c, c_row = p[OUT] + r0 * p[OUT_ROW] + c0 * 4, p[OUT_ROW]
+    per_word = 1 if p[KERNEL] == 0 else 2
+    if p[KERNEL] == 2:
+        _tiles_on(p[CONFIG])
+    for k in range(0, p[DEPTH], p[BLOCK]):
+        num_k = min(p[BLOCK], p[DEPTH] - k)
+        words = (num_k + per_word - 1) // per_word
+        padded = (words + W - 1) // W * W
+        offset = (k // per_word) * (W * WORD)
+        a = p[A_PACKED] + (r0 // W) * p[A_STRIP] + offset
+        if p[B_READY]:
+            b, b_strip = p[B_PACKED] + (c0 // W) * p[B_STRIP] + offset, p[B_STRIP]
+        else:
+            b, b_strip = packed_b, padded * (W * WORD)
+            _pack_b(p, c0, columns, k, num_k, padded, packed_b, b_strip, scratch)
+        if p[KERNEL] == 0:
+            _block_fp32(
+                a, p[A_STRIP], b, b_strip, c, c_row, words, rows, strips, k == 0, b + words * (W * WORD) if p[B_READY] and k + num_k < p[DEPTH] else 0
+            )
+        elif p[KERNEL] == 1:
+            _block_pairs(a, p[A_STRIP], b, b_strip, c, c_row, words, rows, strips, k == 0)
+        else:
+            _block_tiles(a, p[A_STRIP], b, b_strip, c, c_row, padded, rows, strips, k == 0)
+    if p[KERNEL] == 2:
+        _tiles_off()
+    if not direct:
+        _finish(p, c, c_row, r0, rows, c0, columns)
+
+
+PACK_A, PACK_B, MULTIPLY = range(3)
+
+
+@numba.njit(cache=True, nogil=True)
+def _task(stage, p, task, worker):
+    scratch = p[SCRATCH] + worker * p[SCRATCH_STRIDE]
+    if stage == PACK_A:
+        _pack_a(p, task, scratch)
+    elif stage == PACK_B:
+        column = task * p[GROUP_B] * W
+        lanes = min(p[GROUP_B] * W, p[COLUMNS] - column)
+        target = p[B_PACKED] + task * p[GROUP_B] * p[B_STRIP]
+        _pack_b(p, column, lanes, 0, p[DEPTH], p[B_STRIP] // (W * WORD), target, p[B_STRIP], scratch)
+    else:
+        _multiply(p, task, scratch)
+
+
+@numba.njit(cache=True, nogil=True)
+def _run_alone(stage, p, tasks):
+    for task in range(tasks):
+        _task(stage, p, task, 0)
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _run_workers(stage, p, tasks, workers):
+    for worker in numba.prange(workers):
+        for task in range(worker, tasks, workers):
+            _task(stage, p, task, worker)
+
+
+def _run(stage: int, p: np.ndarray, tasks: int, workers: int) -> None:
+    workers = min(workers, tasks)
+    if workers <= 1:
+        _run_alone(stage, p, tasks)
+    else:
+        threads.numba_workers(workers)
+        _run_workers(stage, p, tasks, workers)
+
+
+# ---- planning on the Python side -----------------------------------------------------------------------------------
+
+
+class _Buffers(threading.local):
+    """Work space of one Python thread, grown and kept: fresh memory costs page faults at every call."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, torch.Tensor] = {}
+        self.config = np.zeros(192, np.uint8)
+        start = -self.config.ctypes.data % 64
+        self.config_address = self.config.ctypes.data + start
+        self.config[start : start + 64] = np.frombuffer(micro.tile_configuration(), np.uint8)
+
+    def take(self, name: str, size: int) -> torch.Tensor:
+        held = self.held.get(name)
+        if held is None or held.numel() < size:
+            held = torch.empty(size, dtype=torch.uint8)
+            if size <= 2 * PACK_BYTES:
+                self.held[name] = held
+        return held
+
+
+_buffers = _Buffers()
+
+
+def bf16_kernel() -> str:
+    """The micro-kernel for bfloat16 on this CPU; CLLM_BF16_KERNEL forces one of amx, vdpbf16ps, widened."""
+    forced = os.environ.get("CLLM_BF16_KERNEL")
+    if forced:
+        served = {TILES: HAS_TILES, PAIRS: HAS_PAIRS, WIDENED: True}
+        if not served.get(forced, False):
+            names = ", ".join(name for name, present in served.items() if present)
+            raise BackendError(f"CLLM_BF16_KERNEL={forced} is not served by this CPU. Use one of: {names}.")
+        return forced
+    return TILES if HAS_TILES else PAIRS if HAS_PAIRS else WIDENED
+
+
+def kernel_for(compute: torch.dtype) -> str:
+    return FP32 if compute == torch.float32 else bf16_kernel()
+
+
+def _mode(kernel: str, dtype: torch.dtype) -> int:
+    half = dtype == torch.bfloat16
+    if kernel == FP32:
+        return pack.BF16_WIDENED if half else pack.F32_AS_IS
+    if kernel == WIDENED:
+        return pack.BF16_WIDENED if half else pack.F32_ROUNDED_WIDENED
+    return pack.BF16_PAIRS if half else pack.F32_ROUNDED_PAIRS
+
+
+def _round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+def _parts(depth: int) -> list[tuple[int, int]]:
+    return [(k, min(K_PART, depth - k)) for k in range(0, depth, K_PART)]
+
+
+def _strip_bytes(kernel: str, num_k: int) -> int:
+    words = num_k if _CODE[kernel] == 0 else (num_k + 1) // 2
+    return _round_up(words, W) * W * WORD
+
+
+def _block(kernel: str, num_k: int) -> int:
+    per_word = 1 if _CODE[kernel] == 0 else 2
+    blocks = -(-num_k // (BLOCK_WORDS * per_word))
+    return _round_up(-(-num_k // blocks), W * per_word)
+
+
+def _group(lanes: int, workers: int) -> int:
+    """Strips packed by one task."""
+    return max(1, min(MOST_GROUP, lanes // (2 * W * workers)))
+
+
+def _aligned(t: torch.Tensor) -> int:
+    return (t.data_ptr() + 63) & ~63
+
+
+def workers_for(op: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, work: float) -> int:
+    return plan(op, shapes, dtype, work=work).workers
+
+
+class Packed:
+    """B packed once for many products (weights used by several row blocks)."""
+
+    def __init__(self, b: torch.Tensor, compute: torch.dtype, workers: int):
+        self.kernel = kernel_for(compute)
+        self.shape = (depth, columns) = tuple(b.shape)
+        strips = -(-columns // W)
+        self.offsets, size = [], 0
+        for _, num_k in _parts(depth):
+            self.offsets.append(size)
+            size += strips * _strip_bytes(self.kernel, num_k)
+        self.memory = torch.empty(size + 64, dtype=torch.uint8)
+        for (k0, num_k), offset in zip(_parts(depth), self.offsets):
+            _pack_columns(b[k0 : k0 + num_k], self.kernel, _aligned(self.memory) + offset, workers)
+
+    def address(self, part: int) -> int:
+        return _aligned(self.memory) + self.offsets[part]
+
+
+def _pack_columns(b: torch.Tensor, kernel: str, target: int, workers: int) -> None:
+    p = np.zeros(NUM_FIELDS, np.int64)
+    _describe_b(p, b, kernel)
+    p[B_PACKED] = target
+    p[GROUP_B] = group = _group(b.shape[1], workers)
+    tasks = -(-b.shape[1] // (group * W))
+    spare = _buffers.take("spare", min(workers, tasks) * BLOCK_BYTES + 64)
+    p[SCRATCH], p[SCRATCH_STRIDE] = _aligned(spare), BLOCK_BYTES
+    _run(PACK_B, p, tasks, workers)
+
+
+def _describe_b(p: np.ndarray, b: torch.Tensor, kernel: str) -> None:
+    p[DEPTH], p[COLUMNS] = b.shape
+    p[B], p[B_K], p[B_COLUMN] = b.data_ptr(), *b.stride()
+    p[B_MODE], p[B_STRIP] = _mode(kernel, b.dtype), _strip_bytes(kernel, b.shape[0])
+
+
+def _tile_shape(rows: int, columns: int, kernel: str, workers: int) -> tuple[int, int]:
+    """Smaller tiles when there are too few for the workers; no bit depends on it."""
+    one_slab = rows <= ONE_SLAB_ROWS
+    tile_rows = _round_up(rows, W) if one_slab else TILE_ROWS
+    tile_columns = TILE_COLUMNS
+    narrowest = 2 * W if kernel == TILES else NV * W
+    while -(-rows // tile_rows) * -(-columns // tile_columns) < 3 * workers and workers > 1:
+        if tile_columns > narrowest:
+            tile_columns = max(narrowest, tile_columns // 2)
+        elif tile_rows > 64 and not one_slab:
+            tile_rows //= 2
+        else:
+            break
+    return tile_rows, tile_columns
+
+
+def gemm(
+    a: torch.Tensor,
+    b: "torch.Tensor | Packed",
+    *,
+    out: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    bias: torch.Tensor | None = None,
+    add: torch.Tensor | None = None,
+    compute: torch.dtype | None = None,
+    workers: int | None = None,
+) -> torch.Tensor:
+    """(add (M, N) +) a (M, K) @ b (K, N) (+ bias (N,)) -> (M, N).
+
+    a, b: float32 or bfloat16, any strides; b may be Packed. compute: float32 or bfloat16, by default a's dtype; operands
+    of the other type are converted while packing. out: float32 or bfloat16, rows or columns contiguous. add: float32, strides as out,
+    `out` itself to accumulate.
+    """
+    compute = compute or a.dtype
+    (rows, depth), columns = a.shape, b.shape[1]
+    if out is None:
+        out = torch.empty((rows, columns), dtype=out_dtype or a.dtype)
+    assert out.shape == (rows, columns) and b.shape[0] == depth, "gemm: shapes do not fit"
+    assert add is None or (add.dtype == torch.float32 and add.shape == out.shape), "gemm: add must be float32, of out's shape"
+    if rows == 0 or columns == 0:
+        return out
+    if depth == 0:
+        out.copy_(add) if add is not None else out.zero_()
+        return out.add_(bias) if bias is not None else out
+    assert add is None or columns == 1 or add.stride() == out.stride(), "gemm: add and out must have the same strides"
+    if columns > 1 and out.stride(1) != 1:
+        assert out.stride(0) == 1 and bias is None and isinstance(b, torch.Tensor), "gemm: output strides not served"
+        gemm(b.t(), a.t(), out=out.t(), add=None if add is None else add.t(), compute=compute, workers=workers)
+        return out
+    if workers is None:
+        workers = workers_for("matmul", ((rows, depth), (depth, columns)), compute, 2.0 * rows * columns * depth)
+    kernel = b.kernel if isinstance(b, Packed) else kernel_for(compute)
+    parts = _parts(depth)
+    total = out  # float32 home of the sum over parts
+    if len(parts) > 1 and out.dtype != torch.float32:
+        total = torch.empty((rows, columns), dtype=torch.float32)
+    if bias is not None:
+        bias = bias.to(torch.float32).contiguous()
+    for index, (k0, num_k) in enumerate(parts):
+        last = index == len(parts) - 1
+        _part(
+            a[:, k0 : k0 + num_k],
+            b.address(index) if isinstance(b, Packed) else b[k0 : k0 + num_k],
+            out if last else total,
+            total if index > 0 else add,
+            bias if last else None,
+            kernel,
+            workers,
+        )
+    return out
+
+
+def _part(
+    a: torch.Tensor,
+    b: torch.Tensor | int,
+    out: torch.Tensor,
+    old: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    kernel: str,
+    workers: int,
+) -> None:
+    """One part of K: out = (old +) a b (+ bias)."""
+    (rows, depth), columns = a.shape, out.shape[1]
+    strip = _strip_bytes(kernel, depth)
+    p = np.zeros(NUM_FIELDS, np.int64)
+    p[KERNEL], p[BLOCK], p[CONFIG] = _CODE[kernel], _block(kernel, depth), _buffers.config_address
+    p[A_ROW], p[A_K], p[A_MODE], p[A_STRIP] = *a.stride(), _mode(kernel, a.dtype), strip
+    p[OUT_HALF] = out.dtype == torch.bfloat16
+    p[DIRECT] = old is None and bias is None and out.dtype == torch.float32
+    row_part = min(rows, max(ONE_SLAB_ROWS, PACK_BYTES // strip * W // TILE_ROWS * TILE_ROWS))
+    one_slab = rows <= ONE_SLAB_ROWS
+    if isinstance(b, int):
+        p[DEPTH], p[B_STRIP], p[B_PACKED], p[B_READY] = depth, strip, b, 1
+        column_part = columns
+    else:
+        _describe_b(p, b, kernel)
+        p[B_READY] = not one_slab
+        column_part = columns if one_slab else max(TILE_COLUMNS, PACK_BYTES // strip * W // TILE_COLUMNS * TILE_COLUMNS)
+    p[TILE_R], p[TILE_C] = tile_rows, tile_columns = _tile_shape(rows, min(columns, column_part), kernel, workers)
+    tile_bytes = BLOCK_BYTES + tile_columns * BLOCK_WORDS * WORD + _round_up(tile_rows, 2 * W) * tile_columns * WORD
+    most = max(-(-rows // tile_rows) * -(-columns // tile_columns), -(-rows // W))
+    p[SCRATCH_STRIDE] = _round_up(tile_bytes, 4096) + 64  # not a multiple of 4096: the workers' tiles spread over sets
+    scratch = _buffers.take("scratch", int(p[SCRATCH_STRIDE]) * min(workers, most) + 64)
+    packed_a = _buffers.take("a", _round_up(min(rows, row_part), 2 * W) // W * strip + 64)
+    p[SCRATCH], p[A_PACKED] = _aligned(scratch), _aligned(packed_a)
+    for r0 in range(0, rows, row_part):
+        p[ROWS] = min(row_part, rows - r0)
+        p[A] = a.data_ptr() + r0 * a.stride(0) * a.element_size()
+        p[GROUP_A] = group = _group(int(p[ROWS]), workers)
+        _run(PACK_A, p, -(-int(p[ROWS]) // (group * W)), workers)
+        for c0 in range(0, columns, column_part):
+            p[COLUMNS] = min(column_part, columns - c0)
+            if isinstance(b, torch.Tensor):
+                p[B] = b.data_ptr() + c0 * b.stride(1) * b.element_size()
+                if not one_slab:
+                    packed_b = _buffers.take("b", -(-int(p[COLUMNS]) // W) * strip + 64)
+                    p[B_PACKED] = _aligned(packed_b)
+                    p[GROUP_B] = group = _group(int(p[COLUMNS]), workers)
+                    _run(PACK_B, p, -(-int(p[COLUMNS]) // (group * W)), workers)
+            _place(p, OUT, OUT_ROW, out, r0, c0)
+            if old is not None:
+                _place(p, OLD, OLD_ROW, old, r0, c0)
+            if bias is not None:
+                p[BIAS] = bias.data_ptr() + c0 * 4
+            tiles = -(-int(p[ROWS]) // tile_rows) * -(-int(p[COLUMNS]) // tile_columns)
+            _run(MULTIPLY, p, tiles, workers)
+
+
+def _place(p: np.ndarray, address: int, row: int, t: torch.Tensor, r0: int, c0: int) -> None:
+    p[address] = t.data_ptr() + (r0 * t.stride(0) + c0) * t.element_size()
+    p[row] = t.stride(0) * t.element_size()

@@ -1,0 +1,225 @@
+"""Matrix micro-kernels on packed strips: the innermost loop of gemm.py, kept in registers (or AMX tiles).
+
+A strip holds W rows of A (or W columns of B) for one K block, as W x W blocks of 32-bit words, 0 beyond the edges.
+A word is one float32, or two bfloat16 that follow each other along k. Addresses and strides are in bytes.
+
+    fp32     [k][W]          MR x (NV strips) accumulators, A broadcast word by word     (any CPU)
+    pairs    [k/2][W]        the same with vdpbf16ps                                     (AVX512_BF16)
+    tiles    A [k/32][16 rows][32 k], B [k/32][16 pairs][16 columns][2]                  (AMX-BF16)
+"""
+
+import ctypes
+import sys
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from cllm.kernels.cpu import simd
+from cllm.kernels.cpu.simd import F32, FEATURES, I8, I32, I64, VF, VI, W, const, intrinsic, load, splat, store
+
+_I = types.intp
+WORD = 4
+BLOCK_BYTES = W * W * WORD
+
+# Accumulators must fit the registers: 32 with AVX-512 and NEON, 16 otherwise. Rows of a strip: MR at a time.
+MR, NV = {16: (8, 3), 8: (4, 3), 4: (4, 6 if "neon" in FEATURES else 3)}[W]
+
+
+class _BFloat(ir.Type):
+    """llvmlite has no bfloat type; this one prints as LLVM's."""
+
+    intrinsic_name = "bf16"
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash("bfloat")
+
+
+def _offset(bld: Any, address: Any, *terms: tuple[Any, int]) -> Any:
+    for value, times in terms:
+        if times:
+            address = bld.add(address, bld.mul(value, I64(times)) if times != 1 else value)
+    return address
+
+
+def _at(bld: Any, address: Any, byte_offset: int = 0) -> Any:
+    base = bld.inttoptr(address, I8.as_pointer())
+    return bld.gep(base, [I64(byte_offset)]) if byte_offset else base
+
+
+def make_micro(rows: int, strips: int, pairs: bool = False) -> Any:
+    """micro(a, b, b_strip, c, c_row, words, first): C[rows, strips*W] = or += A strip x B strips.
+
+    Every element is one fma chain from 0 over the words, added to C in one addition unless `first`.
+    """
+    vb = ir.VectorType(_BFloat(), 2 * W)
+
+    @intrinsic
+    def micro(tc, a, b, b_strip, c, c_row, words, first):
+        def codegen(ctx, bld, sig, args):
+            a, b, b_strip, c, c_row, words, first = args
+            pre = bld.block
+            loop, add, plain, end = (bld.append_basic_block(f"micro.{n}") for n in ("k", "add", "plain", "end"))
+            bs = [_offset(bld, b, (b_strip, j)) for j in range(strips)]
+            bld.branch(loop)
+            bld.position_at_end(loop)
+            k = bld.phi(I64)
+            k.add_incoming(I64(0), pre)
+            acc = [[bld.phi(VF) for _ in range(strips)] for _ in range(rows)]
+            shift = bld.mul(k, I64(W * WORD))
+            b_now = [load(bld, _at(bld, bld.add(p, shift)), VF) for p in bs]
+            a_now = bld.add(a, shift)
+            new: list[list[Any]] = []
+            for i in range(rows):
+                ptr = _at(bld, a_now, i * WORD)
+                if pairs:
+                    x = bld.bitcast(splat(bld, load(bld, ptr, I32), VI), vb)
+                    name = "llvm.x86.avx512bf16.dpbf16ps.512"
+                    new.append([simd.call(bld, name, VF, acc[i][j], x, bld.bitcast(b_now[j], vb))
+                                for j in range(strips)])  # fmt: skip
+                else:
+                    x = splat(bld, load(bld, ptr, F32))
+                    new.append([simd.fma(bld, x, b_now[j], acc[i][j]) for j in range(strips)])
+            k_next = bld.add(k, I64(1))
+            k.add_incoming(k_next, loop)
+            for i in range(rows):
+                for j in range(strips):
+                    acc[i][j].add_incoming(const(0.0), pre)
+                    acc[i][j].add_incoming(new[i][j], loop)
+            done = bld.append_basic_block("micro.done")
+            bld.cbranch(bld.icmp_signed("<", k_next, words), loop, done)
+            bld.position_at_end(done)
+            bld.cbranch(bld.icmp_unsigned("!=", first, first.type(0)), plain, add)
+            for block, adding in ((add, True), (plain, False)):
+                bld.position_at_end(block)
+                for i in range(rows):
+                    row = _offset(bld, c, (c_row, i))
+                    for j in range(strips):
+                        ptr = _at(bld, row, j * W * WORD)
+                        store(bld, bld.fadd(load(bld, ptr, VF), new[i][j]) if adding else new[i][j], ptr)
+                bld.branch(end)
+            bld.position_at_end(end)
+            return ctx.get_dummy_value()
+
+        return types.void(_I, _I, _I, _I, _I, _I, types.boolean), codegen
+
+    return micro
+
+
+@intrinsic
+def prefetch(tc, address):
+    """Bring the cache line at an address to L2; any address is harmless."""
+
+    def codegen(ctx, bld, sig, args):
+        simd.call(bld, "llvm.prefetch.p0", ir.VoidType(), _at(bld, args[0]), I32(0), I32(2), I32(1))
+        return ctx.get_dummy_value()
+
+    return types.void(_I), codegen
+
+
+# ---- AMX -----------------------------------------------------------------------------------------------------------
+
+_TILE_BYTES = 1024  # 16 rows of 64 bytes
+
+
+def _tile_op(bld: Any, name: str, *args: Any) -> None:
+    simd.call(bld, f"llvm.x86.{name}", ir.VoidType(), *args)
+
+
+def make_tile_micro(row_strips: int, column_strips: int) -> Any:
+    """micro(a, a_strip, b, b_strip, c, c_row, steps, first): tiles of 16 x 16, 32 k a step; the chain continues from C
+    unless `first`."""
+
+    @intrinsic
+    def micro(tc, a, a_strip, b, b_strip, c, c_row, steps, first):
+        def codegen(ctx, bld, sig, args):
+            a, a_strip, b, b_strip, c, c_row, steps, first = args
+            grid = [(i, j, I8(2 * i + j)) for i in range(row_strips) for j in range(column_strips)]
+            c_at = {(i, j): _at(bld, _offset(bld, c, (c_row, 16 * i)), j * 64) for i, j, _ in grid}
+            zero, resume, loop, end = (bld.append_basic_block(f"tile.{n}") for n in ("zero", "resume", "k", "end"))
+            start = bld.append_basic_block("tile.start")
+            bld.cbranch(bld.icmp_unsigned("!=", first, first.type(0)), zero, resume)
+            bld.position_at_end(zero)
+            for _, _, tile in grid:
+                _tile_op(bld, "tilezero", tile)
+            bld.branch(start)
+            bld.position_at_end(resume)
+            for i, j, tile in grid:
+                _tile_op(bld, "tileloadd64", tile, c_at[i, j], c_row)
+            bld.branch(start)
+            bld.position_at_end(start)
+            bld.branch(loop)
+            bld.position_at_end(loop)
+            k = bld.phi(I64)
+            k.add_incoming(I64(0), start)
+            shift = bld.mul(k, I64(_TILE_BYTES))
+            for j in range(column_strips):
+                at = _at(bld, bld.add(_offset(bld, b, (b_strip, j)), shift))
+                _tile_op(bld, "tileloadd64", I8(6 + j), at, I64(64))
+            for i in range(row_strips):
+                at = _at(bld, bld.add(_offset(bld, a, (a_strip, i)), shift))
+                _tile_op(bld, "tileloadd64", I8(4 + i), at, I64(64))
+                for j in range(column_strips):
+                    _tile_op(bld, "tdpbf16ps", I8(2 * i + j), I8(4 + i), I8(6 + j))
+            k_next = bld.add(k, I64(1))
+            k.add_incoming(k_next, loop)
+            bld.cbranch(bld.icmp_signed("<", k_next, steps), loop, end)
+            bld.position_at_end(end)
+            for i, j, tile in grid:
+                _tile_op(bld, "tilestored64", tile, c_at[i, j], c_row)
+            return ctx.get_dummy_value()
+
+        return types.void(_I, _I, _I, _I, _I, _I, _I, types.boolean), codegen
+
+    return micro
+
+
+@intrinsic
+def tile_configure(tc, address):
+    """Load the 64-byte tile configuration; each thread does it before its first tile and releases after its last."""
+
+    def codegen(ctx, bld, sig, args):
+        _tile_op(bld, "ldtilecfg", _at(bld, args[0]))
+        return ctx.get_dummy_value()
+
+    return types.void(_I), codegen
+
+
+@intrinsic
+def tile_release(tc):
+    def codegen(ctx, bld, sig, args):
+        _tile_op(bld, "tilerelease")
+        return ctx.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def tile_configuration() -> bytes:
+    """Palette 1, eight tiles of 16 rows x 64 bytes."""
+    config = bytearray(64)
+    config[0] = 1
+    for tile in range(8):
+        config[16 + 2 * tile] = 64
+        config[48 + tile] = 16
+    return bytes(config)
+
+
+def _request_tiles() -> bool:
+    """Ask Linux for the AMX tile state (8 KB a thread, so the kernel wants to be asked once per process)."""
+    if not {"amxbf16", "amxtile"} <= FEATURES or W != 16 or not sys.platform.startswith("linux"):
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    try:
+        return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+    except (OSError, AttributeError):
+        return False
+
+
+HAS_TILES = _request_tiles()
+HAS_PAIRS = W == 16 and "avx512bf16" in FEATURES

@@ -1,0 +1,234 @@
+"""RMSNorm (arXiv 1910.07467) and LayerNorm (arXiv 1607.06450) on the CPU, with an optional residual added first.
+
+N rows of E elements. The gradients of weight and bias are summed over blocks of rows whose size depends on N only, and
+the blocks are added up by a tree of fan-out 12.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cllm.kernels.cpu.launch import (
+    FANOUT,
+    Kernel,
+    as_rows,
+    float32_at,
+    inline,
+    is_half,
+    load,
+    num_workers,
+    put_float32,
+    row_bytes,
+    rows_per_block,
+    scratch,
+    store,
+)
+from cllm.kernels.cpu.simd import W, vadd, vfma, vhsum, vlanes_below, vmul, vselect, vset, vsub, vzero
+
+ROWS_PER_TASK = 16
+TREE_COLUMNS = 8 * W
+
+(X, X_ROW, RESIDUAL, RESIDUAL_ROW, H, H_ROW, Y, Y_ROW, HALF, WEIGHT, WEIGHT_HALF, BIAS, BIAS_HALF, MEAN, RSTD, ROWS,
+ COLUMNS) = range(17)  # fmt: skip
+(DY, DY_ROW, DH, DH_ROW, HB, HB_ROW, DX, DX_ROW, HALF_B, WEIGHT_B, WEIGHT_HALF_B, MEAN_B, RSTD_B, PARTIAL, PARTIAL_ROW,
+ PARTIAL_BIAS, ROWS_B, COLUMNS_B, BLOCK_ROWS) = range(19)  # fmt: skip
+SUMS, SUMS_ROW, NUM_SUMS, TOTAL, TOTAL_HALF, NUM_COLUMNS = range(6)
+
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+
+
+@inline
+def _add_residual(p, row, h):
+    x, residual, half = p[X] + row * p[X_ROW], p[RESIDUAL] + row * p[RESIDUAL_ROW], p[HALF]
+    for c in range(0, p[COLUMNS], W):
+        n = p[COLUMNS] - c
+        store(h, half, c, vadd(load(x, half, c, n), load(residual, half, c, n)), n)
+
+
+@inline
+def _centred_squares(h, half, columns, mean):
+    """Sum of (h - mean)^2 over a row."""
+    m, total = vset(mean), vzero()
+    for c in range(0, columns, W):
+        n = columns - c
+        v = vselect(vlanes_below(n), vsub(load(h, half, c, n), m), vzero())
+        total = vfma(v, v, total)
+    return vhsum(total)
+
+
+def _forward(p, f, task, worker):
+    """MEAN is 0 for RMSNorm."""
+    half, columns = p[HALF], p[COLUMNS]
+    size = np.float32(columns)
+    for row in range(task * ROWS_PER_TASK, min((task + 1) * ROWS_PER_TASK, p[ROWS])):
+        h = p[X] + row * p[X_ROW]
+        if p[RESIDUAL] != 0:
+            h = p[H] + row * p[H_ROW]
+            _add_residual(p, row, h)
+        mean = _ZERO
+        if p[MEAN] != 0:
+            total = vzero()
+            for c in range(0, columns, W):
+                total = vadd(total, load(h, half, c, columns - c))
+            mean = vhsum(total) / size
+            put_float32(p[MEAN], row, mean)
+        rstd = np.float32(_ONE / math.sqrt(_centred_squares(h, half, columns, mean) / size + np.float32(f[0])))
+        put_float32(p[RSTD], row, rstd)
+        y, m, r = p[Y] + row * p[Y_ROW], vset(mean), vset(rstd)
+        for c in range(0, columns, W):
+            n = columns - c
+            v = vmul(vmul(vsub(load(h, half, c, n), m), r), load(p[WEIGHT], p[WEIGHT_HALF], c, n))
+            if p[BIAS] != 0:
+                v = vadd(v, load(p[BIAS], p[BIAS_HALF], c, n))
+            store(y, half, c, v, n)
+
+
+def _backward(p, f, task, worker):
+    """One block of rows: its rows of dx, and its part of dweight (and dbias)."""
+    half, columns = p[HALF_B], p[COLUMNS_B]
+    partial, partial_bias = p[PARTIAL] + task * p[PARTIAL_ROW], 0
+    if p[PARTIAL_BIAS] != 0:
+        partial_bias = p[PARTIAL_BIAS] + task * p[PARTIAL_ROW]
+    for c in range(0, columns, W):
+        store(partial, False, c, vzero(), columns - c)
+        if partial_bias != 0:
+            store(partial_bias, False, c, vzero(), columns - c)
+    for row in range(task * p[BLOCK_ROWS], min((task + 1) * p[BLOCK_ROWS], p[ROWS_B])):
+        dy, h, dx = p[DY] + row * p[DY_ROW], p[HB] + row * p[HB_ROW], p[DX] + row * p[DX_ROW]
+        m = vset(float32_at(p[MEAN_B], row)) if p[MEAN_B] != 0 else vzero()
+        r = vset(float32_at(p[RSTD_B], row))
+        dot, total = vzero(), vzero()
+        for c in range(0, columns, W):
+            n = columns - c
+            g, normed = load(dy, half, c, n), vmul(vsub(load(h, half, c, n), m), r)
+            scaled = vmul(g, load(p[WEIGHT_B], p[WEIGHT_HALF_B], c, n))
+            dot, total = vfma(scaled, vselect(vlanes_below(n), normed, vzero()), dot), vadd(scaled, total)
+            store(partial, False, c, vfma(g, normed, load(partial, False, c, n)), n)
+            if partial_bias != 0:
+                store(partial_bias, False, c, vadd(g, load(partial_bias, False, c, n)), n)
+        size = np.float32(columns)
+        along, offset = vset(vhsum(dot) / size), vzero()
+        if p[MEAN_B] != 0:
+            offset = vset(vhsum(total) / size)
+        for c in range(0, columns, W):
+            n = columns - c
+            normed = vmul(vsub(load(h, half, c, n), m), r)
+            scaled = vmul(load(dy, half, c, n), load(p[WEIGHT_B], p[WEIGHT_HALF_B], c, n))
+            v = vmul(r, vsub(vsub(scaled, offset), vmul(normed, along)))
+            if p[DH] != 0:
+                v = vadd(v, load(p[DH] + row * p[DH_ROW], half, c, n))
+            store(dx, half, c, v, n)
+
+
+def _tree(p, f, task, worker):
+    """Sum over the rows of SUMS for one range of columns; the partial sums of a level replace their first row."""
+    for c in range(task * TREE_COLUMNS, min((task + 1) * TREE_COLUMNS, p[NUM_COLUMNS]), W):
+        n = p[NUM_COLUMNS] - c
+        step = 1
+        while step < p[NUM_SUMS]:
+            for first in range(0, p[NUM_SUMS], FANOUT * step):
+                at = p[SUMS] + first * p[SUMS_ROW]
+                v = load(at, False, c, n)
+                for row in range(first + step, min(first + FANOUT * step, p[NUM_SUMS]), step):
+                    v = vadd(v, load(p[SUMS] + row * p[SUMS_ROW], False, c, n))
+                store(at, False, c, v, n)
+            step *= FANOUT
+        store(p[TOTAL], p[TOTAL_HALF], c, load(p[SUMS], False, c, n), n)
+
+
+_forward_kernel, _backward_kernel, _tree_kernel = Kernel(_forward), Kernel(_backward), Kernel(_tree)
+
+
+def _workers(op: str, x: Tensor, passes: int) -> int:
+    return num_workers(op, (tuple(x.shape),), x.dtype, float(passes * x.numel() * x.element_size()))
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _norm(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """(y, h, rstd, mean)."""
+    y = torch.empty(x.shape, dtype=x.dtype)
+    h = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
+    mean = torch.empty_like(rstd) if op == "layer_norm" else None
+    if x.numel():
+        rows, added = as_rows(x), None if residual is None else as_rows(residual)
+        weight = weight.detach().contiguous()
+        bias = None if bias is None else bias.detach().contiguous()
+        row = rows.shape[1] * y.element_size()  # of y and h
+        _forward_kernel(
+            -(-rows.shape[0] // ROWS_PER_TASK),
+            _workers(op, x, 2),
+            (rows.data_ptr(), row_bytes(rows), _address(added), 0 if added is None else row_bytes(added), _address(h), row,
+             y.data_ptr(), row, is_half(x), weight.data_ptr(), is_half(weight), _address(bias),
+             0 if bias is None else is_half(bias), _address(mean), rstd.data_ptr(), rows.shape[0], rows.shape[1]),
+            (eps,),
+        )  # fmt: skip
+    return y, h, rstd, mean
+
+
+def _norm_backward(
+    op: str, dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    dx = torch.empty(h.shape, dtype=h.dtype)
+    dweight = torch.zeros(weight.shape, dtype=weight.dtype)
+    dbias = torch.zeros_like(dweight) if has_bias else None
+    if not h.numel():
+        return dx, dweight, dbias
+    g, rows, also = as_rows(dy), as_rows(h), None if dh is None else as_rows(dh)
+    weight = weight.detach().contiguous()
+    rstd, mean = rstd.contiguous(), None if mean is None else mean.contiguous()
+    num_rows, columns = rows.shape
+    block_rows = rows_per_block(num_rows, ROWS_PER_TASK)
+    num_blocks = -(-num_rows // block_rows)
+    padded = -(-columns // W) * W * 4
+    owner, partial = scratch("norm", 2 * num_blocks * padded)
+    partial_bias = partial + num_blocks * padded if has_bias else 0
+    workers = _workers(op, h, 4)
+    _backward_kernel(
+        num_blocks,
+        workers,
+        (g.data_ptr(), row_bytes(g), _address(also), 0 if also is None else row_bytes(also), rows.data_ptr(), row_bytes(rows),
+         dx.data_ptr(), columns * dx.element_size(), is_half(h), weight.data_ptr(), is_half(weight), _address(mean),
+         rstd.data_ptr(), partial, padded, partial_bias, num_rows, columns, block_rows),
+    )  # fmt: skip
+    for sums, total in ((partial, dweight), (partial_bias, dbias)):
+        if total is not None:
+            columns_tasks = -(-columns // TREE_COLUMNS)
+            _tree_kernel(columns_tasks, workers, (sums, padded, num_blocks, total.data_ptr(), is_half(total), columns))
+    del owner
+    return dx, dweight, dbias
+
+
+def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(y, h = x + residual or None, rstd)."""
+    y, h, rstd, _ = _norm("rms_norm", x, weight, None, eps, residual)
+    return y, h, rstd
+
+
+def rms_norm_backward(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of what was normed (h, which is x when there was no residual) and of the weight."""
+    dx, dweight, _ = _norm_backward("rms_norm", dy, dh, h, weight, None, rstd, False)
+    return dx, dweight
+
+
+def layer_norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """(y, h = x + residual or None, mean, rstd)."""
+    y, h, rstd, mean = _norm("layer_norm", x, weight, bias, eps, residual)
+    assert mean is not None
+    return y, h, mean, rstd
+
+
+def layer_norm_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, has_bias: bool, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of what was normed, of the weight and of the bias."""
+    return _norm_backward("layer_norm", dy, dh, h, weight, mean, rstd, has_bias)

@@ -1,0 +1,15 @@
+"""Matrix product in plain torch. M rows, K summed over, N columns."""
+
+import torch
+from torch import Tensor
+
+from cllm.kernels.reference import accumulate_dtype, rounded_weight
+
+
+def matmul(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """a (M, K) @ b (K, N) + bias (N,), computed in a's dtype with wide accumulators, rounded once to `out_dtype`."""
+    wide = accumulate_dtype(a.dtype)
+    product = a.to(wide) @ rounded_weight(b, a.dtype)
+    if bias is not None:
+        product = product + bias.to(wide)
+    return product.to(out_dtype)

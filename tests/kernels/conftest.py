@@ -1,0 +1,78 @@
+"""Fixtures of the kernel tests: the rule of `oracle.py`, the cases of `cases.py`, the backends, and allocations poisoned with NaN."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from cllm import runtime
+
+BACKENDS = ("torch", "numba")
+_FILE_OF = {"rms_norm": "norm", "layer_norm": "norm"}
+
+
+def _load(file_name: str, name: str) -> ModuleType:
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(file_name))
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+_RULE = _load("oracle.py", "cllm_kernel_oracle")
+_CASES = _load("cases.py", "cllm_kernel_cases")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for `case` runs on every case, one that asks for `backend_name` on every backend."""
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", _CASES.CASES, ids=str)
+    if "backend_name" in metafunc.fixturenames:
+        metafunc.parametrize("backend_name", BACKENDS)
+
+
+@pytest.fixture(scope="session")
+def oracle() -> SimpleNamespace:
+    """Everything in `oracle.py` and `cases.py`."""
+    return SimpleNamespace(**{**vars(_RULE), **vars(_CASES)})
+
+
+@pytest.fixture
+def serve():
+    """serve(backend, op, threads=None): everything in the test runs on that backend; skips, with the reason, where it is missing."""
+    scopes = []
+
+    def enter(backend: str, op: str, threads: int | None = None) -> None:
+        if backend == "numba" and importlib.util.find_spec(f"cllm.kernels.cpu.{_FILE_OF.get(op, op)}") is None:
+            pytest.skip(f"there is no numba kernel for {op}")
+        scope = runtime.use(backend=backend, threads=threads)
+        scope.__enter__()
+        scopes.append(scope)
+
+    yield enter
+    for scope in reversed(scopes):
+        scope.__exit__(None, None, None)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody wrote reads as NaN, so that an output left unwritten shows."""
+
+    def poison(function: Any) -> Any:
+        def allocate(*args: Any, **kwargs: Any) -> Any:
+            tensor = function(*args, **kwargs)
+            if type(tensor) is torch.Tensor and tensor.is_floating_point() and tensor.device.type != "meta":
+                with torch.no_grad():
+                    tensor.fill_(float("nan"))
+            return tensor
+
+        return allocate
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
