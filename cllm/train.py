@@ -131,7 +131,7 @@ class Trainer:
                 self._save(report)
                 raise Interrupted(
                     f"stopped by {stop.asked} after step {self.step:,} of {settings.steps:,}; the checkpoint is "
-                    f"{self._store.path(self.step)}. The same command goes on from there."
+                    f"{self._store.path(self.step)}. Go on from there with: cllm train --resume --out {self.out}"
                 )
         self._save(report)  # after early stopping; the last step has its checkpoint already
 

@@ -8,6 +8,7 @@ import os
 import sys
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from cllm.runtime import tuning
@@ -49,8 +50,18 @@ def _version(name: str) -> str:
         return "absent"
 
 
+@lru_cache(maxsize=1)
+def _kernel_sources() -> str:
+    """A digest of the CPU kernels' sources: numba itself watches only the file of the function that it loads, not those that it calls."""
+    folder = Path(__file__).resolve().parents[1] / "kernels" / "cpu"
+    return tuning.digest(*(path.read_text("utf-8") for path in sorted(folder.glob("*.py"))))
+
+
+@lru_cache(maxsize=1)
 def kernel_cache_key() -> str:
+    """Names all that a compiled kernel depends on."""
     return tuning.digest(
+        _kernel_sources(),
         sorted(cpu_features()), sys.version_info[:2], _version("numba"), _version("llvmlite"), _version("numpy"),
         os.environ.get("CLLM_SIMD_LANES", ""), os.environ.get("CLLM_GEMM_KERNEL", ""),
     )

@@ -47,9 +47,9 @@ def _start_numba() -> Callable[[int], Any]:
 
     parallel._launch_threads()
     if numba.threading_layer() != "omp":  # the other layers start a fixed number of threads
-        _most_numba = numba.config.NUMBA_NUM_THREADS
+        _most_numba = int(vars(numba.config)["NUMBA_NUM_THREADS"])
     # numba.set_num_threads refuses more than were foreseen at import; OpenMP itself has no such limit.
-    set_numba: Callable[[int], Any] = parallel._set_num_threads
+    set_numba: Callable[[int], Any] = vars(parallel)["_set_num_threads"]
     _set_numba = set_numba
     return set_numba
 

@@ -105,7 +105,7 @@ def test_asked_to_stop_a_run_writes_a_checkpoint_exits_with_130_and_goes_on_from
     status, printed = signalled(dataset, tmp_path / "run", number)
     assert status == 130
     stopped_at = CheckpointStore(tmp_path / "run" / "checkpoints").latest()
-    assert f"after step {stopped_at} of {STEPS}" in printed and "The same command goes on from there" in printed
+    assert f"after step {stopped_at} of {STEPS}" in printed and "cllm train --resume --out" in printed
     assert train(dataset, tmp_path / "run").resumed_from == stopped_at
     assert outcome(tmp_path / "run") == straight
 

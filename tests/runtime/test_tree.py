@@ -1,5 +1,7 @@
 """The reduction tree: its sums depend on the parts alone."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,7 @@ def test_the_tree_sum_is_the_sum(values, fanout):
 def test_levels_shrink_twelvefold_to_one_root(n):
     levels = tree.levels(n)
     assert levels[0] == n and levels[-1] == 1
-    assert all(after == -(-before // 12) for before, after in zip(levels, levels[1:]))
+    assert all(after == -(-before // 12) for before, after in itertools.pairwise(levels))
 
 
 @given(st.integers(1, 200))

@@ -1,0 +1,142 @@
+"""`cllm train`: from a folder of text to a trained model. Each part is one call; what they say on the way is for the person who waits."""
+
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cllm import runtime
+from cllm.config import ModelConfig
+from cllm.console import Console, table
+from cllm.runtime.errors import UserError
+from cllm.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from cllm.data import Dataset
+    from cllm.model import Model
+
+SAMPLE_TOKENS = 160
+
+
+def train_run(
+    console: Console, *, flags: Mapping[str, Any], sets: Sequence[str], file: Path | None, out: Path | None, resume: bool, plan_only: bool
+) -> None:
+    """Settings -> tokenizer and tokens -> model -> training -> a sample and the next commands. With `plan_only` nothing is trained."""
+    if resume and out is None:
+        raise UserError("--resume needs --out with the run to continue, as in cllm train --resume --out runs/demo.")
+    if resume and file is None:
+        assert out is not None
+        file = out / "config.toml"
+        if not file.exists():
+            raise UserError(f"{out} holds no run to continue (no config.toml). Start one with cllm train DATA --out {out}.")
+    config = TrainConfig.from_layers(file=file, flags=flags, sets=sets)
+    if not config.data.path:
+        raise UserError("nothing to learn from: give a folder or file of text, as in cllm train books/.")
+    out = out or default_run(config.data.path)
+    with runtime.use(threads=config.train.threads):
+        console.print(runtime.describe().brief())
+        dataset = _prepare(config, out, console)
+        from cllm.model import Model
+
+        model_config = config.model_config(_vocabulary_rows(dataset.tokenizer.vocab_size))
+        config = config.resolve(model_config, dataset.train.num_tokens)
+        _print_settings(config, model_config, dataset, console)
+        if plan_only:
+            _plan(Model(model_config, seed=config.train.seed), config, dataset, console)
+            return
+        from cllm.train import Trainer
+
+        trainer = Trainer(Model(model_config, seed=config.train.seed), dataset, config, out=out, tokenizer=dataset.tokenizer)
+        result = trainer.fit(resume=True if resume else "auto")
+        sample = _sample(trainer.model, dataset.tokenizer)
+    console.print(f"\nA sample, starting from nothing:\n\n{_indented(sample)}\n")
+    if result.validation is not None:
+        console.print(f"Validation: {result.validation}")
+    console.print(f"The model is in {out} ({model_config.num_parameters():,} parameters). Next:")
+    console.print(f"  cllm generate {out} --prompt 'The ' --temperature 0.7\n  cllm evaluate {out} {config.data.path}")
+    console.print(f"  cllm export {out} --to hf --out {out}-hf")
+    console.result({**result.to_dict(), "parameters": model_config.num_parameters(), "sample": sample})
+
+
+def default_run(data: str) -> Path:
+    """runs/NAME after the folder or file that is learnt from."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(os.path.abspath(data)).stem).strip("-.") or "run"
+    return Path("runs") / name
+
+
+def _vocabulary_rows(tokens: int) -> int:
+    """Rows of the embedding: the tokenizer's tokens; large vocabularies are filled up to a multiple of 64, which matrix tiles like."""
+    return tokens if tokens < 1024 else -(-tokens // 64) * 64
+
+
+def _prepare(config: TrainConfig, out: Path, console: Console) -> "Dataset":
+    from cllm.data import prepare
+
+    settings = config.data
+    names = [part.strip() for part in settings.exclude.split(",") if part.strip()]
+    dataset = prepare(
+        settings.path, out / "data", tokenizer=settings.tokenizer, vocab_size=settings.vocab_size, val_fraction=settings.val_fraction,
+        exclude=[Path(settings.path) / name for name in names], log=console.print,
+    )
+    return dataset
+
+
+def _print_settings(config: TrainConfig, model: ModelConfig, dataset: "Dataset", console: Console) -> None:
+    """What was chosen and where each value comes from; defaults are left out, config.toml lists them all."""
+    rows = [(key, str(value), source) for key, value, source, _ in config.describe() if source != "default" and value is not None]
+    console.print(
+        f"model    {model.family} family, {model.num_parameters():,} parameters: {model.num_layers} layers x {model.embed_dim}, "
+        f"{model.num_heads} heads ({model.kv_heads} for keys), ffn {model.ffn_size}, vocabulary {model.vocab_size}, context {model.max_seq_len}"
+    )
+    tokens = config.train.batch_size * config.train.grad_accum * config.train.seq_len
+    steps = config.train.steps or 0
+    console.print(f"training {steps:,} steps x {tokens:,} tokens = {steps * tokens / max(1, dataset.train.num_tokens):.2f} passes over the data")
+    console.print("settings that are not defaults:")
+    console.print(table(rows))
+
+
+def _plan(model: "Model", config: TrainConfig, dataset: "Dataset", console: Console) -> None:
+    """Memory predicted, speed measured over a few real steps whose result is thrown away."""
+    from cllm.memory import predict
+    from cllm.step import Microbatch, TrainStep
+    from cllm.train import make_batches
+
+    settings = config.train
+    steps = settings.steps or 0
+    memory = predict(model.config, settings.batch_size, settings.seq_len, settings.precision)
+    assert config.optim.learning_rate is not None
+    step = TrainStep(model, settings.precision, config.optim.learning_rate, config.optim.grad_clip)
+    batches = make_batches(dataset.train, config)
+    seconds = []
+    with runtime.progress.Stage("Measuring the speed of a few steps"):
+        for number in range(4):
+            batch = batches.batch(number)
+            start = time.perf_counter()
+            step.run([Microbatch(batch.tokens, batch.targets, batch.cu_seqlens)])
+            seconds.append(time.perf_counter() - start)
+    per_token = min(seconds[1:]) / (settings.batch_size * settings.seq_len)  # the first one compiles
+    tokens = settings.batch_size * settings.grad_accum * settings.seq_len
+    eta = per_token * tokens * steps
+    console.print("predicted memory:")
+    parts = [*memory.rows(), ("total", memory.total, "")]
+    console.print(table([(name, f"{count / 1e6:,.0f} MB", what) for name, count, what in parts]))
+    console.print(f"measured speed: {1 / per_token:,.0f} tokens/s: about {runtime.progress.duration(eta)} for {steps:,} steps, without evaluation")
+    console.result({
+        "parameters": model.config.num_parameters(), "memory_bytes": memory.total, "tokens_per_second": 1 / per_token, "steps": steps,
+        "tokens_per_step": tokens, "seconds": eta, "train_tokens": dataset.train.num_tokens,
+        "settings": {key: {"value": value, "source": source} for key, value, source, _ in config.describe()},
+    })
+
+
+def _sample(model: "Model", tokenizer: Any) -> str:
+    from cllm.generate import generate
+
+    start: Any = [tokenizer.eot_id] if tokenizer.eot_id is not None else "\n"
+    room = model.config.max_seq_len - 2
+    return generate(model, tokenizer, start, max_tokens=max(1, min(SAMPLE_TOKENS, room)), temperature=0.7, top_p=0.95, seed=0)[0].text
+
+
+def _indented(text: str) -> str:
+    return "\n".join("    " + line for line in text.strip("\n").splitlines())

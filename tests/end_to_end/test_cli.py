@@ -1,0 +1,187 @@
+"""Every command on real text: what it prints, what it leaves, and how it answers mistakes."""
+
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from command import TINY, cllm
+from safetensors.torch import load_file
+
+FLAGS_OF_TRAIN = {
+    "data", "out", "config", "resume", "tokenizer", "device", "threads", "precision", "preset", "vocab_size", "embed_dim", "num_layers", "num_heads",
+    "num_kv_heads", "ffn_dim", "seq_len", "batch_size", "grad_accum", "steps", "epochs", "learning_rate", "min_lr", "warmup", "schedule", "seed",
+    "checkpoint_every", "keep", "eval_every", "patience", "sample_every", "on_nonfinite", "overfit_one_batch", "plan", "set_", "as_json",
+}
+
+
+def test_the_flags_of_train_are_frozen():
+    """Further settings go through --set; a flag is for what most users change."""
+    from cllm.cli import train
+
+    assert set(inspect.signature(train).parameters) == FLAGS_OF_TRAIN
+
+
+def test_train_leaves_a_whole_run_and_tells_what_comes_next(run):
+    for name in ("config.toml", "metrics.jsonl", "log.txt", "tokenizer.json", "data", "checkpoints/latest", "checkpoints/best"):
+        assert (run / name).exists(), name
+    newest = run / "checkpoints" / "step-00000012"
+    assert {path.name for path in newest.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 13))
+
+
+def test_the_same_command_again_finds_everything_done(run, text):
+    again = cllm("train", text, "--out", run, "--steps", 12, "--learning-rate", "3e-3", *TINY, "--json")
+    assert again.status == 0 and again.json["step"] == 12 and again.json["resumed_from"] == 12
+    assert "cached" in again.err
+
+
+def test_another_configuration_is_refused_with_the_differences(run, text):
+    ran = cllm("train", text, "--out", run, "--steps", 12, "--learning-rate", "1e-3", *TINY)
+    assert ran.status == 2 and "learning_rate" in ran.err and "0.003" in ran.err and "--out" in ran.err
+
+
+def test_plan_prints_sizes_and_trains_nothing(text, tmp_path):
+    ran = cllm("train", text, "--out", tmp_path / "planned", "--steps", 50, *TINY, "--plan", "--json")
+    assert ran.status == 0 and ran.json["parameters"] > 10_000 and ran.json["tokens_per_second"] > 0
+    assert ran.json["settings"]["train.steps"]["source"] == "--steps"
+    assert not (tmp_path / "planned" / "checkpoints").exists()
+
+
+def test_ctrl_c_writes_a_checkpoint_exits_130_and_the_same_command_goes_on(text, tmp_path):
+    command = ["train", text, "--out", tmp_path / "run", "--steps", 100_000, "--checkpoint-every", 100_000, "--eval-every", 100_000, *TINY]
+    process = subprocess.Popen([sys.executable, "-m", "cllm", *map(str, command)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    step = int((tmp_path / "run" / "checkpoints" / "latest").read_text().split("-")[-1])
+    assert step >= 3 and "cllm train --resume" in err
+    command[command.index("--steps") + 1] = 100_000
+    process = subprocess.Popen([sys.executable, "-m", "cllm", *map(str, command)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    rows = metrics.read_text().count("\n")
+    while metrics.read_text().count("\n") < rows + 3:
+        assert process.poll() is None and time.monotonic() < deadline + 200, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and f"resuming after step {step:,}" in err, err
+
+
+def test_generate_is_repeatable_and_greedy_needs_no_cache(run):
+    options = ("generate", run, "--prompt", "def ", "--max-tokens", 20, "--json")
+    first, second = cllm(*options, "--seed", 3), cllm(*options, "--seed", 3)
+    assert first.status == 0 and first.json["texts"] == second.json["texts"]
+    greedy = [cllm(*options, "--temperature", 0, *extra).json["tokens"] for extra in ((), ("--no-cache",))]
+    assert greedy[0] == greedy[1] and len(greedy[0][0]) > 0
+
+
+def test_generate_streams_the_same_text_that_it_returns(run):
+    options = ("generate", run, "--prompt", "import ", "--max-tokens", 12, "--temperature", 0)
+    assert cllm(*options).out == cllm(*options, "--no-stream").out
+
+
+def test_evaluate_measures_a_model_on_new_text(run, tmp_path):
+    (tmp_path / "new.txt").write_text("def add(a, b):\n    return a + b\n" * 40)
+    ran = cllm("evaluate", run, tmp_path / "new.txt", "--json")
+    assert ran.status == 0 and 0 < ran.json["loss"] < 8 and 0 <= ran.json["accuracy"] <= 1
+    assert ran.json["perplexity"] == pytest.approx(2.718281828 ** ran.json["loss"], rel=1e-3) and ran.json["bits_per_byte"] > 0
+
+
+def test_a_model_goes_to_hugging_face_and_back_without_a_changed_bit(run, tmp_path):
+    assert cllm("export", run, "--to", "hf", "--out", tmp_path / "hf").status == 0
+    assert cllm("import", tmp_path / "hf", "--out", tmp_path / "back.cllm").status == 0
+    assert cllm("export", run, "--to", "cllm", "--out", tmp_path / "direct.cllm").status == 0
+    back, direct = load_file(tmp_path / "back.cllm"), load_file(tmp_path / "direct.cllm")
+    assert back.keys() == direct.keys() and all(back[name].equal(direct[name]) for name in back)
+
+
+def test_tokenizer_commands_round_trip(text, tmp_path):
+    place = tmp_path / "tokenizer.json"
+    assert cllm("tokenizer", "train", text, "--vocab-size", 400, "--out", place).status == 0
+    words = "def main():\n    return 'caf\u00e9'\n"
+    tokens = cllm("tokenizer", "encode", place, "--json", stdin=words).json["tokens"]
+    assert cllm("tokenizer", "decode", place, *tokens, "--json").json["text"] == words
+    stats = cllm("tokenizer", "stats", place, text / "bisect.py", "--json")
+    assert stats.status == 0 and stats.json["bytes_per_token"] > 1
+
+
+def test_packed_tokens_train_as_they_are_and_a_foreign_tokenizer_is_refused(run, text, tmp_path):
+    assert cllm("pack", text, "--tokenizer", run, "--out", tmp_path / "tokens").status == 0
+    folder = tmp_path / "tokens" / "tokens" if (tmp_path / "tokens" / "tokens").exists() else tmp_path / "tokens"
+    assert cllm("evaluate", run, folder, "--json").status == 0
+    assert cllm("tokenizer", "train", text, "--vocab-size", 300, "--out", tmp_path / "other.json").status == 0
+    ran = cllm("train", folder, "--tokenizer", tmp_path / "other.json", "--out", tmp_path / "run", "--steps", 2, *TINY)
+    assert ran.status == 1 and "tokenizer" in ran.err
+
+
+def test_doctor_and_explain_answer_for_people_and_programs():
+    ran = cllm("doctor", "--json")
+    assert ran.status == 0 and ran.json["devices"][0]["workers"] >= 1 and ran.json["operations"]["attention"]["float32"]["backend"]
+    assert "usable core" in cllm("doctor").out
+    ran = cllm("explain", "matmul", "512x768", "768x3072", "--threads", 64)
+    assert ran.status == 0 and "64 workers" in ran.out and "not torch" in ran.out
+
+
+MISTAKES = {
+    "missing folder": (["train", "no/such/folder"], 1, "no/such/folder"),
+    "nothing to learn from": (["train"], 2, "give a folder or file"),
+    "empty folder": (["train", "{empty}"], 1, "empty"),
+    "one-byte file": (["train", "{byte}"], 1, "1 character"),
+    "binary file": (["train", "{binary}"], 1, "binary"),
+    "unknown option": (["train", "{byte}", "--lerning-rate", "1"], 2, "--learning-rate"),
+    "wrong type": (["train", "{byte}", "--steps", "ten"], 2, "--steps"),
+    "value out of range": (["train", "{byte}", "--learning-rate", "-1e-3"], 2, "learning_rate must be > 0"),
+    "unknown setting": (["train", "{byte}", "--set", "optim.beta3=1"], 2, "beta"),
+    "unknown preset": (["train", "{words}", "--preset", "cllm-2m"], 2, "cllm-1m"),
+    "sequence longer than the data": (["train", "{words}", "--seq-len", "100000"], 1, "seq-len"),
+    "threads": (["train", "{words}", "--threads", "0"], 2, "threads"),
+    "no run to resume": (["train", "--resume", "--out", "{empty}"], 2, "config.toml"),
+    "no checkpoint": (["generate", "{empty}", "--prompt", "x"], 1, "checkpoint"),
+    "not a checkpoint": (["generate", "{words}", "--prompt", "x"], 1, "words"),
+    "no prompt": (["generate", "{empty}"], 2, "--prompt"),
+    "unknown operation": (["explain", "attenton", "1x2"], 2, "attention"),
+    "not a shape": (["explain", "matmul", "axb"], 2, "1x1024"),
+    "unknown format": (["export", "{empty}", "--to", "onnx", "--out", "x"], 2, "hf"),
+    "unknown command": (["trian"], 2, "trian"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_clear_line_and_the_right_exit_status(mistake, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "byte.txt").write_text("x")
+    (tmp_path / "binary.bin").write_bytes(bytes(range(256)) * 8)
+    (tmp_path / "words.txt").write_text("some words to learn from, " * 30)
+    places = {name.partition(".")[0]: str(tmp_path / name) for name in ("empty", "byte.txt", "binary.bin", "words.txt")}
+    arguments, status, words = MISTAKES[mistake]
+    ran = cllm(*(argument.format(**places) for argument in arguments), cwd=tmp_path)
+    assert ran.status == status and words in ran.err, f"{ran.status}: {ran.err}"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+def test_an_unreadable_file_is_named(tmp_path):
+    (tmp_path / "secret.txt").write_text("words " * 100)
+    (tmp_path / "secret.txt").chmod(0)
+    ran = cllm("train", tmp_path / "secret.txt")
+    assert ran.status == 1 and "secret.txt" in ran.err
+
+
+def test_a_mistake_under_json_is_an_object_too():
+    ran = cllm("evaluate", "nowhere", "nothing", "--json")
+    assert ran.status == 1 and ran.json["exit_status"] == 1 and "nowhere" in ran.json["error"]
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "pack", "export", "import", "doctor", "explain", "tokenizer train"])
+def test_every_command_explains_itself_with_examples(command):
+    ran = cllm(*command.split(), "--help")
+    assert ran.status == 0 and f"cllm {command}" in ran.out.split("Examples:")[1] and "--json" in ran.out

@@ -1,0 +1,75 @@
+"""Every command and the Python example of the README do what it says, on real text."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command import TINY
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    return [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines() if line.strip()]
+
+
+def test_the_commands_of_the_readme_run_one_after_the_other(text, tmp_path):
+    """In a folder with books/ and more-text/; the model is made small and the text short."""
+    (tmp_path / "books").symlink_to(text)
+    (tmp_path / "more-text").symlink_to(text / "json")
+    small = (*map(str, TINY), "--steps", "5")
+    ran = []
+    for words in commands():
+        if words[0] != "cllm":
+            continue
+        extra = small if words[1] == "train" and "books/" in words else ("--max-tokens", "8") if words[1] == "generate" else ()
+        done = subprocess.run([sys.executable, "-m", *words, *extra], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, f"{words}: {done.stderr}"
+        ran.append(words[1])
+    assert {"train", "generate", "evaluate", "export", "doctor"} <= set(ran)
+
+
+def test_the_python_example_of_the_readme_runs(tmp_path):
+    (example,) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([1, 128, 4, 32])" in done.stdout and (tmp_path / "model.cllm").exists()
+
+
+def test_make_demo_and_make_test_are_what_the_makefile_offers():
+    makefile = (ROOT / "Makefile").read_text()
+    for words in commands():
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), words
+
+
+def test_the_demo_configuration_trains_on_this_machines_python_sources(tmp_path):
+    """make demo, but for two steps: the same data, the same file of settings."""
+    import sysconfig
+
+    done = subprocess.run(
+        [sys.executable, "-m", "cllm", "train", sysconfig.get_path("stdlib"), "--config", str(ROOT / "examples/demo.toml"), "--out", "demo",
+         "--steps", "2", "--set", "data.exclude=site-packages, dist-packages, test, asyncio, email, unittest, idlelib, lib2to3, encodings, tkinter"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    for words in ("device ", "compute ", "kernels ", "files:", "tokenizer:", "tokens:", "A sample", "cllm generate demo", "Validation:"):
+        assert words in done.stdout, words
+    assert re.search(r"step 2/2 .* tokens .* loss .* lr .* grad .* tok/s .* GB", done.stderr), done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_no_path_of_a_machine_stands_in_the_project():
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    home = re.compile(r"(^|[^A-Za-z0-9_.])/(home|root|work|Users)/[a-z]")
+    texts = {name: (ROOT / name).read_text(errors="ignore") for name in names if name and os.path.isfile(ROOT / name)}
+    assert not [name for name, content in texts.items() if home.search(content) and name != "tests/end_to_end/test_readme.py"]
