@@ -85,7 +85,10 @@ def _prepare(config: TrainConfig, out: Path, console: Console) -> "Dataset":
 
 def _print_settings(config: TrainConfig, model: ModelConfig, dataset: "Dataset", console: Console) -> None:
     """What was chosen and where each value comes from; defaults are left out, config.toml lists them all."""
-    rows = [(key, str(value), source) for key, value, source, _ in config.describe() if source != "default" and value is not None]
+    rows = [
+        (key, str(value), source) for key, value, source, _ in config.describe()
+        if source != "default" and value is not None and not (key.startswith("model.") and source.startswith("derived"))  # told in the line above
+    ]
     console.print(
         f"model    {model.family} family, {model.num_parameters():,} parameters: {model.num_layers} layers x {model.embed_dim}, "
         f"{model.num_heads} heads ({model.kv_heads} for keys), ffn {model.ffn_size}, vocabulary {model.vocab_size}, context {model.max_seq_len}"

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cllm.runtime import tuning
+from cllm.runtime import heap, tuning
 from cllm.runtime.errors import BackendError
 
 _ready = False
@@ -92,6 +92,7 @@ def numba_setup() -> None:
         if f"NUMBA_{name}" in os.environ:  # the user's own choice stands
             continue
         os.environ[f"NUMBA_{name}"] = " ".join(value) if isinstance(value, list) else value
+    heap.keep_freed_memory()
     import numba
 
     for name, value in settings.items():  # numba may have been imported before us

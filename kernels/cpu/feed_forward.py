@@ -135,8 +135,8 @@ def _elementwise(backward: bool, activation: str, buffers: tuple[torch.Tensor | 
     size = -(-z.numel() // W) * W
     workers = max(1, min(workers, -(-size // _BLOCK)))
     threads.numba_workers(workers)
-    addresses = [0 if t is None else t.data_ptr() for t in buffers]
-    _run(backward, _CODES[activation], up is not None, half, size, *addresses, workers)
+    z_at, up_at, dhidden_at, hidden_at, dz_at, dup_at = (0 if t is None else t.data_ptr() for t in buffers)
+    _run(backward, _CODES[activation], up is not None, half, size, z_at, up_at, dhidden_at, hidden_at, dz_at, dup_at, workers)
 
 
 def _row_blocks(rows: int, hidden: int) -> list[slice]:

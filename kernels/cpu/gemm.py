@@ -29,7 +29,7 @@ FP32, PAIRS, TILES, WIDENED = "fp32", "vdpbf16ps", "amx", "widened"  # micro-ker
 BLOCK_WORDS = 256  # words of a strip in one K block: 16 KB of a 16-lane strip, three of them in L1
 K_PART = 4096  # bounds the packed copies; float32 accumulation restarts here
 TILE_COLUMNS = 192  # 4 panels of 48 or 6 of 32
-TILE_ROWS, ONE_SLAB_ROWS = 256, 512  # up to ONE_SLAB_ROWS each tile packs its own part of B, once
+TILE_ROWS, ONE_SLAB_ROWS = 256, 64  # up to ONE_SLAB_ROWS each tile packs its own part of B, once
 MOST_GROUP, CHUNK_WORDS = 4, 32  # strips that one task packs; words at a time where the panel is contiguous
 PACK_BYTES = 32 << 20  # packed copies of A and of B are kept below this, each
 
@@ -403,17 +403,26 @@ def _describe_b(p: np.ndarray, b: torch.Tensor, kernel: str) -> None:
     p[B_MODE], p[B_STRIP] = _mode(kernel, b.dtype), _strip_bytes(kernel, b.shape[0])
 
 
+def _even(length: int, largest: int, step: int) -> int:
+    """The largest tile for equal tiles of at most `largest`, in whole steps."""
+    tiles = -(-length // largest)
+    return min(largest, _round_up(-(-length // tiles), step))
+
+
 def _tile_shape(rows: int, columns: int, kernel: str, workers: int) -> tuple[int, int]:
-    """Smaller tiles when there are too few for the workers; no bit depends on it."""
+    """Equal tiles, smaller ones when there are too few for the workers to share evenly; no bit depends on it."""
     one_slab = rows <= ONE_SLAB_ROWS
-    tile_rows = _round_up(rows, W) if one_slab else TILE_ROWS
-    tile_columns = TILE_COLUMNS
-    narrowest = 2 * W if kernel == TILES else NV * W
-    while -(-rows // tile_rows) * -(-columns // tile_columns) < 3 * workers and workers > 1:
-        if tile_columns > narrowest:
-            tile_columns = max(narrowest, tile_columns // 2)
-        elif tile_rows > 64 and not one_slab:
-            tile_rows //= 2
+    panel = 2 * W if kernel == TILES else NV * W
+    tile_rows = _round_up(rows, W) if one_slab else _even(rows, TILE_ROWS, 2 * W)
+    tile_columns = _even(columns, TILE_COLUMNS, panel)
+    while workers > 1:
+        tiles = -(-rows // tile_rows) * -(-columns // tile_columns)
+        if tiles >= 4 * workers or (tiles >= workers and tiles % workers == 0):
+            break
+        if tile_rows > 4 * W and not one_slab:
+            tile_rows = _round_up(tile_rows // 2, 2 * W)
+        elif tile_columns > panel:
+            tile_columns = _round_up(tile_columns // 2, panel)
         else:
             break
     return tile_rows, tile_columns
