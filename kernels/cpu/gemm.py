@@ -9,8 +9,10 @@ Method: K. Goto, R. van de Geijn, Anatomy of High-Performance Matrix Multiplicat
 B, a micro-kernel in registers, tiles of C that stay in the L2 cache.
 """
 
+import functools
 import os
 import threading
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -36,7 +38,7 @@ PACK_BYTES = 32 << 20  # packed copies of A and of B are kept below this, each
 # Fields of the parameter block that the kernels read (int64; addresses and strides in bytes unless said).
 (KERNEL, ROWS, COLUMNS, DEPTH, BLOCK, A, A_STRIP, A_ROW, A_K, A_MODE, A_PACKED, B, B_STRIP, B_COLUMN, B_K, B_MODE,
  B_PACKED, B_READY, OUT, OUT_ROW, OUT_HALF, OLD, OLD_ROW, BIAS, DIRECT, TILE_R, TILE_C, SCRATCH,
- SCRATCH_STRIDE, CONFIG, GROUP_A, GROUP_B, NUM_FIELDS) = range(33)  # fmt: skip
+ SCRATCH_STRIDE, CONFIG, GROUP_A, GROUP_B, TASKS_A, TASKS_B, NUM_TILES, NUM_FIELDS) = range(36)  # fmt: skip
 _CODE = {FP32: 0, WIDENED: 0, PAIRS: 1, TILES: 2}
 
 _micro_1, _micro_2, _micro_n = make_micro(MR, 1), make_micro(MR, min(2, NV)), make_micro(MR, NV)
@@ -246,43 +248,51 @@ def _multiply(p, task, scratch):
         _finish(p, c, c_row, r0, rows, c0, columns)
 
 
-PACK_A, PACK_B, MULTIPLY = range(3)
+PACK, MULTIPLY = range(2)
 
 
 @numba.njit(cache=True, nogil=True)
 def _task(stage, p, task, worker):
     scratch = p[SCRATCH] + worker * p[SCRATCH_STRIDE]
-    if stage == PACK_A:
-        _pack_a(p, task, scratch)
-    elif stage == PACK_B:
-        column = task * p[GROUP_B] * W
-        lanes = min(p[GROUP_B] * W, p[COLUMNS] - column)
-        target = p[B_PACKED] + task * p[GROUP_B] * p[B_STRIP]
-        _pack_b(p, column, lanes, 0, p[DEPTH], p[B_STRIP] // (W * WORD), target, p[B_STRIP], scratch)
-    else:
+    if stage == MULTIPLY:
         _multiply(p, task, scratch)
+    elif task < p[TASKS_A]:
+        _pack_a(p, task, scratch)
+    else:
+        group = task - p[TASKS_A]
+        column = group * p[GROUP_B] * W
+        lanes = min(p[GROUP_B] * W, p[COLUMNS] - column)
+        target = p[B_PACKED] + group * p[GROUP_B] * p[B_STRIP]
+        _pack_b(p, column, lanes, 0, p[DEPTH], p[B_STRIP] // (W * WORD), target, p[B_STRIP], scratch)
 
 
 @numba.njit(cache=True, nogil=True)
-def _run_alone(stage, p, tasks):
-    for task in range(tasks):
-        _task(stage, p, task, 0)
+def _tasks(stage, p):
+    return p[TASKS_A] + p[TASKS_B] if stage == PACK else p[NUM_TILES]
+
+
+@numba.njit(cache=True, nogil=True)
+def _run_alone(p):
+    for stage in range(2):
+        for task in range(_tasks(stage, p)):
+            _task(stage, p, task, 0)
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
-def _run_workers(stage, p, tasks, workers):
-    for worker in numba.prange(workers):
-        for task in range(worker, tasks, workers):
-            _task(stage, p, task, worker)
+def _run_workers(p, workers):
+    for stage in range(2):  # one loop for both, so that what it calls is compiled once
+        tasks = _tasks(stage, p)
+        for worker in numba.prange(workers):
+            for task in range(worker, tasks, workers):
+                _task(stage, p, task, worker)
 
 
-def _run(stage: int, p: np.ndarray, tasks: int, workers: int) -> None:
-    workers = min(workers, tasks)
+def _run(p: np.ndarray, workers: int) -> None:
     if workers <= 1:
-        _run_alone(stage, p, tasks)
+        _run_alone(p)
     else:
         threads.numba_workers(workers)
-        _run_workers(stage, p, tasks, workers)
+        _run_workers(p, workers)
 
 
 # ---- planning on the Python side -----------------------------------------------------------------------------------
@@ -388,19 +398,16 @@ class Packed:
 
 def _pack_columns(b: torch.Tensor, kernel: str, target: int, workers: int) -> None:
     p = np.zeros(NUM_FIELDS, np.int64)
-    _describe_b(p, b, kernel)
-    p[B_PACKED] = target
-    p[GROUP_B] = group = _group(b.shape[1], workers)
-    tasks = -(-b.shape[1] // (group * W))
-    spare = _buffers.take("spare", min(workers, tasks) * BLOCK_BYTES + 64)
+    depth, columns = b.shape
+    p[DEPTH], p[COLUMNS], p[B_K], p[B_COLUMN] = depth, columns, *b.stride()
+    p[B_MODE], p[B_STRIP] = _mode(kernel, b.dtype), _strip_bytes(kernel, depth)
+    p[B], p[B_PACKED] = b.data_ptr(), target
+    p[GROUP_B] = group = _group(columns, workers)
+    p[TASKS_B] = tasks = -(-columns // (group * W))
+    workers = min(workers, tasks)
+    spare = _buffers.take("spare", workers * BLOCK_BYTES + 64)
     p[SCRATCH], p[SCRATCH_STRIDE] = _aligned(spare), BLOCK_BYTES
-    _run(PACK_B, p, tasks, workers)
-
-
-def _describe_b(p: np.ndarray, b: torch.Tensor, kernel: str) -> None:
-    p[DEPTH], p[COLUMNS] = b.shape
-    p[B], p[B_K], p[B_COLUMN] = b.data_ptr(), *b.stride()
-    p[B_MODE], p[B_STRIP] = _mode(kernel, b.dtype), _strip_bytes(kernel, b.shape[0])
+    _run(p, workers)
 
 
 def _even(length: int, largest: int, step: int) -> int:
@@ -484,6 +491,63 @@ def gemm(
     return out
 
 
+@functools.lru_cache(maxsize=4096)
+def _cut(rows: int, columns: int, depth: int, kernel: str, ready: bool) -> tuple[int, int]:
+    """Rows of A and columns of B whose packed copies are made at a time."""
+    strip = _strip_bytes(kernel, depth)
+    row_part = min(rows, max(TILE_ROWS, PACK_BYTES // strip * W // TILE_ROWS * TILE_ROWS))
+    if ready or rows <= ONE_SLAB_ROWS:
+        return row_part, columns
+    return row_part, min(columns, max(TILE_COLUMNS, PACK_BYTES // strip * W // TILE_COLUMNS * TILE_COLUMNS))
+
+
+class _BlockPlan(NamedTuple):
+    """All of the parameter block but its addresses, and the sizes of the work space: the same for every call of one kind."""
+
+    fields: np.ndarray
+    workers: int
+    scratch_bytes: int
+    a_bytes: int
+    b_bytes: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _block_plan(
+    rows: int, columns: int, depth: int, kernel: str, workers: int,
+    a_stride: tuple[int, int], a_dtype: torch.dtype, b_stride: tuple[int, int] | None, b_dtype: torch.dtype | None,
+    out_dtype: torch.dtype, direct: bool, pack_a: bool,
+) -> _BlockPlan:  # fmt: skip
+    """b_stride None: B was packed before."""
+    strip = _strip_bytes(kernel, depth)
+    one_slab = rows <= ONE_SLAB_ROWS
+    tile_rows, tile_columns = _tile_shape(rows, columns, kernel, workers)
+    tiles = -(-rows // tile_rows) * -(-columns // tile_columns)
+    p = np.zeros(NUM_FIELDS, np.int64)
+    p[KERNEL], p[BLOCK] = _CODE[kernel], _block(kernel, depth)
+    p[ROWS], p[COLUMNS], p[DEPTH] = rows, columns, depth
+    p[A_ROW], p[A_K], p[A_MODE], p[A_STRIP] = *a_stride, _mode(kernel, a_dtype), strip
+    p[B_STRIP], p[B_READY] = strip, 1
+    p[OUT_HALF], p[DIRECT] = out_dtype == torch.bfloat16, direct
+    p[TILE_R], p[TILE_C], p[NUM_TILES] = tile_rows, tile_columns, tiles
+    if pack_a:
+        p[GROUP_A] = group = _group(rows, workers)
+        p[TASKS_A] = -(-rows // (group * W))
+    b_bytes = 0
+    if b_stride is not None:
+        assert b_dtype is not None
+        p[B_K], p[B_COLUMN], p[B_MODE] = *b_stride, _mode(kernel, b_dtype)
+        p[B_READY] = not one_slab
+        if not one_slab:
+            p[GROUP_B] = group = _group(columns, workers)
+            p[TASKS_B] = -(-columns // (group * W))
+            b_bytes = -(-columns // W) * strip + 64
+    tile_bytes = BLOCK_BYTES + tile_columns * BLOCK_WORDS * WORD + _round_up(tile_rows, 2 * W) * tile_columns * WORD
+    stride = _round_up(tile_bytes, 4096) + 64  # not a multiple of 4096: the workers' tiles spread over sets
+    p[SCRATCH_STRIDE] = stride
+    workers = max(1, min(workers, max(tiles, int(p[TASKS_A] + p[TASKS_B]))))
+    return _BlockPlan(p, workers, stride * workers + 64, _round_up(rows, 2 * W) // W * strip + 64, b_bytes)
+
+
 def _part(
     a: torch.Tensor,
     b: torch.Tensor | int,
@@ -493,53 +557,37 @@ def _part(
     kernel: str,
     workers: int,
 ) -> None:
-    """One part of K: out = (old +) a b (+ bias)."""
+    """One part of K: out = (old +) a b (+ bias). b: a tensor, or the address of its packed copy."""
     (rows, depth), columns = a.shape, out.shape[1]
-    strip = _strip_bytes(kernel, depth)
-    p = np.zeros(NUM_FIELDS, np.int64)
-    p[KERNEL], p[BLOCK], p[CONFIG] = _CODE[kernel], _block(kernel, depth), _buffers.config_address
-    p[A_ROW], p[A_K], p[A_MODE], p[A_STRIP] = *a.stride(), _mode(kernel, a.dtype), strip
-    p[OUT_HALF] = out.dtype == torch.bfloat16
-    p[DIRECT] = old is None and bias is None and out.dtype == torch.float32
-    row_part = min(rows, max(ONE_SLAB_ROWS, PACK_BYTES // strip * W // TILE_ROWS * TILE_ROWS))
-    one_slab = rows <= ONE_SLAB_ROWS
-    if isinstance(b, int):
-        p[DEPTH], p[B_STRIP], p[B_PACKED], p[B_READY] = depth, strip, b, 1
-        column_part = columns
-    else:
-        _describe_b(p, b, kernel)
-        p[B_READY] = not one_slab
-        column_part = columns if one_slab else max(TILE_COLUMNS, PACK_BYTES // strip * W // TILE_COLUMNS * TILE_COLUMNS)
-    p[TILE_R], p[TILE_C] = tile_rows, tile_columns = _tile_shape(rows, min(columns, column_part), kernel, workers)
-    tile_bytes = BLOCK_BYTES + tile_columns * BLOCK_WORDS * WORD + _round_up(tile_rows, 2 * W) * tile_columns * WORD
-    most = max(-(-rows // tile_rows) * -(-columns // tile_columns), -(-rows // W))
-    p[SCRATCH_STRIDE] = _round_up(tile_bytes, 4096) + 64  # not a multiple of 4096: the workers' tiles spread over sets
-    scratch = _buffers.take("scratch", int(p[SCRATCH_STRIDE]) * min(workers, most) + 64)
-    packed_a = _buffers.take("a", _round_up(min(rows, row_part), 2 * W) // W * strip + 64)
-    p[SCRATCH], p[A_PACKED] = _aligned(scratch), _aligned(packed_a)
+    ready = isinstance(b, int)
+    row_part, column_part = _cut(rows, columns, depth, kernel, ready)
+    direct = old is None and bias is None and out.dtype == torch.float32
     for r0 in range(0, rows, row_part):
-        p[ROWS] = min(row_part, rows - r0)
-        p[A] = a.data_ptr() + r0 * a.stride(0) * a.element_size()
-        p[GROUP_A] = group = _group(int(p[ROWS]), workers)
-        _run(PACK_A, p, -(-int(p[ROWS]) // (group * W)), workers)
         for c0 in range(0, columns, column_part):
-            p[COLUMNS] = min(column_part, columns - c0)
-            if isinstance(b, torch.Tensor):
+            plan = _block_plan(
+                min(row_part, rows - r0), min(column_part, columns - c0), depth, kernel, workers, a.stride(), a.dtype,
+                None if isinstance(b, int) else b.stride(), None if isinstance(b, int) else b.dtype, out.dtype, direct, c0 == 0,
+            )  # fmt: skip
+            p = plan.fields.copy()
+            p[SCRATCH] = _aligned(_buffers.take("scratch", plan.scratch_bytes))
+            p[A_PACKED] = _aligned(_buffers.take("a", plan.a_bytes))
+            p[CONFIG] = _buffers.config_address
+            p[A] = a.data_ptr() + r0 * a.stride(0) * a.element_size()
+            if isinstance(b, int):
+                p[B_PACKED] = b
+            else:
                 p[B] = b.data_ptr() + c0 * b.stride(1) * b.element_size()
-                if not one_slab:
-                    packed_b = _buffers.take("b", -(-int(p[COLUMNS]) // W) * strip + 64)
-                    p[B_PACKED] = _aligned(packed_b)
-                    p[GROUP_B] = group = _group(int(p[COLUMNS]), workers)
-                    _run(PACK_B, p, -(-int(p[COLUMNS]) // (group * W)), workers)
+                if plan.b_bytes:
+                    p[B_PACKED] = _aligned(_buffers.take("b", plan.b_bytes))
             _place(p, OUT, OUT_ROW, out, r0, c0)
             if old is not None:
                 _place(p, OLD, OLD_ROW, old, r0, c0)
             if bias is not None:
                 p[BIAS] = bias.data_ptr() + c0 * 4
-            tiles = -(-int(p[ROWS]) // tile_rows) * -(-int(p[COLUMNS]) // tile_columns)
-            _run(MULTIPLY, p, tiles, workers)
+            _run(p, plan.workers)
 
 
 def _place(p: np.ndarray, address: int, row: int, t: torch.Tensor, r0: int, c0: int) -> None:
-    p[address] = t.data_ptr() + (r0 * t.stride(0) + c0) * t.element_size()
-    p[row] = t.stride(0) * t.element_size()
+    size, stride = t.element_size(), t.stride(0)
+    p[address] = t.data_ptr() + (r0 * stride + c0) * size
+    p[row] = stride * size
