@@ -66,6 +66,7 @@ class LlamaAttention(nn.Module):
         super().__init__()
         embed_dim, head_dim = config.embed_dim, config.head_size
         self.layer, self.head_dim, self.eps = layer, head_dim, config.eps
+        self.num_heads, self.num_kv_heads = config.num_heads, config.kv_heads
         self.q_proj = Weights(config.num_heads * head_dim, embed_dim)
         self.k_proj = Weights(config.kv_heads * head_dim, embed_dim)
         self.v_proj = Weights(config.kv_heads * head_dim, embed_dim)
@@ -74,18 +75,26 @@ class LlamaAttention(nn.Module):
         self.k_norm = Weights(head_dim) if config.qk_norm else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
+        q, k, v = self._project(x, context)
+        return linear(context.attend(self.layer, q, k, v).flatten(-2), self.o_proj)
+
+    def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, E) -> rotated queries (B, T, H, D) and keys (B, T, H_kv, D), and values (B, T, H_kv, D)."""
         heads = (*x.shape[:-1], -1, self.head_dim)
-        q = linear(x, self.q_proj).view(heads)  # (B, T, H, D)
-        k = linear(x, self.k_proj).view(heads)  # (B, T, H_kv, D)
-        v = linear(x, self.v_proj).view(heads)
+        assert context.rotary_tables is not None
+        cos, sin = context.rotary_tables
+        if torch.is_grad_enabled() and self.q_norm is None:
+            # One product and one rotation instead of five: the weights are copied side by side, which pays where there are many rows to
+            # multiply. Each element of the result has the same bits either way.
+            weight = torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
+            qk, v = kernels.matmul(x, weight.T).view(heads).split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=-2)
+            q, k = kernels.rotary(qk, cos, sin, context.positions).split((self.num_heads, self.num_kv_heads), dim=-2)
+            return q, k, v
+        q, k, v = (linear(x, weights).view(heads) for weights in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q = kernels.rms_norm(q, self.q_norm.weight, self.eps)
             k = kernels.rms_norm(k, self.k_norm.weight, self.eps)
-        assert context.rotary_tables is not None
-        cos, sin = context.rotary_tables
-        q = kernels.rotary(q, cos, sin, context.positions)
-        k = kernels.rotary(k, cos, sin, context.positions)
-        return linear(context.attend(self.layer, q, k, v).flatten(-2), self.o_proj)
+        return kernels.rotary(q, cos, sin, context.positions), kernels.rotary(k, cos, sin, context.positions), v
 
 
 class LlamaMLP(nn.Module):

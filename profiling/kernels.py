@@ -105,7 +105,9 @@ def check(contest: Contest, dtype: torch.dtype) -> None:
     for function in (contest.ours, contest.peer):
         leaves = [t.detach().clone().requires_grad_() for t in contest.tensors]
         out = function(*leaves)
-        out.float().square().mean().backward()
+        # A random direction: along a norm's own output the true gradient nearly vanishes and only rounding is left to compare.
+        direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        (out.float() * direction).sum().backward()
         outs.append(out.detach().float())
         grads.append([t.grad.float() for t in leaves])
     for mine, theirs in [(outs[0], outs[1]), *zip(*grads)]:

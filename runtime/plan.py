@@ -21,7 +21,7 @@ CanServe = Callable[[Any, Any, str], tuple[bool, str]]
 
 # A fork over two cores costs about 2 us and one core computes some 50,000 operations in a microsecond: below this share a worker costs more
 # than it brings.
-WORK_PER_WORKER = 400_000
+WORK_PER_WORKER = 100_000
 
 
 @dataclass(frozen=True)

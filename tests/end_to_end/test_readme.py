@@ -73,3 +73,13 @@ def test_no_path_of_a_machine_stands_in_the_project():
     home = re.compile(r"(^|[^A-Za-z0-9_.])/(home|root|work|Users)/[a-z]")
     texts = {name: (ROOT / name).read_text(errors="ignore") for name in names if name and os.path.isfile(ROOT / name)}
     assert not [name for name, content in texts.items() if home.search(content) and name != "tests/end_to_end/test_readme.py"]
+
+
+def test_the_measured_table_is_what_the_script_writes():
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "profiling/readme_table.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.updated(README) == README, "run python profiling/readme_table.py"
