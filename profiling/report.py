@@ -40,7 +40,7 @@ def provenance() -> dict[str, Any]:
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
     packages = ("torch", "numpy", "numba", "llvmlite", "triton", "cllm")
     return {
-        "machine": runtime.describe().to_dict(),
+        "machine": {key: value for key, value in runtime.describe().to_dict().items() if key != "cache_dir"},  # nobody's folders are published
         "versions": {"python": platform.python_version(), **{name: installed(name) for name in packages}},
         "commit": git.stdout.strip() or "unknown",
         "date": time.strftime("%Y-%m-%d"),
