@@ -5,6 +5,7 @@ compiler is never loaded. numba writes each entry beside and renames it, and com
 """
 
 import os
+import re
 import sys
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -89,7 +90,9 @@ def numba_setup() -> None:
 
         settings["CPU_NAME"] = llvm.get_host_cpu_name()
     for name, value in settings.items():
-        if f"NUMBA_{name}" in os.environ:  # the user's own choice stands
+        chosen = os.environ.get(f"NUMBA_{name}")
+        # The user's own choice stands; a cache folder of ours was handed down by a parent process, perhaps for other settings.
+        if chosen and not re.fullmatch("numba-[0-9a-f]{16}", os.path.basename(chosen)):
             continue
         os.environ[f"NUMBA_{name}"] = " ".join(value) if isinstance(value, list) else value
     heap.keep_freed_memory()

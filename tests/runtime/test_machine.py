@@ -125,3 +125,18 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     }
     if faults["0"] > 5000:  # an allocator that gives memory back; others have nothing to show here
         assert faults["1"] < faults["0"] / 10, faults
+
+
+def test_a_child_process_with_other_settings_does_not_inherit_its_parents_kernels(tmp_path):
+    """The parent's choice of cache folder travels in the environment; kernels of another vector width must not be loaded from it."""
+    pytest.importorskip("numba")
+    code = "from cllm.runtime import compiler; compiler.numba_setup(); import numba; print(numba.config.CACHE_DIR)"
+
+    def folder(**settings: str) -> str:
+        env = {**os.environ, "CLLM_CACHE_DIR": str(tmp_path), **settings}
+        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.strip()
+
+    parent = folder(CLLM_SIMD_LANES="16", NUMBA_CACHE_DIR="")
+    assert folder(CLLM_SIMD_LANES="16", NUMBA_CACHE_DIR=parent) == parent
+    assert folder(CLLM_SIMD_LANES="8", NUMBA_CACHE_DIR=parent) != parent
+    assert folder(CLLM_SIMD_LANES="8", NUMBA_CACHE_DIR=str(tmp_path / "mine")) == str(tmp_path / "mine")
