@@ -7,6 +7,7 @@ compiler is never loaded. numba writes each entry beside and renames it, and com
 import os
 import re
 import sys
+import threading
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +17,7 @@ from cllm.runtime import heap, tuning
 from cllm.runtime.errors import BackendError
 
 _ready = False
+_lock = threading.Lock()
 
 
 def _plain(name: str) -> str:
@@ -34,13 +36,23 @@ def _llvm_features() -> dict[str, bool]:
     return dict(llvm.get_host_cpu_features())
 
 
+def _linux_features() -> dict[str, bool]:
+    """What Linux lists for the first core, for reports where llvmlite is missing; nothing is compiled then."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return {}
+    listed = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return dict.fromkeys(listed.partition(":")[2].split(), True)
+
+
 @lru_cache(maxsize=1)
 def cpu_features() -> frozenset[str]:
-    """Instruction sets of this CPU: avx2, fma, avx512f, avx512_bf16, amx_bf16, neon, ... (empty where llvmlite is missing)."""
+    """Instruction sets of this CPU: avx2, fma, avx512f, avx512_bf16, amx_bf16, neon, ... (empty where nothing tells)."""
     try:
         found = _llvm_features()
-    except ImportError:
-        return frozenset()
+    except (ImportError, RuntimeError):  # not installed; not known for this kind of CPU
+        found = _linux_features()
     return frozenset({_plain(name) for name, present in found.items() if present} | {name for name, present in found.items() if present})
 
 
@@ -74,8 +86,14 @@ def numba_setup() -> None:
     Raises BackendError where numba is not installed.
     """
     global _ready
-    if _ready:
-        return
+    if not _ready:
+        with _lock:
+            if not _ready:
+                _set_up()
+                _ready = True
+
+
+def _set_up() -> None:
     if _version("numba") == "absent":
         raise BackendError("the CPU kernels need numba, which is not installed. Install it with: pip install numba")
     settings: dict[str, Any] = {
@@ -102,7 +120,6 @@ def numba_setup() -> None:
         if os.environ[f"NUMBA_{name}"] == (" ".join(value) if isinstance(value, list) else value):
             setattr(numba.config, name, value)
     _announce_compilation()
-    _ready = True
 
 
 def _announce_compilation() -> None:

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from cllm.runtime import ceiling, compiler, tuning
+from cllm.runtime import ceiling, compiler, tree, tuning
 from cllm.runtime.device import available_memory, cpu, devices, gpus, operating_system
 from cllm.runtime.plan import LaunchPlan, plan, settings
-from cllm.runtime.tree import FANOUT
 
 EXAMPLE_SHAPES = ((1, 1024, 12, 64),)
 
@@ -54,7 +53,7 @@ class Report:
             f"device   {machine['name']}{extra}, {machine['workers']} usable core{'s' if machine['workers'] != 1 else ''}, "
             f"{machine['memory_bytes'] / 2**30:.0f} GiB\n"
             f"compute  {sets}; measured peak {peak['fp32_gflops']:.0f} GFLOP/s in fp32, {peak['bf16_gflops']:.0f} in bf16, "
-            f"{peak['copy_gbps']:.0f} GB/s copying\n"
+            f"{peak['copy_gbps']:.0f} GB/s copying{' (at least: other programs were busy meanwhile)' if peak['disturbed'] else ''}\n"
             f"kernels  {values['summary']}"
         )
 
@@ -67,7 +66,11 @@ class Report:
         lines.append(f"memory   {values['memory_available_bytes'] / 2**30:.1f} GiB free of {machine['memory_bytes'] / 2**30:.1f}")
         lines.append("versions " + ", ".join(f"{name} {number}" for name, number in values["versions"].items()))
         lines.append(f"cache    {values['cache_dir']}")
-        lines.append(f"sums     over workers in a fixed tree of fan-out {FANOUT}: the same bits for any number of threads")
+        parts = 1741
+        lines.append(
+            f"sums     in a fixed tree of one root and up to {tree.FANOUT} children each, the same bits for any number of threads "
+            f"({parts:,} parts: {tree.describe(parts)})"
+        )
         if values["operations"]:
             lines += ["", "operation              float32   bfloat16  why"]
             for name, by_dtype in values["operations"].items():

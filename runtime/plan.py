@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -103,7 +104,7 @@ def use(backend: str | None = None, threads: int | None = None, deterministic: b
     )
     token = _settings.set(wanted)
     try:
-        with _threads.limit(threads):
+        with _threads.limit(threads, inherited=before.threads):
             yield wanted
     finally:
         _settings.reset(token)
@@ -117,6 +118,15 @@ def plan(op: str, shapes: Shapes, dtype: Any, device: str = "cpu", work: float =
     """
     asked = settings()
     return _plan(op, tuple(map(tuple, shapes)), str(dtype).removeprefix("torch."), device, float(work), asked.backend, asked.threads)
+
+
+def _nobody(op: str, device_type: str) -> str:
+    """Why an operation has no backend at all, and what to do."""
+    known = sorted(name for name, kind in _entries if kind == device_type)
+    nearest = get_close_matches(op, known, n=1)
+    if nearest:
+        return f"none is registered; did you mean {nearest[0]}?"
+    return f"none is registered; known: {', '.join(known)}" if known else "none is registered; import cllm.kernels first"
 
 
 @lru_cache(maxsize=8192)
@@ -133,7 +143,7 @@ def _plan(op: str, shapes: Shapes, dtype: str, device: str, work: float, backend
     chosen = next((answer for answer in answers if answer[1]), None)
     if chosen is None:
         reasons = "; ".join(f"{entry.name}: {reason}" for entry, _, reason in answers)
-        raise BackendError(f"no backend can serve {op} {shapes} {dtype} on {device} ({reasons or 'none is registered'}).")
+        raise BackendError(f"no backend can serve {op} {shapes} {dtype} on {device} ({reasons or _nobody(op, device_type)}).")
     entry, _, reason = chosen
     others = tuple(
         (other.name, why if not serves else f"could serve ({why}), but {entry.name} {'was asked for' if backend else 'comes first'}")

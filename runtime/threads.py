@@ -1,13 +1,16 @@
 """The one owner of every thread pool: numba's, torch's, and the BLAS libraries'. Nobody else sets a thread count.
 
 A count is asked for with `runtime.use(threads=N)` and may be any number from 1 to thousands: work is cut into tiles that do not depend on it.
-numba's OpenMP pool takes any count at run time; torch's pool (element-wise operations, whose result never depends on threads) is never made
-larger than the machine. What a scope changes it restores, also when it ends by an error.
+numba's OpenMP pool takes any count at run time; the pools of torch and of numpy's BLAS are never made larger than the usable cores, which in a
+container with a CPU quota are fewer than those libraries count. What a scope changes it restores, also when it ends by an error.
 """
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from cllm.runtime.device import usable_cores
@@ -59,17 +62,49 @@ def numba_workers(count: int) -> None:
     (_set_numba or _start_numba())(min(count, _most_numba))
 
 
+Pool = tuple[Callable[[], int], Callable[[int], Any]]
+
+
+@lru_cache(maxsize=1)
+def _openblas_pools() -> tuple[Pool, ...]:
+    """(read, set) the thread count of each OpenBLAS that is loaded, such as numpy's; MKL, inside torch, follows torch's."""
+    try:
+        mapped = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "openblas" in line}
+    except OSError:
+        return ()
+    pools = []
+    for path in sorted(mapped):
+        try:
+            library = ctypes.CDLL(path)
+        except OSError:
+            continue
+        for name in ("{}", "{}64_", "scipy_{}64_", "scipy_{}"):  # the plain build, and those that packages rename
+            read = getattr(library, name.format("openblas_get_num_threads"), None)
+            write = getattr(library, name.format("openblas_set_num_threads"), None)
+            if read is not None and write is not None:
+                pools.append((read, write))
+                break
+    return tuple(pools)
+
+
 @contextmanager
-def limit(threads: int | None) -> Iterator[None]:
-    """Torch's pool inside the scope: at most `threads`, at most the machine's cores."""
-    if threads is None:
-        yield
-        return
+def limit(threads: int | None, inherited: int | None = None) -> Iterator[None]:
+    """The pools of torch and of BLAS inside the scope: `threads`, at most the usable cores.
+
+    None leaves them as they are unless they are larger than the cores or than `inherited`, what an outer scope or CLLM_THREADS asked for.
+    """
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(checked(threads), usable_cores()))
+    cores = usable_cores()
+    most = min(cores, checked(threads) if threads is not None else inherited or cores)
+    changed: list[tuple[Callable[[int], Any], int]] = []
     try:
+        for read, write in ((torch.get_num_threads, torch.set_num_threads), *_openblas_pools()):
+            before = read()
+            if before > most or (threads is not None and before < most):
+                changed.append((write, before))
+                write(most)
         yield
     finally:
-        torch.set_num_threads(before)
+        for write, before in changed:
+            write(before)

@@ -21,6 +21,11 @@ def levels(n: int, fanout: int = FANOUT) -> list[int]:
     return counts
 
 
+def describe(n: int, fanout: int = FANOUT) -> str:
+    """The tree over n parts from its root down: "1 <- 2 <- 13 <- 150"."""
+    return " <- ".join(f"{count:,}" for count in reversed(levels(n, fanout)))
+
+
 def sum(parts: Sequence[Any], fanout: int = FANOUT) -> Any:
     """The sum of numbers, arrays or tensors of one shape in tree order; the parts stay as they are.
 

@@ -7,11 +7,14 @@ file is measured again, never fatal; a write replaces the whole file at once, so
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from cllm.runtime import progress
 
 
 @lru_cache(maxsize=8)
@@ -24,9 +27,24 @@ def _usable(choice: str | None, home: str | None) -> Path:
                 return place
         except OSError:
             continue
-    place = Path(tempfile.gettempdir()) / f"cllm-cache-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
-    place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    place = _temporary()
+    wanted = places[0] if places else "the home folder"
+    progress.say(f"warning: {wanted} cannot be written; compiled kernels are kept in {place}. Set CLLM_CACHE_DIR to a folder of yours.")
     return place
+
+
+def _temporary() -> Path:
+    """A folder in the temporary one that is ours alone: compiled kernels are code, and others can write beside us there."""
+    user = os.getuid() if hasattr(os, "getuid") else None
+    place = Path(tempfile.gettempdir()) / f"cllm-cache-{'user' if user is None else user}"
+    try:
+        place.mkdir(exist_ok=True, mode=0o700)
+        about = place.lstat()
+        if stat.S_ISDIR(about.st_mode) and (user is None or (about.st_uid == user and not about.st_mode & 0o022)):
+            return place
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="cllm-cache-"))
 
 
 def cache_dir() -> Path:
@@ -67,13 +85,16 @@ def store(key: str, value: Any) -> None:
     if not isinstance(values, dict):
         values = {}
     values[key] = value
+    text = json.dumps(values, indent=1, sort_keys=True)
+    beside = None
     try:
         handle, beside = tempfile.mkstemp(dir=path.parent, prefix=".tuning-")
         with os.fdopen(handle, "w") as file:
-            json.dump(values, file, indent=1, sort_keys=True)
+            file.write(text)
         os.replace(beside, path)
     except OSError:
-        return
+        if beside is not None:
+            Path(beside).unlink(missing_ok=True)
 
 
 def remembered(key: str, measure: Callable[[], Any], valid: Callable[[Any], bool] = lambda value: value is not None) -> Any:

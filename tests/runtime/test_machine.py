@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cllm import runtime
-from cllm.runtime import compiler, device, threads, tuning
+from cllm.runtime import ceiling, compiler, device, threads, tuning
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,34 @@ def test_torch_threads_are_changed_in_the_scope_and_restored():
         assert torch.get_num_threads() <= device.usable_cores()
 
 
+def test_a_scope_without_a_count_only_cuts_the_pools_to_the_cores(monkeypatch):
+    """In a container with a CPU quota torch counts more cores than it may use."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(threads, "usable_cores", lambda: 2)
+    try:
+        for here, inside in ((5, 2), (1, 1)):
+            torch.set_num_threads(here)
+            with runtime.use():
+                assert torch.get_num_threads() == inside
+            assert torch.get_num_threads() == here
+        monkeypatch.setenv("CLLM_THREADS", "1")
+        torch.set_num_threads(2)
+        with runtime.use():
+            assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_blas_of_numpy_follows_the_scope():
+    pools = threads._openblas_pools()
+    if not pools:
+        pytest.skip("numpy's BLAS is not OpenBLAS here")
+    before = [read() for read, _ in pools]
+    with runtime.use(threads=1):
+        assert [read() for read, _ in pools] == [1] * len(pools)
+    assert [read() for read, _ in pools] == before
+
+
 def test_numba_runs_with_any_number_of_workers():
     pytest.importorskip("numba")
     compiler.numba_setup()
@@ -85,16 +113,48 @@ def test_a_stored_value_comes_back_and_a_damaged_cache_is_measured_again(tmp_pat
     assert [name for name in os.listdir(tmp_path) if name.startswith(".tuning-")] == []
 
 
-def test_a_cache_folder_that_cannot_be_written_is_replaced(tmp_path, monkeypatch):
+def test_a_cache_folder_that_cannot_be_written_is_replaced(tmp_path, monkeypatch, capsys):
     place = tmp_path / "file"
     place.write_text("not a folder")
     monkeypatch.setenv("CLLM_CACHE_DIR", str(place))
     assert os.access(tuning.cache_dir(), os.W_OK) and tuning.cache_dir() != place
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_temporary_cache_that_others_can_write_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    first = tuning._temporary()
+    assert tuning._temporary() == first and first.stat().st_mode & 0o777 == 0o700
+    first.chmod(0o777)
+    assert tuning._temporary() not in (first, tmp_path)
+
+
+def test_a_store_that_fails_leaves_no_half_written_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLLM_CACHE_DIR", str(tmp_path))
+    (tmp_path / "tuning.json").mkdir()  # cannot be replaced by a file
+    tuning.store("key", 1)
+    assert os.listdir(tmp_path) == ["tuning.json"]
+
+
+def test_processes_that_start_together_compile_into_one_cache(tmp_path):
+    pytest.importorskip("numba")
+    (tmp_path / "kernel.py").write_text("import numba\n@numba.njit(cache=True)\ndef twice(x): return 2 * x\n")
+    code = "from cllm.runtime import compiler; compiler.numba_setup(); import kernel; print(kernel.twice(21))"
+    env = {**os.environ, "CLLM_CACHE_DIR": str(tmp_path), "NUMBA_CACHE_DIR": ""}
+    started = [subprocess.Popen([sys.executable, "-c", code], env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [process.communicate()[0] for process in started] == ["42\n"] * 3
+    assert list(tmp_path.glob("numba-*/**/*.nbi"))
+
+
+def test_importing_the_runtime_loads_nothing_heavy():
+    code = "import sys, cllm.runtime; print([m for m in ('torch', 'numpy', 'numba', 'llvmlite', 'rich', 'psutil') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_ceilings_are_measured_once_and_a_report_tells_them(tmp_path, monkeypatch):
     monkeypatch.setenv("CLLM_CACHE_DIR", str(tmp_path))
     runtime.ceilings.cache_clear()
+    monkeypatch.setattr(ceiling, "QUIET_SHARE", 0.0)  # whatever else runs on this machine
     first = runtime.ceilings()
     assert first.fp32_gflops > 1 and first.bf16_gflops > 0.1 and first.copy_gbps > 0.1
     runtime.ceilings.cache_clear()
@@ -102,6 +162,28 @@ def test_ceilings_are_measured_once_and_a_report_tells_them(tmp_path, monkeypatc
     report = runtime.describe()
     assert len(report.brief().splitlines()) == 3
     assert json.loads(json.dumps(report.to_dict()))["ceilings"]["fp32_gflops"] == first.fp32_gflops
+    runtime.ceilings.cache_clear()
+
+
+def test_ceilings_are_those_of_all_cores_whatever_limit_is_in_force(tmp_path, monkeypatch):
+    """They are kept for other runs: one that was started with a single thread must not decide them."""
+    monkeypatch.setenv("CLLM_CACHE_DIR", str(tmp_path))
+    seen = []
+    monkeypatch.setattr(ceiling, "_probes", {"a kernel": lambda precision: seen.append((runtime.settings().threads, torch.get_num_threads()))})
+    monkeypatch.setattr(ceiling, "QUIET_SHARE", 0.0)
+    runtime.ceilings.cache_clear()
+    with runtime.use(threads=1):
+        runtime.ceilings()
+    runtime.ceilings.cache_clear()
+    assert set(seen) == {(device.usable_cores(), device.usable_cores())}
+
+
+def test_ceilings_of_a_busy_machine_are_used_but_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLLM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(ceiling, "QUIET_SHARE", 2.0)  # no machine is as quiet as that
+    runtime.ceilings.cache_clear()
+    assert runtime.ceilings().disturbed and not (tmp_path / "tuning.json").exists()
+    assert "other programs were busy" in runtime.describe().brief()
     runtime.ceilings.cache_clear()
 
 

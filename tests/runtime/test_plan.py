@@ -31,6 +31,8 @@ def test_a_backend_asked_for_by_name_serves_or_is_an_error():
         runtime.plan(OP, ((4, 4),), "float64")
     with pytest.raises(runtime.UserError, match="unknown backend 'quik'"), runtime.use(backend="quik"):
         pass
+    with pytest.raises(runtime.BackendError, match=f"did you mean {OP}"):
+        runtime.plan("the_operation_of_this_test", ((1,),), "float32")
     with pytest.raises(runtime.BackendError, match="no backend can serve"):
         runtime.plan("nothing", ((1,),), "float32")
 

@@ -2,6 +2,8 @@
 
 import io
 import re
+import subprocess
+import sys
 import time
 
 import pytest
@@ -69,6 +71,17 @@ def test_the_watchdog_dumps_all_stacks_when_nothing_moves_and_is_quiet_while_it_
         stacks = stream.read()
     assert stalls and stalls[0] >= 0.4
     assert "test_the_watchdog_dumps_all_stacks" in stacks and "Nothing has moved" in capsys.readouterr().err
+
+
+def test_stacks_are_dumped_even_while_a_call_into_c_holds_the_interpreter():
+    code = """
+import ctypes
+from cllm.runtime import progress
+with progress.Watchdog(0.4):
+    ctypes.PyDLL(None).usleep(1_000_000)
+"""
+    err = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+    assert "Timeout" in err and 'line 5 in <module>' in err
 
 
 def test_a_watchdog_of_zero_seconds_never_barks():

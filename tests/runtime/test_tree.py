@@ -34,6 +34,29 @@ def test_complete_subtrees_summed_apart_give_the_same_bits(n):
     assert tree.sum(apart) == tree.sum(parts)
 
 
+@given(st.integers(1, 500), st.integers(1, 40), st.randoms())
+@settings(deadline=None, max_examples=40, derandomize=True)
+def test_any_workers_in_any_order_give_the_bits_of_the_tree(n, workers, order):
+    """Each level's nodes are dealt to workers, who finish in any order: only the grouping decides the bits."""
+    parts = list(np.random.default_rng(n).standard_normal(n).astype(np.float32))
+    nodes = parts
+    while len(nodes) > 1:
+        above = [np.float32(0)] * -(-len(nodes) // tree.FANOUT)
+        dealt = [range(worker, len(above), workers) for worker in range(workers)]
+        order.shuffle(dealt)
+        for node in itertools.chain.from_iterable(dealt):
+            total = nodes[node * tree.FANOUT]
+            for child in nodes[node * tree.FANOUT + 1 : (node + 1) * tree.FANOUT]:
+                total = total + child
+            above[node] = total
+        nodes = above
+    assert nodes[0].tobytes() == tree.sum(parts).tobytes()
+
+
+def test_the_tree_is_described_from_its_root():
+    assert tree.describe(1) == "1" and tree.describe(1741) == "1 <- 2 <- 13 <- 146 <- 1,741"
+
+
 def test_tensors_are_summed_and_left_alone():
     parts = [torch.full((3,), float(i)) for i in range(30)]
     assert torch.equal(tree.sum(parts), torch.full((3,), 435.0))
