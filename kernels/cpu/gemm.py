@@ -20,25 +20,27 @@ import torch
 
 from cllm.kernels.cpu import micro, pack
 from cllm.kernels.cpu.micro import BLOCK_BYTES, HAS_PAIRS, HAS_TILES, MR, NV, WORD, make_micro, make_tile_micro, prefetch
-from cllm.kernels.cpu.pack import pack_strip
-from cllm.kernels.cpu.simd import W, vadd, vload_masked, vstore_bf16_masked, vstore_masked
+from cllm.kernels.cpu.pack import pack_lines, pack_strip
+from cllm.kernels.cpu.simd import W, vadd, vload, vload_masked, vstore, vstore_bf16, vstore_bf16_masked, vstore_masked
 from cllm.runtime import threads
 from cllm.runtime.errors import BackendError
 from cllm.runtime.plan import plan
 
 FP32, PAIRS, TILES, WIDENED = "fp32", "vdpbf16ps", "amx", "widened"  # micro-kernels; the last three compute bfloat16
 
-BLOCK_WORDS = 256  # words of a strip in one K block: 16 KB of a 16-lane strip, three of them in L1
+BLOCK_WORDS = 128  # words of a strip in one K block: a panel of three strips takes 24 KB, half of an L1 cache of 48
+LINE = 64  # bytes of a cache line
+PIECE_BYTES = 4096  # one micro-tile, at most 32 x 32
 K_PART = 4096  # bounds the packed copies; float32 accumulation restarts here
 TILE_COLUMNS = 192  # 4 panels of 48 or 6 of 32
-TILE_ROWS, ONE_SLAB_ROWS = 256, 64  # up to ONE_SLAB_ROWS each tile packs its own part of B, once
-MOST_GROUP, CHUNK_WORDS = 4, 32  # strips that one task packs; words at a time where the panel is contiguous
+TILE_ROWS, ONE_SLAB_ROWS = 128, 64  # up to ONE_SLAB_ROWS each tile packs its own part of B, once
+MOST_GROUP, CHUNK_WORDS = 12, 32  # strips that one task packs; words at a time where the panel is contiguous
 PACK_BYTES = 32 << 20  # packed copies of A and of B are kept below this, each
 
 # Fields of the parameter block that the kernels read (int64; addresses and strides in bytes unless said).
 (KERNEL, ROWS, COLUMNS, DEPTH, BLOCK, A, A_STRIP, A_ROW, A_K, A_MODE, A_PACKED, B, B_STRIP, B_COLUMN, B_K, B_MODE,
  B_PACKED, B_READY, OUT, OUT_ROW, OUT_HALF, OLD, OLD_ROW, BIAS, DIRECT, TILE_R, TILE_C, SCRATCH,
- SCRATCH_STRIDE, CONFIG, GROUP_A, GROUP_B, TASKS_A, TASKS_B, NUM_TILES, NUM_FIELDS) = range(36)  # fmt: skip
+ SCRATCH_STRIDE, CONFIG, GROUP_A, GROUP_B, TASKS_A, TASKS_B, NUM_TILES, A_IN_PLACE, NUM_FIELDS) = range(37)  # fmt: skip
 _CODE = {FP32: 0, WIDENED: 0, PAIRS: 1, TILES: 2}
 
 _micro_1, _micro_2, _micro_n = make_micro(MR, 1), make_micro(MR, min(2, NV)), make_micro(MR, NV)
@@ -55,13 +57,64 @@ if HAS_TILES:
 @numba.njit(cache=True, nogil=True)
 def _prefetch(address, begin, end):
     for line in range(begin, end):
-        prefetch(address + line * 64)
+        prefetch(address + line * LINE)
 
 
 @numba.njit(cache=True, nogil=True)
-def _block_fp32(a, a_strip, b, b_strip, c, c_row, words, rows, strips, first, next_b):
+def _prefetch_rows(p, r, c, rows, columns):
+    """The lines of C that `_finish` will write."""
+    size = 2 if p[OUT_HALF] != 0 else 4
+    at = p[OUT] + r * p[OUT_ROW] + c * size
+    for _ in range(rows):
+        _prefetch(at, 0, (columns * size + LINE - 1) // LINE)
+        at += p[OUT_ROW]
+
+
+@numba.njit(cache=True, nogil=True)
+def _finish(p, sums, sums_row, r, c, rows, columns):
+    """Sums, still in the L1 cache (+ old C) (+ bias) -> C[r : r + rows, c : c + columns]."""
+    half, out_row, old_row = p[OUT_HALF] != 0, p[OUT_ROW], p[OLD_ROW]
+    out = p[OUT] + r * out_row + c * (2 if half else 4)
+    old = p[OLD] + r * old_row + c * 4 if p[OLD] != 0 else 0
+    bias = p[BIAS] + c * 4 if p[BIAS] != 0 else 0
+    whole = columns - columns % W
+    for _ in range(rows):
+        for i in range(0, whole, W):
+            v = vload(sums, i)
+            if old != 0:
+                v = vadd(vload(old, i), v)
+            if bias != 0:
+                v = vadd(v, vload(bias, i))
+            if half:
+                vstore_bf16(out, i, v)
+            else:
+                vstore(out, i, v)
+        if whole < columns:
+            n = columns - whole
+            v = vload_masked(sums, whole, n)
+            if old != 0:
+                v = vadd(vload_masked(old, whole, n), v)
+            if bias != 0:
+                v = vadd(v, vload_masked(bias, whole, n))
+            if half:
+                vstore_bf16_masked(out, whole, v, n)
+            else:
+                vstore_masked(out, whole, v, n)
+        sums += sums_row
+        out += out_row
+        if old != 0:
+            old += old_row
+
+
+# One block of K for one tile of C: sums (+)= A strips x B strips. sums: the tile at address `sums`, rows `sums_row` apart, continued unless
+# `first`. In the last block, `to` is where the tile goes in C; or `piece` is room for one micro-tile, which `_finish` takes to C at (r0, c0).
+
+
+@numba.njit(cache=True, nogil=True)
+def _block_fp32(p, a, a_strip, b, b_strip, sums, sums_row, first, to, to_row, piece, words, rows, columns, r0, c0, next_b):
     calls = (rows + MR - 1) // MR
-    lines = words * W * WORD // 64
+    lines = words * W * WORD // LINE
+    strips = (columns + W - 1) // W
     for s in range(0, strips, NV):
         count = min(NV, strips - s)
         # The next panel of B (at the end, that of the next block) travels to L2 while this one is used.
@@ -72,49 +125,77 @@ def _block_fp32(a, a_strip, b, b_strip, c, c_row, words, rows, strips, first, ne
                 for j in range(NV):
                     _prefetch(coming + j * b_strip, lines * i // calls, lines * (i + 1) // calls)
             at_a = a + (r // W) * a_strip + (r % W) * WORD
-            at_b, at_c = b + s * b_strip, c + r * c_row + s * (W * WORD)
+            at_b = b + s * b_strip
+            at_old = 0 if first else sums + r * sums_row + s * (W * WORD)
+            at_out, out_row = to + r * to_row + s * (W * WORD), to_row
+            if piece != 0:
+                at_out, out_row = piece, NV * W * WORD
             if s == 0:
                 _prefetch(at_a + a_strip, (r % W) // MR * lines * MR // W, ((r % W) // MR + 1) * lines * MR // W)
             if count == NV:
-                _micro_n(at_a, at_b, b_strip, at_c, c_row, words, first)
+                _micro_n(at_a, at_b, b_strip, at_old, sums_row, at_out, out_row, words)
             else:
                 done = 0
                 if count - done >= 2:
-                    _micro_2(at_a, at_b, b_strip, at_c, c_row, words, first)
+                    _micro_2(at_a, at_b, b_strip, at_old, sums_row, at_out, out_row, words)
                     done = 2
                 for j in range(done, count):
-                    _micro_1(at_a, at_b + j * b_strip, b_strip, at_c + j * (W * WORD), c_row, words, first)
+                    beside = j * (W * WORD)
+                    at_old_j = at_old + beside if at_old != 0 else 0
+                    _micro_1(at_a, at_b + j * b_strip, b_strip, at_old_j, sums_row, at_out + beside, out_row, words)
+            if piece != 0:
+                _finish(p, piece, out_row, r0 + r, c0 + s * W, min(MR, rows - r), min(NV * W, columns - s * W))
 
 
-def _block_pairs_py(a, a_strip, b, b_strip, c, c_row, words, rows, strips, first):
+def _block_pairs_py(p, a, a_strip, b, b_strip, sums, sums_row, first, to, to_row, piece, words, rows, columns, r0, c0):
+    strips = (columns + W - 1) // W
     for s in range(0, strips, NV):
         count = min(NV, strips - s)
         for r in range(0, rows, MR):
             at_a = a + (r // W) * a_strip + (r % W) * WORD
-            at_b, at_c = b + s * b_strip, c + r * c_row + s * (W * WORD)
+            at_b = b + s * b_strip
+            at_old = 0 if first else sums + r * sums_row + s * (W * WORD)
+            at_out, out_row = to + r * to_row + s * (W * WORD), to_row
+            if piece != 0:
+                at_out, out_row = piece, NV * W * WORD
             if count == NV:
-                _pairs_n(at_a, at_b, b_strip, at_c, c_row, words, first)
+                _pairs_n(at_a, at_b, b_strip, at_old, sums_row, at_out, out_row, words)
             elif count == 2:
-                _pairs_2(at_a, at_b, b_strip, at_c, c_row, words, first)
+                _pairs_2(at_a, at_b, b_strip, at_old, sums_row, at_out, out_row, words)
             else:
-                _pairs_1(at_a, at_b, b_strip, at_c, c_row, words, first)
+                _pairs_1(at_a, at_b, b_strip, at_old, sums_row, at_out, out_row, words)
+            if piece != 0:
+                _finish(p, piece, out_row, r0 + r, c0 + s * W, min(MR, rows - r), min(NV * W, columns - s * W))
 
 
-def _block_tiles_py(a, a_strip, b, b_strip, c, c_row, words, rows, strips, first):
+def _block_tiles_py(p, a, a_strip, a_row, a_step, b, b_strip, sums, sums_row, first, to, to_row, piece, words, rows, columns, r0, c0):
     steps = words // W
-    row_strips = (rows + W - 1) // W
+    strips, row_strips = (columns + W - 1) // W, (rows + W - 1) // W
+    waiting, row, column = 0, 0, 0  # the piece that waits for `_finish`, while the matrix unit works on the next one
     for s in range(0, strips, 2):
         for r in range(0, row_strips, 2):
-            at_a, at_b, at_c = a + r * a_strip, b + s * b_strip, c + r * W * c_row + s * (W * WORD)
+            at_a, at_b = a + r * a_strip, b + s * b_strip
+            at_old = 0 if first else sums + r * W * sums_row + s * (W * WORD)
+            at_out, out_row = to + r * W * to_row + s * (W * WORD), to_row
+            if piece != 0:
+                at_out, out_row = piece, 2 * W * WORD
+                if waiting == piece:
+                    at_out = piece + PIECE_BYTES
             if r + 1 < row_strips:
                 if s + 1 < strips:
-                    _tile_22(at_a, a_strip, at_b, b_strip, at_c, c_row, steps, first)
+                    _tile_22(at_a, a_strip, a_row, a_step, at_b, b_strip, at_old, sums_row, at_out, out_row, steps)
                 else:
-                    _tile_21(at_a, a_strip, at_b, b_strip, at_c, c_row, steps, first)
+                    _tile_21(at_a, a_strip, a_row, a_step, at_b, b_strip, at_old, sums_row, at_out, out_row, steps)
             elif s + 1 < strips:
-                _tile_12(at_a, a_strip, at_b, b_strip, at_c, c_row, steps, first)
+                _tile_12(at_a, a_strip, a_row, a_step, at_b, b_strip, at_old, sums_row, at_out, out_row, steps)
             else:
-                _tile_11(at_a, a_strip, at_b, b_strip, at_c, c_row, steps, first)
+                _tile_11(at_a, a_strip, a_row, a_step, at_b, b_strip, at_old, sums_row, at_out, out_row, steps)
+            if piece != 0:
+                if waiting != 0:
+                    _finish(p, waiting, out_row, r0 + row, c0 + column, min(2 * W, rows - row), min(2 * W, columns - column))
+                waiting, row, column = at_out, r * W, s * W
+    if waiting != 0:
+        _finish(p, waiting, 2 * W * WORD, r0 + row, c0 + column, min(2 * W, rows - row), min(2 * W, columns - column))
 
 
 def _tiles_on_py(address):
@@ -125,7 +206,11 @@ def _tiles_off_py():
     micro.tile_release()
 
 
-def _absent_block(a, a_strip, b, b_strip, c, c_row, words, rows, strips, first):
+def _absent_pairs(p, a, a_strip, b, b_strip, sums, sums_row, first, to, to_row, piece, words, rows, columns, r0, c0):
+    pass
+
+
+def _absent_tiles(p, a, a_strip, a_row, a_step, b, b_strip, sums, sums_row, first, to, to_row, piece, words, rows, columns, r0, c0):
     pass
 
 
@@ -139,30 +224,10 @@ def _absent_off():
 
 # A CPU without the instructions must not see them: LLVM could not select them.
 _jit = numba.njit(cache=True, nogil=True)
-_block_pairs = _jit(_block_pairs_py if HAS_PAIRS else _absent_block)
-_block_tiles = _jit(_block_tiles_py if HAS_TILES else _absent_block)
+_block_pairs = _jit(_block_pairs_py if HAS_PAIRS else _absent_pairs)
+_block_tiles = _jit(_block_tiles_py if HAS_TILES else _absent_tiles)
 _tiles_on = _jit(_tiles_on_py if HAS_TILES else _absent_on)
 _tiles_off = _jit(_tiles_off_py if HAS_TILES else _absent_off)
-
-
-@numba.njit(cache=True, nogil=True)
-def _finish(p, tile, tile_row, r0, rows, c0, columns):
-    """Scratch tile (+ old C) (+ bias) -> out."""
-    for r in range(rows):
-        line = tile + r * tile_row
-        old = p[OLD] + (r0 + r) * p[OLD_ROW] + c0 * 4
-        out = p[OUT] + (r0 + r) * p[OUT_ROW] + c0 * (2 if p[OUT_HALF] else 4)
-        for c in range(0, columns, W):
-            n = columns - c
-            v = vload_masked(line, c, n)
-            if p[OLD] != 0:
-                v = vadd(vload_masked(old, c, n), v)
-            if p[BIAS] != 0:
-                v = vadd(v, vload_masked(p[BIAS] + c0 * 4, c, n))
-            if p[OUT_HALF]:
-                vstore_bf16_masked(out, c, v, n)
-            else:
-                vstore_masked(out, c, v, n)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -170,6 +235,9 @@ def _pack_strips(mode, source, panel_stride, k_stride, lanes, num_k, words, targ
     """Strips side by side. Where the panel is contiguous in memory, a few k at a time, so that its lines serve them all."""
     size = 2 if mode in (pack.BF16_WIDENED, pack.BF16_PAIRS) else 4
     per_word = 2 if mode >= pack.BF16_PAIRS else 1
+    if panel_stride == 1 and k_stride != 1 and not rows_first:
+        pack_lines(mode, source, k_stride, lanes, num_k, words, target, strip_bytes)
+        return
     step = words if k_stride == 1 else CHUNK_WORDS
     for word in range(0, words, step):
         k = word * per_word
@@ -194,7 +262,7 @@ def _pack_a(p, group, spare):
     size = 2 if p[A_MODE] in (pack.BF16_WIDENED, pack.BF16_PAIRS) else 4
     source = p[A] + first * W * p[A_ROW] * size
     lanes = min(p[GROUP_A] * W, p[ROWS] - first * W)
-    words = p[A_STRIP] // (W * WORD)
+    words = (p[A_STRIP] - LINE) // (W * WORD)
     target = p[A_PACKED] + first * p[A_STRIP]
     _pack_strips(p[A_MODE], source, p[A_ROW], p[A_K], lanes, p[DEPTH], words, target, p[A_STRIP], spare, p[KERNEL] == 2)
 
@@ -212,14 +280,12 @@ def _multiply(p, task, scratch):
     tiles_across = (p[COLUMNS] + p[TILE_C] - 1) // p[TILE_C]
     r0, c0 = (task // tiles_across) * p[TILE_R], (task % tiles_across) * p[TILE_C]
     rows, columns = min(p[TILE_R], p[ROWS] - r0), min(p[TILE_C], p[COLUMNS] - c0)
-    strips = (columns + W - 1) // W
-    # Whole micro-tiles go straight to C; a ragged edge goes through the scratch tile, which has room for the padding.
+    # Whole micro-tiles go straight to C; a ragged edge, or what `_finish` has to change, goes through one micro-tile of scratch.
     direct = p[DIRECT] != 0 and columns % W == 0 and rows % W == 0
-    packed_b = scratch + BLOCK_BYTES
-    block_bytes = BLOCK_WORDS * W * WORD
-    c, c_row = packed_b + (p[TILE_C] // W) * block_bytes, p[TILE_C] * WORD
-    if direct:
-        c, c_row = p[OUT] + r0 * p[OUT_ROW] + c0 * 4, p[OUT_ROW]
+    piece = 0 if direct else scratch + BLOCK_BYTES
+    packed_b = scratch + BLOCK_BYTES + 2 * PIECE_BYTES
+    # Sums wait in a scratch tile, whose rows lie side by side: rows of C are often a power of two apart and would evict each other.
+    sums, sums_row = packed_b + p[TILE_C] * (BLOCK_WORDS * WORD), p[TILE_C] * WORD
     per_word = 1 if p[KERNEL] == 0 else 2
     if p[KERNEL] == 2:
         _tiles_on(p[CONFIG])
@@ -229,23 +295,30 @@ def _multiply(p, task, scratch):
         padded = (words + W - 1) // W * W
         offset = (k // per_word) * (W * WORD)
         a = p[A_PACKED] + (r0 // W) * p[A_STRIP] + offset
+        first, last = k == 0, k + num_k >= p[DEPTH]
+        next_b = 0
         if p[B_READY]:
             b, b_strip = p[B_PACKED] + (c0 // W) * p[B_STRIP] + offset, p[B_STRIP]
+            if not last:
+                next_b = b + padded * (W * WORD)
         else:
             b, b_strip = packed_b, padded * (W * WORD)
             _pack_b(p, c0, columns, k, num_k, padded, packed_b, b_strip, scratch)
+        to, to_row = sums, sums_row
+        if last and direct:
+            to, to_row = p[OUT] + r0 * p[OUT_ROW] + c0 * 4, p[OUT_ROW]
+        room = piece if last else 0
         if p[KERNEL] == 0:
-            _block_fp32(
-                a, p[A_STRIP], b, b_strip, c, c_row, words, rows, strips, k == 0, b + words * (W * WORD) if p[B_READY] and k + num_k < p[DEPTH] else 0
-            )
+            _block_fp32(p, a, p[A_STRIP], b, b_strip, sums, sums_row, first, to, to_row, room, words, rows, columns, r0, c0, next_b)
         elif p[KERNEL] == 1:
-            _block_pairs(a, p[A_STRIP], b, b_strip, c, c_row, words, rows, strips, k == 0)
+            _block_pairs(p, a, p[A_STRIP], b, b_strip, sums, sums_row, first, to, to_row, room, words, rows, columns, r0, c0)
         else:
-            _block_tiles(a, p[A_STRIP], b, b_strip, c, c_row, padded, rows, strips, k == 0)
+            a_strip, a_row, a_step = p[A_STRIP], W * WORD, BLOCK_BYTES
+            if p[A_IN_PLACE] != 0:
+                a, a_strip, a_row, a_step = p[A] + r0 * p[A_ROW] * 2 + k * 2, W * p[A_ROW] * 2, p[A_ROW] * 2, W * WORD
+            _block_tiles(p, a, a_strip, a_row, a_step, b, b_strip, sums, sums_row, first, to, to_row, room, padded, rows, columns, r0, c0)
     if p[KERNEL] == 2:
         _tiles_off()
-    if not direct:
-        _finish(p, c, c_row, r0, rows, c0, columns)
 
 
 PACK, MULTIPLY = range(2)
@@ -263,7 +336,7 @@ def _task(stage, p, task, worker):
         column = group * p[GROUP_B] * W
         lanes = min(p[GROUP_B] * W, p[COLUMNS] - column)
         target = p[B_PACKED] + group * p[GROUP_B] * p[B_STRIP]
-        _pack_b(p, column, lanes, 0, p[DEPTH], p[B_STRIP] // (W * WORD), target, p[B_STRIP], scratch)
+        _pack_b(p, column, lanes, 0, p[DEPTH], (p[B_STRIP] - LINE) // (W * WORD), target, p[B_STRIP], scratch)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -354,8 +427,9 @@ def _parts(depth: int) -> list[tuple[int, int]]:
 
 
 def _strip_bytes(kernel: str, num_k: int) -> int:
+    """One line more than its words need: strips a multiple of 4096 bytes apart would share the same few sets of the L1 cache."""
     words = num_k if _CODE[kernel] == 0 else (num_k + 1) // 2
-    return _round_up(words, W) * W * WORD
+    return _round_up(words, W) * W * WORD + LINE
 
 
 def _block(kernel: str, num_k: int) -> int:
@@ -529,7 +603,9 @@ def _block_plan(
     p[B_STRIP], p[B_READY] = strip, 1
     p[OUT_HALF], p[DIRECT] = out_dtype == torch.bfloat16, direct
     p[TILE_R], p[TILE_C], p[NUM_TILES] = tile_rows, tile_columns, tiles
-    if pack_a:
+    # Whole tiles of bfloat16 rows are loaded from where they lie.
+    p[A_IN_PLACE] = kernel == TILES and a_dtype == torch.bfloat16 and a_stride[1] == 1 and rows % W == 0 and depth % (2 * W) == 0
+    if pack_a and not p[A_IN_PLACE]:
         p[GROUP_A] = group = _group(rows, workers)
         p[TASKS_A] = -(-rows // (group * W))
     b_bytes = 0
@@ -541,7 +617,7 @@ def _block_plan(
             p[GROUP_B] = group = _group(columns, workers)
             p[TASKS_B] = -(-columns // (group * W))
             b_bytes = -(-columns // W) * strip + 64
-    tile_bytes = BLOCK_BYTES + tile_columns * BLOCK_WORDS * WORD + _round_up(tile_rows, 2 * W) * tile_columns * WORD
+    tile_bytes = BLOCK_BYTES + 2 * PIECE_BYTES + tile_columns * BLOCK_WORDS * WORD + _round_up(tile_rows, 2 * W) * tile_columns * WORD
     stride = _round_up(tile_bytes, 4096) + 64  # not a multiple of 4096: the workers' tiles spread over sets
     p[SCRATCH_STRIDE] = stride
     workers = max(1, min(workers, max(tiles, int(p[TASKS_A] + p[TASKS_B]))))

@@ -54,19 +54,22 @@ def _at(bld: Any, address: Any, byte_offset: int = 0) -> Any:
 
 
 def make_micro(rows: int, strips: int, pairs: bool = False) -> Any:
-    """micro(a, b, b_strip, c, c_row, words, first): C[rows, strips*W] = or += A strip x B strips.
+    """micro(a, b, b_strip, old, old_row, out, out_row, words): out[rows, strips*W] = (old +) A strip x B strips.
 
-    Every element is one fma chain from 0 over the words, added to C in one addition unless `first`.
+    Every element is one fma chain from 0 over the words, added to old in one addition; old 0: there is none.
     """
     vb = ir.VectorType(_BFloat(), 2 * W)
 
     @intrinsic
-    def micro(tc, a, b, b_strip, c, c_row, words, first):
+    def micro(tc, a, b, b_strip, old, old_row, out, out_row, words):
         def codegen(ctx, bld, sig, args):
-            a, b, b_strip, c, c_row, words, first = args
+            a, b, b_strip, old, old_row, out, out_row, words = args
             pre = bld.block
             loop, add, plain, end = (bld.append_basic_block(f"micro.{n}") for n in ("k", "add", "plain", "end"))
             bs = [_offset(bld, b, (b_strip, j)) for j in range(strips)]
+            for i in range(rows):  # these lines are written at the end: let them come to L1 meanwhile
+                for j in range(strips):
+                    _emit_prefetch(bld, _at(bld, _offset(bld, out, (out_row, i)), j * W * WORD), 3, 1)
             bld.branch(loop)
             bld.position_at_end(loop)
             k = bld.phi(I64)
@@ -95,32 +98,44 @@ def make_micro(rows: int, strips: int, pairs: bool = False) -> Any:
             done = bld.append_basic_block("micro.done")
             bld.cbranch(bld.icmp_signed("<", k_next, words), loop, done)
             bld.position_at_end(done)
-            bld.cbranch(bld.icmp_unsigned("!=", first, first.type(0)), plain, add)
+            bld.cbranch(bld.icmp_unsigned("!=", old, I64(0)), add, plain)
             for block, adding in ((add, True), (plain, False)):
                 bld.position_at_end(block)
                 for i in range(rows):
-                    row = _offset(bld, c, (c_row, i))
+                    source, target = _offset(bld, old, (old_row, i)), _offset(bld, out, (out_row, i))
                     for j in range(strips):
-                        ptr = _at(bld, row, j * W * WORD)
-                        store(bld, bld.fadd(load(bld, ptr, VF), new[i][j]) if adding else new[i][j], ptr)
+                        value = new[i][j]
+                        if adding:
+                            value = bld.fadd(load(bld, _at(bld, source, j * W * WORD), VF), value)
+                        store(bld, value, _at(bld, target, j * W * WORD))
                 bld.branch(end)
             bld.position_at_end(end)
             return ctx.get_dummy_value()
 
-        return types.void(_I, _I, _I, _I, _I, _I, types.boolean), codegen
+        return types.void(_I, _I, _I, _I, _I, _I, _I, _I), codegen
 
     return micro
 
 
-@intrinsic
-def prefetch(tc, address):
-    """Bring the cache line at an address to L2; any address is harmless."""
+def _emit_prefetch(bld: Any, pointer: Any, locality: int, write: int = 0) -> None:
+    simd.call(bld, "llvm.prefetch.p0", ir.VoidType(), pointer, I32(write), I32(locality), I32(1))
 
-    def codegen(ctx, bld, sig, args):
-        simd.call(bld, "llvm.prefetch.p0", ir.VoidType(), _at(bld, args[0]), I32(0), I32(2), I32(1))
-        return ctx.get_dummy_value()
 
-    return types.void(_I), codegen
+def _make_prefetch(locality: int) -> Any:
+    """prefetch(address): bring its cache line to L1 (3) or L2 (2); any address is harmless."""
+
+    @intrinsic
+    def prefetch(tc, address):
+        def codegen(ctx, bld, sig, args):
+            _emit_prefetch(bld, _at(bld, args[0]), locality)
+            return ctx.get_dummy_value()
+
+        return types.void(_I), codegen
+
+    return prefetch
+
+
+prefetch, prefetch_l1 = _make_prefetch(2), _make_prefetch(3)
 
 
 # ---- AMX -----------------------------------------------------------------------------------------------------------
@@ -133,25 +148,28 @@ def _tile_op(bld: Any, name: str, *args: Any) -> None:
 
 
 def make_tile_micro(row_strips: int, column_strips: int) -> Any:
-    """micro(a, a_strip, b, b_strip, c, c_row, steps, first): tiles of 16 x 16, 32 k a step; the chain continues from C
-    unless `first`."""
+    """micro(a, a_strip, a_row, a_step, b, b_strip, old, old_row, out, out_row, steps): tiles of 16 x 16, 32 k a step; the
+    chain continues from old unless it is 0. A is packed (a_row 64, a_step 1024) or rows of bfloat16 in memory (a_step 64)."""
 
     @intrinsic
-    def micro(tc, a, a_strip, b, b_strip, c, c_row, steps, first):
+    def micro(tc, a, a_strip, a_row, a_step, b, b_strip, old, old_row, out, out_row, steps):
         def codegen(ctx, bld, sig, args):
-            a, a_strip, b, b_strip, c, c_row, steps, first = args
+            a, a_strip, a_row, a_step, b, b_strip, old, old_row, out, out_row, steps = args
             grid = [(i, j, I8(2 * i + j)) for i in range(row_strips) for j in range(column_strips)]
-            c_at = {(i, j): _at(bld, _offset(bld, c, (c_row, 16 * i)), j * 64) for i, j, _ in grid}
+
+            def place(base, row, i, j):
+                return _at(bld, _offset(bld, base, (row, 16 * i)), j * 64)
+
             zero, resume, loop, end = (bld.append_basic_block(f"tile.{n}") for n in ("zero", "resume", "k", "end"))
             start = bld.append_basic_block("tile.start")
-            bld.cbranch(bld.icmp_unsigned("!=", first, first.type(0)), zero, resume)
+            bld.cbranch(bld.icmp_unsigned("!=", old, I64(0)), resume, zero)
             bld.position_at_end(zero)
             for _, _, tile in grid:
                 _tile_op(bld, "tilezero", tile)
             bld.branch(start)
             bld.position_at_end(resume)
             for i, j, tile in grid:
-                _tile_op(bld, "tileloadd64", tile, c_at[i, j], c_row)
+                _tile_op(bld, "tileloadd64", tile, place(old, old_row, i, j), old_row)
             bld.branch(start)
             bld.position_at_end(start)
             bld.branch(loop)
@@ -163,8 +181,8 @@ def make_tile_micro(row_strips: int, column_strips: int) -> Any:
                 at = _at(bld, bld.add(_offset(bld, b, (b_strip, j)), shift))
                 _tile_op(bld, "tileloadd64", I8(6 + j), at, I64(64))
             for i in range(row_strips):
-                at = _at(bld, bld.add(_offset(bld, a, (a_strip, i)), shift))
-                _tile_op(bld, "tileloadd64", I8(4 + i), at, I64(64))
+                at = _at(bld, bld.add(_offset(bld, a, (a_strip, i)), bld.mul(k, a_step)))
+                _tile_op(bld, "tileloadd64", I8(4 + i), at, a_row)
                 for j in range(column_strips):
                     _tile_op(bld, "tdpbf16ps", I8(2 * i + j), I8(4 + i), I8(6 + j))
             k_next = bld.add(k, I64(1))
@@ -172,10 +190,10 @@ def make_tile_micro(row_strips: int, column_strips: int) -> Any:
             bld.cbranch(bld.icmp_signed("<", k_next, steps), loop, end)
             bld.position_at_end(end)
             for i, j, tile in grid:
-                _tile_op(bld, "tilestored64", tile, c_at[i, j], c_row)
+                _tile_op(bld, "tilestored64", tile, place(out, out_row, i, j), out_row)
             return ctx.get_dummy_value()
 
-        return types.void(_I, _I, _I, _I, _I, _I, _I, types.boolean), codegen
+        return types.void(_I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I), codegen
 
     return micro
 

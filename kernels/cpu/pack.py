@@ -11,11 +11,12 @@ from numba import types
 from numba.core import cgutils
 
 from cllm.kernels.cpu import simd
-from cllm.kernels.cpu.micro import WORD
+from cllm.kernels.cpu.micro import WORD, prefetch_l1
 from cllm.kernels.cpu.simd import F32, I16, I32, I64, VF, VH, VI, W, const, intrinsic, load, store, vstore, vzero
 
 F32_AS_IS, BF16_WIDENED, F32_ROUNDED_WIDENED, BF16_PAIRS, F32_ROUNDED_PAIRS = range(5)
 MODES = range(5)
+LINES_AHEAD = 8  # lines of the operand that are on their way while one is packed
 NO_SECOND = -1  # no stride in bytes is odd
 _I = types.intp
 
@@ -184,3 +185,28 @@ def pack_strip(mode, source, panel_stride, k_stride, lanes, num_k, num_words, ta
                 vstore(to, r * W, vzero())
             if rows_first:
                 _transpose(spare, block)
+
+
+@numba.njit(cache=True, nogil=True)
+def pack_lines(mode, source, k_stride, lanes, num_k, num_words, target, strip_bytes):
+    """The same for strips side by side whose elements of one k are contiguous: line by line, so that each page is visited once."""
+    size = 2 if mode in (BF16_WIDENED, BF16_PAIRS) else 4
+    per_word = 2 if mode >= BF16_PAIRS else 1
+    valid = (num_k + per_word - 1) // per_word
+    for word in range(valid):
+        k = word * per_word
+        line = source + k * k_stride * size
+        second = k_stride * size if k + 1 < num_k else NO_SECOND
+        to = target + word * (W * WORD)
+        ahead = min(LINES_AHEAD * per_word, num_k - 1 - k) * k_stride * size
+        for first in range(0, lanes, W):
+            prefetch_l1(line + first * size + ahead)
+            if per_word == 2 and second != NO_SECOND:
+                prefetch_l1(line + first * size + ahead + second)
+            vstore(to, 0, _words_across(mode, line + first * size, lanes - first, second))
+            to += strip_bytes
+    for word in range(max(valid, 0), num_words):
+        to = target + word * (W * WORD)
+        for _ in range(0, lanes, W):
+            vstore(to, 0, vzero())
+            to += strip_bytes
