@@ -46,10 +46,10 @@ def predict(config: ModelConfig, batch_size: int, seq_len: int, precision: str =
     width = 2 if precision == "bf16" else 4
     queries, keys = config.num_heads * config.head_size, config.kv_heads * config.head_size
     # Per token and layer: the residual stream and its normalised copy, twice; q, k, v before and after norm or rotation; the attention's
-    # output. The feed-forward keeps its input only and recomputes the rest.
-    per_layer = 4 * config.embed_dim + 2 * (queries + 2 * keys) + queries
+    # output; the input of the feed-forward's activation, and with a gate what it multiplies.
+    per_layer = 4 * config.embed_dim + 2 * (queries + 2 * keys) + queries + config.ffn_size * (2 if config.gated else 1)
     per_token = config.num_layers * (per_layer * width + 4 * (config.num_heads + 2)) + 3 * config.embed_dim * width
-    feed_forward = tokens * config.ffn_size * width * (3 if config.gated else 2)  # recomputed for one layer at a time
+    feed_forward = tokens * config.ffn_size * width * (3 if config.gated else 2)  # hidden values and gradients of one layer at a time
     chunk = min(LOGIT_ROWS, tokens) * config.vocab_size * 4
     output_gradient = config.vocab_size * config.embed_dim * 4
     return MemoryPrediction(

@@ -1,142 +1,17 @@
-"""Feed-forward layer on the CPU: row blocks whose hidden values are made, activated and consumed before the next block.
+"""Feed-forward layer on the CPU: products whose ends are the activation and its derivative (activation.py).
 
-N rows, E embed, F hidden. Hidden values stay float32 until they feed the next product, so nothing is rounded twice.
-Only x is kept for the backward, which makes the hidden values again.
+N rows, E embed, F hidden. What goes into the activation (z, and up when gated) has x's dtype whether it is kept for the backward
+or made again there, so that both give the same bits, in training and in generation.
 """
 
-import math
+from functools import cached_property
 
-import numba
-import numpy as np
 import torch
 
-from cllm.kernels.cpu.gemm import Packed, gemm, workers_for
-from cllm.kernels.cpu.simd import (
-    W,
-    vadd,
-    vdiv,
-    verf,
-    vexp,
-    vfma,
-    vload,
-    vmax,
-    vmul,
-    vneg,
-    vset,
-    vstore,
-    vstore_bf16,
-    vsub,
-    vtanh,
-    vzero,
-)
-from cllm.runtime import threads
+from cllm.kernels.cpu.activation import ACTIVATE, DIFFERENTIATE, Epilogue
+from cllm.kernels.cpu.gemm import Packed, gemm, gemm_activated, workers_for
 
-_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3}
 _HIDDEN_BYTES = 16 << 20  # float32 hidden values of one row block
-_BLOCK = 8192  # elements of one task of the activation kernels
-
-_ONE, _HALF, _TWO = np.float32(1.0), np.float32(0.5), np.float32(2.0)
-_SQRT_HALF = np.float32(math.sqrt(0.5))
-_INV_SQRT_2PI = np.float32(1.0 / math.sqrt(2.0 * math.pi))
-_SQRT_2_OVER_PI = np.float32(math.sqrt(2.0 / math.pi))
-_CUBIC = np.float32(0.044715)
-
-
-@numba.njit(cache=True, nogil=True)
-def _store(half, address, i, v):
-    if half:
-        vstore_bf16(address, i, v)
-    else:
-        vstore(address, i, v)
-
-
-@numba.njit(cache=True, nogil=True)
-def _activate(code, gated, half, start, stop, z_at, up_at, hidden_at):
-    """hidden = activation(z), times up when gated. start, stop: multiples of W."""
-    one = vset(_ONE)
-    for i in range(start, stop, W):
-        z = vload(z_at, i)
-        if code == 0:
-            h = vdiv(z, vadd(one, vexp(vneg(z))))
-        elif code == 1:
-            h = vmul(vmul(vset(_HALF), z), vadd(one, verf(vmul(z, vset(_SQRT_HALF)))))
-        elif code == 2:
-            inner = vmul(vset(_SQRT_2_OVER_PI), vfma(vmul(vmul(vset(_CUBIC), z), z), z, z))
-            h = vmul(vmul(vset(_HALF), z), vadd(one, vtanh(inner)))
-        else:
-            h = vmax(vzero(), z)
-            h = vmul(h, h)
-        if gated:
-            h = vmul(h, vload(up_at, i))
-        _store(half, hidden_at, i, h)
-
-
-@numba.njit(cache=True, nogil=True)
-def _differentiate(code, gated, half, start, stop, z_at, up_at, dhidden_at, hidden_at, dz_at, dup_at):
-    """From z, up and the gradient of hidden: hidden again, and the gradients of z and up."""
-    one = vset(_ONE)
-    for i in range(start, stop, W):
-        z, dh = vload(z_at, i), vload(dhidden_at, i)
-        if code == 0:
-            s = vdiv(one, vadd(one, vexp(vneg(z))))
-            h = vmul(z, s)
-            slope = vmul(s, vfma(z, vsub(one, s), one))
-        elif code == 1:
-            share = vmul(vset(_HALF), vadd(one, verf(vmul(z, vset(_SQRT_HALF)))))
-            h = vmul(z, share)
-            density = vmul(vexp(vmul(vmul(z, z), vneg(vset(_HALF)))), vset(_INV_SQRT_2PI))
-            slope = vfma(z, density, share)
-        elif code == 2:
-            square = vmul(z, z)
-            t = vtanh(vmul(vset(_SQRT_2_OVER_PI), vfma(vmul(vset(_CUBIC), square), z, z)))
-            share = vmul(vset(_HALF), vadd(one, t))
-            h = vmul(z, share)
-            inner = vmul(vset(_SQRT_2_OVER_PI), vfma(vset(np.float32(3.0) * _CUBIC), square, one))
-            slope = vfma(vmul(vmul(vset(_HALF), z), vfma(vneg(t), t, one)), inner, share)
-        else:
-            r = vmax(vzero(), z)
-            h = vmul(r, r)
-            slope = vmul(vset(_TWO), r)
-        if gated:
-            up = vload(up_at, i)
-            _store(half, dup_at, i, vmul(dh, h))
-            h = vmul(h, up)
-            dh = vmul(dh, up)
-        _store(half, hidden_at, i, h)
-        _store(half, dz_at, i, vmul(dh, slope))
-
-
-@numba.njit(cache=True, nogil=True, parallel=True)
-def _run(backward, code, gated, half, size, z_at, up_at, dhidden_at, hidden_at, dz_at, dup_at, workers):
-    tasks = (size + _BLOCK - 1) // _BLOCK
-    for worker in numba.prange(workers):
-        for task in range(worker, tasks, workers):
-            start, stop = task * _BLOCK, min(size, (task + 1) * _BLOCK)
-            if backward:
-                _differentiate(code, gated, half, start, stop, z_at, up_at, dhidden_at, hidden_at, dz_at, dup_at)
-            else:
-                _activate(code, gated, half, start, stop, z_at, up_at, hidden_at)
-
-
-class _Hidden:
-    """Buffers (rows, F) of one row block, padded so that whole vectors may be read and written at the end."""
-
-    def __init__(self, rows: int, hidden: int):
-        self.shape, self.size = (rows, hidden), -(-rows * hidden // W) * W
-
-    def empty(self, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(self.size, dtype=dtype)[: self.shape[0] * self.shape[1]].view(self.shape)
-
-
-def _elementwise(backward: bool, activation: str, buffers: tuple[torch.Tensor | None, ...], half: bool, workers: int) -> None:
-    """buffers: z, up, dhidden, hidden, dz, dup."""
-    z, up = buffers[:2]
-    assert z is not None
-    size = -(-z.numel() // W) * W
-    workers = max(1, min(workers, -(-size // _BLOCK)))
-    threads.numba_workers(workers)
-    z_at, up_at, dhidden_at, hidden_at, dz_at, dup_at = (0 if t is None else t.data_ptr() for t in buffers)
-    _run(backward, _CODES[activation], up is not None, half, size, z_at, up_at, dhidden_at, hidden_at, dz_at, dup_at, workers)
 
 
 def _row_blocks(rows: int, hidden: int) -> list[slice]:
@@ -145,39 +20,61 @@ def _row_blocks(rows: int, hidden: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _right(weight: torch.Tensor, compute: torch.dtype, blocks: int, workers: int) -> "torch.Tensor | Packed":
-    """A right-hand operand: packed once when several row blocks use it."""
-    return Packed(weight, compute, workers) if blocks > 1 else weight
-
-
 def _plan(x: torch.Tensor, w_gate: torch.Tensor | None, w_up: torch.Tensor, factor: float) -> int:
     work = factor * (2.0 if w_gate is None else 3.0) * x.numel() * w_up.shape[0]
     return workers_for("feed_forward", (tuple(x.shape), tuple(w_up.shape)), x.dtype, work)
 
 
+class _Weights:
+    """The right-hand operands of one call, packed once where several row blocks use them, and only if they are used."""
+
+    def __init__(self, w_gate: torch.Tensor | None, w_up: torch.Tensor, b_up: torch.Tensor | None, dtype: torch.dtype, blocks: int, workers: int):
+        self.w_gate, self.w_up, self.b_up = w_gate, w_up, b_up
+        self.dtype, self.blocks, self.workers = dtype, blocks, workers
+
+    def right(self, weight: torch.Tensor) -> "torch.Tensor | Packed":
+        return Packed(weight, self.dtype, self.workers) if self.blocks > 1 else weight
+
+    @cached_property
+    def up(self) -> "torch.Tensor | Packed":
+        return self.right(self.w_up.t())
+
+    @cached_property
+    def gate(self) -> "torch.Tensor | Packed | None":
+        return None if self.w_gate is None else self.right(self.w_gate.t())
+
+    def activate(
+        self, rows: torch.Tensor, activation: str, hidden: torch.Tensor, z: torch.Tensor | None, up: torch.Tensor | None
+    ) -> None:
+        """rows (N, E) -> hidden (N, F); z (N, F) is needed when gated, and it and up are filled where given."""
+        if self.gate is None:
+            gemm_activated(rows, self.up, Epilogue(ACTIVATE, activation, hidden), keep=z, bias=self.b_up, workers=self.workers)
+        else:
+            assert z is not None
+            gemm(rows, self.gate, out=z, compute=self.dtype, workers=self.workers)
+            gemm_activated(rows, self.up, Epilogue(ACTIVATE, activation, hidden, z), keep=up, bias=self.b_up, workers=self.workers)
+
+
 def forward(
     x: torch.Tensor, w_gate: torch.Tensor | None, w_up: torch.Tensor, w_down: torch.Tensor, activation: str,
-    b_up: torch.Tensor | None, b_down: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
+    b_up: torch.Tensor | None, b_down: torch.Tensor | None, keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+    """(y, z, up); z and up (N, F) in x's dtype only when `keep`, up only when gated."""
     workers = _plan(x, w_gate, w_up, 2.0)
     rows = x.reshape(-1, x.shape[-1])  # (N, E)
-    y = torch.empty((rows.shape[0], w_down.shape[0]), dtype=x.dtype)
-    blocks = _row_blocks(rows.shape[0], w_up.shape[0])
-    up_w, down_w = (_right(w.t(), x.dtype, len(blocks), workers) for w in (w_up, w_down))
-    gate_w = None if w_gate is None else _right(w_gate.t(), x.dtype, len(blocks), workers)
+    num_rows, hidden_size = rows.shape[0], w_up.shape[0]
+    y = torch.empty((num_rows, w_down.shape[0]), dtype=x.dtype)
+    blocks = _row_blocks(num_rows, hidden_size)
+    weights = _Weights(w_gate, w_up, b_up, x.dtype, len(blocks), workers)
+    down = weights.right(w_down.t())
+    all_z = torch.empty((num_rows, hidden_size), dtype=x.dtype) if keep else None
+    all_up = torch.empty_like(all_z) if all_z is not None and w_gate is not None else None
     for block in blocks:
-        part = rows[block]
-        buffers = _Hidden(part.shape[0], w_up.shape[0])
-        up = gemm(part, up_w, out=buffers.empty(torch.float32), bias=b_up, compute=x.dtype, workers=workers)
-        hidden = buffers.empty(x.dtype)
-        z, gated_up = up, None
-        if gate_w is not None:
-            z = gemm(part, gate_w, out=buffers.empty(torch.float32), compute=x.dtype, workers=workers)
-            gated_up = up
-        half = x.dtype == torch.bfloat16
-        _elementwise(False, activation, (z, gated_up, None, hidden, None, None), half, workers)
-        gemm(hidden, down_w, out=y[block], bias=b_down, compute=x.dtype, workers=workers)
-    return y.view(*x.shape[:-1], w_down.shape[0])
+        hidden = torch.empty((block.stop - block.start, hidden_size), dtype=x.dtype)
+        z = all_z[block] if all_z is not None else None if w_gate is None else torch.empty_like(hidden)
+        weights.activate(rows[block], activation, hidden, z, None if all_up is None else all_up[block])
+        gemm(hidden, down, out=y[block], bias=b_down, compute=x.dtype, workers=workers)
+    return y.view(*x.shape[:-1], w_down.shape[0]), all_z, all_up
 
 
 class _Sum:
@@ -201,41 +98,42 @@ class _Sum:
 
 def backward(
     dy: torch.Tensor, x: torch.Tensor, w_gate: torch.Tensor | None, w_up: torch.Tensor, w_down: torch.Tensor,
-    activation: str, b_up: torch.Tensor | None, b_down: torch.Tensor | None,
+    activation: str, b_up: torch.Tensor | None, b_down: torch.Tensor | None, kept_z: torch.Tensor | None, kept_up: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
-    """Gradients (dx, dw_gate, dw_up, dw_down, db_up, db_down)."""
-    workers = _plan(x, w_gate, w_up, 6.0)
-    dtype = x.dtype
+    """Gradients (dx, dw_gate, dw_up, dw_down, db_up, db_down); z and up are computed again where they were not kept."""
+    dtype, hidden_size = x.dtype, w_up.shape[0]
+    workers = _plan(x, w_gate, w_up, 4.0 if kept_z is not None else 6.0)
     rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     dx = torch.empty((rows.shape[0], rows.shape[1]), dtype=dtype)
-    blocks = _row_blocks(rows.shape[0], w_up.shape[0])
+    blocks = _row_blocks(rows.shape[0], hidden_size)
     count = len(blocks)
-    up_w, down_back, up_back = (_right(w, dtype, count, workers) for w in (w_up.t(), w_down, w_up))
+    weights = _Weights(w_gate, w_up, b_up, dtype, count, workers)
+    down_back, up_back = weights.right(w_down), weights.right(w_up)
     sums = {name: _Sum(w, count) for name, w in (("up", w_up), ("down", w_down))}
     if w_gate is not None:
-        gate_w, gate_back = _right(w_gate.t(), dtype, count, workers), _right(w_gate, dtype, count, workers)
+        gate_back = weights.right(w_gate)
         sums["gate"] = _Sum(w_gate, count)
     for name, bias in (("b_up", b_up), ("b_down", b_down)):
         if bias is not None:
             sums[name] = _Sum(bias[None], count)
     for block in blocks:
         part, dpart = rows[block], drows[block]
+        hidden, dz = (torch.empty((part.shape[0], hidden_size), dtype=dtype) for _ in range(2))
+        dup = None if w_gate is None else torch.empty_like(hidden)
+        if kept_z is None:
+            z, up = torch.empty_like(hidden), None if w_gate is None else torch.empty_like(hidden)
+            weights.activate(part, activation, hidden, z, up)
+        else:
+            z, up = kept_z[block], None if kept_up is None else kept_up[block]
+        gemm_activated(dpart, down_back, Epilogue(DIFFERENTIATE, activation, hidden, z, up, dz, dup), workers=workers)
         ones = torch.ones((1, part.shape[0]), dtype=dtype)  # sums over rows as products, in gemm's fixed order
-        buffers = _Hidden(part.shape[0], w_up.shape[0])
-        up = gemm(part, up_w, out=buffers.empty(torch.float32), bias=b_up, compute=dtype, workers=workers)
-        dhidden = gemm(dpart, down_back, out=buffers.empty(torch.float32), compute=dtype, workers=workers)
-        hidden, dup = buffers.empty(dtype), buffers.empty(dtype)
-        half = dtype == torch.bfloat16
-        if w_gate is None:
-            _elementwise(True, activation, (up, None, dhidden, hidden, dup, None), half, workers)
+        if dup is None:
+            dup = dz
             gemm(dup, up_back, out=dx[block], compute=dtype, workers=workers)
         else:
-            gate = gemm(part, gate_w, out=buffers.empty(torch.float32), compute=dtype, workers=workers)
-            dgate = buffers.empty(dtype)
-            _elementwise(True, activation, (gate, up, dhidden, hidden, dgate, dup), half, workers)
             by_up = gemm(dup, up_back, out_dtype=torch.float32, compute=dtype, workers=workers)
-            gemm(dgate, gate_back, out=dx[block], add=by_up, compute=dtype, workers=workers)
-            sums["gate"].add(dgate.t(), part, workers)
+            gemm(dz, gate_back, out=dx[block], add=by_up, compute=dtype, workers=workers)
+            sums["gate"].add(dz.t(), part, workers)
         sums["up"].add(dup.t(), part, workers)
         sums["down"].add(dpart.t(), hidden, workers)
         if b_up is not None:

@@ -18,7 +18,7 @@ import numba
 import numpy as np
 import torch
 
-from cllm.kernels.cpu import micro, pack
+from cllm.kernels.cpu import activation, micro, pack
 from cllm.kernels.cpu.micro import BLOCK_BYTES, HAS_PAIRS, HAS_TILES, MR, NV, WORD, make_micro, make_tile_micro, prefetch
 from cllm.kernels.cpu.pack import pack_lines, pack_strip
 from cllm.kernels.cpu.simd import W, vadd, vload, vload_masked, vstore, vstore_bf16, vstore_bf16_masked, vstore_masked
@@ -40,7 +40,8 @@ PACK_BYTES = 32 << 20  # packed copies of A and of B are kept below this, each
 # Fields of the parameter block that the kernels read (int64; addresses and strides in bytes unless said).
 (KERNEL, ROWS, COLUMNS, DEPTH, BLOCK, A, A_STRIP, A_ROW, A_K, A_MODE, A_PACKED, B, B_STRIP, B_COLUMN, B_K, B_MODE,
  B_PACKED, B_READY, OUT, OUT_ROW, OUT_HALF, OLD, OLD_ROW, BIAS, DIRECT, TILE_R, TILE_C, SCRATCH,
- SCRATCH_STRIDE, CONFIG, GROUP_A, GROUP_B, TASKS_A, TASKS_B, NUM_TILES, A_IN_PLACE, NUM_FIELDS) = range(37)  # fmt: skip
+ SCRATCH_STRIDE, CONFIG, GROUP_A, GROUP_B, TASKS_A, TASKS_B, NUM_TILES, A_IN_PLACE,
+ WHAT, ACTIVATION, HIDDEN, Z, UP, DZ, DUP, HIDDEN_ROW, NUM_FIELDS) = range(45)  # fmt: skip
 _CODE = {FP32: 0, WIDENED: 0, PAIRS: 1, TILES: 2}
 
 _micro_1, _micro_2, _micro_n = make_micro(MR, 1), make_micro(MR, min(2, NV)), make_micro(MR, NV)
@@ -61,18 +62,51 @@ def _prefetch(address, begin, end):
 
 
 @numba.njit(cache=True, nogil=True)
-def _prefetch_rows(p, r, c, rows, columns):
-    """The lines of C that `_finish` will write."""
-    size = 2 if p[OUT_HALF] != 0 else 4
-    at = p[OUT] + r * p[OUT_ROW] + c * size
+def _prefetch_rows(address, row, lines, rows):
     for _ in range(rows):
-        _prefetch(at, 0, (columns * size + LINE - 1) // LINE)
-        at += p[OUT_ROW]
+        _prefetch(address, 0, lines)
+        address += row
+
+
+@numba.njit(cache=True, nogil=True)
+def _prefetch_piece(p, r, c, rows, columns):
+    """The lines that `_finish` will touch are on their way while the sums are made."""
+    size = 2 if p[OUT_HALF] != 0 else 4
+    lines = (columns * size + LINE - 1) // LINE
+    if p[OUT] != 0:
+        _prefetch_rows(p[OUT] + r * p[OUT_ROW] + c * size, p[OUT_ROW], lines, rows)
+    if p[WHAT] != activation.NONE:
+        for field in range(HIDDEN, DUP + 1):
+            if p[field] != 0:
+                _prefetch_rows(p[field] + r * p[HIDDEN_ROW] + c * size, p[HIDDEN_ROW], lines, rows)
+
+
+@numba.njit(cache=True, nogil=True)
+def _finish_activation(p, sums, sums_row, r, c, rows, columns):
+    """The same where the product ends in an activation (activation.py)."""
+    half, row = p[OUT_HALF] != 0, p[HIDDEN_ROW]
+    at = r * row + c * (2 if half else 4)
+    activation.finish_piece(
+        p[ACTIVATION], p[WHAT], half, rows, columns, sums, sums_row,
+        p[OLD] + r * p[OLD_ROW] + c * 4 if p[OLD] != 0 else 0,
+        p[OLD_ROW],
+        p[BIAS] + c * 4 if p[BIAS] != 0 else 0,
+        row,
+        p[Z] + at if p[Z] != 0 else 0,
+        p[UP] + at if p[UP] != 0 else 0,
+        p[OUT] + at if p[OUT] != 0 else 0,
+        p[HIDDEN] + at,
+        p[DZ] + at if p[DZ] != 0 else 0,
+        p[DUP] + at if p[DUP] != 0 else 0,
+    )  # fmt: skip
 
 
 @numba.njit(cache=True, nogil=True)
 def _finish(p, sums, sums_row, r, c, rows, columns):
     """Sums, still in the L1 cache (+ old C) (+ bias) -> C[r : r + rows, c : c + columns]."""
+    if p[WHAT] != activation.NONE:
+        _finish_activation(p, sums, sums_row, r, c, rows, columns)
+        return
     half, out_row, old_row = p[OUT_HALF] != 0, p[OUT_ROW], p[OLD_ROW]
     out = p[OUT] + r * out_row + c * (2 if half else 4)
     old = p[OLD] + r * old_row + c * 4 if p[OLD] != 0 else 0
@@ -130,6 +164,7 @@ def _block_fp32(p, a, a_strip, b, b_strip, sums, sums_row, first, to, to_row, pi
             at_out, out_row = to + r * to_row + s * (W * WORD), to_row
             if piece != 0:
                 at_out, out_row = piece, NV * W * WORD
+                _prefetch_piece(p, r0 + r, c0 + s * W, min(MR, rows - r), min(NV * W, columns - s * W))
             if s == 0:
                 _prefetch(at_a + a_strip, (r % W) // MR * lines * MR // W, ((r % W) // MR + 1) * lines * MR // W)
             if count == NV:
@@ -179,6 +214,7 @@ def _block_tiles_py(p, a, a_strip, a_row, a_step, b, b_strip, sums, sums_row, fi
             at_out, out_row = to + r * W * to_row + s * (W * WORD), to_row
             if piece != 0:
                 at_out, out_row = piece, 2 * W * WORD
+                _prefetch_piece(p, r0 + r * W, c0 + s * W, min(2 * W, rows - r * W), min(2 * W, columns - s * W))
                 if waiting == piece:
                     at_out = piece + PIECE_BYTES
             if r + 1 < row_strips:
@@ -544,11 +580,33 @@ def gemm(
         return out
     if workers is None:
         workers = workers_for("matmul", ((rows, depth), (depth, columns)), compute, 2.0 * rows * columns * depth)
-    kernel = b.kernel if isinstance(b, Packed) else kernel_for(compute)
-    parts = _parts(depth)
+    _sum_parts(a, b, out, add, bias, kernel_for(compute), workers, None)
+    return out
+
+
+def gemm_activated(
+    a: torch.Tensor, b: "torch.Tensor | Packed", end: activation.Epilogue, *, workers: int, keep: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """a (M, K) @ b (K, N) (+ bias (N,)) -> the tensors of `end`; computed in a's dtype, the sums themselves rounded into `keep`."""
+    (rows, depth), columns = a.shape, b.shape[1]
+    assert end.hidden.shape == (rows, columns), "gemm: shapes do not fit"
+    if rows == 0 or columns == 0:
+        return
+    if depth == 0:
+        a, b = a.new_zeros((rows, 1)), a.new_zeros((1, columns))
+    _sum_parts(a, b, keep, None, bias, kernel_for(a.dtype), workers, end)
+
+
+def _sum_parts(
+    a: torch.Tensor, b: "torch.Tensor | Packed", out: torch.Tensor | None, add: torch.Tensor | None, bias: torch.Tensor | None,
+    kernel: str, workers: int, end: activation.Epilogue | None,
+) -> None:  # fmt: skip
+    kernel = b.kernel if isinstance(b, Packed) else kernel
+    parts = _parts(a.shape[1])
     total = out  # float32 home of the sum over parts
-    if len(parts) > 1 and out.dtype != torch.float32:
-        total = torch.empty((rows, columns), dtype=torch.float32)
+    if len(parts) > 1 and (out is None or end is not None or out.dtype != torch.float32):
+        total = torch.empty((a.shape[0], b.shape[1]), dtype=torch.float32)
     if bias is not None:
         bias = bias.to(torch.float32).contiguous()
     for index, (k0, num_k) in enumerate(parts):
@@ -556,13 +614,14 @@ def gemm(
         _part(
             a[:, k0 : k0 + num_k],
             b.address(index) if isinstance(b, Packed) else b[k0 : k0 + num_k],
+            b.shape[1],
             out if last else total,
             total if index > 0 else add,
             bias if last else None,
             kernel,
             workers,
+            end if last else None,
         )
-    return out
 
 
 @functools.lru_cache(maxsize=4096)
@@ -627,22 +686,25 @@ def _block_plan(
 def _part(
     a: torch.Tensor,
     b: torch.Tensor | int,
-    out: torch.Tensor,
+    columns: int,
+    out: torch.Tensor | None,
     old: torch.Tensor | None,
     bias: torch.Tensor | None,
     kernel: str,
     workers: int,
+    end: activation.Epilogue | None,
 ) -> None:
     """One part of K: out = (old +) a b (+ bias). b: a tensor, or the address of its packed copy."""
-    (rows, depth), columns = a.shape, out.shape[1]
+    rows, depth = a.shape
+    out_dtype = out.dtype if end is None and out is not None else a.dtype
     ready = isinstance(b, int)
     row_part, column_part = _cut(rows, columns, depth, kernel, ready)
-    direct = old is None and bias is None and out.dtype == torch.float32
+    direct = old is None and bias is None and end is None and out_dtype == torch.float32
     for r0 in range(0, rows, row_part):
         for c0 in range(0, columns, column_part):
             plan = _block_plan(
                 min(row_part, rows - r0), min(column_part, columns - c0), depth, kernel, workers, a.stride(), a.dtype,
-                None if isinstance(b, int) else b.stride(), None if isinstance(b, int) else b.dtype, out.dtype, direct, c0 == 0,
+                None if isinstance(b, int) else b.stride(), None if isinstance(b, int) else b.dtype, out_dtype, direct, c0 == 0,
             )  # fmt: skip
             p = plan.fields.copy()
             p[SCRATCH] = _aligned(_buffers.take("scratch", plan.scratch_bytes))
@@ -655,7 +717,13 @@ def _part(
                 p[B] = b.data_ptr() + c0 * b.stride(1) * b.element_size()
                 if plan.b_bytes:
                     p[B_PACKED] = _aligned(_buffers.take("b", plan.b_bytes))
-            _place(p, OUT, OUT_ROW, out, r0, c0)
+            if out is not None:
+                _place(p, OUT, OUT_ROW, out, r0, c0)
+            if end is not None:
+                p[WHAT], p[ACTIVATION] = end.what, activation.CODES[end.activation]
+                for field, tensor in ((HIDDEN, end.hidden), (Z, end.z), (UP, end.up), (DZ, end.dz), (DUP, end.dup)):
+                    if tensor is not None:
+                        _place(p, field, HIDDEN_ROW, tensor, r0, c0)
             if old is not None:
                 _place(p, OLD, OLD_ROW, old, r0, c0)
             if bias is not None:

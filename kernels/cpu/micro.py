@@ -53,6 +53,13 @@ def _at(bld: Any, address: Any, byte_offset: int = 0) -> Any:
     return bld.gep(base, [I64(byte_offset)]) if byte_offset else base
 
 
+L1, L2 = 3, 2  # LLVM's names for where a prefetched line goes
+
+
+def _emit_prefetch(bld: Any, pointer: Any, level: int) -> None:
+    simd.call(bld, "llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(level), I32(1))
+
+
 def make_micro(rows: int, strips: int, pairs: bool = False) -> Any:
     """micro(a, b, b_strip, old, old_row, out, out_row, words): out[rows, strips*W] = (old +) A strip x B strips.
 
@@ -67,9 +74,10 @@ def make_micro(rows: int, strips: int, pairs: bool = False) -> Any:
             pre = bld.block
             loop, add, plain, end = (bld.append_basic_block(f"micro.{n}") for n in ("k", "add", "plain", "end"))
             bs = [_offset(bld, b, (b_strip, j)) for j in range(strips)]
-            for i in range(rows):  # these lines are written at the end: let them come to L1 meanwhile
+            # These lines are written at the end. Not to L1: two dozen misses to memory would hold up the loads of A and B behind them.
+            for i in range(rows):
                 for j in range(strips):
-                    _emit_prefetch(bld, _at(bld, _offset(bld, out, (out_row, i)), j * W * WORD), 3, 1)
+                    _emit_prefetch(bld, _at(bld, _offset(bld, out, (out_row, i)), j * W * WORD), L2)
             bld.branch(loop)
             bld.position_at_end(loop)
             k = bld.phi(I64)
@@ -117,17 +125,13 @@ def make_micro(rows: int, strips: int, pairs: bool = False) -> Any:
     return micro
 
 
-def _emit_prefetch(bld: Any, pointer: Any, locality: int, write: int = 0) -> None:
-    simd.call(bld, "llvm.prefetch.p0", ir.VoidType(), pointer, I32(write), I32(locality), I32(1))
-
-
-def _make_prefetch(locality: int) -> Any:
-    """prefetch(address): bring its cache line to L1 (3) or L2 (2); any address is harmless."""
+def _make_prefetch(level: int) -> Any:
+    """prefetch(address): bring its cache line to L1 or L2; any address is harmless."""
 
     @intrinsic
     def prefetch(tc, address):
         def codegen(ctx, bld, sig, args):
-            _emit_prefetch(bld, _at(bld, args[0]), locality)
+            _emit_prefetch(bld, _at(bld, args[0]), level)
             return ctx.get_dummy_value()
 
         return types.void(_I), codegen
@@ -135,7 +139,7 @@ def _make_prefetch(locality: int) -> Any:
     return prefetch
 
 
-prefetch, prefetch_l1 = _make_prefetch(2), _make_prefetch(3)
+prefetch, prefetch_l1 = _make_prefetch(L2), _make_prefetch(L1)
 
 
 # ---- AMX -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Feed-forward layer in plain torch: gated (Shazeer 2020, arXiv 2002.05202) or the plain two-layer MLP.
 
-N rows, E embed, F hidden. Weights are (out, in). The hidden values stay in the accumulation dtype.
+N rows, E embed, F hidden. Weights are (out, in). What goes into the activation is rounded to x's dtype, what comes out is not.
 """
 
 import math
@@ -41,43 +41,53 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def forward(
-    x: Tensor, w_gate: Tensor | None, w_up: Tensor, w_down: Tensor, activation: str, b_up: Tensor | None, b_down: Tensor | None
-) -> Tensor:
-    wide = accumulate_dtype(x.dtype)
-    rows = as_rows(x).to(wide)  # (N, E)
-    hidden = _linear(rows, rounded_weight(w_up, x.dtype), b_up)  # (N, F)
+def _pre_activations(
+    x: Tensor, w_gate: Tensor | None, w_up: Tensor, b_up: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(z, up or None) in x's dtype, (N, F)."""
+    rows = as_rows(x).to(accumulate_dtype(x.dtype))
+    up = _linear(rows, rounded_weight(w_up, x.dtype), b_up).to(x.dtype)
     if w_gate is None:
-        hidden = activate(hidden, activation)
-    else:
-        hidden = activate(rows @ rounded_weight(w_gate, x.dtype).T, activation) * hidden
-    return _linear(hidden, rounded_weight(w_down, x.dtype), b_down).to(x.dtype).view(*x.shape[:-1], w_down.shape[0])
+        return up, None
+    return (rows @ rounded_weight(w_gate, x.dtype).T).to(x.dtype), up
+
+
+def forward(
+    x: Tensor, w_gate: Tensor | None, w_up: Tensor, w_down: Tensor, activation: str, b_up: Tensor | None, b_down: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y, z, up); z and up (N, F) in x's dtype only when `keep`, up only when gated."""
+    wide = accumulate_dtype(x.dtype)
+    z, up = _pre_activations(x, w_gate, w_up, b_up)
+    hidden = activate(z.to(wide), activation)
+    if up is not None:
+        hidden = hidden * up.to(wide)
+    y = _linear(hidden, rounded_weight(w_down, x.dtype), b_down).to(x.dtype).view(*x.shape[:-1], w_down.shape[0])
+    return y, z if keep else None, up if keep else None
 
 
 def backward(
     dy: Tensor, x: Tensor, w_gate: Tensor | None, w_up: Tensor, w_down: Tensor, activation: str,
-    b_up: Tensor | None, b_down: Tensor | None,
+    b_up: Tensor | None, b_down: Tensor | None, kept_z: Tensor | None, kept_up: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients (dx, dw_gate, dw_up, dw_down, db_up, db_down); the hidden values are computed again from x."""
+    """Gradients (dx, dw_gate, dw_up, dw_down, db_up, db_down); z and up are computed again where they were not kept."""
     wide = accumulate_dtype(x.dtype)
-    rows = as_rows(x).to(wide)
-    drows = as_rows(dy).to(wide)
+    rows, drows = as_rows(x).to(wide), as_rows(dy).to(wide)
     up_weight, down_weight = rounded_weight(w_up, x.dtype), rounded_weight(w_down, x.dtype)
-    up = _linear(rows, up_weight, b_up)
+    saved_z, saved_up = (kept_z, kept_up) if kept_z is not None else _pre_activations(x, w_gate, w_up, b_up)
+    z = saved_z.to(wide)
     dhidden = drows @ down_weight  # (N, F)
+    hidden, slope = activate(z, activation), activation_slope(z, activation)
     if w_gate is None:
-        hidden = activate(up, activation)
-        dup = dhidden * activation_slope(up, activation)
+        dup = dhidden * slope
         dx = dup @ up_weight
         dw_gate = None
     else:
-        gate_weight = rounded_weight(w_gate, x.dtype)
-        gate = rows @ gate_weight.T
-        gated = activate(gate, activation)
+        assert saved_up is not None
+        up, gated = saved_up.to(wide), hidden
         hidden = gated * up
         dup = dhidden * gated
-        dgate = dhidden * up * activation_slope(gate, activation)
-        dx = dup @ up_weight + dgate @ gate_weight
+        dgate = dhidden * up * slope
+        dx = dup @ up_weight + dgate @ rounded_weight(w_gate, x.dtype)
         dw_gate = (dgate.T @ rows).to(w_gate.dtype)
     return (
         dx.to(x.dtype).view(x.shape),

@@ -157,8 +157,10 @@ def test_composed_operations_do_not_depend_on_workers(dtype, monkeypatch):
     def results(workers):
         for module in (feed_forward, linear_cross_entropy):
             monkeypatch.setattr(module, "workers_for", lambda *_: workers)
-        found = [feed_forward.forward(x, gate, up, down, "silu", b_up, b_down)]
-        found += feed_forward.backward(dy, x, gate, up, down, "gelu", b_up, b_down)
+        found = [*feed_forward.forward(x, gate, up, down, "silu", b_up, b_down, True)]
+        again = feed_forward.backward(dy, x, gate, up, down, "silu", b_up, b_down, None, None)
+        found += feed_forward.backward(dy, x, gate, up, down, "silu", b_up, b_down, *found[1:3])
+        assert all(torch.equal(kept, made) for kept, made in zip(found[3:], again))
         found += linear_cross_entropy.forward_with_grads(x, vocabulary, targets, -100, 0.1, 1e-3, 20.0, 1 / 300)
         return found
 
@@ -166,18 +168,18 @@ def test_composed_operations_do_not_depend_on_workers(dtype, monkeypatch):
     for workers in (2, 3, 64):
         for found, wanted in zip(results(workers), expected):
             assert torch.equal(found, wanted)
-    part = feed_forward.forward(x[100:103], gate, up, down, "silu", b_up, b_down)
-    assert torch.equal(part, expected[0][100:103])
+    part = feed_forward.forward(x[100:103], gate, up, down, "silu", b_up, b_down, False)
+    assert torch.equal(part[0], expected[0][100:103]) and part[1:] == (None, None)
     alone = linear_cross_entropy.forward(x[50:61], vocabulary, targets[50:61], -100, 0.1, 1e-3, 20.0)
-    for found, wanted in zip(alone, expected[7:11]):
+    for found, wanted in zip(alone, expected[9:13]):
         assert torch.equal(found, wanted[50:61])
 
 
 def test_a_strided_weight_serves_feed_forward():
     x = _random(20, 24)
     up, down = _random(24, 40, seed=1), _random(40, 24, seed=2)
-    expected = feed_forward.forward(x, None, up.t().contiguous(), down.t().contiguous(), "gelu_tanh", None, None)
-    assert torch.equal(feed_forward.forward(x, None, up.t(), down.t(), "gelu_tanh", None, None), expected)
+    expected = feed_forward.forward(x, None, up.t().contiguous(), down.t().contiguous(), "gelu_tanh", None, None, False)[0]
+    assert torch.equal(feed_forward.forward(x, None, up.t(), down.t(), "gelu_tanh", None, None, False)[0], expected)
 
 
 def test_vocabulary_statistics_of_hard_rows():

@@ -35,10 +35,14 @@ def _operator_calls() -> dict[str, list[tuple]]:
             (out, lse, q.detach(), k.detach(), v.detach(), out, lse, True, 8**-0.5, 0, 0.0, None),
             (out, None, q.detach(), k.detach(), v.detach(), out, lse, True, 8**-0.5, 0, 0.0, bounds),
         ],
-        "feed_forward": [(x, w_gate, w_up, w_down, "silu", None, None), (x, None, w_up, w_down, "gelu", hidden_bias, bias)],
+        "feed_forward": [
+            (x, w_gate, w_up, w_down, "silu", None, None, True),
+            (x, None, w_up, w_down, "gelu", hidden_bias, bias, True),
+            (x, None, w_up, w_down, "gelu", hidden_bias, bias, False),
+        ],
         "feed_forward_backward": [
-            (x_, x_, gate_, up_, down_, "silu", None, None),
-            (x_, x_, None, up_, down_, "relu2", hidden_bias.detach(), bias.detach()),
+            (x_, x_, gate_, up_, down_, "silu", None, None, None, None),
+            (x_, x_, None, up_, down_, "relu2", hidden_bias.detach(), bias.detach(), x_ @ up_.T, None),
         ],
         "rms_norm": [(x, weight, 1e-6)],
         "rms_norm_residual": [(x, x_, weight, 1e-6)],
@@ -128,6 +132,10 @@ def _gradcheck_calls():
         "attention_packed": (lambda q, k, v: kernels.attention(q, k, v, window=2, cu_seqlens=bounds), attention_inputs),
         "gated": (
             lambda x, g, u, d: kernels.feed_forward(x, g, u, d, activation="gelu_tanh"),
+            (normal(3, 4), normal(5, 4), normal(5, 4), normal(4, 5)),
+        ),
+        "gated_recomputed": (
+            lambda x, g, u, d: kernels.feed_forward(x, g, u, d, recompute=True),
             (normal(3, 4), normal(5, 4), normal(5, 4), normal(4, 5)),
         ),
         "mlp": (
