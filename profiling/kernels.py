@@ -9,12 +9,13 @@ against the copy bandwidth of this run (see roofline.py for what is counted).
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import plots
 import torch
-from report import interleaved, print_table, write
+from report import add_output_options, finish, interleaved, percent, print_table, run
 from roofline import Cost, cost
 from torch import Tensor
 from torch.nn import functional as F
@@ -99,11 +100,14 @@ def contests(dtype: torch.dtype, tiny: bool) -> list[Contest]:
 
 
 def check(contest: Contest, dtype: torch.dtype) -> None:
-    """Ours must agree with PyTorch to the dtype's accuracy, forward and backward; a wrong kernel has no speed."""
+    """Ours must agree with PyTorch in float32 to the dtype's accuracy, forward and backward; a wrong kernel has no speed.
+
+    In float32, because PyTorch adds up some bfloat16 gradients (a norm's, over the rows) in bfloat16.
+    """
     tolerance = 2e-3 if dtype == torch.float32 else 6e-2
     outs, grads = [], []
-    for function in (contest.ours, contest.peer):
-        leaves = [t.detach().clone().requires_grad_() for t in contest.tensors]
+    for function, compute in ((contest.ours, dtype), (contest.peer, torch.float32)):
+        leaves = [t.detach().to(compute, copy=True).requires_grad_() for t in contest.tensors]
         out = function(*leaves)
         # A random direction: along a norm's own output the true gradient nearly vanishes and only rounding is left to compare.
         direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
@@ -171,6 +175,14 @@ def adamw(rounds: int, parameters: int) -> dict:
     }
 
 
+def draw(path: Path, rows: list[dict]) -> None:
+    """PyTorch's time / ours, one bar for each precision."""
+    places = list(dict.fromkeys((r["op"], r["shape"], r["direction"]) for r in rows))
+    ratios = {(r["op"], r["shape"], r["direction"], r["dtype"]): r["ratio"] for r in rows}
+    series = {dtype: [ratios.get((*place, dtype)) for place in places] for dtype in dict.fromkeys(r["dtype"] for r in rows)}
+    plots.bars(path, "Speed of each operation against PyTorch", [", ".join(place) for place in places], series, "PyTorch's time / ours", line=1.0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", help="only these operations")
@@ -178,9 +190,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the script")
-    parser.add_argument("--write", metavar="NAME", help="write profiling/results/NAME.json")
-    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
+    add_output_options(parser)
     options = parser.parse_args()
+    plots.check(options.plot)
     rows: list[dict] = []
     with runtime.use(threads=options.threads):
         torch.set_num_threads(options.threads or runtime.device.usable_cores())
@@ -204,15 +216,12 @@ def main() -> None:
         ("operation", "shape", "dtype", "direction", "ours ms", "PyTorch ms", "ratio", "share"),
         [
             (r["op"], r["shape"], r["dtype"], r["direction"], f"{r['ours_ms']:.3f}", f"{r['peer_ms']:.3f}", f"{r['ratio']:.2f}",
-             f"{100 * r['share']:.0f} %")
+             percent(r["share"]))
             for r in rows
         ],
     )
-    if options.write:
-        print(f"wrote {write(options.write, rows)}")
-    if options.json:
-        print(json.dumps(rows))
+    finish(options, rows, lambda path: draw(path, rows), threads=options.threads)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

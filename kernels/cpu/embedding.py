@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cllm.kernels.cpu._arrays import as_flat
-from cllm.kernels.cpu.launch import Kernel, as_rows, int64_at, is_half, jit, load, num_workers, row_bytes, store
+from cllm.kernels.cpu.launch import Kernel, as_rows, int64_at, is_half, jit, load, load_whole, num_workers, row_bytes, store, store_whole
 from cllm.kernels.cpu.simd import W, vadd, vzero
 
 TOKENS_PER_TASK = 16
@@ -18,11 +18,14 @@ DY, DY_ROW, DY_HALF, ORDER, STARTS, DWEIGHT, DWEIGHT_ROW, DWEIGHT_HALF, NUM_ROWS
 
 
 def _forward(p, f, task, worker):
+    columns, half, out_half = p[COLUMNS], p[WEIGHT_HALF], p[OUT_HALF]
+    whole = columns - columns % W
     for token in range(task * TOKENS_PER_TASK, min((task + 1) * TOKENS_PER_TASK, p[NUM_TOKENS])):
         row, out = p[WEIGHT] + int64_at(p[TOKENS], token) * p[WEIGHT_ROW], p[OUT] + token * p[OUT_ROW]
-        for c in range(0, p[COLUMNS], W):
-            n = p[COLUMNS] - c
-            store(out, p[OUT_HALF], c, load(row, p[WEIGHT_HALF], c, n), n)
+        for c in range(0, whole, W):
+            store_whole(out, out_half, c, load_whole(row, half, c))
+        if whole < columns:
+            store(out, out_half, whole, load(row, half, whole, columns - whole), columns - whole)
 
 
 def _backward(p, f, task, worker):

@@ -200,6 +200,22 @@ def store(address, half, c, v, n):
         vstore_masked(address, c, v, n)
 
 
+@inline
+def load_whole(address, half, c):
+    """Elements [c, c + W) as float32, all of them valid."""
+    if half:
+        return vload_bf16(address, c)
+    return vload(address, c)
+
+
+@inline
+def store_whole(address, half, c, v):
+    if half:
+        vstore_bf16(address, c, v)
+    else:
+        vstore(address, c, v)
+
+
 def rows_per_block(num_rows: int, smallest: int) -> int:
     """Rows that share one partial sum: depends on the shape only, so that the sum never depends on the workers."""
     return max(smallest, -(-num_rows // TARGET_PARTIALS))

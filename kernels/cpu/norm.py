@@ -18,14 +18,16 @@ from cllm.kernels.cpu.launch import (
     inline,
     is_half,
     load,
+    load_whole,
     num_workers,
     put_float32,
     row_bytes,
     rows_per_block,
     scratch,
     store,
+    store_whole,
 )
-from cllm.kernels.cpu.simd import W, vadd, vfma, vhsum, vlanes_below, vmul, vselect, vset, vsub, vzero
+from cllm.kernels.cpu.simd import W, vadd, vfma, vhsum, vlanes_below, vload, vmul, vselect, vset, vstore, vsub, vzero
 
 ROWS_PER_TASK = 16
 TREE_COLUMNS = 8 * W
@@ -39,29 +41,56 @@ SUMS, SUMS_ROW, NUM_SUMS, TOTAL, TOTAL_HALF, NUM_COLUMNS = range(6)
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
+# Sums over a row run in four chains of vectors, so that each addition need not wait for the last one; then the ragged end.
+
+
 @inline
 def _add_residual(p, row, h):
     x, residual, half = p[X] + row * p[X_ROW], p[RESIDUAL] + row * p[RESIDUAL_ROW], p[HALF]
-    for c in range(0, p[COLUMNS], W):
-        n = p[COLUMNS] - c
-        store(h, half, c, vadd(load(x, half, c, n), load(residual, half, c, n)), n)
+    whole = p[COLUMNS] - p[COLUMNS] % W
+    for c in range(0, whole, W):
+        store_whole(h, half, c, vadd(load_whole(x, half, c), load_whole(residual, half, c)))
+    if whole < p[COLUMNS]:
+        n = p[COLUMNS] - whole
+        store(h, half, whole, vadd(load(x, half, whole, n), load(residual, half, whole, n)), n)
+
+
+@inline
+def _sum(h, half, columns):
+    t0, t1, t2, t3 = vzero(), vzero(), vzero(), vzero()
+    whole = columns - columns % (4 * W)
+    for c in range(0, whole, 4 * W):
+        t0 = vadd(t0, load_whole(h, half, c))
+        t1 = vadd(t1, load_whole(h, half, c + W))
+        t2 = vadd(t2, load_whole(h, half, c + 2 * W))
+        t3 = vadd(t3, load_whole(h, half, c + 3 * W))
+    for c in range(whole, columns, W):
+        t0 = vadd(t0, load(h, half, c, columns - c))
+    return vhsum(vadd(vadd(t0, t1), vadd(t2, t3)))
 
 
 @inline
 def _centred_squares(h, half, columns, mean):
     """Sum of (h - mean)^2 over a row."""
-    m, total = vset(mean), vzero()
-    for c in range(0, columns, W):
+    m = vset(mean)
+    t0, t1, t2, t3 = vzero(), vzero(), vzero(), vzero()
+    whole = columns - columns % (4 * W)
+    for c in range(0, whole, 4 * W):
+        v0, v1 = vsub(load_whole(h, half, c), m), vsub(load_whole(h, half, c + W), m)
+        v2, v3 = vsub(load_whole(h, half, c + 2 * W), m), vsub(load_whole(h, half, c + 3 * W), m)
+        t0, t1, t2, t3 = vfma(v0, v0, t0), vfma(v1, v1, t1), vfma(v2, v2, t2), vfma(v3, v3, t3)
+    for c in range(whole, columns, W):
         n = columns - c
         v = vselect(vlanes_below(n), vsub(load(h, half, c, n), m), vzero())
-        total = vfma(v, v, total)
-    return vhsum(total)
+        t0 = vfma(v, v, t0)
+    return vhsum(vadd(vadd(t0, t1), vadd(t2, t3)))
 
 
 def _forward(p, f, task, worker):
     """MEAN is 0 for RMSNorm."""
     half, columns = p[HALF], p[COLUMNS]
-    size = np.float32(columns)
+    weight, weight_half, bias, bias_half = p[WEIGHT], p[WEIGHT_HALF], p[BIAS], p[BIAS_HALF]
+    size, whole = np.float32(columns), columns - columns % W
     for row in range(task * ROWS_PER_TASK, min((task + 1) * ROWS_PER_TASK, p[ROWS])):
         h = p[X] + row * p[X_ROW]
         if p[RESIDUAL] != 0:
@@ -69,20 +98,22 @@ def _forward(p, f, task, worker):
             _add_residual(p, row, h)
         mean = _ZERO
         if p[MEAN] != 0:
-            total = vzero()
-            for c in range(0, columns, W):
-                total = vadd(total, load(h, half, c, columns - c))
-            mean = vhsum(total) / size
+            mean = _sum(h, half, columns) / size
             put_float32(p[MEAN], row, mean)
         rstd = np.float32(_ONE / math.sqrt(_centred_squares(h, half, columns, mean) / size + np.float32(f[0])))
         put_float32(p[RSTD], row, rstd)
         y, m, r = p[Y] + row * p[Y_ROW], vset(mean), vset(rstd)
-        for c in range(0, columns, W):
-            n = columns - c
-            v = vmul(vmul(vsub(load(h, half, c, n), m), r), load(p[WEIGHT], p[WEIGHT_HALF], c, n))
-            if p[BIAS] != 0:
-                v = vadd(v, load(p[BIAS], p[BIAS_HALF], c, n))
-            store(y, half, c, v, n)
+        for c in range(0, whole, W):
+            v = vmul(vmul(vsub(load_whole(h, half, c), m), r), load_whole(weight, weight_half, c))
+            if bias != 0:
+                v = vadd(v, load_whole(bias, bias_half, c))
+            store_whole(y, half, c, v)
+        if whole < columns:
+            n = columns - whole
+            v = vmul(vmul(vsub(load(h, half, whole, n), m), r), load(weight, weight_half, whole, n))
+            if bias != 0:
+                v = vadd(v, load(bias, bias_half, whole, n))
+            store(y, half, whole, v, n)
 
 
 def _backward(p, f, task, worker):
@@ -95,31 +126,47 @@ def _backward(p, f, task, worker):
         store(partial, False, c, vzero(), columns - c)
         if partial_bias != 0:
             store(partial_bias, False, c, vzero(), columns - c)
+    weight, weight_half, whole = p[WEIGHT_B], p[WEIGHT_HALF_B], columns - columns % W
     for row in range(task * p[BLOCK_ROWS], min((task + 1) * p[BLOCK_ROWS], p[ROWS_B])):
         dy, h, dx = p[DY] + row * p[DY_ROW], p[HB] + row * p[HB_ROW], p[DX] + row * p[DX_ROW]
+        dh = p[DH] + row * p[DH_ROW] if p[DH] != 0 else 0
         m = vset(float32_at(p[MEAN_B], row)) if p[MEAN_B] != 0 else vzero()
         r = vset(float32_at(p[RSTD_B], row))
         dot, total = vzero(), vzero()
-        for c in range(0, columns, W):
-            n = columns - c
-            g, normed = load(dy, half, c, n), vmul(vsub(load(h, half, c, n), m), r)
-            scaled = vmul(g, load(p[WEIGHT_B], p[WEIGHT_HALF_B], c, n))
-            dot, total = vfma(scaled, vselect(vlanes_below(n), normed, vzero()), dot), vadd(scaled, total)
-            store(partial, False, c, vfma(g, normed, load(partial, False, c, n)), n)
+        for c in range(0, whole, W):
+            g, normed = load_whole(dy, half, c), vmul(vsub(load_whole(h, half, c), m), r)
+            scaled = vmul(g, load_whole(weight, weight_half, c))
+            dot, total = vfma(scaled, normed, dot), vadd(scaled, total)
+            vstore(partial, c, vfma(g, normed, vload(partial, c)))
             if partial_bias != 0:
-                store(partial_bias, False, c, vadd(g, load(partial_bias, False, c, n)), n)
+                vstore(partial_bias, c, vadd(g, vload(partial_bias, c)))
+        if whole < columns:
+            n = columns - whole
+            g, normed = load(dy, half, whole, n), vmul(vsub(load(h, half, whole, n), m), r)
+            scaled = vmul(g, load(weight, weight_half, whole, n))
+            dot, total = vfma(scaled, vselect(vlanes_below(n), normed, vzero()), dot), vadd(scaled, total)
+            store(partial, False, whole, vfma(g, normed, load(partial, False, whole, n)), n)
+            if partial_bias != 0:
+                store(partial_bias, False, whole, vadd(g, load(partial_bias, False, whole, n)), n)
         size = np.float32(columns)
         along, offset = vset(vhsum(dot) / size), vzero()
         if p[MEAN_B] != 0:
             offset = vset(vhsum(total) / size)
-        for c in range(0, columns, W):
-            n = columns - c
-            normed = vmul(vsub(load(h, half, c, n), m), r)
-            scaled = vmul(load(dy, half, c, n), load(p[WEIGHT_B], p[WEIGHT_HALF_B], c, n))
+        for c in range(0, whole, W):
+            normed = vmul(vsub(load_whole(h, half, c), m), r)
+            scaled = vmul(load_whole(dy, half, c), load_whole(weight, weight_half, c))
             v = vmul(r, vsub(vsub(scaled, offset), vmul(normed, along)))
-            if p[DH] != 0:
-                v = vadd(v, load(p[DH] + row * p[DH_ROW], half, c, n))
-            store(dx, half, c, v, n)
+            if dh != 0:
+                v = vadd(v, load_whole(dh, half, c))
+            store_whole(dx, half, c, v)
+        if whole < columns:
+            n = columns - whole
+            normed = vmul(vsub(load(h, half, whole, n), m), r)
+            scaled = vmul(load(dy, half, whole, n), load(weight, weight_half, whole, n))
+            v = vmul(r, vsub(vsub(scaled, offset), vmul(normed, along)))
+            if dh != 0:
+                v = vadd(v, load(dh, half, whole, n))
+            store(dx, half, whole, v, n)
 
 
 def _tree(p, f, task, worker):
