@@ -13,7 +13,8 @@ from numba import types
 from numba.extending import models, register_model
 from torch import Tensor
 
-from cllm.kernels.cpu.launch import FANOUT, Kernel, float32_at, int64_at, is_half, load, num_workers, store
+from cllm.kernels.cpu.launch import FANOUT, Kernel, float32_at, int64_at, is_half, load, load_whole, num_workers, store
+from cllm.kernels.cpu.micro import prefetch_l1
 from cllm.kernels.cpu.simd import (
     W,
     intrinsic,
@@ -25,16 +26,19 @@ from cllm.kernels.cpu.simd import (
     vhmax,
     vhsum,
     visnan,
+    vload,
     vmax_nan,
     vmul,
     vselect,
     vset,
     vsqrt,
+    vstore,
     vsub,
     vzero,
 )
 
 BLOCK_ELEMENTS = 16384
+AHEAD = 2048  # elements that are on their way to the L1 cache: pages end the processor's own prefetching
 
 # Columns of the tensor table, one row each (int64).
 PARAM, GRAD, AVG, AVG_SQ, GRAD_HALF, SIZE, FIRST_BLOCK, NUM_FIELDS = range(8)
@@ -104,6 +108,7 @@ def _measure(p, f, task, worker):
     one, zero = vset(_ONE), vzero()
     end = min(start + BLOCK_ELEMENTS, int64_at(row, SIZE))
     for c in range(start, end, W):
+        prefetch_l1(grad + (c + AHEAD) * (2 if half else 4))
         g = load(grad, half, c, end - c)
         squares = _add_squares(squares, g)
         largest = vmax_nan(largest, vabs(g))
@@ -123,16 +128,28 @@ def _update(p, f, task, worker):
     clip, step_size, eps = vset(np.float32(f[CLIP])), vset(np.float32(-f[STEP_SIZE])), vset(np.float32(f[EPS]))
     beta1, rest1 = vset(np.float32(f[BETA1])), vset(np.float32(1.0 - f[BETA1]))
     beta2, rest2 = vset(np.float32(f[BETA2])), vset(np.float32(1.0 - f[BETA2]))
-    root, keep = vset(np.float32(f[ROOT_CORRECTION2])), vset(float32_at(p[DECAYS], tensor))
-    for c in range(start, end, W):
-        n = end - c
-        g = vmul(load(grad, half, c, n), clip)
-        m = vfma(g, rest1, vmul(load(avg, False, c, n), beta1))
-        v = vfma(vmul(g, g), rest2, vmul(load(avg_sq, False, c, n), beta2))
-        store(avg, False, c, m, n)
-        store(avg_sq, False, c, v, n)
-        update = vdiv(m, vadd(vdiv(vsqrt(v), root), eps))
-        store(param, False, c, vfma(update, step_size, vmul(load(param, False, c, n), keep)), n)
+    root, keep = vset(np.float32(1.0 / f[ROOT_CORRECTION2])), vset(float32_at(p[DECAYS], tensor))
+    whole = end - (end - start) % W
+    for c in range(start, whole, W):
+        for address in (param, avg, avg_sq):
+            prefetch_l1(address + (c + AHEAD) * 4)
+        prefetch_l1(grad + (c + AHEAD) * (2 if half else 4))
+        g = vmul(load_whole(grad, half, c), clip)
+        m = vfma(g, rest1, vmul(vload(avg, c), beta1))
+        v = vfma(vmul(g, g), rest2, vmul(vload(avg_sq, c), beta2))
+        vstore(avg, c, m)
+        vstore(avg_sq, c, v)
+        update = vdiv(m, vfma(vsqrt(v), root, eps))
+        vstore(param, c, vfma(update, step_size, vmul(vload(param, c), keep)))
+    if whole < end:
+        n = end - whole
+        g = vmul(load(grad, half, whole, n), clip)
+        m = vfma(g, rest1, vmul(load(avg, False, whole, n), beta1))
+        v = vfma(vmul(g, g), rest2, vmul(load(avg_sq, False, whole, n), beta2))
+        store(avg, False, whole, m, n)
+        store(avg_sq, False, whole, v, n)
+        update = vdiv(m, vfma(vsqrt(v), root, eps))
+        store(param, False, whole, vfma(update, step_size, vmul(load(param, False, whole, n), keep)), n)
 
 
 _measure_kernel, _update_kernel = Kernel(_measure), Kernel(_update)
