@@ -393,6 +393,22 @@ def explain(
     console.result(answer.to_dict())
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog=_examples("cllm bench train --shapes gpt2 --precision bf16", "cllm bench scaling --plot scaling.png", "cllm bench kernels -- --help"),
+)
+def bench(
+    context: typer.Context,
+    benchmark: Annotated[str, typer.Argument(metavar="NAME", help="kernels, train, generate, scaling or memory.")],
+    as_json: Json = False,
+) -> None:
+    """Measure this machine against PyTorch and its own limits: runs profiling/NAME.py of the repository with all further options."""
+    console = _open(as_json)
+    from cllm.bench import bench as run
+
+    run(benchmark, context.args, console)
+
+
 def _shape(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.replace(",", "x").split("x"))

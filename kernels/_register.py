@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cllm import runtime
+from cllm.runtime import profiler
 from cllm.runtime.errors import UserError
 
 # Operation as the plan knows it -> the file that holds it in each backend's folder.
@@ -79,7 +80,7 @@ def _register_backends() -> None:
                 runtime.register_backend(op, name, device_type, entry.priority, can_serve)
 
 
-def backend(op: str, shapes: Shapes, dtype: torch.dtype, device_type: str, work: float) -> ModuleType:
+def backend(op: str, shapes: Shapes, dtype: torch.dtype, device_type: str, work: float) -> Any:
     """The module that serves `op` on these shapes; `work` is its floating-point operations, or bytes moved where that is more."""
     settings = runtime.settings()
     key = (op, shapes, dtype, device_type, settings.backend, settings.threads)
@@ -90,7 +91,8 @@ def backend(op: str, shapes: Shapes, dtype: torch.dtype, device_type: str, work:
         if len(_modules) >= _MAX_CACHED_PLANS:  # decoding meets a new key length at every step
             _modules.clear()
         _modules[key] = module
-    return module
+    recording = profiler.recording
+    return module if recording is None else recording.watch(op, module)
 
 
 def operation(

@@ -6,11 +6,12 @@
 """
 
 import argparse
-import json
+from pathlib import Path
 
+import plots
 import torch
 from peers import SHAPES, PlainStep, Shape
-from report import interleaved, print_table, write
+from report import add_output_options, finish, interleaved, print_table, run
 
 from cllm import Model, ModelConfig, TrainStep, runtime
 
@@ -42,6 +43,15 @@ def measure(shape: Shape, precision: str, rounds: int, compile: bool) -> dict:
     }
 
 
+def draw(path: Path, rows: list[dict]) -> None:
+    """Tokens per second of each contestant, as a multiple of PyTorch eager: shapes of all sizes fit on one axis."""
+    names = list(rows[0]["seconds"])
+    labels = [f"{r['shape']}\n{r['precision']}" for r in rows]
+    titles = {"cllm": "CLLM", "eager": "PyTorch eager", "compile": "torch.compile"}
+    series = {titles[name]: [r["seconds"]["eager"] / r["seconds"][name] for r in rows] for name in names}
+    plots.bars(path, "Whole training step against PyTorch", labels, series, "speed, PyTorch eager = 1", line=1.0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["shakespeare-cpu", "shakespeare"], choices=SHAPES)
@@ -49,9 +59,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--compile", action="store_true", help="also against torch.compile")
-    parser.add_argument("--write", metavar="NAME", help="write profiling/results/NAME.json")
-    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
+    add_output_options(parser)
     options = parser.parse_args()
+    plots.check(options.plot)
     rows = []
     with runtime.use(threads=options.threads):
         torch.set_num_threads(options.threads or runtime.device.usable_cores())
@@ -63,11 +73,8 @@ def main() -> None:
         [(r["shape"], r["precision"], f"{r['tokens_per_second']['cllm']:.0f}",
           f"{max(v for k, v in r['tokens_per_second'].items() if k != 'cllm'):.0f}", f"{r['ratio']:.2f}", f"{r['gflops']:.0f}") for r in rows],
     )
-    if options.write:
-        print(f"wrote {write(options.write, rows)}")
-    if options.json:
-        print(json.dumps(rows))
+    finish(options, rows, lambda path: draw(path, rows), threads=options.threads)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

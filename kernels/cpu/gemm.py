@@ -30,7 +30,7 @@ FP32, PAIRS, TILES, WIDENED = "fp32", "vdpbf16ps", "amx", "widened"  # micro-ker
 
 BLOCK_WORDS = 128  # words of a strip in one K block: a panel of three strips takes 24 KB, half of an L1 cache of 48
 LINE = 64  # bytes of a cache line
-PIECE_BYTES = 4096  # one micro-tile, at most 32 x 32
+FINISH_ROWS = 8
 K_PART = 4096  # bounds the packed copies; float32 accumulation restarts here
 TILE_COLUMNS = 192  # 4 panels of 48 or 6 of 32
 TILE_ROWS, ONE_SLAB_ROWS = 128, 64  # up to ONE_SLAB_ROWS each tile packs its own part of B, once
@@ -69,7 +69,7 @@ def _prefetch_rows(address, row, lines, rows):
 
 
 @numba.njit(cache=True, nogil=True)
-def _prefetch_piece(p, r, c, rows, columns):
+def _prefetch_finish(p, r, c, rows, columns):
     """The lines that `_finish` will touch are on their way while the sums are made."""
     size = 2 if p[OUT_HALF] != 0 else 4
     lines = (columns * size + LINE - 1) // LINE
@@ -102,11 +102,8 @@ def _finish_activation(p, sums, sums_row, r, c, rows, columns):
 
 
 @numba.njit(cache=True, nogil=True)
-def _finish(p, sums, sums_row, r, c, rows, columns):
-    """Sums, still in the L1 cache (+ old C) (+ bias) -> C[r : r + rows, c : c + columns]."""
-    if p[WHAT] != activation.NONE:
-        _finish_activation(p, sums, sums_row, r, c, rows, columns)
-        return
+def _finish_rows(p, sums, sums_row, r, c, rows, columns):
+    """Sums (+ old C) (+ bias) -> C[r : r + rows, c : c + columns]."""
     half, out_row, old_row = p[OUT_HALF] != 0, p[OUT_ROW], p[OLD_ROW]
     out = p[OUT] + r * out_row + c * (2 if half else 4)
     old = p[OLD] + r * old_row + c * 4 if p[OLD] != 0 else 0
@@ -140,12 +137,27 @@ def _finish(p, sums, sums_row, r, c, rows, columns):
             old += old_row
 
 
-# One block of K for one tile of C: sums (+)= A strips x B strips. sums: the tile at address `sums`, rows `sums_row` apart, continued unless
-# `first`. In the last block, `to` is where the tile goes in C; or `piece` is room for one micro-tile, which `_finish` takes to C at (r0, c0).
+@numba.njit(cache=True, nogil=True)
+def _finish(p, sums, sums_row, r, c, rows, columns):
+    """The scratch tile's sums -> C[r : r + rows, c : c + columns], a few rows at a time while the lines of the next ones are on their way.
+
+    The whole tile at once: a micro-tile's rows would touch a page for every line or two.
+    """
+    for first in range(0, rows, FINISH_ROWS):
+        now = min(FINISH_ROWS, rows - first)
+        if first + now < rows:
+            _prefetch_finish(p, r + first + now, c, min(FINISH_ROWS, rows - first - now), columns)
+        if p[WHAT] != activation.NONE:
+            _finish_activation(p, sums + first * sums_row, sums_row, r + first, c, now, columns)
+        else:
+            _finish_rows(p, sums + first * sums_row, sums_row, r + first, c, now, columns)
+
+
+# One block of K for one tile of C: out = (the sums of the blocks before +) A strips x B strips; out is the scratch tile or, at the end, C itself.
 
 
 @numba.njit(cache=True, nogil=True)
-def _block_fp32(p, a, a_strip, b, b_strip, sums, sums_row, first, to, to_row, piece, words, rows, columns, r0, c0, next_b):
+def _block_fp32(a, a_strip, b, b_strip, sums, sums_row, first, out, out_row, words, rows, columns, next_b):
     calls = (rows + MR - 1) // MR
     lines = words * W * WORD // LINE
     strips = (columns + W - 1) // W
@@ -161,10 +173,7 @@ def _block_fp32(p, a, a_strip, b, b_strip, sums, sums_row, first, to, to_row, pi
             at_a = a + (r // W) * a_strip + (r % W) * WORD
             at_b = b + s * b_strip
             at_old = 0 if first else sums + r * sums_row + s * (W * WORD)
-            at_out, out_row = to + r * to_row + s * (W * WORD), to_row
-            if piece != 0:
-                at_out, out_row = piece, NV * W * WORD
-                _prefetch_piece(p, r0 + r, c0 + s * W, min(MR, rows - r), min(NV * W, columns - s * W))
+            at_out = out + r * out_row + s * (W * WORD)
             if s == 0:
                 _prefetch(at_a + a_strip, (r % W) // MR * lines * MR // W, ((r % W) // MR + 1) * lines * MR // W)
             if count == NV:
@@ -178,11 +187,9 @@ def _block_fp32(p, a, a_strip, b, b_strip, sums, sums_row, first, to, to_row, pi
                     beside = j * (W * WORD)
                     at_old_j = at_old + beside if at_old != 0 else 0
                     _micro_1(at_a, at_b + j * b_strip, b_strip, at_old_j, sums_row, at_out + beside, out_row, words)
-            if piece != 0:
-                _finish(p, piece, out_row, r0 + r, c0 + s * W, min(MR, rows - r), min(NV * W, columns - s * W))
 
 
-def _block_pairs_py(p, a, a_strip, b, b_strip, sums, sums_row, first, to, to_row, piece, words, rows, columns, r0, c0):
+def _block_pairs_py(a, a_strip, b, b_strip, sums, sums_row, first, out, out_row, words, rows, columns):
     strips = (columns + W - 1) // W
     for s in range(0, strips, NV):
         count = min(NV, strips - s)
@@ -190,33 +197,23 @@ def _block_pairs_py(p, a, a_strip, b, b_strip, sums, sums_row, first, to, to_row
             at_a = a + (r // W) * a_strip + (r % W) * WORD
             at_b = b + s * b_strip
             at_old = 0 if first else sums + r * sums_row + s * (W * WORD)
-            at_out, out_row = to + r * to_row + s * (W * WORD), to_row
-            if piece != 0:
-                at_out, out_row = piece, NV * W * WORD
+            at_out = out + r * out_row + s * (W * WORD)
             if count == NV:
                 _pairs_n(at_a, at_b, b_strip, at_old, sums_row, at_out, out_row, words)
             elif count == 2:
                 _pairs_2(at_a, at_b, b_strip, at_old, sums_row, at_out, out_row, words)
             else:
                 _pairs_1(at_a, at_b, b_strip, at_old, sums_row, at_out, out_row, words)
-            if piece != 0:
-                _finish(p, piece, out_row, r0 + r, c0 + s * W, min(MR, rows - r), min(NV * W, columns - s * W))
 
 
-def _block_tiles_py(p, a, a_strip, a_row, a_step, b, b_strip, sums, sums_row, first, to, to_row, piece, words, rows, columns, r0, c0):
+def _block_tiles_py(a, a_strip, a_row, a_step, b, b_strip, sums, sums_row, first, out, out_row, words, rows, columns):
     steps = words // W
     strips, row_strips = (columns + W - 1) // W, (rows + W - 1) // W
-    waiting, row, column = 0, 0, 0  # the piece that waits for `_finish`, while the matrix unit works on the next one
     for s in range(0, strips, 2):
         for r in range(0, row_strips, 2):
             at_a, at_b = a + r * a_strip, b + s * b_strip
             at_old = 0 if first else sums + r * W * sums_row + s * (W * WORD)
-            at_out, out_row = to + r * W * to_row + s * (W * WORD), to_row
-            if piece != 0:
-                at_out, out_row = piece, 2 * W * WORD
-                _prefetch_piece(p, r0 + r * W, c0 + s * W, min(2 * W, rows - r * W), min(2 * W, columns - s * W))
-                if waiting == piece:
-                    at_out = piece + PIECE_BYTES
+            at_out = out + r * W * out_row + s * (W * WORD)
             if r + 1 < row_strips:
                 if s + 1 < strips:
                     _tile_22(at_a, a_strip, a_row, a_step, at_b, b_strip, at_old, sums_row, at_out, out_row, steps)
@@ -226,12 +223,6 @@ def _block_tiles_py(p, a, a_strip, a_row, a_step, b, b_strip, sums, sums_row, fi
                 _tile_12(at_a, a_strip, a_row, a_step, at_b, b_strip, at_old, sums_row, at_out, out_row, steps)
             else:
                 _tile_11(at_a, a_strip, a_row, a_step, at_b, b_strip, at_old, sums_row, at_out, out_row, steps)
-            if piece != 0:
-                if waiting != 0:
-                    _finish(p, waiting, out_row, r0 + row, c0 + column, min(2 * W, rows - row), min(2 * W, columns - column))
-                waiting, row, column = at_out, r * W, s * W
-    if waiting != 0:
-        _finish(p, waiting, 2 * W * WORD, r0 + row, c0 + column, min(2 * W, rows - row), min(2 * W, columns - column))
 
 
 def _tiles_on_py(address):
@@ -242,11 +233,11 @@ def _tiles_off_py():
     micro.tile_release()
 
 
-def _absent_pairs(p, a, a_strip, b, b_strip, sums, sums_row, first, to, to_row, piece, words, rows, columns, r0, c0):
+def _absent_pairs(a, a_strip, b, b_strip, sums, sums_row, first, out, out_row, words, rows, columns):
     pass
 
 
-def _absent_tiles(p, a, a_strip, a_row, a_step, b, b_strip, sums, sums_row, first, to, to_row, piece, words, rows, columns, r0, c0):
+def _absent_tiles(a, a_strip, a_row, a_step, b, b_strip, sums, sums_row, first, out, out_row, words, rows, columns):
     pass
 
 
@@ -316,11 +307,10 @@ def _multiply(p, task, scratch):
     tiles_across = (p[COLUMNS] + p[TILE_C] - 1) // p[TILE_C]
     r0, c0 = (task // tiles_across) * p[TILE_R], (task % tiles_across) * p[TILE_C]
     rows, columns = min(p[TILE_R], p[ROWS] - r0), min(p[TILE_C], p[COLUMNS] - c0)
-    # Whole micro-tiles go straight to C; a ragged edge, or what `_finish` has to change, goes through one micro-tile of scratch.
+    # Whole micro-tiles go straight to C; a ragged edge, or what `_finish` has to change, goes through the scratch tile, which has room for padding.
     direct = p[DIRECT] != 0 and columns % W == 0 and rows % W == 0
-    piece = 0 if direct else scratch + BLOCK_BYTES
-    packed_b = scratch + BLOCK_BYTES + 2 * PIECE_BYTES
-    # Sums wait in a scratch tile, whose rows lie side by side: rows of C are often a power of two apart and would evict each other.
+    packed_b = scratch + BLOCK_BYTES
+    # Sums wait in the scratch tile, whose rows lie side by side: rows of C are often a power of two apart and would evict each other.
     sums, sums_row = packed_b + p[TILE_C] * (BLOCK_WORDS * WORD), p[TILE_C] * WORD
     per_word = 1 if p[KERNEL] == 0 else 2
     if p[KERNEL] == 2:
@@ -340,21 +330,22 @@ def _multiply(p, task, scratch):
         else:
             b, b_strip = packed_b, padded * (W * WORD)
             _pack_b(p, c0, columns, k, num_k, padded, packed_b, b_strip, scratch)
-        to, to_row = sums, sums_row
+        out, out_row = sums, sums_row
         if last and direct:
-            to, to_row = p[OUT] + r0 * p[OUT_ROW] + c0 * 4, p[OUT_ROW]
-        room = piece if last else 0
+            out, out_row = p[OUT] + r0 * p[OUT_ROW] + c0 * 4, p[OUT_ROW]
         if p[KERNEL] == 0:
-            _block_fp32(p, a, p[A_STRIP], b, b_strip, sums, sums_row, first, to, to_row, room, words, rows, columns, r0, c0, next_b)
+            _block_fp32(a, p[A_STRIP], b, b_strip, sums, sums_row, first, out, out_row, words, rows, columns, next_b)
         elif p[KERNEL] == 1:
-            _block_pairs(p, a, p[A_STRIP], b, b_strip, sums, sums_row, first, to, to_row, room, words, rows, columns, r0, c0)
+            _block_pairs(a, p[A_STRIP], b, b_strip, sums, sums_row, first, out, out_row, words, rows, columns)
         else:
             a_strip, a_row, a_step = p[A_STRIP], W * WORD, BLOCK_BYTES
             if p[A_IN_PLACE] != 0:
                 a, a_strip, a_row, a_step = p[A] + r0 * p[A_ROW] * 2 + k * 2, W * p[A_ROW] * 2, p[A_ROW] * 2, W * WORD
-            _block_tiles(p, a, a_strip, a_row, a_step, b, b_strip, sums, sums_row, first, to, to_row, room, padded, rows, columns, r0, c0)
+            _block_tiles(a, a_strip, a_row, a_step, b, b_strip, sums, sums_row, first, out, out_row, padded, rows, columns)
     if p[KERNEL] == 2:
         _tiles_off()
+    if not direct:
+        _finish(p, sums, sums_row, r0, c0, rows, columns)
 
 
 PACK, MULTIPLY = range(2)
@@ -676,7 +667,7 @@ def _block_plan(
             p[GROUP_B] = group = _group(columns, workers)
             p[TASKS_B] = -(-columns // (group * W))
             b_bytes = -(-columns // W) * strip + 64
-    tile_bytes = BLOCK_BYTES + 2 * PIECE_BYTES + tile_columns * BLOCK_WORDS * WORD + _round_up(tile_rows, 2 * W) * tile_columns * WORD
+    tile_bytes = BLOCK_BYTES + tile_columns * BLOCK_WORDS * WORD + _round_up(tile_rows, 2 * W) * tile_columns * WORD
     stride = _round_up(tile_bytes, 4096) + 64  # not a multiple of 4096: the workers' tiles spread over sets
     p[SCRATCH_STRIDE] = stride
     workers = max(1, min(workers, max(tiles, int(p[TASKS_A] + p[TASKS_B]))))
