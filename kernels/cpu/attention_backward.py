@@ -10,9 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cllm.kernels.cpu import attention_amx as amx
 from cllm.kernels.cpu import attention_tile as at
 from cllm.kernels.cpu.attention_tile import KEYS, WORD
+from cllm.kernels.cpu.gemm import TILES as TILES_KERNEL
+from cllm.kernels.cpu.gemm import bf16_kernel, block_tiles
 from cllm.kernels.cpu.launch import Kernel, float32_at, int64_at, is_half, jit, load, num_workers, put_float32, scratch, store
+from cllm.kernels.cpu.micro import BLOCK_BYTES
+from cllm.kernels.cpu.pack import F32_ROUNDED_PAIRS, pack_strip
 from cllm.kernels.cpu.simd import (
     W,
     vfma,
@@ -31,8 +36,8 @@ from cllm.kernels.cpu.simd import (
 ROWS = 64  # queries of a block: a multiple of at.MR
 MAX_GATHERED_BYTES = 64 << 20  # of dq in the scratch of one worker
 
-(DOUT, DOUT_BATCH, DOUT_TOKEN, DOUT_HEAD, DLSE, DELTA, DQ, DK, DV, TOGETHER, KEY_TASKS, KEY_TOKENS) = range(
-    at.NUM_SHARED, at.NUM_SHARED + 12
+(DOUT, DOUT_BATCH, DOUT_TOKEN, DOUT_HEAD, DLSE, DELTA, DQ, DK, DV, TOGETHER, KEY_TASKS, KEY_TOKENS, TILES, CONFIGURATION) = range(
+    at.NUM_SHARED, at.NUM_SHARED + 14
 )  # fmt: skip
 
 _ZERO, _ONE, _LOWEST = np.float32(0.0), np.float32(1.0), np.float32(-np.inf)
@@ -151,15 +156,158 @@ def _clear(address, words):
         vstore(address, c, vzero())
 
 
+# ---- the same on AMX tiles: bfloat16 operands, rounded from float32 probabilities and their gradients -----------------
+
+
 @jit
-def _key_block(p, f, worker, segment, kv, key):
-    """dk and dv of one block of keys; adds to the gathered dq when TOGETHER."""
+def _half_row(p):
+    """Bytes of a row of bfloat16 that fills whole AMX steps."""
+    return (p[at.DIM] + amx.STEP - 1) // amx.STEP * amx.STEP_BYTES
+
+
+@jit
+def _words(k):
+    """Words of a strip that holds k rows or columns."""
+    return (k + amx.STEP - 1) // amx.STEP * amx.LANES
+
+
+@jit
+def _tile_scratch(p, worker, width):
+    """Addresses in a worker's scratch, in the order of _tile_scratch_bytes."""
+    rows, tile, half_tile = ROWS * _half_row(p), ROWS * KEYS * WORD, ROWS * KEYS * 2
+    q = p[at.SCRATCH] + worker * p[at.SCRATCH_SIZE]
+    s = q + 4 * rows
+    turned = s + 2 * tile
+    keys = turned + 3 * half_tile
+    dk = keys + 3 * (KEYS * _half_row(p))
+    dv = dk + KEYS * width * WORD
+    spare = dv + KEYS * width * WORD
+    return (q, q + rows, q + 2 * rows, q + 3 * rows, s, s + tile, turned, turned + half_tile, turned + 2 * half_tile,
+            keys, keys + KEYS * _half_row(p), keys + 2 * KEYS * _half_row(p), dk, dv, spare, spare + W * W * WORD)  # fmt: skip
+
+
+def _tile_scratch_bytes(dim: int, width: int, gathered: int) -> int:
+    """Q and dO as rows and as columns; S, dP; P^T, dS^T, dS; K and V as columns of S, K as rows of dQ; dK, dV; a pack block; dQ."""
+    half_row = -(-dim // amx.STEP) * amx.STEP_BYTES
+    fixed = 4 * ROWS * half_row + 2 * ROWS * KEYS * WORD + 3 * ROWS * KEYS * 2 + 3 * KEYS * half_row + 2 * KEYS * width * WORD
+    return -(-(fixed + W * W * WORD + gathered) // 4096) * 4096
+
+
+@jit
+def _tile_keys(p, b, token, kv, rows, k_turned, v_turned, k_rows, spare):
+    k = p[at.K] + b * p[at.K_BATCH] + token * p[at.K_TOKEN] + kv * p[at.K_HEAD]
+    v = p[at.V] + b * p[at.V_BATCH] + token * p[at.V_TOKEN] + kv * p[at.V_HEAD]
+    strips = (rows + amx.LANES - 1) // amx.LANES
+    amx.fill_strips_of_rows(k, p[at.K_TOKEN], rows, p[at.DIM], strips, k_turned, spare)
+    amx.fill_strips_of_rows(v, p[at.V_TOKEN], rows, p[at.DIM], strips, v_turned, spare)
+    amx.fill_strips_of_columns(k, p[at.K_TOKEN], rows, p[at.DIM], KEYS // 2, k_rows, spare)
+
+
+@jit
+def _tile_queries(p, b, token, h, rows, q_rows, q_columns, dout_rows, dout_columns, spare):
+    q = p[at.Q] + b * p[at.Q_BATCH] + token * p[at.Q_TOKEN] + h * p[at.Q_HEAD]
+    dout = p[DOUT] + b * p[DOUT_BATCH] + token * p[DOUT_TOKEN] + h * p[DOUT_HEAD]
+    padded = (rows + amx.LANES - 1) // amx.LANES * amx.LANES
+    amx.fill_rows(q, p[at.Q_TOKEN], rows, p[at.DIM], q_rows, _half_row(p), padded)
+    amx.fill_rows(dout, p[DOUT_TOKEN], rows, p[at.DIM], dout_rows, _half_row(p), padded)
+    amx.fill_strips_of_columns(q, p[at.Q_TOKEN], rows, p[at.DIM], _words(rows), q_columns, spare)
+    amx.fill_strips_of_columns(dout, p[DOUT_TOKEN], rows, p[at.DIM], _words(rows), dout_columns, spare)
+
+
+@jit
+def _tile_pair(p, f, q_rows, dout_rows, k_turned, v_turned, s_tile, dp_tile, row_index, rows, t0, queries, num_keys, key, valid):
+    half_row = _half_row(p)
+    row_strips, strips, steps = (rows + amx.LANES - 1) // amx.LANES, (valid + W - 1) // W, half_row // amx.STEP_BYTES
+    amx.multiply(q_rows, half_row, k_turned, half_row * amx.LANES, s_tile, KEYS * WORD, row_strips, strips, steps, True)
+    amx.multiply(dout_rows, half_row, v_turned, half_row * amx.LANES, dp_tile, KEYS * WORD, row_strips, strips, steps, True)
+    masked = key < at.first_key(p, t0 + rows - 1, queries, num_keys) or key + strips * W > at.end_key(p, t0, queries, num_keys)
+    _probabilities(p, f, s_tile, dp_tile, row_index, rows, t0, queries, num_keys, key, strips * W, masked)
+
+
+@jit
+def _tile_turned(tile, rows, valid, target, spare):
+    """A tile of float32 [rows][KEYS] -> A operand with a row for each key and k along the queries."""
+    words = _words(rows)
+    for s in range(0, valid, amx.LANES):
+        to = target + s // amx.LANES * words * amx.STEP_BYTES
+        pack_strip(F32_ROUNDED_PAIRS, tile + s * WORD, 1, KEYS, min(amx.LANES, valid - s), rows, words, to, spare, True)
+
+
+@jit
+def _tile_add(a, b, b_strip, c, c_row, rows, k, columns):
+    """C[rows, columns] += A B with A as _tile_turned leaves it, k of the inner dimension."""
+    block_tiles(a, _words(k) * amx.STEP_BYTES, amx.STEP_BYTES, BLOCK_BYTES, b, b_strip, c, c_row, False, c, c_row, _words(k), rows, columns)
+
+
+@jit
+def _tile_add_dq(p, dp_tile, ds, k_rows, dq, row, rows, valid, spare):
+    words = _words(valid)
+    for r in range(0, rows, amx.LANES):
+        to = ds + r // amx.LANES * words * amx.STEP_BYTES
+        pack_strip(F32_ROUNDED_PAIRS, dp_tile + r * (KEYS * WORD), KEYS, 1, min(amx.LANES, rows - r), valid, words, to, spare, True)
+    _tile_add(ds, k_rows, KEYS // 2 * amx.STEP_BYTES, dq, row, rows, valid, p[at.DIM])
+
+
+@jit
+def _tile_key_block(p, f, worker, segment, kv, key, width):
     b, start = int64_at(segment, at.BATCH), int64_at(segment, at.START)
     queries, num_keys = int64_at(segment, at.QUERIES), int64_at(segment, at.NUM_KEYS)
-    group, width = p[at.HEADS] // p[at.KV_HEADS], at.padded_dim(p[at.DIM])
+    group, row = p[at.HEADS] // p[at.KV_HEADS], width * WORD
+    (q_rows, q_columns, dout_rows, dout_columns, s_tile, dp_tile, p_turned, ds_turned, ds, k_turned, v_turned, k_rows, dk, dv, spare,
+     dq) = _tile_scratch(p, worker, width)  # fmt: skip
+    _tile_keys(p, b, start + key, kv, min(KEYS, num_keys - key), k_turned, v_turned, k_rows, spare)
+    _clear(dk, KEYS * width)
+    _clear(dv, KEYS * width)
+    for g in range(group):
+        h = kv * group + g
+        for t0 in range(0, queries, ROWS):
+            rows = min(ROWS, queries - t0)
+            valid = _visible(p, t0, rows, queries, num_keys, key)
+            if valid <= 0:
+                continue
+            _tile_queries(p, b, start + t0, h, rows, q_rows, q_columns, dout_rows, dout_columns, spare)
+            row_index = (b * p[at.HEADS] + h) * p[at.TOKENS] + start + t0
+            _tile_pair(p, f, q_rows, dout_rows, k_turned, v_turned, s_tile, dp_tile, row_index, rows, t0, queries, num_keys, key, valid)
+            _tile_turned(s_tile, rows, valid, p_turned, spare)
+            _tile_turned(dp_tile, rows, valid, ds_turned, spare)
+            strip = _words(rows) * amx.STEP_BYTES
+            _tile_add(p_turned, dout_columns, strip, dv, row, valid, rows, p[at.DIM])
+            _tile_add(ds_turned, q_columns, strip, dk, row, valid, rows, p[at.DIM])
+            if p[TOGETHER]:
+                target = dq + (g * ((queries + ROWS - 1) // ROWS * ROWS) + t0) * row
+                _tile_add_dq(p, dp_tile, ds, k_rows, target, row, rows, valid, spare)
+    return dk, dv
+
+
+@jit
+def _tile_query_block(p, f, worker, segment, h, t0, width):
+    b, start = int64_at(segment, at.BATCH), int64_at(segment, at.START)
+    queries, num_keys = int64_at(segment, at.QUERIES), int64_at(segment, at.NUM_KEYS)
+    kv, rows = h // (p[at.HEADS] // p[at.KV_HEADS]), min(ROWS, queries - t0)
+    (q_rows, q_columns, dout_rows, dout_columns, s_tile, dp_tile, _, _, ds, k_turned, v_turned, k_rows, _, _, spare,
+     dq) = _tile_scratch(p, worker, width)  # fmt: skip
+    _tile_queries(p, b, start + t0, h, rows, q_rows, q_columns, dout_rows, dout_columns, spare)
+    _clear(dq, ROWS * width)
+    row_index = (b * p[at.HEADS] + h) * p[at.TOKENS] + start + t0
+    for key in range(0, num_keys, KEYS):
+        valid = _visible(p, t0, rows, queries, num_keys, key)
+        if valid > 0:
+            _tile_keys(p, b, start + key, kv, valid, k_turned, v_turned, k_rows, spare)
+            _tile_pair(p, f, q_rows, dout_rows, k_turned, v_turned, s_tile, dp_tile, row_index, rows, t0, queries, num_keys, key, valid)
+            _tile_add_dq(p, dp_tile, ds, k_rows, dq, width * WORD, rows, valid, spare)
+    return dq
+
+
+# ---- blocks, either way ------------------------------------------------------------------------------------------------
+
+
+@jit
+def _vector_key_block(p, f, worker, segment, kv, key, width):
+    b, start = int64_at(segment, at.BATCH), int64_at(segment, at.START)
+    queries, num_keys = int64_at(segment, at.QUERIES), int64_at(segment, at.NUM_KEYS)
+    group, row, strips = p[at.HEADS] // p[at.KV_HEADS], width * WORD, width // W
     q_rows, dout_rows, s_tile, dp_tile, k_turned, v_turned, k_rows, dk, dv, spare, dq = _scratch(p, worker, width)
-    rows_here, row, strips = min(KEYS, num_keys - key), width * WORD, width // W
-    _fill_keys(p, b, start + key, kv, rows_here, k_turned, v_turned, k_rows, spare)
+    _fill_keys(p, b, start + key, kv, min(KEYS, num_keys - key), k_turned, v_turned, k_rows, spare)
     _clear(dk, KEYS * width)
     _clear(dv, KEYS * width)
     for g in range(group):
@@ -177,12 +325,23 @@ def _key_block(p, f, worker, segment, kv, key):
             if p[TOGETHER]:
                 target = dq + (g * ((queries + ROWS - 1) // ROWS * ROWS) + t0) * row
                 at.multiply(dp_tile, KEYS * WORD, k_rows, row, W * WORD, target, row, rows, valid, strips, False)
+    return dk, dv
+
+
+@jit
+def _key_block(p, f, worker, segment, kv, key):
+    """dk and dv of one block of keys; adds to the gathered dq when TOGETHER."""
+    b, start, width = int64_at(segment, at.BATCH), int64_at(segment, at.START), at.padded_dim(p[at.DIM])
+    rows = min(KEYS, int64_at(segment, at.NUM_KEYS) - key)
+    if p[TILES]:
+        dk, dv = _tile_key_block(p, f, worker, segment, kv, key, width)
+    else:
+        dk, dv = _vector_key_block(p, f, worker, segment, kv, key, width)
     back = np.float32(abs(f[at.SCALE]))  # the sign is in the queries
-    size = 2 if p[at.HALF] else 4
-    head_bytes = p[at.DIM] * size
+    head_bytes = p[at.DIM] * (2 if p[at.HALF] else 4)
     to = ((b * p[KEY_TOKENS] + start + key) * p[at.KV_HEADS] + kv) * head_bytes
-    _write_rows(dk, width, p[DK] + to, p[at.HALF], p[at.KV_HEADS] * head_bytes, rows_here, p[at.DIM], back)
-    _write_rows(dv, width, p[DV] + to, p[at.HALF], p[at.KV_HEADS] * head_bytes, rows_here, p[at.DIM], _ONE)
+    _write_rows(dk, width, p[DK] + to, p[at.HALF], p[at.KV_HEADS] * head_bytes, rows, p[at.DIM], back)
+    _write_rows(dv, width, p[DV] + to, p[at.HALF], p[at.KV_HEADS] * head_bytes, rows, p[at.DIM], _ONE)
 
 
 @jit
@@ -193,13 +352,11 @@ def _write_queries(p, f, dq, width, b, token, h, rows):
 
 
 @jit
-def _query_block(p, f, worker, segment, h, t0):
-    """dq of one block of queries."""
+def _vector_query_block(p, f, worker, segment, h, t0, width):
     b, start = int64_at(segment, at.BATCH), int64_at(segment, at.START)
     queries, num_keys = int64_at(segment, at.QUERIES), int64_at(segment, at.NUM_KEYS)
-    kv, width = h // (p[at.HEADS] // p[at.KV_HEADS]), at.padded_dim(p[at.DIM])
+    kv, rows, row = h // (p[at.HEADS] // p[at.KV_HEADS]), min(ROWS, queries - t0), width * WORD
     q_rows, dout_rows, s_tile, dp_tile, k_turned, v_turned, k_rows, _, _, spare, dq = _scratch(p, worker, width)
-    rows, row = min(ROWS, queries - t0), width * WORD
     _fill_queries(p, f, b, start + t0, h, rows, q_rows, dout_rows)
     _clear(dq, ROWS * width)
     row_index = (b * p[at.HEADS] + h) * p[at.TOKENS] + start + t0
@@ -209,14 +366,27 @@ def _query_block(p, f, worker, segment, h, t0):
             _fill_keys(p, b, start + key, kv, valid, k_turned, v_turned, k_rows, spare)
             _pair(p, f, q_rows, dout_rows, k_turned, v_turned, s_tile, dp_tile, row_index, rows, t0, queries, num_keys, key, valid)
             at.multiply(dp_tile, KEYS * WORD, k_rows, row, W * WORD, dq, row, rows, valid, width // W, False)
-    _write_queries(p, f, dq, width, b, start + t0, h, rows)
+    return dq
+
+
+@jit
+def _query_block(p, f, worker, segment, h, t0):
+    """dq of one block of queries."""
+    width, rows = at.padded_dim(p[at.DIM]), min(ROWS, int64_at(segment, at.QUERIES) - t0)
+    if p[TILES]:
+        dq = _tile_query_block(p, f, worker, segment, h, t0, width)
+    else:
+        dq = _vector_query_block(p, f, worker, segment, h, t0, width)
+    _write_queries(p, f, dq, width, int64_at(segment, at.BATCH), int64_at(segment, at.START) + t0, h, rows)
 
 
 def _together(p, f, task, worker):
     segment, kv = p[at.SEGMENTS] + (task // p[at.KV_HEADS]) * (at.SEGMENT_FIELDS * 8), task % p[at.KV_HEADS]
     queries, num_keys = int64_at(segment, at.QUERIES), int64_at(segment, at.NUM_KEYS)
     group, width = p[at.HEADS] // p[at.KV_HEADS], at.padded_dim(p[at.DIM])
-    dq = _scratch(p, worker, width)[10]
+    dq = _tile_scratch(p, worker, width)[15] if p[TILES] else _scratch(p, worker, width)[10]
+    if p[TILES]:
+        amx.start(p[CONFIGURATION])
     padded = (queries + ROWS - 1) // ROWS * ROWS
     _clear(dq, group * padded * width)
     for key in range(0, num_keys, KEYS):
@@ -224,10 +394,14 @@ def _together(p, f, task, worker):
     for g in range(group):
         token, h = int64_at(segment, at.START), kv * group + g
         _write_queries(p, f, dq + g * padded * width * WORD, width, int64_at(segment, at.BATCH), token, h, queries)
+    if p[TILES]:
+        amx.stop()
 
 
 def _apart(p, f, task, worker):
     """TASKS counts blocks of keys for the first KEY_TASKS tasks, BLOCKS those of queries after them."""
+    if p[TILES]:
+        amx.start(p[CONFIGURATION])
     if task < p[KEY_TASKS]:
         segment = at.find_segment(p, task, at.TASKS)
         local = task - int64_at(segment, at.TASKS)
@@ -238,6 +412,8 @@ def _apart(p, f, task, worker):
         local = task - p[KEY_TASKS] - int64_at(segment, at.BLOCKS)
         blocks = (int64_at(segment, at.QUERIES) + ROWS - 1) // ROWS
         _query_block(p, f, worker, segment, local // blocks, (local % blocks) * ROWS)
+    if p[TILES]:
+        amx.stop()
 
 
 _prepare_kernel, _together_kernel, _apart_kernel = Kernel(_prepare), Kernel(_together), Kernel(_apart)
@@ -270,12 +446,15 @@ def backward(
     together = int(gathered <= MAX_GATHERED_BYTES and (units >= 4 * workers or units % workers == 0))
     tasks = units if together else key_tasks + query_tasks
     workers = min(workers, tasks)
-    size = _scratch_bytes(width, gathered if together else ROWS * width * WORD)
+    tiles = int(dtype == torch.bfloat16 and scale > 0 and bf16_kernel() == TILES_KERNEL)
+    if not together:
+        gathered = ROWS * width * WORD
+    size = _tile_scratch_bytes(dim, width, gathered) if tiles else _scratch_bytes(width, gathered)
     owner, address = scratch("attention", size * workers)
     ints = [*at.describe(q), *at.describe(k), *at.describe(v), out.data_ptr(), lse.data_ptr(), is_half(q), heads, kv_heads, dim,
             tokens, int(causal), window, table.ctypes.data, len(table), address, size, 0,
             *at.describe(dout), 0 if dlse is None else dlse.data_ptr(), delta.data_ptr(), dq.data_ptr(), dk.data_ptr(),
-            dv.data_ptr(), together, key_tasks, key_tokens]  # fmt: skip
+            dv.data_ptr(), together, key_tasks, key_tokens, tiles, amx.CONFIGURATION]  # fmt: skip
     _prepare_kernel(batch * heads * -(-tokens // ROWS), workers, ints)
     (_together_kernel if together else _apart_kernel)(tasks, workers, ints, (scale, softcap))
     del owner

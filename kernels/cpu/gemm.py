@@ -252,7 +252,7 @@ def _absent_off():
 # A CPU without the instructions must not see them: LLVM could not select them.
 _jit = numba.njit(cache=True, nogil=True)
 _block_pairs = _jit(_block_pairs_py if HAS_PAIRS else _absent_pairs)
-_block_tiles = _jit(_block_tiles_py if HAS_TILES else _absent_tiles)
+block_tiles = _jit(_block_tiles_py if HAS_TILES else _absent_tiles)
 _tiles_on = _jit(_tiles_on_py if HAS_TILES else _absent_on)
 _tiles_off = _jit(_tiles_off_py if HAS_TILES else _absent_off)
 
@@ -341,7 +341,7 @@ def _multiply(p, task, scratch):
             a_strip, a_row, a_step = p[A_STRIP], W * WORD, BLOCK_BYTES
             if p[A_IN_PLACE] != 0:
                 a, a_strip, a_row, a_step = p[A] + r0 * p[A_ROW] * 2 + k * 2, W * p[A_ROW] * 2, p[A_ROW] * 2, W * WORD
-            _block_tiles(a, a_strip, a_row, a_step, b, b_strip, sums, sums_row, first, out, out_row, padded, rows, columns)
+            block_tiles(a, a_strip, a_row, a_step, b, b_strip, sums, sums_row, first, out, out_row, padded, rows, columns)
     if p[KERNEL] == 2:
         _tiles_off()
     if not direct:
