@@ -12,6 +12,7 @@ import torch
 
 from cllm.kernels.cpu._arrays import as_flat
 from cllm.kernels.cpu.gemm import Packed, gemm, workers_for
+from cllm.kernels.cpu.launch import scratch
 from cllm.kernels.cpu.simd import (
     W,
     vadd,
@@ -20,12 +21,15 @@ from cllm.kernels.cpu.simd import (
     vhmax,
     vhsum,
     vlanes_below,
+    vload,
     vload_masked,
     vmax,
     vmul,
     vneg,
     vselect,
     vset,
+    vstore,
+    vstore_bf16,
     vstore_bf16_masked,
     vstore_masked,
     vsub,
@@ -47,49 +51,87 @@ def _cap(row, size, softcap):
         vstore_masked(row, i, vmul(cap, vtanh(vmul(vload_masked(row, i, size - i), inverse))), size - i)
 
 
+# Loops over a row run in four chains of vectors, so that no step waits for the last one; then the ragged end.
+
+
+@numba.njit(cache=True, nogil=True)
+def _row_sum(row, size):
+    t0, t1, t2, t3 = vzero(), vzero(), vzero(), vzero()
+    whole = size - size % (4 * W)
+    for i in range(0, whole, 4 * W):
+        t0, t1 = vadd(t0, vload(row, i)), vadd(t1, vload(row, i + W))
+        t2, t3 = vadd(t2, vload(row, i + 2 * W)), vadd(t3, vload(row, i + 3 * W))
+    for i in range(whole, size, W):
+        t0 = vadd(t0, vload_masked(row, i, size - i))
+    return vhsum(vadd(vadd(t0, t1), vadd(t2, t3)))
+
+
 @numba.njit(cache=True, nogil=True)
 def _row_statistics(row, size):
-    """(max, log-sum-exp, sum) of one row of z, in float64."""
-    high, total = vset(_LOWEST), vzero()
-    for i in range(0, size, W):
-        z = vload_masked(row, i, size - i)
-        total = vadd(total, z)
-        high = vmax(high, vselect(vlanes_below(size - i), z, high))
-    top = vhmax(high)
+    """(max, log-sum-exp) of one row of z; the latter in float64."""
+    lowest = vset(_LOWEST)
+    m0, m1, m2, m3 = lowest, lowest, lowest, lowest
+    whole = size - size % (4 * W)
+    for i in range(0, whole, 4 * W):
+        m0, m1 = vmax(vload(row, i), m0), vmax(vload(row, i + W), m1)  # drops NaN, which reaches the sum instead
+        m2, m3 = vmax(vload(row, i + 2 * W), m2), vmax(vload(row, i + 3 * W), m3)
+    for i in range(whole, size, W):
+        m0 = vmax(vselect(vlanes_below(size - i), vload_masked(row, i, size - i), lowest), m0)
+    top = vhmax(vmax(vmax(m0, m1), vmax(m2, m3)))
     base = top if abs(top) < np.inf else np.float32(0.0)
-    shift, acc = vset(base), vzero()
-    for i in range(0, size, W):
+    shift = vset(base)
+    t0, t1, t2, t3 = vzero(), vzero(), vzero(), vzero()
+    for i in range(0, whole, 4 * W):
+        t0, t1 = vadd(t0, vexp(vsub(vload(row, i), shift))), vadd(t1, vexp(vsub(vload(row, i + W), shift)))
+        t2, t3 = vadd(t2, vexp(vsub(vload(row, i + 2 * W), shift))), vadd(t3, vexp(vsub(vload(row, i + 3 * W), shift)))
+    for i in range(whole, size, W):
         e = vexp(vsub(vload_masked(row, i, size - i), shift))
-        acc = vadd(acc, vselect(vlanes_below(size - i), e, vzero()))
-    mass = np.float64(vhsum(acc))
-    return top, np.float64(base) + (math.log(mass) if mass > 0.0 else (-np.inf if mass == 0.0 else np.nan)), vhsum(total)
+        t0 = vadd(t0, vselect(vlanes_below(size - i), e, vzero()))
+    mass = np.float64(vhsum(vadd(vadd(t0, t1), vadd(t2, t3))))
+    return top, np.float64(base) + (math.log(mass) if mass > 0.0 else (-np.inf if mass == 0.0 else np.nan))
+
+
+@numba.njit(cache=True, nogil=True)
+def _gradient_at(z, shift, weight, uniform, shrink, capped, last):
+    dz = vfma(vexp(vsub(z, shift)), weight, uniform)
+    if capped:
+        part = vmul(z, shrink)
+        dz = vmul(dz, vfma(vneg(part), part, vset(np.float32(1.0))))
+    return vmul(dz, last)
 
 
 @numba.njit(cache=True, nogil=True)
 def _row_gradient(row, size, half, target, lse, upstream, label_smoothing, z_loss, softcap):
     """Replace z by upstream * d(loss)/d(logits). bfloat16 results fill the first half of the row, behind the reading."""
-    shift = vset(np.float32(lse))
-    scale = np.float32(upstream)
-    weight = vset(np.float32(1.0 + 2.0 * z_loss * lse))
-    uniform = vset(np.float32(-label_smoothing / size))
-    inverse = np.float32(1.0 / softcap) if softcap > 0.0 else np.float32(0.0)
-    one, shrink, last = vset(np.float32(1.0)), vset(inverse), vset(scale)
-    hit = np.float32(label_smoothing - 1.0)
-    for i in range(0, size, W):
-        z = vload_masked(row, i, size - i)
-        dz = vfma(vexp(vsub(z, shift)), weight, uniform)
-        if i <= target < i + W:
-            inside = vlanes_below(target - i + 1)
-            before = vlanes_below(target - i)
-            dz = vselect(before, dz, vselect(inside, vadd(dz, vset(hit)), dz))
-        if softcap > 0.0:
-            part = vmul(z, shrink)
-            dz = vmul(dz, vfma(vneg(part), part, one))
-        dz = vmul(dz, last)
+    capped = softcap > 0.0
+    inverse = np.float32(1.0 / softcap) if capped else np.float32(0.0)
+    shift, shrink, last = vset(np.float32(lse)), vset(inverse), vset(np.float32(upstream))
+    weight, uniform = vset(np.float32(1.0 + 2.0 * z_loss * lse)), vset(np.float32(-label_smoothing / size))
+    # The target's own element also gets label_smoothing - 1; it is made before its logit is overwritten.
+    block = target // W * W
+    z = vload_masked(row, block, size - block)
+    hit = vselect(vlanes_below(target - block + 1), vset(np.float32(label_smoothing - 1.0)), vzero())
+    hit = vselect(vlanes_below(target - block), vzero(), hit)
+    part = vmul(z, shrink)
+    slope = vfma(vneg(part), part, vset(np.float32(1.0)))
+    special = vmul(vmul(vadd(vfma(vexp(vsub(z, shift)), weight, uniform), hit), slope), last)
+    whole = size - size % W
+    if half:
+        for i in range(0, whole, W):
+            vstore_bf16(row, i, _gradient_at(vload(row, i), shift, weight, uniform, shrink, capped, last))
+    else:
+        for i in range(0, whole, W):
+            vstore(row, i, _gradient_at(vload(row, i), shift, weight, uniform, shrink, capped, last))
+    if whole < size:
+        dz = _gradient_at(vload_masked(row, whole, size - whole), shift, weight, uniform, shrink, capped, last)
         if half:
-            vstore_bf16_masked(row, i, dz, size - i)
+            vstore_bf16_masked(row, whole, dz, size - whole)
         else:
-            vstore_masked(row, i, dz, size - i)
+            vstore_masked(row, whole, dz, size - whole)
+    if half:
+        vstore_bf16_masked(row, block, special, size - block)
+    else:
+        vstore_masked(row, block, special, size - block)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -124,14 +166,15 @@ def _rows(logits, size, targets, upstream, ignore_index, label_smoothing, z_loss
             if softcap > 0.0:
                 _cap(row, size, softcap)
             if statistics:
-                top, lse, total = _row_statistics(row, size)
+                top, lse = _row_statistics(row, size)
                 lses[r] = lse
                 plain[r], losses[r], correct[r] = 0.0, 0.0, False
                 if valid:
                     at_target = np.float64(z[target])
                     loss = lse - at_target
                     plain[r] = loss
-                    loss = (1.0 - label_smoothing) * loss + label_smoothing * (lse - np.float64(total) / size)
+                    if label_smoothing != 0.0:
+                        loss = (1.0 - label_smoothing) * loss + label_smoothing * (lse - np.float64(_row_sum(row, size)) / size)
                     losses[r] = loss + z_loss * lse * lse
                     correct[r] = lse == lse and z[target] == top and _first_maximum(z, target)
             if gradient:
@@ -175,7 +218,8 @@ class _Pass:
         right = Packed(self.weight.t(), x.dtype, self.workers) if several else self.weight.t()
         back = Packed(self.weight, x.dtype, self.workers) if several and self.gradient else self.weight
         longest = self.blocks[0].stop if self.blocks else 0
-        memory = torch.empty(longest * vocabulary, dtype=torch.float32)
+        owner, _ = scratch("logits", longest * vocabulary * 4)  # kept: fresh memory would cost a page fault for every 4 KB
+        memory = owner[: longest * vocabulary * 4].view(torch.float32)
         for index, block in enumerate(self.blocks):
             part = x[block]
             flat = memory[: part.shape[0] * vocabulary]
