@@ -4,7 +4,11 @@ Scaled-dot-product attention, fused AdamW, clip_grad_norm_, bf16 by autocast. B 
 """
 
 import contextlib
+import importlib.util
+import io
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -99,4 +103,34 @@ class PlainStep:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
+        return loss.item()
+
+
+class NanoGPTStep:
+    """A training step of nanoGPT's own model, from the user's copy of its model.py (github.com/karpathy/nanoGPT, MIT licence)."""
+
+    def __init__(self, path: Path, shape: Shape, precision: str, learning_rate: float = 1e-3) -> None:
+        spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+        if spec is None or spec.loader is None or not path.is_file():
+            raise SystemExit(f"{path} is not nanoGPT's model.py. Give the path of that file.")
+        nanogpt = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = nanogpt
+        spec.loader.exec_module(nanogpt)
+        config = nanogpt.GPTConfig(
+            block_size=shape.seq_len, vocab_size=shape.vocab_size, n_layer=shape.num_layers, n_head=shape.num_heads, n_embd=shape.embed_dim,
+            dropout=0.0, bias=False,
+        )  # fmt: skip
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.model = nanogpt.GPT(config)
+            self.optimizer = self.model.configure_optimizers(0.1, learning_rate, (0.9, 0.99), "cpu")
+        self.precision = precision
+
+    def __call__(self, tokens: Tensor, targets: Tensor) -> float:
+        autocast = torch.autocast("cpu", torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
+        with autocast:
+            _, loss = self.model(tokens, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return loss.item()

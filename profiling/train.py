@@ -10,7 +10,7 @@ from pathlib import Path
 
 import plots
 import torch
-from peers import SHAPES, PlainStep, Shape
+from peers import SHAPES, NanoGPTStep, PlainStep, Shape
 from report import add_output_options, finish, interleaved, print_table, run
 
 from cllm import Model, ModelConfig, TrainStep, runtime
@@ -23,7 +23,7 @@ def our_config(shape: Shape) -> ModelConfig:
     )
 
 
-def measure(shape: Shape, precision: str, rounds: int, compile: bool) -> dict:
+def measure(shape: Shape, precision: str, rounds: int, compile: bool, nanogpt: Path | None) -> dict:
     torch.manual_seed(0)
     tokens = torch.randint(shape.vocab_size, (shape.batch_size, shape.seq_len))
     targets = torch.randint(shape.vocab_size, (shape.batch_size, shape.seq_len))
@@ -32,6 +32,8 @@ def measure(shape: Shape, precision: str, rounds: int, compile: bool) -> dict:
     peers = {"eager": PlainStep(shape, precision)}
     if compile:
         peers["compile"] = PlainStep(shape, precision, compile=True)
+    if nanogpt is not None:
+        peers["nanogpt"] = NanoGPTStep(nanogpt, shape, precision)
     contestants = {"cllm": ours, **peers}
     seconds = interleaved({name: lambda step=step: step(tokens, targets) for name, step in contestants.items()}, rounds)
     best = min(seconds[name] for name in peers)
@@ -47,7 +49,7 @@ def draw(path: Path, rows: list[dict]) -> None:
     """Tokens per second of each contestant, as a multiple of PyTorch eager: shapes of all sizes fit on one axis."""
     names = list(rows[0]["seconds"])
     labels = [f"{r['shape']}\n{r['precision']}" for r in rows]
-    titles = {"cllm": "CLLM", "eager": "PyTorch eager", "compile": "torch.compile"}
+    titles = {"cllm": "CLLM", "eager": "PyTorch eager", "compile": "torch.compile", "nanogpt": "nanoGPT eager"}
     series = {titles[name]: [r["seconds"]["eager"] / r["seconds"][name] for r in rows] for name in names}
     plots.bars(path, "Whole training step against PyTorch", labels, series, "speed, PyTorch eager = 1", line=1.0)
 
@@ -59,6 +61,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--compile", action="store_true", help="also against torch.compile")
+    parser.add_argument("--nanogpt", type=Path, metavar="MODEL.PY", help="also against nanoGPT's own model, eager, from your copy of its model.py")
     add_output_options(parser)
     options = parser.parse_args()
     plots.check(options.plot)
@@ -67,7 +70,7 @@ def main() -> None:
         torch.set_num_threads(options.threads or runtime.device.usable_cores())
         for name in options.shapes:
             for precision in options.precision:
-                rows.append(measure(SHAPES[name], precision, options.rounds, options.compile))
+                rows.append(measure(SHAPES[name], precision, options.rounds, options.compile, options.nanogpt))
     print_table(
         ("shape", "precision", "ours tok/s", "best PyTorch tok/s", "ratio", "our GFLOP/s"),
         [(r["shape"], r["precision"], f"{r['tokens_per_second']['cllm']:.0f}",

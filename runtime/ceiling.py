@@ -8,7 +8,7 @@ measured while other programs had the cores is used for this run but not kept, o
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from cllm.runtime import compiler, tuning
@@ -20,7 +20,7 @@ Probe = Callable[[str], float | None]
 """Called with "fp32" or "bf16", returns the GFLOP/s it reached or None where it has no such kernel."""
 
 _probes: dict[str, Probe] = {}
-SIZE = 1024  # a 1024^3 product: 2 GFLOP, inside every last-level cache
+SIZES = ((1024, 1024, 1024), (4096, 384, 1536))  # rows, depth, columns: matrix units reach most on flat products, others on square ones
 PASSES = 2  # each rate is taken twice, seconds apart: a short disturbance then hits only one of them
 QUIET_SHARE = 0.85  # of the cores' time that this process must have had for its rates to be kept
 
@@ -78,8 +78,13 @@ def _torch_gflops(precision: str, clock: _Clock) -> float:
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(SIZE, SIZE, generator=generator).to(dtype) for _ in range(2))
-    return 2 * SIZE**3 / clock.best_seconds(lambda: torch.mm(a, b)) / 1e9
+    best = 0.0
+    for rows, depth, columns in SIZES:
+        a, b = torch.randn(rows, depth, generator=generator).to(dtype), torch.randn(depth, columns, generator=generator).to(dtype)
+        out = torch.empty(rows, columns, dtype=dtype)  # made once: page faults are not the matrix product's
+        seconds = clock.best_seconds(partial(torch.mm, a, b, out=out))
+        best = max(best, 2.0 * rows * depth * columns / seconds / 1e9)
+    return best
 
 
 def _copy_gbps(clock: _Clock) -> float:
@@ -126,7 +131,7 @@ def ceilings() -> Ceilings:
     """This machine's ceilings: from the cache, or measured now in about two seconds."""
     import torch
 
-    key = "quiet-ceilings-" + tuning.digest(cpu().name, cpu().workers, torch.__version__, compiler.kernel_cache_key(), sorted(_probes))
+    key = "best-ceilings-" + tuning.digest(cpu().name, cpu().workers, torch.__version__, compiler.kernel_cache_key(), sorted(_probes))
     value = tuning.load(key)
     if not _valid(value):
         with use(threads=usable_cores()):
