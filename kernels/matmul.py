@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cllm.kernels._register import backend, check_floating, check_weight, operation
@@ -55,15 +54,15 @@ def _matmul_backward(
     """(da, db, dbias); what is not needed is empty."""
     rows = as_rows(a)
     drows = as_rows(dy)
-    product = _serving(rows, b, 4.0).matmul
+    serving = _serving(rows, b, 4.0)
+    product = serving.matmul
     da, db, dbias = a.new_empty(0), b.new_empty(0), b.new_empty(0)
     if needs_a:
         da = product(drows, b.T, None, a.dtype).view(a.shape)
     if needs_b:
         db = product(drows.T, rows, None, b.dtype).T if _is_transposed(b) else product(rows.T, drows, None, b.dtype)
     if bias is not None and needs_bias:
-        # A product with ones: one fixed order of additions, which torch's own sum does not promise.
-        dbias = product(torch.ones((1, drows.shape[0]), dtype=dy.dtype, device=dy.device), drows, None, bias.dtype)[0]
+        dbias = serving.column_sums(drows, bias.dtype)
     return da, db, dbias
 
 

@@ -10,6 +10,7 @@ import torch
 
 from cllm.kernels.cpu.activation import ACTIVATE, DIFFERENTIATE, Epilogue
 from cllm.kernels.cpu.gemm import Packed, gemm, gemm_activated, workers_for
+from cllm.kernels.cpu.sums import column_sums
 
 _HIDDEN_BYTES = 16 << 20  # float32 hidden values of one row block
 
@@ -92,6 +93,11 @@ class _Sum:
         gemm(a, b, out=self.total, add=self.total if self.started else None, compute=a.dtype, workers=workers)
         self.started = True
 
+    def add_columns(self, x: torch.Tensor) -> None:
+        part = column_sums(x, self.total.dtype)
+        self.total = self.total.add_(part) if self.started else part
+        self.started = True
+
     def result(self) -> torch.Tensor:
         return self.total.to(self.dtype)
 
@@ -115,7 +121,7 @@ def backward(
         sums["gate"] = _Sum(w_gate, count)
     for name, bias in (("b_up", b_up), ("b_down", b_down)):
         if bias is not None:
-            sums[name] = _Sum(bias[None], count)
+            sums[name] = _Sum(bias, count)
     for block in blocks:
         part, dpart = rows[block], drows[block]
         hidden, dz = (torch.empty((part.shape[0], hidden_size), dtype=dtype) for _ in range(2))
@@ -126,7 +132,6 @@ def backward(
         else:
             z, up = kept_z[block], None if kept_up is None else kept_up[block]
         gemm_activated(dpart, down_back, Epilogue(DIFFERENTIATE, activation, hidden, z, up, dz, dup), workers=workers)
-        ones = torch.ones((1, part.shape[0]), dtype=dtype)  # sums over rows as products, in gemm's fixed order
         if dup is None:
             dup = dz
             gemm(dup, up_back, out=dx[block], compute=dtype, workers=workers)
@@ -137,15 +142,15 @@ def backward(
         sums["up"].add(dup.t(), part, workers)
         sums["down"].add(dpart.t(), hidden, workers)
         if b_up is not None:
-            sums["b_up"].add(ones, dup, workers)
+            sums["b_up"].add_columns(dup)
         if b_down is not None:
-            sums["b_down"].add(ones, dpart, workers)
+            sums["b_down"].add_columns(dpart)
     grads = {name: s.result() for name, s in sums.items()}
     return (
         dx.view(x.shape),
         grads.get("gate"),
         grads["up"],
         grads["down"],
-        grads["b_up"][0] if b_up is not None else None,
-        grads["b_down"][0] if b_down is not None else None,
+        grads.get("b_up"),
+        grads.get("b_down"),
     )

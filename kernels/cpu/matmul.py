@@ -1,8 +1,11 @@
-"""Matrix product on the CPU: one call of gemm.py."""
+"""Matrix product on the CPU: one call of gemm.py, and the sums of columns that its bias needs."""
 
 import torch
 
 from cllm.kernels.cpu.gemm import gemm
+from cllm.kernels.cpu.sums import column_sums
+
+__all__ = ["column_sums", "matmul"]
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:

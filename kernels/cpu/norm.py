@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from cllm.kernels.cpu.launch import (
-    FANOUT,
     Kernel,
     as_rows,
     float32_at,
@@ -28,15 +27,14 @@ from cllm.kernels.cpu.launch import (
     store_whole,
 )
 from cllm.kernels.cpu.simd import W, vadd, vfma, vhsum, vlanes_below, vload, vmul, vselect, vset, vstore, vsub, vzero
+from cllm.kernels.cpu.sums import add_up
 
 ROWS_PER_TASK = 16
-TREE_COLUMNS = 8 * W
 
 (X, X_ROW, RESIDUAL, RESIDUAL_ROW, H, H_ROW, Y, Y_ROW, HALF, WEIGHT, WEIGHT_HALF, BIAS, BIAS_HALF, MEAN, RSTD, ROWS,
  COLUMNS) = range(17)  # fmt: skip
 (DY, DY_ROW, DH, DH_ROW, HB, HB_ROW, DX, DX_ROW, HALF_B, WEIGHT_B, WEIGHT_HALF_B, MEAN_B, RSTD_B, PARTIAL, PARTIAL_ROW,
  PARTIAL_BIAS, ROWS_B, COLUMNS_B, BLOCK_ROWS) = range(19)  # fmt: skip
-SUMS, SUMS_ROW, NUM_SUMS, TOTAL, TOTAL_HALF, NUM_COLUMNS = range(6)
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
@@ -169,23 +167,7 @@ def _backward(p, f, task, worker):
             store(dx, half, whole, v, n)
 
 
-def _tree(p, f, task, worker):
-    """Sum over the rows of SUMS for one range of columns; the partial sums of a level replace their first row."""
-    for c in range(task * TREE_COLUMNS, min((task + 1) * TREE_COLUMNS, p[NUM_COLUMNS]), W):
-        n = p[NUM_COLUMNS] - c
-        step = 1
-        while step < p[NUM_SUMS]:
-            for first in range(0, p[NUM_SUMS], FANOUT * step):
-                at = p[SUMS] + first * p[SUMS_ROW]
-                v = load(at, False, c, n)
-                for row in range(first + step, min(first + FANOUT * step, p[NUM_SUMS]), step):
-                    v = vadd(v, load(p[SUMS] + row * p[SUMS_ROW], False, c, n))
-                store(at, False, c, v, n)
-            step *= FANOUT
-        store(p[TOTAL], p[TOTAL_HALF], c, load(p[SUMS], False, c, n), n)
-
-
-_forward_kernel, _backward_kernel, _tree_kernel = Kernel(_forward), Kernel(_backward), Kernel(_tree)
+_forward_kernel, _backward_kernel = Kernel(_forward), Kernel(_backward)
 
 
 def _workers(op: str, x: Tensor, passes: int) -> int:
@@ -247,8 +229,7 @@ def _norm_backward(
     )  # fmt: skip
     for sums, total in ((partial, dweight), (partial_bias, dbias)):
         if total is not None:
-            columns_tasks = -(-columns // TREE_COLUMNS)
-            _tree_kernel(columns_tasks, workers, (sums, padded, num_blocks, total.data_ptr(), is_half(total), columns))
+            add_up(sums, padded, num_blocks, total, workers)
     del owner
     return dx, dweight, dbias
 

@@ -13,3 +13,9 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) ->
     if bias is not None:
         product = product + bias.to(wide)
     return product.to(out_dtype)
+
+
+def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (N, C) -> (C,) in dtype, as a product with ones: one fixed order of additions, which torch's own sum does not promise."""
+    wide = x.to(accumulate_dtype(x.dtype))
+    return (torch.ones((1, x.shape[0]), dtype=wide.dtype, device=x.device) @ wide)[0].to(dtype)

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cllm.kernels.cpu import feed_forward, gemm, linear_cross_entropy
+from cllm import runtime
+from cllm.kernels.cpu import feed_forward, gemm, linear_cross_entropy, sums
 from cllm.kernels.cpu.gemm import FP32, PAIRS, TILES, WIDENED, Packed
 from cllm.runtime.errors import BackendError
 
@@ -192,3 +195,16 @@ def test_vocabulary_statistics_of_hard_rows():
     assert plain[2] == 0.0 and lse[2] == torch.tensor(1e30) and torch.isnan(losses[3])
     one = linear_cross_entropy.forward(x[:2], weight[:1], torch.tensor([0, -100]), -100, 0.0, 0.0, 0.0)
     assert one[0].tolist() == [0.0, 0.0] and one[2].tolist() == [True, False]
+
+
+@given(rows=st.integers(0, 700), columns=st.integers(1, 150), half=st.booleans())
+@settings(deadline=None, max_examples=25, derandomize=True)
+def test_column_sums_are_those_of_float64_for_any_number_of_workers(rows, columns, half):
+    x = _random(rows, columns).to(BF16 if half else F32)
+    with runtime.use(threads=1):
+        found = sums.column_sums(x, F32)
+    wanted = x.double().sum(0)
+    assert (found.double() - wanted).abs().max() <= 1e-6 * (1 + x.double().abs().sum(0).max())
+    with runtime.use(threads=5):
+        assert torch.equal(sums.column_sums(x, F32), found)
+    assert torch.equal(sums.column_sums(x[:, ::2], F32), found[::2])
