@@ -1,5 +1,7 @@
 """Keys and values of the tokens seen so far, so that decoding computes each token once."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ class KVCache:
         shape = (batch, max_len, kv_heads, head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.decoder: Any = None  # what the model prepared to decode into these tensors, and for which settings
         self.batch = batch
         self.max_len = max_len
         self.length = 0
@@ -66,4 +69,5 @@ class KVCache:
         index = torch.tensor(rows, device=self.keys[0].device)
         self.keys = [tensor.index_select(0, index) for tensor in self.keys]
         self.values = [tensor.index_select(0, index) for tensor in self.values]
+        self.decoder = None
         self.batch = len(rows)

@@ -294,12 +294,24 @@ def _content_digest(weights: Mapping[str, torch.Tensor], metadata: Mapping[str, 
     return digest.hexdigest()
 
 
-def load(path: str | Path, report: Callable[[str], None] | None = None) -> tuple[Model, Tokenizer | None]:
+WEIGHTS_FORMATS = ("fp32", "bf16", "int8")
+
+
+def load(path: str | Path, report: Callable[[str], None] | None = None, weights: str | None = None) -> tuple[Model, Tokenizer | None]:
     """The model and tokenizer in a run folder (its newest good checkpoint), a checkpoint folder, a .cllm file or a Hugging Face folder.
 
+    `weights`: as they are (None), or for generation "fp32", "bf16" (weights and activations), "int8" (weights; see `Model.quantize_`).
     `report` hears of damaged checkpoints that were passed over. Raises CheckpointError for anything else; nothing is ever unpickled.
     """
-    path = Path(path)
+    if weights not in (None, *WEIGHTS_FORMATS):
+        raise UserError(f"weights must be one of {', '.join(WEIGHTS_FORMATS)}, got {weights!r}.")
+    model, tokenizer = _load(Path(path), report)
+    if weights is not None:
+        model = model.to(torch.float32 if weights == "fp32" else torch.bfloat16)
+    return model.quantize_() if weights == "int8" else model, tokenizer
+
+
+def _load(path: Path, report: Callable[[str], None] | None) -> tuple[Model, Tokenizer | None]:
     try:
         if path.is_file():
             return _load_file(path)

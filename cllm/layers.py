@@ -7,12 +7,16 @@ Blocks are pre-norm and pass (x, h) along: h the residual stream before the last
 to be added. The next norm adds and normalises in one pass over memory.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from cllm import kernels
 from cllm.cache import KVCache
 from cllm.config import ModelConfig
+from cllm.kernels.decoding import Layer, Linear, Norm
+from cllm.kernels.quantized import Quantized, quantize, quantized_feed_forward, quantized_matmul
 
 
 class Context:
@@ -46,19 +50,37 @@ class Weights(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(*shape))
         self.bias = nn.Parameter(torch.empty(bias)) if bias is not None else None
+        self.quantized: Quantized | None = None  # takes the place of the weight, for generation
+
+    def outputs_first(self) -> Tensor:
+        """The weight as (out, in)."""
+        return self.weight
+
+    def quantize_(self) -> None:
+        """The weight becomes int8; it cannot be trained or saved any more."""
+        self.quantized = quantize(self.outputs_first())
+        self.register_parameter("weight", None)
+
+    def decoding(self) -> Linear:
+        return Linear(self.outputs_first() if self.quantized is None else self.quantized, self.bias)
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, bias={self.bias is not None}"
+        shape = self.weight.shape if self.quantized is None else self.quantized.shape
+        return f"{tuple(shape)}, bias={self.bias is not None}"
+
+
+class Conv1D(Weights):
+    """GPT-2's layout: the weight is (in, out)."""
+
+    def outputs_first(self) -> Tensor:
+        return self.weight.T
 
 
 def linear(x: Tensor, weights: Weights) -> Tensor:
-    """x (..., in) with weight (out, in)."""
-    return kernels.matmul(x, weights.weight.T, weights.bias)
-
-
-def conv1d(x: Tensor, weights: Weights) -> Tensor:
-    """x (..., in) with weight (in, out), the layout of GPT-2's Conv1D."""
-    return kernels.matmul(x, weights.weight, weights.bias)
+    """x (..., in) -> (..., out)."""
+    if weights.quantized is not None:
+        return quantized_matmul(x, weights.quantized, weights.bias)
+    return kernels.matmul(x, weights.outputs_first().T, weights.bias)
 
 
 class LlamaAttention(nn.Module):
@@ -83,7 +105,7 @@ class LlamaAttention(nn.Module):
         heads = (*x.shape[:-1], -1, self.head_dim)
         assert context.rotary_tables is not None
         cos, sin = context.rotary_tables
-        if torch.is_grad_enabled() and self.q_norm is None:
+        if torch.is_grad_enabled() and self.q_norm is None and self.q_proj.quantized is None:
             # One product and one rotation instead of five: the weights are copied side by side, which pays where there are many rows to
             # multiply. Each element of the result has the same bits either way.
             weight = torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
@@ -106,8 +128,10 @@ class LlamaMLP(nn.Module):
         self.down_proj = Weights(config.embed_dim, config.ffn_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
-        return kernels.feed_forward(x, *weights, activation=self.activation)
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if gate.quantized is not None and up.quantized is not None and down.quantized is not None:
+            return quantized_feed_forward(x, gate.quantized, up.quantized, down.quantized, activation=self.activation)
+        return kernels.feed_forward(x, gate.weight, up.weight, down.weight, activation=self.activation)
 
 
 class LlamaBlock(nn.Module):
@@ -124,6 +148,15 @@ class LlamaBlock(nn.Module):
         y, h = _rms_norm(self.self_attn(y, context), h, self.post_attention_layernorm, self.eps)
         return self.mlp(y), h
 
+    def decoding(self) -> Layer:
+        attention, mlp = self.self_attn, self.mlp
+        q_norm, k_norm = (None if each is None else Norm(each.weight) for each in (attention.q_norm, attention.k_norm))
+        return Layer(
+            Norm(self.input_layernorm.weight), attention.q_proj.decoding(), attention.k_proj.decoding(), attention.v_proj.decoding(),
+            attention.o_proj.decoding(), Norm(self.post_attention_layernorm.weight), mlp.gate_proj.decoding(), mlp.up_proj.decoding(),
+            mlp.down_proj.decoding(), q_norm, k_norm,
+        )  # fmt: skip
+
 
 class LlamaBackbone(nn.Module):
     """Embedding, blocks and final norm of the cllm family (the `model.` of a Llama or Qwen3 checkpoint)."""
@@ -135,8 +168,19 @@ class LlamaBackbone(nn.Module):
         self.layers = nn.ModuleList(LlamaBlock(config, layer) for layer in range(config.num_layers))
         self.norm = Weights(config.embed_dim)
 
+    @property
+    def blocks(self) -> Any:
+        return self.layers
+
+    def decoding_norm(self) -> Norm:
+        return Norm(self.norm.weight)
+
+    def embed(self, tokens: Tensor, positions: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """tokens (B, T) -> (B, T, E)."""
+        return kernels.embedding(tokens, self.embed_tokens.weight, dtype)
+
     def forward(self, tokens: Tensor, context: Context, dtype: torch.dtype) -> Tensor:
-        x = kernels.embedding(tokens, self.embed_tokens.weight, dtype)  # (B, T, E)
+        x = self.embed(tokens, context.positions, dtype)
         h: Tensor | None = None
         for block in self.layers:
             x, h = block(x, h, context)
@@ -148,26 +192,30 @@ class GPT2Attention(nn.Module):
         super().__init__()
         embed_dim = config.embed_dim
         self.layer, self.head_dim = layer, config.head_size
-        self.c_attn = Weights(embed_dim, 3 * embed_dim, bias=3 * embed_dim)
-        self.c_proj = Weights(embed_dim, embed_dim, bias=embed_dim)
+        self.c_attn = Conv1D(embed_dim, 3 * embed_dim, bias=3 * embed_dim)
+        self.c_proj = Conv1D(embed_dim, embed_dim, bias=embed_dim)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        qkv = conv1d(x, self.c_attn).view(*x.shape[:-1], 3, -1, self.head_dim)  # (B, T, 3, H, D)
+        qkv = linear(x, self.c_attn).view(*x.shape[:-1], 3, -1, self.head_dim)  # (B, T, 3, H, D)
         q, k, v = qkv.unbind(-3)
-        return conv1d(context.attend(self.layer, q, k, v).flatten(-2), self.c_proj)
+        return linear(context.attend(self.layer, q, k, v).flatten(-2), self.c_proj)
 
 
 class GPT2MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = config.activation_name
-        self.c_fc = Weights(config.embed_dim, config.ffn_size, bias=config.ffn_size)
-        self.c_proj = Weights(config.ffn_size, config.embed_dim, bias=config.embed_dim)
+        self.c_fc = Conv1D(config.embed_dim, config.ffn_size, bias=config.ffn_size)
+        self.c_proj = Conv1D(config.ffn_size, config.embed_dim, bias=config.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         up, down = self.c_fc, self.c_proj
+        if up.quantized is not None and down.quantized is not None:
+            return quantized_feed_forward(
+                x, None, up.quantized, down.quantized, activation=self.activation, b_up=up.bias, b_down=down.bias
+            )
         return kernels.feed_forward(
-            x, None, up.weight.T, down.weight.T, activation=self.activation, b_up=up.bias, b_down=down.bias
+            x, None, up.outputs_first(), down.outputs_first(), activation=self.activation, b_up=up.bias, b_down=down.bias
         )
 
 
@@ -185,6 +233,14 @@ class GPT2Block(nn.Module):
         y, h = _layer_norm(self.attn(y, context), h, self.ln_2, self.eps)
         return self.mlp(y), h
 
+    def decoding(self) -> Layer:
+        qkv, attention, mlp = self.attn.c_attn.decoding(), self.attn, self.mlp
+        q, k, v = qkv.split(3)
+        return Layer(
+            Norm(self.ln_1.weight, self.ln_1.bias), q, k, v, attention.c_proj.decoding(), Norm(self.ln_2.weight, self.ln_2.bias),
+            None, mlp.c_fc.decoding(), mlp.c_proj.decoding(),
+        )  # fmt: skip
+
 
 class GPT2Backbone(nn.Module):
     """Embeddings, blocks and final norm of the gpt2 family (the `transformer.` of a GPT-2 checkpoint)."""
@@ -197,14 +253,24 @@ class GPT2Backbone(nn.Module):
         self.h = nn.ModuleList(GPT2Block(config, layer) for layer in range(config.num_layers))
         self.ln_f = Weights(config.embed_dim, bias=config.embed_dim)
 
-    def forward(self, tokens: Tensor, context: Context, dtype: torch.dtype) -> Tensor:
-        positions = context.positions
+    @property
+    def blocks(self) -> Any:
+        return self.h
+
+    def decoding_norm(self) -> Norm:
+        return Norm(self.ln_f.weight, self.ln_f.bias)
+
+    def embed(self, tokens: Tensor, positions: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """tokens (B, T) at positions (T,), from 0 on where None -> (B, T, E)."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         # Expanded before the lookup: its backward then sums over the batch in the kernel's fixed order.
-        x = kernels.embedding(tokens, self.wte.weight, dtype) + kernels.embedding(
+        return kernels.embedding(tokens, self.wte.weight, dtype) + kernels.embedding(
             positions.expand(tokens.shape), self.wpe.weight, dtype
         )
+
+    def forward(self, tokens: Tensor, context: Context, dtype: torch.dtype) -> Tensor:
+        x = self.embed(tokens, context.positions, dtype)
         h: Tensor | None = None
         for block in self.h:
             x, h = block(x, h, context)

@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cllm import kernels
+from cllm import kernels, runtime
 from cllm.cache import KVCache
 from cllm.config import ModelConfig
+from cllm.kernels.decoding import Decoder, Linear, Stack, make_decoder
+from cllm.kernels.quantized import Quantized, quantize, quantized_matmul
 from cllm.layers import Context, GPT2Backbone, LlamaBackbone, Weights
 from cllm.runtime.errors import UserError
 
@@ -44,6 +46,7 @@ class Model(nn.Module):
             self.transformer = GPT2Backbone(config)
         self.lm_head = None if config.tie_embeddings else Weights(config.vocab_size, config.embed_dim)
         self._compute_dtype: torch.dtype | None = None
+        self._int8_output: Quantized | None = None
         self._rotary_tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.initialise(seed)
 
@@ -59,7 +62,33 @@ class Model(nn.Module):
     def output_weight(self) -> Tensor:
         """The matrix (V, E) that turns the last hidden state into logits; the token embedding itself when they are
         tied."""
+        if self._int8_output is not None:
+            return self._int8_output.dequantize(self.compute_dtype)
         return self.embedding_weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def is_quantized(self) -> bool:
+        return self._int8_output is not None
+
+    @torch.no_grad()
+    def quantize_(self) -> "Model":
+        """Every matrix but the look-up tables becomes int8 (`cllm.kernels.quantized`); for generation and evaluation only, from then on."""
+        if not self.is_quantized:
+            for block in self.backbone.blocks:
+                for module in block.modules():
+                    if isinstance(module, Weights) and module.weight.dim() == 2:
+                        module.quantize_()
+            self._int8_output = quantize(self.output_weight)
+            self.lm_head = None
+            self.requires_grad_(False)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_quantized:
+            raise UserError(
+                "the weights are int8, for generation only, and cannot be saved or exported. Load the model again without weights='int8'."
+            )
+        return super().state_dict(*args, **kwargs)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -131,12 +160,40 @@ class Model(nn.Module):
         """tokens (B, T) -> logits (B, T, V) in the compute dtype, (B, 1, V) with `last_only`. A cache is appended
         to."""
         with _gradients_unless(cache):
-            x = self.hidden(tokens, cache=cache, cu_seqlens=cu_seqlens)
-            if last_only:
-                x = x[:, -1:]
-            logits = kernels.matmul(x, self.output_weight.T)
+            decoder = None if cache is None or cu_seqlens is not None else self._decoder(tokens, cache)
+            if decoder is not None and cache is not None:
+                positions = torch.tensor([cache.length])
+                x = self.backbone.embed(tokens, positions, self.compute_dtype)[:, 0]
+                logits = decoder(x, cache.length)[:, None]
+                cache.advance(1)
+            else:
+                x = self.hidden(tokens, cache=cache, cu_seqlens=cu_seqlens)
+                x = x[:, -1:] if last_only else x
+                if self._int8_output is None:
+                    logits = kernels.matmul(x, self.output_weight.T)
+                else:
+                    logits = quantized_matmul(x, self._int8_output)
             softcap = self.config.softcap
             return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    def _decoder(self, tokens: Tensor, cache: KVCache) -> Decoder | None:
+        """What takes one token for each sequence through the layers in one call; None where the layers have to do it."""
+        room = cache.length < min(cache.max_len, self.config.max_seq_len)
+        if tokens.shape != (cache.batch, 1) or not room or torch.compiler.is_compiling():
+            return None
+        key = (self.embedding_weight.data_ptr(), self.is_quantized, self.compute_dtype, runtime.settings())
+        if cache.decoder is None or cache.decoder[0] != key:
+            cache.decoder = key, make_decoder(self._stack(), cache.keys, cache.values, self.compute_dtype)
+        return cache.decoder[1]
+
+    def _stack(self) -> Stack:
+        config = self.config
+        output = Linear(self.output_weight) if self._int8_output is None else Linear(self._int8_output)
+        return Stack(
+            [block.decoding() for block in self.backbone.blocks], self.backbone.decoding_norm(), output, config.head_size,
+            config.activation_name, config.eps, self.rotary_tables(self.embedding_weight.device) if config.position == "rotary" else None,
+            config.window_or_none or 0,
+        )  # fmt: skip
 
     def loss(
         self,

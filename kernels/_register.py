@@ -30,6 +30,7 @@ OPERATIONS = {
     "cross_entropy": "cross_entropy",
     "linear_cross_entropy": "linear_cross_entropy",
     "matmul": "matmul",
+    "quantized": "quantized",
     "adamw": "adamw",
 }
 

@@ -1,4 +1,5 @@
-"""The rival for whole steps: a plain PyTorch GPT, as a careful PyTorch user writes it. Also a readable reference of what is computed.
+"""The rivals: for whole steps a plain PyTorch GPT, as a careful PyTorch user writes it, also a readable reference of what is computed; for
+generation a plain PyTorch Llama and llama.cpp.
 
 Scaled-dot-product attention, fused AdamW, clip_grad_norm_, bf16 by autocast. B batch, T tokens, E width, H heads, V vocabulary.
 """
@@ -6,8 +7,10 @@ Scaled-dot-product attention, fused AdamW, clip_grad_norm_, bf16 by autocast. B 
 import contextlib
 import importlib.util
 import io
+import json
+import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -134,3 +137,152 @@ class NanoGPTStep:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.item()
+
+
+# ---- generation ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LlamaShape:
+    """A Llama to generate with: the same numbers build every contestant."""
+
+    name: str
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    ffn_dim: int
+    vocab_size: int = 32000
+    seq_len: int = 1024
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    @property
+    def num_weights(self) -> int:
+        """Those that a decoded token reads: all matrices but the embedding."""
+        attention = 2 * self.embed_dim * self.embed_dim + 2 * self.embed_dim * self.num_kv_heads * self.head_dim
+        return self.num_layers * (attention + 3 * self.embed_dim * self.ffn_dim) + self.vocab_size * self.embed_dim
+
+
+LLAMA_SHAPES = {
+    shape.name: shape
+    for shape in (
+        LlamaShape("llama-tiny", 2, 64, 4, 2, 128, vocab_size=97, seq_len=64),  # to try the script
+        LlamaShape("llama-125m", 12, 768, 12, 4, 2048),
+        LlamaShape("llama-1b", 22, 2048, 32, 8, 5632),
+    )
+}
+
+
+class PlainLlamaBlock(nn.Module):
+    def __init__(self, shape: LlamaShape) -> None:
+        super().__init__()
+        self.shape = shape
+        width, kv = shape.embed_dim, shape.num_kv_heads * shape.head_dim
+        self.norm_1, self.norm_2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.q, self.k, self.v = (nn.Linear(width, size, bias=False) for size in (width, kv, kv))
+        self.out = nn.Linear(width, width, bias=False)
+        self.gate, self.up = (nn.Linear(width, shape.ffn_dim, bias=False) for _ in range(2))
+        self.down = nn.Linear(shape.ffn_dim, width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
+        y = self.norm_1(x)  # (1, T, E)
+        q, k, v = (each(y).unflatten(2, (-1, self.shape.head_dim)).transpose(1, 2) for each in (self.q, self.k, self.v))
+
+        def rotated(t: Tensor) -> Tensor:
+            low, high = t.chunk(2, dim=-1)
+            return t * cos + torch.cat((-high, low), dim=-1) * sin
+
+        end = start + x.shape[1]
+        keys[:, :, start:end], values[:, :, start:end] = rotated(k), v
+        causal = x.shape[1] > 1
+        y = F.scaled_dot_product_attention(rotated(q), keys[:, :, :end], values[:, :, :end], is_causal=causal, enable_gqa=True)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        y = self.norm_2(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class PlainLlama(nn.Module):
+    """Prefill and greedy decoding with a preallocated cache, in plain PyTorch."""
+
+    def __init__(self, shape: LlamaShape, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape = shape
+        self.tokens = nn.Embedding(shape.vocab_size, shape.embed_dim)
+        self.blocks = nn.ModuleList(PlainLlamaBlock(shape) for _ in range(shape.num_layers))
+        self.norm = nn.RMSNorm(shape.embed_dim)
+        self.output = nn.Linear(shape.embed_dim, shape.vocab_size, bias=False)
+        self.to(dtype).requires_grad_(False)
+        angles = torch.arange(shape.seq_len)[:, None] * 10000.0 ** -(torch.arange(0, shape.head_dim, 2) / shape.head_dim)
+        self.cos, self.sin = (f(angles).repeat(1, 2).to(dtype) for f in (torch.cos, torch.sin))  # (T, D)
+        size = (shape.num_layers, 1, shape.num_kv_heads, shape.seq_len, shape.head_dim)
+        self.keys, self.values = torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype)
+        self.length = 0
+
+    def step(self, tokens: Tensor, start: int) -> int:
+        """tokens (1, T) at positions from `start` on -> the likeliest next token."""
+        x = self.tokens(tokens)
+        end = start + tokens.shape[1]
+        for block, keys, values in zip(self.blocks, self.keys, self.values):
+            x = block(x, self.cos[start:end], self.sin[start:end], keys, values, start)
+        return int(self.output(self.norm(x[:, -1])).argmax())
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor) -> int:
+        self.length = tokens.shape[1]
+        return self.step(tokens, 0)
+
+    @torch.no_grad()
+    def decode(self, token: int, count: int) -> int:
+        for i in range(count):
+            token = self.step(torch.tensor([[token]]), self.length + i)
+        return token
+
+
+class LlamaCpp:
+    """The same through llama.cpp: random weights of bf16 or q8_0, in a process of its own (llama_cpp_worker.py)."""
+
+    def __init__(self, python: str, shape: LlamaShape, weights: str, folder: Path, threads: int) -> None:
+        worker = Path(__file__).with_name("llama_cpp_worker.py")
+        command = [python, str(worker), json.dumps(asdict(shape)), str(folder), weights, str(threads)]
+        for more in ([], ["plain"]):
+            self.process = subprocess.Popen([*command, *more], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            try:
+                self._answer()
+                self._ask(prefill=[1] * 20)
+                return
+            except RuntimeError:
+                if more:
+                    raise
+                print("llama.cpp ended when asked for a first token: it takes part without its own layouts of the weights", file=sys.stderr)
+
+    @staticmethod
+    def is_present(python: str) -> bool:
+        found = subprocess.run([python, "-c", "import llama_cpp, gguf, numpy"], capture_output=True)
+        return found.returncode == 0
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().strip()
+        if not line:
+            raise RuntimeError("llama.cpp's process ended before it answered; its message stands above")
+        return line
+
+    def _ask(self, **request: list[int]) -> int:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return int(self._answer())
+
+    def prefill(self, tokens: Tensor) -> int:
+        return self._ask(prefill=tokens[0].tolist())
+
+    def decode(self, token: int, count: int) -> int:
+        return self._ask(decode=[token, count])
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()

@@ -280,6 +280,13 @@ def _dense_grid(batch: int, queries: int, num_keys: int, heads: int, kv_heads: i
     return _grid(at.dense(batch, queries, num_keys), heads, kv_heads)
 
 
+def work_bytes(dim: int) -> int:
+    """Work space of one worker of the forward pass."""
+    width = -(-dim // W) * W
+    size = 2 * ROWS * width * WORD + ROWS * (KEYS * WORD + _FORWARD_ROW) + 2 * KEYS * width * WORD + W * W * WORD
+    return -(-size // 4096) * 4096
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int, softcap: float, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -298,10 +305,7 @@ def forward(
         grid = _grid(at.documents(cu_seqlens), heads, kv_heads)
     work = (2.0 if causal else 4.0) * heads * dim * grid.pairs
     workers = min(grid.tasks, num_workers("attention", shapes, dtype, work))
-    width = -(-dim // W) * W
-    block_size, spare_size = KEYS * width * WORD, W * W * WORD
-    size = 2 * ROWS * width * WORD + ROWS * (KEYS * WORD + _FORWARD_ROW) + 2 * block_size + spare_size
-    size = -(-size // 4096) * 4096
+    block_size, size = KEYS * (-(-dim // W) * W) * WORD, work_bytes(dim)
     owner, address = scratch("attention", size * workers)
     tiles = int(dtype == torch.bfloat16 and scale > 0 and bf16_kernel() == TILES_KERNEL)
     packed = 0

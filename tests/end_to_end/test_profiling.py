@@ -37,6 +37,11 @@ def module(name: str) -> ModuleType:
     [
         ("kernels.py", ["--tiny", "--rounds", "1"], {"op", "shape", "dtype", "direction", "ours_ms", "peer_ms", "ratio", "share"}),
         ("train.py", ["--shapes", "tiny", "--rounds", "1"], {"shape", "precision", "seconds", "tokens_per_second", "ratio"}),
+        (
+            "generate.py",
+            ["--shapes", "llama-tiny", "--weights", "bf16", "int8", "--prompt", "9", "--tokens", "3", "--rounds", "1"],
+            {"shape", "weights", "prefill_tokens_per_second", "decode_tokens_per_second", "decode_ratio", "weights_gbps", "copy_gbps"},
+        ),
         ("memory.py", ["--shapes", "tiny", "--precision", "bf16"], MEMORY),
     ],
 )

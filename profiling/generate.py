@@ -1,0 +1,136 @@
+"""Generation at batch 1, ours against plain PyTorch and llama.cpp: prefill of a prompt, then greedy decoding, interleaved in one run.
+
+    python profiling/generate.py                             # the 125 M shape: fp32, bf16, int8
+    python profiling/generate.py --shapes llama-1b --weights bf16 int8
+    python profiling/generate.py --write generate --plot generate.png
+
+Weights are random: speed does not depend on them. llama.cpp takes part where llama-cpp-python and gguf are installed, with bf16 for
+bf16 and q8_0 for int8. Decoding reads every weight once a token: its limit is the memory, here the rate at which this machine copies.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import plots
+import torch
+from peers import LLAMA_SHAPES, LlamaCpp, LlamaShape, PlainLlama
+from report import add_output_options, finish, interleaved, print_table, run
+
+from cllm import Model, ModelConfig, runtime
+
+BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / 64}  # int8: with a float32 scale for 64
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
+
+
+class Ours:
+    """Our model behind the two calls that every contestant answers."""
+
+    def __init__(self, shape: LlamaShape, weights: str) -> None:
+        config = ModelConfig(
+            vocab_size=shape.vocab_size, embed_dim=shape.embed_dim, num_layers=shape.num_layers, num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads, ffn_dim=shape.ffn_dim, max_seq_len=shape.seq_len, norm="rms", tie_embeddings=False,
+        )
+        self.model = Model(config).to(DTYPES[weights])
+        if weights == "int8":
+            self.model.quantize_()
+
+    @torch.no_grad()
+    def prefill(self, tokens: torch.Tensor) -> int:
+        """tokens (1, T) into a fresh cache -> the next token."""
+        self.cache = self.model.make_cache(1)
+        return int(self.model(tokens, cache=self.cache, last_only=True)[0, -1].argmax())
+
+    @torch.no_grad()
+    def decode(self, token: int, count: int) -> int:
+        """`count` greedy tokens after the prompt; the cache goes back to its length, so that each round does the same."""
+        length = self.cache.length
+        for _ in range(count):
+            token = int(self.model(torch.tensor([[token]]), cache=self.cache, last_only=True)[0, -1].argmax())
+        self.cache.length = length
+        return token
+
+
+def contestants(shape: LlamaShape, weights: str, folder: Path, threads: int, llama_python: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"cllm": Ours(shape, weights)}
+    if weights != "int8":
+        found["torch"] = PlainLlama(shape, DTYPES[weights])
+    if weights != "fp32" and LlamaCpp.is_present(llama_python):
+        found["llama.cpp"] = LlamaCpp(llama_python, shape, weights, folder, threads)
+    return found
+
+
+def measure(shape: LlamaShape, weights: str, options: argparse.Namespace, threads: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    count, prompt = options.tokens, min(options.prompt, shape.seq_len - options.tokens - 1)
+    tokens = torch.randint(shape.vocab_size, (1, prompt))
+    with tempfile.TemporaryDirectory(prefix="cllm-generate-") as folder:
+        found = contestants(shape, weights, Path(folder), threads, options.llama_python)
+        prefill = interleaved({name: lambda each=each: each.prefill(tokens) for name, each in found.items()}, options.rounds, warmup=1)
+        decode = interleaved({name: lambda each=each: each.decode(1, count) for name, each in found.items()}, options.rounds, warmup=1)
+        if "llama.cpp" in found:
+            found["llama.cpp"].close()
+    weights_bytes = shape.num_weights * BYTES_PER_WEIGHT[weights]
+    gbps = weights_bytes * count / decode["cllm"] / 1e9
+    copy_gbps = runtime.ceilings().copy_gbps
+
+    def ratio(seconds: dict[str, float]) -> float | None:
+        others = [each for name, each in seconds.items() if name != "cllm"]
+        return min(others) / seconds["cllm"] if others else None
+
+    return {
+        "shape": shape.name, "weights": weights, "prompt": prompt, "tokens": count, "rounds": options.rounds,
+        "prefill_tokens_per_second": {name: prompt / each for name, each in prefill.items()},
+        "decode_tokens_per_second": {name: count / each for name, each in decode.items()},
+        "prefill_ratio": ratio(prefill), "decode_ratio": ratio(decode),
+        "weights_gbps": gbps, "copy_gbps": copy_gbps, "share_of_copy": gbps / copy_gbps,
+    }  # fmt: skip
+
+
+def draw(path: Path, rows: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for r in rows for name in r["decode_tokens_per_second"]))
+    labels = [f"{r['shape']}\n{r['weights']}" for r in rows]
+    series = {name: [r["decode_tokens_per_second"].get(name) for r in rows] for name in names}
+    plots.bars(path, "Greedy decoding at batch 1", labels, series, "tokens per second")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["llama-125m"], choices=LLAMA_SHAPES)
+    parser.add_argument("--weights", nargs="+", default=["fp32", "bf16", "int8"], choices=list(DTYPES))
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens decoded in a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--llama-python", default=sys.executable, metavar="PYTHON", help="the Python that has llama-cpp-python and gguf")
+    parser.add_argument("--threads", type=int)
+    add_output_options(parser)
+    options = parser.parse_args()
+    plots.check(options.plot)
+    threads = options.threads or runtime.device.usable_cores()
+    rows = []
+    with runtime.use(threads=options.threads):
+        torch.set_num_threads(threads)
+        for name in options.shapes:
+            rows += [measure(LLAMA_SHAPES[name], weights, options, threads) for weights in options.weights]
+    if not LlamaCpp.is_present(options.llama_python):
+        print(f"llama.cpp is absent: llama-cpp-python or gguf is not installed for {Path(options.llama_python).name} (see --llama-python)")
+
+    def rates(values: dict[str, float]) -> str:
+        return " / ".join(f"{each:,.1f}" for each in values.values())
+
+    def times(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
+    print_table(
+        ("shape", "weights", "contestants", "prefill tok/s", "ratio", "decode tok/s", "ratio", "weights GB/s", "of copy rate"),
+        [(r["shape"], r["weights"], " / ".join(r["decode_tokens_per_second"]), rates(r["prefill_tokens_per_second"]), times(r["prefill_ratio"]),
+          rates(r["decode_tokens_per_second"]), times(r["decode_ratio"]), f"{r['weights_gbps']:.1f}", f"{100 * r['share_of_copy']:.0f} %")
+         for r in rows],
+    )  # fmt: skip
+    finish(options, rows, lambda path: draw(path, rows), threads=options.threads)
+
+
+if __name__ == "__main__":
+    run(main)
