@@ -26,7 +26,7 @@ def table() -> str:
             speeds = row["tokens_per_second"]
             peer = max(speed for name, speed in speeds.items() if name != "cllm")
             lines.append(f"| {row['shape']} | {row['precision']} | {speeds['cllm']:,.0f} | {peer:,.0f} | {row['ratio']:.2f} |")
-        lines.append("")
+        lines += ["", *(f"Warning: {text}" for text in found.get("warnings", ())), ""]
     return "\n".join(lines)
 
 
