@@ -4,10 +4,14 @@ The cache folder's name holds the CPU's features and the versions of numba and l
 compiler is never loaded. numba writes each entry beside and renames it, and compiles anew what it cannot read; processes may start together.
 """
 
+import hashlib
+import io
 import os
 import re
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +19,8 @@ from typing import Any
 
 from cllm.runtime import heap, tuning
 from cllm.runtime.errors import BackendError
+
+DIGEST_BYTES = 32
 
 _ready = False
 _lock = threading.Lock()
@@ -119,7 +125,44 @@ def _set_up() -> None:
     for name, value in settings.items():  # numba may have been imported before us
         if os.environ[f"NUMBA_{name}"] == (" ".join(value) if isinstance(value, list) else value):
             setattr(numba.config, name, value)
+    _seal_cache()
     _announce_compilation()
+
+
+def _seal_cache() -> None:
+    """A damaged file of numba's cache is compiled again; without this it ends the program, or runs.
+
+    Each file ends with the SHA-256 of what comes before, looked at before numba unpickles anything. numba itself ignores what follows.
+    """
+    from numba.core import caching
+
+    files = caching.IndexDataCacheFile
+    load_index, load_data, open_for_write = files._load_index, files._load_data, files._open_for_write
+
+    def intact(path: str) -> bool:
+        try:
+            content = Path(path).read_bytes()
+        except OSError:
+            return False
+        return hashlib.sha256(content[:-DIGEST_BYTES]).digest() == content[-DIGEST_BYTES:]
+
+    def load_intact_index(self: Any) -> Any:
+        return load_index(self) if intact(self._index_path) else {}
+
+    def load_intact_data(self: Any, name: str) -> Any:
+        if not intact(self._data_path(name)):
+            raise OSError(f"{name} is damaged")  # which numba takes for a missing file
+        return load_data(self, name)
+
+    @contextmanager
+    def open_sealed(self: Any, path: str) -> Iterator[io.BytesIO]:
+        with open_for_write(self, path) as file:
+            content = io.BytesIO()
+            yield content
+            file.write(content.getvalue() + hashlib.sha256(content.getvalue()).digest())
+
+    for name, method in {"_load_index": load_intact_index, "_load_data": load_intact_data, "_open_for_write": open_sealed}.items():
+        setattr(files, name, method)
 
 
 def _announce_compilation() -> None:

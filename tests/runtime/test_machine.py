@@ -146,6 +146,27 @@ def test_processes_that_start_together_compile_into_one_cache(tmp_path):
     assert list(tmp_path.glob("numba-*/**/*.nbi"))
 
 
+def test_a_damaged_cache_of_compiled_kernels_is_compiled_again(tmp_path):
+    pytest.importorskip("numba")
+    (tmp_path / "kernel.py").write_text("import numba\n@numba.njit(cache=True)\ndef twice(x): return 2 * x\n")
+    code = "from cllm import runtime; runtime.numba_setup(); import kernel; print(kernel.twice(21), sum(kernel.twice.stats.cache_hits.values()))"
+    env = {**os.environ, "CLLM_CACHE_DIR": str(tmp_path), "NUMBA_CACHE_DIR": ""}
+
+    def run() -> str:
+        return subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    assert (run(), run()) == ("42 0\n", "42 1\n")
+    files = [*tmp_path.glob("numba-*/**/*.nbi"), *tmp_path.glob("numba-*/**/*.nbc")]
+    assert len(files) == 2
+    for file in files:
+        whole = file.read_bytes()
+        flipped = bytearray(whole)
+        flipped[len(whole) // 2] ^= 1
+        for damaged in (b"", whole[: len(whole) // 2], bytes(flipped), os.urandom(300)):
+            file.write_bytes(damaged)
+            assert (run(), run()) == ("42 0\n", "42 1\n"), f"{file.name} with {len(damaged)} bytes"
+
+
 def test_importing_the_runtime_loads_nothing_heavy():
     code = "import sys, cllm.runtime; print([m for m in ('torch', 'numpy', 'numba', 'llvmlite', 'rich', 'psutil') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
