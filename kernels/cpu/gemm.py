@@ -253,8 +253,8 @@ def _absent_off():
 _jit = numba.njit(cache=True, nogil=True)
 _block_pairs = _jit(_block_pairs_py if HAS_PAIRS else _absent_pairs)
 block_tiles = _jit(_block_tiles_py if HAS_TILES else _absent_tiles)
-_tiles_on = _jit(_tiles_on_py if HAS_TILES else _absent_on)
-_tiles_off = _jit(_tiles_off_py if HAS_TILES else _absent_off)
+tiles_on = _jit(_tiles_on_py if HAS_TILES else _absent_on)
+tiles_off = _jit(_tiles_off_py if HAS_TILES else _absent_off)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -314,7 +314,7 @@ def _multiply(p, task, scratch):
     sums, sums_row = packed_b + p[TILE_C] * (BLOCK_WORDS * WORD), p[TILE_C] * WORD
     per_word = 1 if p[KERNEL] == 0 else 2
     if p[KERNEL] == 2:
-        _tiles_on(p[CONFIG])
+        tiles_on(p[CONFIG])
     for k in range(0, p[DEPTH], p[BLOCK]):
         num_k = min(p[BLOCK], p[DEPTH] - k)
         words = (num_k + per_word - 1) // per_word
@@ -343,7 +343,7 @@ def _multiply(p, task, scratch):
                 a, a_strip, a_row, a_step = p[A] + r0 * p[A_ROW] * 2 + k * 2, W * p[A_ROW] * 2, p[A_ROW] * 2, W * WORD
             block_tiles(a, a_strip, a_row, a_step, b, b_strip, sums, sums_row, first, out, out_row, padded, rows, columns)
     if p[KERNEL] == 2:
-        _tiles_off()
+        tiles_off()
     if not direct:
         _finish(p, sums, sums_row, r0, c0, rows, columns)
 

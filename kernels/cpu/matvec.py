@@ -17,10 +17,10 @@ from numba import types
 from torch import Tensor
 
 from cllm.kernels.cpu import activation, gemm, int8, pack, simd
-from cllm.kernels.cpu.attention_amx import HAS_PAIRS, BFloat
 from cllm.kernels.cpu.int8 import GROUP_ROWS, HAS_INTEGERS, INTEGER_ROWS, LINE, STRIPS, TILE_BYTES
 from cllm.kernels.cpu.launch import Kernel, int64_at, is_half, load, scratch, store
-from cllm.kernels.cpu.micro import HAS_TILES, WORD, make_micro, make_tile_micro, tile_configure, tile_release
+from cllm.kernels.cpu.micro import HAS_PAIRS, HAS_TILES, WORD, make_micro, make_tile_micro
+from cllm.kernels.cpu.micro import _BFloat as BFloat
 from cllm.kernels.cpu.pack import pack_strip
 from cllm.kernels.cpu.simd import F32, I64, VF, VI, W, intrinsic, vadd, vload, vstore
 from cllm.kernels.quantized import SCALE_BLOCK, STRIP, Quantized
@@ -184,14 +184,6 @@ def _tiles_block_py(x, b, b_strip, b_row, b_step, turned, steps, strips, first):
             _tiles_1(at_b, b_strip, b_row, b_step, x, 0, old, W * WORD, to, W * WORD, steps)
 
 
-def _on_py(address):
-    tile_configure(address)
-
-
-def _off_py():
-    tile_release()
-
-
 def _absent_block(x, b, sums, rows, words, strips, first):
     pass
 
@@ -204,21 +196,11 @@ def _absent_fill(rows_first, source, row, words, target):
     pass
 
 
-def _absent_on(address):
-    pass
-
-
-def _absent_off():
-    pass
-
-
 # A CPU without the instructions must not see them: LLVM could not select them.
 _jit = numba.njit(cache=True, nogil=True)
 _pairs_block = _jit(_pairs_block_py if HAS_PAIRS else _absent_block)
 _tiles_block = _jit(_tiles_block_py if HAS_TILES else _absent_tiles)
 _fill_paired = _jit(_fill_paired_py if W == 16 else _absent_fill)
-_tiles_on = _jit(_on_py if HAS_TILES else _absent_on)
-_tiles_off = _jit(_off_py if HAS_TILES else _absent_off)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -335,12 +317,12 @@ def _launch(p, f, task, worker):
     kernel = int64_at(job, KERNEL)
     tiles = kernel in (TILES, INTEGERS)
     if tiles:
-        _tiles_on(p[CONFIGURATION] if kernel == TILES else int64_at(job, TILE_CONFIGURATION))
+        gemm.tiles_on(p[CONFIGURATION] if kernel == TILES else int64_at(job, TILE_CONFIGURATION))
     if int64_at(job, PARTNER) != 0:
         _columns(int64_at(job, PARTNER), scratch, begin, end)
     _columns(job, scratch, begin, end)
     if tiles:
-        _tiles_off()
+        gemm.tiles_off()
 
 
 kernel = Kernel(_launch)
