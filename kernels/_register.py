@@ -7,6 +7,7 @@ the module, and the module is imported when it first serves. A new backend is on
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -41,10 +42,15 @@ class _Backend(NamedTuple):
     priority: int  # the highest that can serve is chosen
 
 
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _BACKENDS = {
     "numba": _Backend("cllm.kernels.cpu", ("cpu",), 100),
+    "triton": _Backend("cllm.kernels.gpu", ("cuda",), 100),
     "torch": _Backend("cllm.kernels.reference", ("cpu", "cuda", "mps", "xpu"), 0),
 }
+
+if _INTERPRETED:  # Triton then runs on the CPU, for whoever asks for it by name: slow, and exact enough to test every kernel
+    _BACKENDS["triton"] = _BACKENDS["triton"]._replace(device_types=("cuda", "cpu"), priority=-1)
 
 Shapes = tuple[tuple[int, ...], ...]
 _MAX_HEAD_DIM = 256
@@ -52,19 +58,22 @@ _MAX_CACHED_PLANS = 4096
 _modules: dict[tuple[Any, ...], ModuleType] = {}
 
 
-def _numba_can_serve(op: str) -> Callable[..., tuple[bool, str]]:
-    module_name = f"{_BACKENDS['numba'].package}.{OPERATIONS[op]}"
+def _can_serve(op: str, name: str) -> Callable[..., tuple[bool, str]]:
+    """Whether the kernels of package `name` ("numba" or "triton") can serve `op`."""
+    module_name = f"{_BACKENDS[name].package}.{OPERATIONS[op]}"
+    dtypes = ("float32", "bfloat16") if name == "numba" else ("float32", "bfloat16", "float16")
+    praise = "explicit SIMD, every core" if name == "numba" else "fused Triton kernels"
 
     def can_serve(shapes: Shapes, dtype: torch.dtype | str, device: str) -> tuple[bool, str]:
-        if str(dtype).removeprefix("torch.") not in ("float32", "bfloat16"):
-            return False, f"the numba kernels compute float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+        if str(dtype).removeprefix("torch.") not in dtypes:
+            return False, f"the {name} kernels compute {', '.join(dtypes)}, not {str(dtype).removeprefix('torch.')}"
         if op == "attention" and shapes and shapes[0][-1] > _MAX_HEAD_DIM:
             return False, f"head size {shapes[0][-1]} is larger than {_MAX_HEAD_DIM}"
-        if importlib.util.find_spec("numba") is None:
-            return False, "numba is not installed"
+        if importlib.util.find_spec(name) is None:
+            return False, f"{name} is not installed"
         if importlib.util.find_spec(module_name) is None:
             return False, f"there is no {module_name}"
-        return True, "explicit SIMD, every core"
+        return True, praise
 
     return can_serve
 
@@ -76,7 +85,7 @@ def _torch_can_serve(shapes: Shapes, dtype: torch.dtype | str, device: str) -> t
 def _register_backends() -> None:
     for op in OPERATIONS:
         for name, entry in _BACKENDS.items():
-            can_serve = _numba_can_serve(op) if name == "numba" else _torch_can_serve
+            can_serve = _torch_can_serve if name == "torch" else _can_serve(op, name)
             for device_type in entry.device_types:
                 runtime.register_backend(op, name, device_type, entry.priority, can_serve)
 

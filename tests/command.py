@@ -1,6 +1,7 @@
 """The command as a user types it: a subprocess, its exit status, what it prints where."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ class Ran:
 
 
 def cllm(*arguments: object, cwd: Path | None = None, stdin: str = "", timeout: float = 240) -> Ran:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}  # no user has it
     done = subprocess.run(
-        [sys.executable, "-m", "cllm", *map(str, arguments)], cwd=cwd, input=stdin, capture_output=True, text=True, timeout=timeout
+        [sys.executable, "-m", "cllm", *map(str, arguments)], cwd=cwd, env=environment, input=stdin, capture_output=True, text=True, timeout=timeout
     )
     assert "Traceback" not in done.stderr, done.stderr
     return Ran(done.returncode, done.stdout, done.stderr)

@@ -11,7 +11,8 @@ import torch
 
 from cllm import runtime
 
-BACKENDS = ("torch", "numba")
+BACKENDS = ("torch", "numba", *(("triton",) if importlib.util.find_spec("triton") else ()))
+_FOLDERS = {"numba": "cpu", "triton": "gpu"}
 _FILE_OF = {"rms_norm": "norm", "layer_norm": "norm"}
 
 
@@ -48,8 +49,8 @@ def serve():
     scopes = []
 
     def enter(backend: str, op: str, threads: int | None = None) -> None:
-        if backend == "numba" and importlib.util.find_spec(f"cllm.kernels.cpu.{_FILE_OF.get(op, op)}") is None:
-            pytest.skip(f"there is no numba kernel for {op}")
+        if backend in _FOLDERS and importlib.util.find_spec(f"cllm.kernels.{_FOLDERS[backend]}.{_FILE_OF.get(op, op)}") is None:
+            pytest.skip(f"there is no {backend} kernel for {op}")
         scope = runtime.use(backend=backend, threads=threads)
         scope.__enter__()
         scopes.append(scope)

@@ -1,0 +1,111 @@
+"""What one GPU has, and how many blocks a kernel gets on it: read from the device, or described where a kernel is only compiled.
+
+Kernels choose tiles by these numbers, never by a product's name. The descriptions below serve compilation without a GPU alone.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One GPU. Bytes and counts per multiprocessor unless they say otherwise."""
+
+    name: str
+    arch: int
+    """Compute capability as one number: 80, 89, 90, 100; for AMD the digits of gfx."""
+    num_sms: int
+    shared_bytes: int
+    """The most shared memory that one block may ask for."""
+    shared_bytes_per_sm: int
+    l2_bytes: int
+    memory_bytes: int
+    registers_per_sm: int = 65536
+    threads_per_sm: int = 2048
+    blocks_per_sm: int = 32
+    warp_size: int = 32
+    vendor: str = "nvidia"
+    index: int = 0
+
+    @property
+    def is_hopper(self) -> bool:
+        return self.vendor == "nvidia" and self.arch == 90
+
+    def occupancy(self, registers: int, shared_bytes: int, num_warps: int) -> int:
+        """Blocks that fit on one multiprocessor at once; `registers` per thread, allocated in units of 8 per thread."""
+        threads = num_warps * self.warp_size
+        limits = [self.blocks_per_sm, self.threads_per_sm // threads]
+        if registers:
+            limits.append(self.registers_per_sm // (-(-registers // 8) * 8 * threads))
+        if shared_bytes:
+            limits.append(self.shared_bytes_per_sm // (shared_bytes + 1024))  # the driver keeps 1 KiB of each block
+        return max(0, min(limits))
+
+    def persistent_blocks(self, num_tiles: int, blocks_per_sm: int = 1) -> int:
+        """The grid of a kernel whose blocks walk over tiles: as many as run at once, and never more than there are tiles."""
+        return max(1, min(num_tiles, self.num_sms * blocks_per_sm))
+
+
+_KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
+DESCRIBED = {
+    "a100": GPU("described: A100", 80, 108, 163 * _KIB, 164 * _KIB, 40 * _MIB, 80 * _GIB),
+    "rtx4090": GPU("described: RTX 4090", 89, 128, 99 * _KIB, 100 * _KIB, 72 * _MIB, 24 * _GIB, threads_per_sm=1536, blocks_per_sm=24),
+    "h200": GPU("described: H200", 90, 132, 227 * _KIB, 228 * _KIB, 50 * _MIB, 141 * _GIB),
+    "b200": GPU("described: B200", 100, 148, 227 * _KIB, 228 * _KIB, 126 * _MIB, 180 * _GIB),
+}
+# What the interpreter plays: few multiprocessors, so that persistent kernels walk over several tiles.
+INTERPRETED = GPU("Triton's interpreter", 80, 3, 163 * _KIB, 164 * _KIB, 1 * _MIB, 1 * _GIB)
+
+_described: ContextVar[GPU | None] = ContextVar("cllm_described_gpu", default=None)
+
+
+@contextmanager
+def described(gpu: GPU) -> Iterator[GPU]:
+    """Everything inside the scope plans for `gpu`, whatever the machine has."""
+    token = _described.set(gpu)
+    try:
+        yield gpu
+    finally:
+        _described.reset(token)
+
+
+@lru_cache(maxsize=64)
+def _installed(index: int) -> GPU:
+    import torch
+
+    about: Any = torch.cuda.get_device_properties(index)
+    amd = torch.version.hip is not None
+    gfx = "".join(c for c in getattr(about, "gcnArchName", "").partition(":")[0] if c.isdigit())
+    arch = int(gfx or 0) if amd else 10 * about.major + about.minor
+    return GPU(
+        name=about.name,
+        arch=arch,
+        num_sms=about.multi_processor_count,
+        shared_bytes=getattr(about, "shared_memory_per_block_optin", 48 * _KIB) or 64 * _KIB,
+        shared_bytes_per_sm=getattr(about, "shared_memory_per_multiprocessor", 64 * _KIB),
+        l2_bytes=getattr(about, "L2_cache_size", 0),
+        memory_bytes=about.total_memory,
+        registers_per_sm=getattr(about, "regs_per_multiprocessor", 65536),
+        threads_per_sm=about.max_threads_per_multi_processor,
+        warp_size=getattr(about, "warp_size", 32),
+        vendor="amd" if amd else "nvidia",
+        index=index,
+    )
+
+
+def gpu_of(device: Any) -> GPU:
+    """The GPU of a torch.device: the described one where a scope is open, the installed one, or what the interpreter plays."""
+    scope = _described.get()
+    if scope is not None:
+        return scope
+    if device.type != "cuda":
+        return INTERPRETED
+    if device.index is not None:
+        return _installed(device.index)
+    import torch
+
+    return _installed(torch.cuda.current_device())

@@ -1,0 +1,8 @@
+"""Before anything of cllm is imported: without a GPU, Triton's interpreter runs the GPU kernels."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():  # read by Triton when a kernel is defined, and by cllm.kernels when it registers the backends
+    os.environ["TRITON_INTERPRET"] = "1"
