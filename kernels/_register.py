@@ -150,6 +150,13 @@ def tensor_or_empty(value: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if value is None else value
 
 
+def like_weight(gradient: Tensor, weight: Tensor | None) -> Tensor:
+    """The gradient in the memory layout of its weight, which autograd would otherwise copy it to, slowly, at every step."""
+    if weight is None or gradient.stride() == (layout := torch.empty_like(weight, device="meta")).stride():
+        return gradient
+    return torch.empty_strided(layout.shape, layout.stride(), dtype=gradient.dtype, device=gradient.device).copy_(gradient)
+
+
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of per-row statistics such as log-sum-exp: float32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cllm.kernels._register import backend, check_floating, check_weight, operation, tensor_or_empty
+from cllm.kernels._register import backend, check_floating, check_weight, like_weight, operation, tensor_or_empty
 from cllm.runtime.errors import UserError
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
@@ -67,7 +67,8 @@ def _backward_fake(
     dy: Tensor, x: Tensor, w_gate: Tensor | None, w_up: Tensor, w_down: Tensor, activation: str,
     b_up: Tensor | None, b_down: Tensor | None, kept_z: Tensor | None, kept_up: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, w_gate, w_up, w_down, b_up, b_down))
+    activations = x.new_empty(x.shape)
+    return activations, *(x.new_empty(0) if t is None else torch.empty_like(t) for t in (w_gate, w_up, w_down, b_up, b_down))
 
 
 @operation("feed_forward_backward", _backward_fake)
@@ -75,11 +76,11 @@ def _feed_forward_backward(
     dy: Tensor, x: Tensor, w_gate: Tensor | None, w_up: Tensor, w_down: Tensor, activation: str,
     b_up: Tensor | None, b_down: Tensor | None, kept_z: Tensor | None, kept_up: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx, dw_gate, dw_up, dw_down, db_up, db_down); what has no input is empty."""
+    """(dx, dw_gate, dw_up, dw_down, db_up, db_down), gradients in the layout of their weights; what has no input is empty."""
     serving = _serving(x, w_gate, w_up, 6.0 if kept_z is None else 4.0)
     grads = serving.backward(dy.contiguous(), x, w_gate, w_up, w_down, activation, b_up, b_down, kept_z, kept_up)
     dx, dw_gate, dw_up, dw_down, db_up, db_down = (tensor_or_empty(grad, x) for grad in grads)
-    return dx, dw_gate, dw_up, dw_down, db_up, db_down
+    return dx, like_weight(dw_gate, w_gate), like_weight(dw_up, w_up), like_weight(dw_down, w_down), db_up, db_down
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

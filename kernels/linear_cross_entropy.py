@@ -92,6 +92,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     _, *stats, dx, dweight = output
     _, _, lse, divisor = stats
     ctx.mark_non_differentiable(*stats, dx, dweight)
+    ctx.set_materialize_grads(False)  # or autograd fills a vocabulary matrix with zeros for `dweight`, at every step
     if ctx.with_grads:
         ctx.save_for_backward(dx, dweight)
     else:
@@ -112,7 +113,9 @@ def _is_final_unit_gradient(dloss: Tensor) -> bool:
     )
 
 
-def _backward(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return (None,) * 10
     if ctx.with_grads:
         dx, dweight = ctx.saved_tensors
         if not _is_final_unit_gradient(dloss):

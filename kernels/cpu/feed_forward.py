@@ -79,12 +79,12 @@ def forward(
 
 
 class _Sum:
-    """A weight's gradient: the sum over row blocks in float32, then the weight's dtype."""
+    """A weight's gradient in the weight's layout: the sum over row blocks in float32, then the weight's dtype."""
 
     def __init__(self, weight: torch.Tensor, blocks: int):
         once = blocks <= 1
         self.dtype = weight.dtype
-        self.total = torch.empty(weight.shape, dtype=weight.dtype if once else torch.float32)
+        self.total = torch.empty_like(weight, dtype=weight.dtype if once else torch.float32)
         self.started = False
         if blocks == 0:
             self.total.zero_()
