@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cllm.data import Windows
+from cllm.microbatch import IGNORED
 from cllm.runtime.errors import DataError, UserError
-from cllm.step import IGNORED
 
 if TYPE_CHECKING:
     from cllm.data import TokenSplit
@@ -56,9 +56,11 @@ def evaluate(
     if not 1 <= seq_len <= model.config.max_seq_len or batch_size < 1:
         raise UserError(f"seq_len must be within 1 and {model.config.max_seq_len} and batch_size >= 1, got {seq_len} and {batch_size}.")
     nats, correct, num_targets, done = 0.0, 0, 0, 0
+    device = model.embedding_weight.device
     for batch in Windows(split, seq_len, batch_size, document_mask=document_mask):
         count = int((batch.targets != IGNORED).sum())
-        _, stats = model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, return_stats=True)
+        bounds = None if batch.cu_seqlens is None else batch.cu_seqlens.to(device)
+        _, stats = model.loss(batch.tokens.to(device), batch.targets.to(device), cu_seqlens=bounds, return_stats=True)
         nats += float(stats.losses.double().sum())
         correct += int(stats.correct.sum())
         num_targets += count

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cllm import kernels
 from cllm.cache import KVCache
@@ -29,7 +30,9 @@ class Context:
         cu_seqlens: Tensor | None,
         cache: KVCache | None,
         window: int | None,
+        recompute: str = "none",
     ) -> None:
+        self.recompute = recompute
         self.positions = positions
         self.rotary_tables = rotary_tables
         self.cu_seqlens = cu_seqlens
@@ -41,6 +44,17 @@ class Context:
         if self.cache is not None:
             k, v = self.cache.extend(layer, k, v)
         return kernels.attention(q, k, v, causal=True, window=self.window, cu_seqlens=self.cu_seqlens)
+
+
+    def through(self, blocks: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x through all blocks, keeping inside them what `recompute` says."""
+        h: Tensor | None = None
+        for block in blocks:
+            if self.recompute == "blocks" and torch.is_grad_enabled():
+                x, h = checkpoint(block, x, h, self, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, h = block(x, h, self)
+        return x, h
 
 
 class Weights(nn.Module):
@@ -127,11 +141,13 @@ class LlamaMLP(nn.Module):
         self.up_proj = Weights(config.ffn_size, config.embed_dim)
         self.down_proj = Weights(config.embed_dim, config.ffn_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         if gate.quantized is not None and up.quantized is not None and down.quantized is not None:
             return quantized_feed_forward(x, gate.quantized, up.quantized, down.quantized, activation=self.activation)
-        return kernels.feed_forward(x, gate.weight, up.weight, down.weight, activation=self.activation)
+        return kernels.feed_forward(
+            x, gate.weight, up.weight, down.weight, activation=self.activation, recompute=context.recompute == "feed_forward"
+        )
 
 
 class LlamaBlock(nn.Module):
@@ -146,7 +162,7 @@ class LlamaBlock(nn.Module):
     def forward(self, x: Tensor, h: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
         y, h = _rms_norm(x, h, self.input_layernorm, self.eps)
         y, h = _rms_norm(self.self_attn(y, context), h, self.post_attention_layernorm, self.eps)
-        return self.mlp(y), h
+        return self.mlp(y, context), h
 
     def decoding(self) -> Layer:
         attention, mlp = self.self_attn, self.mlp
@@ -180,10 +196,7 @@ class LlamaBackbone(nn.Module):
         return kernels.embedding(tokens, self.embed_tokens.weight, dtype)
 
     def forward(self, tokens: Tensor, context: Context, dtype: torch.dtype) -> Tensor:
-        x = self.embed(tokens, context.positions, dtype)
-        h: Tensor | None = None
-        for block in self.layers:
-            x, h = block(x, h, context)
+        x, h = context.through(self.layers, self.embed(tokens, context.positions, dtype))
         return _rms_norm(x, h, self.norm, self.eps)[0]
 
 
@@ -208,15 +221,16 @@ class GPT2MLP(nn.Module):
         self.c_fc = Conv1D(config.embed_dim, config.ffn_size, bias=config.ffn_size)
         self.c_proj = Conv1D(config.ffn_size, config.embed_dim, bias=config.embed_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         up, down = self.c_fc, self.c_proj
         if up.quantized is not None and down.quantized is not None:
             return quantized_feed_forward(
                 x, None, up.quantized, down.quantized, activation=self.activation, b_up=up.bias, b_down=down.bias
             )
         return kernels.feed_forward(
-            x, None, up.outputs_first(), down.outputs_first(), activation=self.activation, b_up=up.bias, b_down=down.bias
-        )
+            x, None, up.outputs_first(), down.outputs_first(), activation=self.activation, b_up=up.bias, b_down=down.bias,
+            recompute=context.recompute == "feed_forward",
+        )  # fmt: skip
 
 
 class GPT2Block(nn.Module):
@@ -231,7 +245,7 @@ class GPT2Block(nn.Module):
     def forward(self, x: Tensor, h: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
         y, h = _layer_norm(x, h, self.ln_1, self.eps)
         y, h = _layer_norm(self.attn(y, context), h, self.ln_2, self.eps)
-        return self.mlp(y), h
+        return self.mlp(y, context), h
 
     def decoding(self) -> Layer:
         qkv, attention, mlp = self.attn.c_attn.decoding(), self.attn, self.mlp
@@ -270,10 +284,7 @@ class GPT2Backbone(nn.Module):
         )
 
     def forward(self, tokens: Tensor, context: Context, dtype: torch.dtype) -> Tensor:
-        x = self.embed(tokens, context.positions, dtype)
-        h: Tensor | None = None
-        for block in self.h:
-            x, h = block(x, h, context)
+        x, h = context.through(self.h, self.embed(tokens, context.positions, dtype))
         return _layer_norm(x, h, self.ln_f, self.eps)[0]
 
 

@@ -40,15 +40,22 @@ class MemoryPrediction:
         return sorted(parts, key=lambda part: -part[1])
 
 
-def predict(config: ModelConfig, batch_size: int, seq_len: int, precision: str = "fp32") -> MemoryPrediction:
+RECOMPUTE = ("none", "feed_forward", "blocks")  # what the backward computes again, in rising order of work
+
+
+def predict(config: ModelConfig, batch_size: int, seq_len: int, precision: str = "fp32", recompute: str = "none") -> MemoryPrediction:
     """The memory of training with microbatches of batch_size x seq_len tokens."""
     parameters, tokens = config.num_parameters(), batch_size * seq_len
-    width = 2 if precision == "bf16" else 4
+    width = 4 if precision == "fp32" else 2
     queries, keys = config.num_heads * config.head_size, config.kv_heads * config.head_size
     # Per token and layer: the residual stream and its normalised copy, twice; q, k, v before and after norm or rotation; the attention's
     # output; the input of the feed-forward's activation, and with a gate what it multiplies.
-    per_layer = 4 * config.embed_dim + 2 * (queries + 2 * keys) + queries + config.ffn_size * (2 if config.gated else 1)
-    per_token = config.num_layers * (per_layer * width + 4 * (config.num_heads + 2)) + 3 * config.embed_dim * width
+    branches = 4 * config.embed_dim + 2 * (queries + 2 * keys) + queries
+    activated = config.ffn_size * (2 if config.gated else 1)
+    per_layer = branches * width + 4 * (config.num_heads + 2) + (activated * width if recompute == "none" else 0)
+    per_token = config.num_layers * per_layer + 3 * config.embed_dim * width
+    if recompute == "blocks":  # both streams between the blocks, and one block as a whole
+        per_token = (2 * config.num_layers + 3) * config.embed_dim * width + per_layer + activated * width
     feed_forward = tokens * config.ffn_size * width * (3 if config.gated else 2)  # hidden values and gradients of one layer at a time
     chunk = min(LOGIT_ROWS, tokens) * config.vocab_size * 4
     output_gradient = config.vocab_size * config.embed_dim * 4

@@ -35,7 +35,11 @@ RESIDUAL_PROJECTIONS = ("self_attn.o_proj.weight", "mlp.down_proj.weight", "attn
 
 class Model(nn.Module):
     """A decoder-only transformer of either family. `seed` fixes the initial weights, whatever the thread count and the
-    global RNG; on `torch.device("meta")` nothing is allocated or drawn."""
+    global RNG; on `torch.device("meta")` nothing is allocated or drawn.
+
+    `recompute` says what the backward computes again instead of keeping it: "none", "feed_forward" (the activation's
+    inputs) or "blocks" (everything inside a block, a third more work; Chen et al. 2016, arXiv 1604.06174). The bits are
+    the same."""
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
@@ -46,6 +50,7 @@ class Model(nn.Module):
             self.transformer = GPT2Backbone(config)
         self.lm_head = None if config.tie_embeddings else Weights(config.vocab_size, config.embed_dim)
         self._compute_dtype: torch.dtype | None = None
+        self.recompute = "none"
         self._int8_output: Quantized | None = None
         self._rotary_tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.initialise(seed)
@@ -98,8 +103,8 @@ class Model(nn.Module):
 
     @compute_dtype.setter
     def compute_dtype(self, dtype: torch.dtype) -> None:
-        if dtype not in (torch.float32, torch.bfloat16, torch.float64):
-            raise UserError(f"compute_dtype must be torch.float32 or torch.bfloat16, got {dtype}.")
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise UserError(f"compute_dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}.")
         self._compute_dtype = dtype
 
     @torch.no_grad()
@@ -119,21 +124,24 @@ class Model(nn.Module):
             drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
             parameter.copy_(drawn.normal_(0.0, std, generator=generator))
 
-    def hidden(self, tokens: Tensor, *, cache: KVCache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, *, cache: KVCache | None = None, cu_seqlens: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         """tokens (B, T) int64 -> the normalised last hidden state (B, T, E) in the compute dtype.
 
         With `cu_seqlens` (int32, documents packed over the B * T flattened tokens) each document sees only itself and
-        its positions start at 0, as if it stood alone; without, the rows of a batch are independent anyway. A cache and
-        cu_seqlens exclude each other.
+        its positions start at 0, as if it stood alone; without, the rows of a batch are independent anyway. `positions`
+        (B * T,) are those of `document_positions` where the caller has them already, and the bounds are then not checked.
+        A cache and cu_seqlens exclude each other.
         """
         if tokens.dim() != 2 or not tokens.numel():
             raise UserError(f"tokens must be (batch, tokens) and not empty, got the shape {tuple(tokens.shape)}.")
         batch, length = tokens.shape
-        positions: Tensor | None = None
         if cu_seqlens is not None:
             if cache is not None:
                 raise UserError("a cache cannot hold packed documents; leave out cache or cu_seqlens.")
-            positions = self._document_positions(cu_seqlens, tokens.numel()).to(tokens.device)
+            if positions is None:
+                positions = self.document_positions(cu_seqlens, tokens.numel()).to(tokens.device)
             tokens = tokens.reshape(1, -1)
         else:
             start = 0 if cache is None else cache.length
@@ -147,7 +155,7 @@ class Model(nn.Module):
             if start:
                 positions = torch.arange(start, start + length, device=tokens.device)
         tables = self.rotary_tables(tokens.device) if self.config.position == "rotary" else None
-        context = Context(positions, tables, cu_seqlens, cache, self.config.window_or_none)
+        context = Context(positions, tables, cu_seqlens, cache, self.config.window_or_none, self.recompute)
         with _gradients_unless(cache):
             x = self.backbone(tokens, context, self.compute_dtype)
         if cache is not None:
@@ -204,13 +212,14 @@ class Model(nn.Module):
         return_stats: bool = False,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        positions: Tensor | None = None,
     ) -> Any:
         """Mean cross entropy in nats over targets (B, T) that are not -100, or their sum / `divisor`. `return_stats`
         adds a `LossStats` (per-token losses, correct, log-sum-exp). Logits exist only in chunks."""
         if targets.shape != tokens.shape:
             raise UserError(f"targets must have the shape of tokens {tuple(tokens.shape)}, got {tuple(targets.shape)}.")
         return kernels.linear_cross_entropy(
-            self.hidden(tokens, cu_seqlens=cu_seqlens),
+            self.hidden(tokens, cu_seqlens=cu_seqlens, positions=positions),
             self.output_weight,
             targets,
             softcap=self.config.softcap,
@@ -240,7 +249,7 @@ class Model(nn.Module):
             )
         return self._rotary_tables[device]
 
-    def _document_positions(self, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    def document_positions(self, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
         """cu_seqlens (n + 1,) -> the place of each token in its own document, (num_tokens,) int64."""
         bounds = cu_seqlens.to("cpu", torch.int64)
         lengths = bounds.diff()

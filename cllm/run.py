@@ -102,13 +102,17 @@ def _print_settings(config: TrainConfig, model: ModelConfig, dataset: "Dataset",
 
 def _plan(model: "Model", config: TrainConfig, dataset: "Dataset", console: Console) -> None:
     """Memory predicted, speed measured over a few real steps whose result is thrown away."""
+    from cllm.device import choose_recompute, resolve
     from cllm.memory import predict
     from cllm.step import Microbatch, TrainStep
     from cllm.train import make_batches
 
     settings = config.train
     steps = settings.steps or 0
-    memory = predict(model.config, settings.batch_size, settings.seq_len, settings.precision)
+    device, _ = resolve(settings.device)
+    sizes = model.config, settings.batch_size, settings.seq_len, settings.precision
+    model.to(device).recompute, _ = choose_recompute(settings.recompute, *sizes, device)
+    memory = predict(*sizes, model.recompute)
     assert config.optim.learning_rate is not None
     step = TrainStep(model, settings.precision, config.optim.learning_rate, config.optim.grad_clip)
     batches = make_batches(dataset.train, config)

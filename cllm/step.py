@@ -7,50 +7,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from cllm.microbatch import IGNORED, Microbatch, StepResult
 from cllm.optim import AdamW
 from cllm.runtime.errors import UserError
 
 if TYPE_CHECKING:
+    from cllm.device_step import DeviceStep
     from cllm.model import Model
 
-IGNORED = -100
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+__all__ = ["IGNORED", "Microbatch", "StepResult", "TrainStep"]
 
-
-@dataclass(frozen=True)
-class Microbatch:
-    """tokens, targets (B, T) int64, targets -100 where there is none; cu_seqlens int32 over the B * T tokens, or None."""
-
-    tokens: torch.Tensor
-    targets: torch.Tensor
-    cu_seqlens: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step did. `loss`: nats per target before the update, smoothing and z-loss included. `updated`: False when it was skipped."""
-
-    loss: float
-    gradient_norm: float
-    largest_gradient: float
-    num_nonfinite: int
-    num_targets: int
-    learning_rate: float
-    updated: bool
-
-    @property
-    def finite(self) -> bool:
-        return self.num_nonfinite == 0 and math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
+LOSS_SCALE = "loss_scale"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainStep:
-    """Forward, backward, clip and AdamW update of a model whose parameters are float32 masters; `precision` is that of the activations."""
+    """Forward, backward, clip and AdamW update of a model whose parameters are float32 masters; `precision` is that of the activations.
+
+    Where the model lies on a GPU, the step runs there as two CUDA graphs (`device_step.py`); fp16, with its loss scaling, is for GPUs only.
+    """
 
     def __init__(
         self,
@@ -75,19 +55,47 @@ class TrainStep:
             model.compute_dtype = PRECISIONS[precision]
         self.optimizer = AdamW(model.named_parameters(), betas=betas, eps=eps, weight_decay=weight_decay)
         self.last: StepResult | None = None
+        self._device_step: DeviceStep | None = None
+        if model.embedding_weight.device.type == "cuda":
+            from cllm.device_step import DeviceStep
+
+            self._device_step = DeviceStep(
+                model, self.optimizer, grad_clip=grad_clip, label_smoothing=label_smoothing, z_loss=z_loss, loss_scaling=precision == "fp16"
+            )
+        elif precision == "fp16":
+            raise UserError("precision fp16 needs a GPU. On a CPU use bf16, which has the range of float32, or fp32.")
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What a step needs beside the weights to go on as if it had never stopped."""
+        state = self.optimizer.state_dict()
+        return state if self._device_step is None else state | {LOSS_SCALE: self._device_step.state()}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """The state of a run on the CPU goes on on a GPU and the other way round; the bits are then those of another device."""
+        self.optimizer.load_state_dict({name: tensor for name, tensor in state.items() if name != LOSS_SCALE})
+        if self._device_step is not None:
+            self._device_step.resume(self.optimizer.num_updates, state.get(LOSS_SCALE))
 
     def __call__(self, tokens: torch.Tensor, targets: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
         """tokens, targets (B, T) -> the loss before the update, a scalar float32 tensor. More of it in `last`."""
         return torch.tensor(self.run([Microbatch(tokens, targets, cu_seqlens)]).loss)
 
     def run(
-        self, microbatches: Sequence[Microbatch], learning_rate: float | None = None, beat: Callable[[], None] | None = None
+        self,
+        microbatches: Sequence[Microbatch],
+        learning_rate: float | None = None,
+        beat: Callable[[], None] | None = None,
+        ahead: Callable[[], Sequence[Microbatch]] | None = None,
     ) -> StepResult:
-        """One update from the gradients of all microbatches together. `beat` is called after each of them.
+        """One update from the gradients of all microbatches together. `beat` is called after each of them; `ahead` makes the microbatches
+        of the next update, and is called while a GPU works on this one.
 
         A loss or gradient that is not finite leaves weights, moments and the count of updates as they were.
         """
         rate = self.learning_rate if learning_rate is None else learning_rate
+        if self._device_step is not None:
+            self.last = self._device_step.run(microbatches, rate, beat, ahead)
+            return self.last
         loss, num_targets = self.accumulate(microbatches, beat)
         if math.isfinite(loss) and num_targets:
             updates = self.optimizer.num_updates

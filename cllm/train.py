@@ -11,13 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm import runtime
 from cllm.checkpoint import Checkpoint, CheckpointStore, check_tokenizer, load_weights, weights_of
 from cllm.data import Batches
+from cllm.device import choose_recompute, explained_out_of_memory, resolve
 from cllm.evaluate import Evaluation, evaluate
 from cllm.metrics import Metrics
 from cllm.monitor import BestLoss, Interrupted, NonFinitePolicy, RunLock, StopSignals
@@ -80,6 +83,7 @@ class Trainer:
         self.model, self.dataset, self.out = model, dataset, Path(out)
         self.tokenizer = tokenizer if tokenizer is not None else getattr(dataset, "tokenizer", None)
         self.config = (config or TrainConfig()).resolve(model.config, dataset.train.num_tokens)
+        self.device, _ = resolve(self.config.train.device)
         _check_fit(model, dataset, self.config, self.tokenizer)
         self._batches = make_batches(dataset.train, self.config)
         self.step = 0
@@ -91,6 +95,7 @@ class Trainer:
         self._last_saved: int | None = None
         self._resumed_from: int | None = None
         self._last_step: StepResult | None = None
+        self._prepared: tuple[int, list[Microbatch]] = (-1, [])
         self._validation: Evaluation | None = None
         self._unigram: float | None = None
 
@@ -102,9 +107,11 @@ class Trainer:
             raise UserError(f'resume must be "auto", True or False, got {resume!r}.')
         _make_folder(self.out)
         with RunLock(self.out), runtime.use(threads=self.config.train.threads), Reporter(self.out, self.config) as report, StopSignals() as stop:
-            self._open(resume, report)
+            with self._out_of_memory():
+                self._open(resume, report)
             with self._metrics:
-                self._loop(report, stop)
+                with self._out_of_memory():
+                    self._loop(report, stop)
                 result = self._result(report)
                 report.finish(result)
                 return result
@@ -118,7 +125,7 @@ class Trainer:
         while self.step < settings.steps and not self._best.exhausted(settings.patience):
             microbatches = self._microbatches(self.step)
             with report.step(self.step):
-                result = self._train_step.run(microbatches, lr(self.step, self._schedule), report.beat)
+                result = self._train_step.run(microbatches, lr(self.step, self._schedule), report.beat, partial(self._microbatches, self.step + 1))
             self.step += 1
             self._record(result, report)
             if self._checkpoint_due():
@@ -136,11 +143,13 @@ class Trainer:
         self._save(report)  # after early stopping; the last step has its checkpoint already
 
     def _microbatches(self, step: int) -> list[Microbatch]:
-        """The data of update number `step`: always the first batch when one batch is to be learnt by heart."""
+        """The data of update number `step`: always the first batch when one batch is to be learnt by heart. The last answer is kept."""
         settings = self.config.train
-        first = 0 if settings.overfit_one_batch else step * settings.grad_accum
-        batches = (self._batches.batch(first + number) for number in range(settings.grad_accum))
-        return [Microbatch(each.tokens, each.targets, each.cu_seqlens) for each in batches]
+        if self._prepared[0] != step:
+            first = 0 if settings.overfit_one_batch else step * settings.grad_accum
+            batches = (self._batches.batch(first + number) for number in range(settings.grad_accum))
+            self._prepared = step, [Microbatch(each.tokens, each.targets, each.cu_seqlens) for each in batches]
+        return self._prepared[1]
 
     def _record(self, result: StepResult, report: Reporter) -> None:
         self._last_step = result
@@ -225,6 +234,11 @@ class Trainer:
         config = self.config
         assert config.optim.learning_rate is not None and config.optim.min_lr is not None
         assert config.optim.warmup is not None and config.train.steps is not None
+        self.model.to(self.device)
+        sizes = self.model.config, config.train.batch_size, config.train.seq_len, config.train.precision
+        self.model.recompute, why = choose_recompute(config.train.recompute, *sizes, self.device)
+        if self.model.recompute != "none":
+            report.say(f"the backward computes again: {self.model.recompute} ({why})")
         self._schedule = Schedule(config.optim.learning_rate, config.optim.min_lr, config.optim.warmup, config.train.steps, config.optim.schedule)
         self._train_step = TrainStep(
             self.model, config.train.precision, config.optim.learning_rate, config.optim.grad_clip,
@@ -242,6 +256,10 @@ class Trainer:
         # What a resumed run will write again is dropped: later steps, and the evaluation that follows the checkpoint of this one.
         self._metrics.truncate(lambda row: row["step"] < self.step or (row["step"] == self.step and row["kind"] != "eval"))
 
+    def _out_of_memory(self) -> AbstractContextManager[None]:
+        settings = self.config.train
+        return explained_out_of_memory(self.model.config, settings.batch_size, settings.seq_len, settings.precision, self.model.recompute)
+
     def _check_same_run(self, found: Checkpoint) -> None:
         """A run goes on with the settings, data and tokenizer that it began with; anything else would be another run under its name."""
         stored = TrainConfig.from_dict(found.state["config"], found.state["sources"])
@@ -258,7 +276,7 @@ class Trainer:
 
     def _restore(self, found: Checkpoint, report: Reporter) -> None:
         load_weights(self.model, found.weights, found.path)
-        self._train_step.optimizer.load_state_dict(found.optimizer)
+        self._train_step.load_state_dict(found.optimizer)
         state = found.state
         self.step = self._resumed_from = self._last_saved = found.step
         self.tokens, self._seconds_before = state["tokens"], state["seconds"]
@@ -273,7 +291,7 @@ class Trainer:
     def _save(self, report: Reporter) -> None:
         if self._last_saved == self.step:
             return
-        weights, optimizer = weights_of(self.model), self._train_step.optimizer.state_dict()
+        weights, optimizer = weights_of(self.model), self._train_step.state_dict()
         state = {
             "model": self.model.config.to_dict(), "config": self.config.to_dict(), "sources": dict(self.config.sources),
             "tokenizer_hash": self.tokenizer.hash if self.tokenizer is not None else None, "data": self._data_identity(),

@@ -52,8 +52,14 @@ class TrainSection:
     seq_len: int = setting(256, "Tokens of one training sequence.", at_least=1, example=256)
     batch_size: int = setting(16, "Sequences of one microbatch, that is of one forward pass.", at_least=1, example=16)
     grad_accum: int = setting(1, "Microbatches whose gradients are summed for one update.", at_least=1, example=1)
-    precision: str = setting("auto", "Numbers of the forward and backward; weights and optimizer stay float32.", choices=("auto", "fp32", "bf16"))
-    device: str = setting("auto", "Where to train.", choices=("auto", "cpu"), result=False)
+    precision: str = setting(
+        "auto", "Numbers of the forward and backward; weights and optimizer stay float32.", choices=("auto", "fp32", "bf16", "fp16")
+    )
+    device: str = setting("auto", "Where to train: a GPU where there is one, or as asked.", choices=("auto", "cpu", "cuda"), result=False)
+    recompute: str = setting(
+        "auto", "What the backward computes again to save memory: auto is the least that fits.",
+        choices=("auto", "none", "feed_forward", "blocks"), result=False,
+    )  # fmt: skip
     threads: int | None = setting(None, "Upper limit of worker threads; any number gives the same bits.", at_least=1, example=2, result=False)
     seed: int = setting(0, "Seed of the initial weights and of the order of the data.", at_least=0, at_most=2**63 - 1, example=0)
     eval_every: int | None = setting(None, "Steps between evaluations of the whole validation split.", at_least=1, example=200, result=False)
@@ -346,7 +352,7 @@ class TrainConfig:
         derive("optim.min_lr", config.optim.learning_rate / 10, "learning_rate / 10")
         derive("optim.warmup", min(steps // 10, 1000), "a tenth of the steps, at most 1000")
         if config.train.precision == "auto":
-            precision, reason = _fastest_precision()
+            precision, reason = _fastest_precision(config.train.device)
             config = config.replace(f"derived: {reason}", precision=precision)
         return config
 
@@ -383,10 +389,17 @@ class TrainConfig:
         return "\n".join(lines)
 
 
-def _fastest_precision() -> tuple[str, str]:
-    """bf16 where this machine multiplies bf16 tiles in hardware (on its vector units alone bf16 is no faster than fp32), else fp32."""
+def _fastest_precision(asked: str) -> tuple[str, str]:
+    """bf16 where the device multiplies bf16 tiles in hardware (on vector units alone bf16 is no faster than fp32); fp16 on older GPUs; else fp32."""
+    from cllm.device import resolve
     from cllm.runtime import compiler
+    from cllm.runtime.gpu import gpu_of
 
+    device, _ = resolve(asked)
+    if device.type == "cuda":
+        gpu = gpu_of(device)
+        old = gpu.vendor == "nvidia" and gpu.arch < 80
+        return ("fp16", "this GPU multiplies fp16 tiles, not bf16") if old else ("bf16", "this GPU multiplies bf16 tiles in hardware")
     if "amx_bf16" in compiler.cpu_features():
         return "bf16", "this machine multiplies bf16 tiles in hardware"
     return "fp32", "this machine gains nothing from bf16"

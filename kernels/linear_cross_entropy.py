@@ -161,10 +161,15 @@ def _linear_cross_entropy(
     else:
         total = torch.full((), divisor, dtype=dtype, device=x.device)
     if with_grads:
+        # On a GPU the number of targets is not looked at: the host would wait for all that was launched before.
+        scale = 1.0 if reduction != "mean" else 1.0 / divisor if divisor is not None else 1.0 / float(total) if x.device.type == "cpu" else None
         serving = _serving(rows, weight, 6.0)
         losses, plain, correct, lse, dx, dweight = serving.forward_with_grads(
-            rows, weight, flat_targets, *options, 1.0 / float(total)
+            rows, weight, flat_targets, *options, 1.0 if scale is None else scale
         )
+        if scale is None:
+            dx.div_(total)
+            dweight.div_(total)
         dx = dx.view(x.shape)
     else:
         losses, plain, correct, lse = _serving(rows, weight, 2.0).forward(rows, weight, flat_targets, *options)

@@ -43,7 +43,7 @@ def test_epochs_of_a_flag_replace_steps_of_a_file_but_both_together_are_refused(
         ({"steps": True}, "steps must be a whole number, got True"),
         ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),
         ({"learning_rate": float("nan")}, "learning_rate must be a finite number"),
-        ({"precision": "bf61"}, "precision must be one of auto, fp32, bf16, got 'bf61'.*Did you mean 'bf16'"),
+        ({"precision": "bf61"}, "precision must be one of auto, fp32, bf16, fp16, got 'bf61'.*Did you mean 'bf16'"),
         ({"min_lr": 1.0, "learning_rate": 0.1}, "min_lr must be <= learning_rate"),
         ({"warmup": 20, "steps": 10}, "warmup must be <= steps"),
         ({"val_fraction": 1.0}, "val_fraction must be < 1.0"),
