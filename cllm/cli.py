@@ -33,6 +33,7 @@ tokenizer_app = typer.Typer(help="Train, use and measure a tokenizer.", no_args_
 app.add_typer(tokenizer_app, name="tokenizer")
 
 Json = Annotated[bool, typer.Option("--json", help="Progress to stderr; the last line of stdout is one JSON object.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Threads = Annotated[int | None, typer.Option(help="Upper limit of worker threads; any number gives the same bits.")]
 Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="A run, a checkpoint folder, a .cllm file or a Hugging Face folder.")]
 Weights = Annotated[str | None, typer.Option(help="fp32, bf16 or int8 in memory, whatever is stored; bf16 and int8 write faster.")]
@@ -52,10 +53,14 @@ def _readable(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _load(path: str, need_tokenizer: bool = True, weights: str | None = None) -> tuple[Any, Any]:
+def _load(path: str, need_tokenizer: bool = True, weights: str | None = None, device: str = "cpu") -> tuple[Any, Any]:
     from cllm.checkpoint import load
+    from cllm.device import resolve
 
+    # int8 weights have fast kernels on the CPU alone.
+    place, _ = resolve("cpu" if device == "auto" and weights == "int8" else device)
     model, tokenizer = load(path, weights=weights)
+    model.to(place)
     if need_tokenizer and tokenizer is None:
         raise DataError(f"{path} holds no tokenizer, so text cannot be read or written. Save one with it: cllm.save(model, path, tokenizer=...).")
     return model, tokenizer
@@ -167,6 +172,7 @@ def generate(
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute every token from scratch (a check, slow).")] = False,
     stream: Annotated[bool, typer.Option(help="Print the text as it is written.")] = True,
     weights: Weights = None,
+    device: Device = "auto",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -182,7 +188,7 @@ def generate(
         prompt = _read_text(prompt_file)
     assert prompt is not None
     with runtime.use(threads=threads):
-        model, tokenizer = _load(checkpoint, weights=weights)
+        model, tokenizer = _load(checkpoint, weights=weights, device=device)
         options: dict[str, Any] = dict(  # noqa: C408
             max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
             repetition_penalty=repetition_penalty, stop=tuple(stop or ()), use_cache=not no_cache,
@@ -213,6 +219,7 @@ def evaluate(
     seq_len: Annotated[int | None, typer.Option(help="Tokens of context [default: the model's].")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences at a time.")] = 8,
     weights: Weights = None,
+    device: Device = "auto",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -225,7 +232,7 @@ def evaluate(
     from cllm.evaluate import evaluate as run
 
     with runtime.use(threads=threads), tempfile.TemporaryDirectory(prefix="cllm-evaluate-") as scratch:
-        model, tokenizer = _load(checkpoint, weights=weights)
+        model, tokenizer = _load(checkpoint, weights=weights, device=device)
         if is_packed(data):
             dataset = Dataset.open(data, tokenizer_hash=tokenizer.hash)
             split = dataset.val if dataset.val.num_tokens > 1 else dataset.train

@@ -16,16 +16,16 @@ from cllm.runtime.errors import UserError
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, window: int | None = None,
-    softcap: float | None = None, cu_seqlens: Tensor | None = None, return_lse: Literal[False] = False,
+    softcap: float | None = None, cu_seqlens: Tensor | None = None, sinks: Tensor | None = None, return_lse: Literal[False] = False,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, window: int | None = None,
-    softcap: float | None = None, cu_seqlens: Tensor | None = None, return_lse: Literal[True],
+    softcap: float | None = None, cu_seqlens: Tensor | None = None, sinks: Tensor | None = None, return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, window: int | None = None,
-    softcap: float | None = None, cu_seqlens: Tensor | None = None, return_lse: bool = False,
+    softcap: float | None = None, cu_seqlens: Tensor | None = None, sinks: Tensor | None = None, return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """softmax(scale * q k^T) v without ever holding all the scores (Dao 2023, arXiv 2307.08691).
 
@@ -33,13 +33,25 @@ def attention(
     scaled scores (B, H, T) in float32, through which gradients flow. Queries are the last T positions of the S keys: with `causal`
     query t sees the keys s <= t + S - T; with `window` W only those with s > t + S - T - W. `scale` defaults to D ** -0.5;
     `softcap` c turns a score x into c * tanh(x / c). `cu_seqlens` int32 (n + 1,) holds the bounds of packed documents, with B = 1 and
-    T = S: a query sees its own document only. A query that sees nothing gets 0 and a log-sum-exp of -inf.
+    T = S: a query sees its own document only. A query that sees nothing gets 0 and a log-sum-exp of -inf. `sinks` (H,) adds to each
+    softmax a score that no value belongs to, learnt per head (Xiao et al. 2023, arXiv 2309.17453; as in gpt-oss).
     Raises UserError for shapes, dtypes or options that do not fit together.
     """
     _check(q, k, v, window, softcap, cu_seqlens)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     out, lse = _attention(q, k, v, causal, scale, window or 0, float(softcap or 0.0), cu_seqlens)
+    if sinks is not None:
+        out, lse = _with_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """One more score s in the softmax only scales what is there, by exp(lse) / (exp(lse) + exp(s)): no kernel need know of it."""
+    if sinks.shape != lse.shape[1:2] or not sinks.is_floating_point() or sinks.device != lse.device:
+        raise UserError(f"attention: sinks must be floating point ({lse.shape[1]},) on {lse.device}, got {sinks.dtype} {tuple(sinks.shape)}.")
+    score = sinks.to(lse.dtype).unsqueeze(-1)
+    share = torch.sigmoid(lse - score)  # (B, H, T)
+    return (out * share.transpose(1, 2).unsqueeze(-1)).to(out.dtype), torch.logaddexp(lse, score)
 
 
 def _check(

@@ -37,11 +37,11 @@ def _visible_keys(num_queries: int, num_keys: int, causal: bool, window: int | N
     return seen
 
 
-def plain_attention(q, k, v, *, causal=False, scale=None, window=None, softcap=None, cu_seqlens=None, return_lse=False):
+def plain_attention(q, k, v, *, causal=False, scale=None, window=None, softcap=None, cu_seqlens=None, sinks=None, return_lse=False):
     seen = visible_keys(q.shape[1], k.shape[1], causal, window, cu_seqlens)
     group = q.shape[2] // k.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if softcap is None and not return_lse:
+    if softcap is None and sinks is None and not return_lse:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True).transpose(1, 2)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -50,8 +50,10 @@ def plain_attention(q, k, v, *, causal=False, scale=None, window=None, softcap=N
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(wide).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), -1)
     lse = torch.logsumexp(scores, -1)
-    out = (torch.softmax(scores, -1).to(q.dtype) @ v).transpose(1, 2)
+    out = (torch.softmax(scores, -1)[..., : k.shape[-2]].to(q.dtype) @ v).transpose(1, 2)
     return (out, lse) if return_lse else out
 
 
@@ -112,6 +114,8 @@ ATTENTION = [
     attention_case("packed_window_softcap", qkv(1, 33, 33, 2, 2, 32), causal=True, window=4, softcap=3.0, cu_seqlens=_BOUNDS),
     attention_case("lse_gradient", qkv(1, 19, 26, 4, 2, 32), causal=True, return_lse=True),
     attention_case("lse_gradient_softcap", qkv(1, 19, 19, 2, 2, 32), causal=True, softcap=4.0, return_lse=True),
+    attention_case("sinks", lambda i: {**qkv(2, 9, 12, 4, 2, 16)(i), "sinks": i.normal(4)}, causal=True, return_lse=True),
+    attention_case("sinks_window_softcap", lambda i: {**qkv(1, 23, 23, 2, 2, 32)(i), "sinks": i.normal(2)}, causal=True, window=5, softcap=2.0),
     attention_case("slices_of_one_tensor", _slices_of_one_tensor, causal=True),
     attention_case("heads_first_layout", _heads_first_layout, causal=True),
     attention_case("expanded_keys", _expanded_keys),

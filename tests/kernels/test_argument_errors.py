@@ -25,6 +25,7 @@ LONG = torch.long
         (lambda: kernels.attention(Q, K, K, cu_seqlens=torch.tensor([0, 9], dtype=torch.int32)), "number of tokens, 4"),
         (lambda: kernels.attention(Q, K, K, cu_seqlens=torch.tensor([0, 3, 2, 4], dtype=torch.int32)), "rise from 0"),
         (lambda: kernels.attention(z(2, 4, 4, 8), z(2, 4, 2, 8), z(2, 4, 2, 8), cu_seqlens=z(2).int()), "B = 1"),
+        (lambda: kernels.attention(Q, K, K, sinks=z(3)), r"sinks must be floating point \(4,\)"),
         (lambda: kernels.feed_forward(z(3, 4), None, z(5, 4), z(4, 5), activation="swish"), "silu, gelu, gelu_tanh, relu2"),
         (lambda: kernels.feed_forward(z(3, 4), z(6, 4), z(5, 4), z(4, 5)), r"w_gate \(6, 4\)"),
         (lambda: kernels.feed_forward(z(3, 4), None, z(5, 4).double(), z(4, 5)), "w_up is torch.float64"),
