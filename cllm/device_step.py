@@ -79,16 +79,17 @@ class DeviceStep:
             [each.detach() for each in parameters], list(optimizer.exp_avg.values()), list(optimizer.exp_avg_sq.values()),
             list(optimizer.decays.values()),
         )  # fmt: skip
-        self._fused.state[0].fill_(optimizer.num_updates)
-        self._fused.state[1].fill_(FIRST_LOSS_SCALE if loss_scaling else 1.0)
+        self._state = self._fused.state.double()  # float64, as the learning rate and betas: float32 would round them
+        self._state[0].fill_(optimizer.num_updates)
+        self._state[1].fill_(FIRST_LOSS_SCALE if loss_scaling else 1.0)
         growth = GROWTH_INTERVAL if loss_scaling else 0.0
-        self._hyper_host = torch.tensor([0.0, *optimizer.betas, optimizer.eps, grad_clip, 1.0, 1.0, growth, 0.0])
+        self._hyper_host = torch.tensor([0.0, *optimizer.betas, optimizer.eps, grad_clip, 1.0, 1.0, growth, 0.0], dtype=torch.float64)
         if self.device.type == "cuda":
             self._hyper_host = self._hyper_host.pin_memory()
         # learning rate, betas, eps, clip, inverse scale, skip, growth as AdamW reads them, and 1 / the number of targets
         self._hyper = self._hyper_host.to(self.device)
         self._loss = torch.zeros((), device=self.device)
-        self._one, self._nan = torch.ones(1, device=self.device), torch.full((1,), math.nan, device=self.device)
+        self._one, self._nan = torch.ones_like(self._hyper[:1]), torch.full_like(self._hyper[:1], math.nan)
         self._stats = torch.zeros(3, device=self.device)
         self._slot: _Slot | None = None
         self._like: tuple[torch.Size, bool] | None = None
@@ -122,7 +123,7 @@ class DeviceStep:
             if beat is not None:
                 beat()
         self._play(self._update)
-        result = torch.cat((self._loss.reshape(1), self._stats, self._fused.state[:1]))
+        result = torch.cat((self._loss.reshape(1), self._stats, self._state[:1]))
         if ahead is not None:
             self._stage(ahead())
         loss, norm, largest, nonfinite, updates = result.tolist()  # waits for the step
@@ -133,16 +134,16 @@ class DeviceStep:
         return StepResult(loss, norm, largest, int(nonfinite), num_targets, learning_rate, updated)
 
     def state(self) -> torch.Tensor:
-        """float32 (4,), on the CPU: updates made, loss scale, good steps since it changed, updates left out."""
-        return self._fused.state.to("cpu", copy=True)
+        """float64 (4,), on the CPU: updates made, loss scale, good steps since it changed, updates left out."""
+        return self._state.to("cpu", copy=True)
 
     def resume(self, num_updates: int, state: torch.Tensor | None) -> None:
         """Goes on after `num_updates`, with the loss scale of `state` (from `state()`), or the one it has."""
         if state is not None:
-            if state.shape != self._fused.state.shape:
-                raise CheckpointError(f"the state of a GPU step has {self._fused.state.numel()} numbers, got {tuple(state.shape)}.")
-            self._fused.state.copy_(state)
-        self._fused.state[0].fill_(num_updates)
+            if state.shape != self._state.shape:
+                raise CheckpointError(f"the state of a GPU step has {self._state.numel()} numbers, got {tuple(state.shape)}.")
+            self._state.copy_(state)
+        self._state[0].fill_(num_updates)
 
     # -- what the graphs hold -----------------------------------------------------------------------------------------------
 
@@ -153,14 +154,14 @@ class DeviceStep:
         loss = self.model.loss(
             tokens, targets, divisor=1.0, cu_seqlens=cu_seqlens, positions=positions, label_smoothing=self.label_smoothing, z_loss=self.z_loss
         )
-        loss.backward(gradient=(self._fused.state[1] * self._hyper[8]).to(loss.dtype))
-        self._loss += loss.detach() * self._hyper[8]
+        loss.backward(gradient=(self._state[1] * self._hyper[8]).to(loss.dtype))
+        self._loss += (loss.detach() * self._hyper[8]).to(self._loss.dtype)
 
     def _update(self) -> None:
         # A loss that is not finite makes every gradient so: the update is left out by the same rule.
         self._hyper[5:6].copy_(torch.where(torch.isfinite(self._loss), self._one, self._nan))
         grads = [gradient for each in self._parameters if (gradient := each.grad) is not None]
-        self._fused.step(grads, self._hyper[:8], self._stats)
+        self._fused.run(grads, self._hyper[:8], self._state, self._stats)
         torch._foreach_zero_(grads)
 
     def _prepare(self, batch: Microbatch) -> None:
@@ -171,12 +172,12 @@ class DeviceStep:
             return
         with progress.stage("Capturing the step as CUDA graphs"):
             self._slot.fill(batch, self.model)
-            state = self._fused.state.clone()
+            state = self._state.clone()
             self._graphs[self._accumulate] = self._captured(self._accumulate)
             torch._foreach_zero_([each.grad for each in self._parameters if each.grad is not None])
             self._loss.fill_(math.nan)  # with it, an update changes nothing but its own counters
             self._graphs[self._update] = self._captured(self._update)
-            self._fused.state.copy_(state)
+            self._state.copy_(state)
 
     def _captured(self, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """Runs `body` a few times, then records it."""

@@ -95,10 +95,10 @@ def test_fp16_halves_its_loss_scale_when_gradients_overflow_and_resumes_with_it(
     step, _ = device_step(model, loss_scaling=True)
     model.compute_dtype = torch.float16
     assert step.state()[1] == FIRST_LOSS_SCALE
-    step._fused.state[1] = 2.0**24
+    step._state[1] = 2.0**24
     lost = step.run(microbatches(0), 1e-2)
     assert not lost.updated and step.state()[1] == 2.0**23
-    step._fused.state[1] = 1024.0
+    step._state[1] = 1024.0
     good = step.run(microbatches(0), 1e-2)
     assert good.updated and step.state().tolist() == [1.0, 1024.0, 1.0, 1.0]
     wide = TrainStep(Model(ModelConfig(**SIZES))).run(microbatches(0), 1e-2)

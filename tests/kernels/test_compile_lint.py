@@ -1,0 +1,63 @@
+"""Every kernel that can be launched compiles for every kind of GPU, without spills and with the right matrix instructions; no GPU is needed."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from cllm.kernels.gpu import inspection
+from cllm.kernels.gpu.inspection import Build, complaints
+from cllm.runtime.gpu import DESCRIBED
+
+SCRIPT = Path(__file__).resolve().parents[2] / "profiling" / "compile_lint.py"
+GOOD = Build("a_kernel", "sm_90", "a call", "BLOCK=64 w4 s2", registers=128, shared_bytes=64 << 10, num_warps=4, occupancy=3, wgmma=8)
+
+
+def lint(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, str(SCRIPT), *arguments, "--json"], capture_output=True, text=True, env=environment, timeout=900)
+
+
+@pytest.mark.timeout(900)
+def test_every_launch_compiles_for_every_gpu_without_complaints():
+    done = lint()
+    assert done.returncode == 0, done.stderr[-6000:] or done.stdout[-2000:]
+    builds = json.loads(done.stdout.splitlines()[-1])
+    for module in inspection.MODULES:
+        for gpu in DESCRIBED.values():
+            if module == "attention_hopper" and not gpu.is_hopper:
+                continue
+            targets = {build["target"] for build in builds if build["call"].startswith(f"{module}:")}
+            assert f"sm_{gpu.arch}" in targets, f"{module} launches nothing on {gpu.name}"
+    print(f"{len(builds)} builds without a complaint")
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"spill_bytes": 8}, "8 bytes of registers spilled"),
+        ({"shared_bytes": 240 << 10}, "a block has 232448"),
+        ({"occupancy": 0}, "not one block fits"),
+        ({"mma": 4, "wgmma": 0}, "not wgmma"),
+        ({"warnings": ("C7515: serialised",)}, "C7515"),
+        ({"error": "CompilationError: line 3"}, "does not compile: CompilationError"),
+    ],
+)
+def test_what_is_wrong_with_a_build_is_said(changes, complaint):
+    assert complaints(GOOD, DESCRIBED["h200"]) == []
+    assert any(complaint in each for each in complaints(dataclasses.replace(GOOD, **changes), DESCRIBED["h200"]))
+
+
+def test_occupancy_is_the_tightest_of_the_limits():
+    h200 = DESCRIBED["h200"]
+    assert h200.occupancy(32, 0, 4) == 16  # 2048 threads
+    assert h200.occupancy(128, 0, 4) == 4  # 65536 registers
+    assert h200.occupancy(32, 100 << 10, 4) == 2  # 228 KiB of shared memory
+    assert h200.occupancy(255, 0, 16) == 0  # a block that has too many registers
+    assert h200.persistent_blocks(1000, 2) == 264 and h200.persistent_blocks(7) == 7
