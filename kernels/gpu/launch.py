@@ -42,6 +42,11 @@ class Launch:
         return str(self.kernel.__name__)
 
 
+if triton.knobs.runtime.interpret:
+    from cllm.kernels.gpu import interpreter
+
+    interpreter.repair()
+
 _recorded: ContextVar[list[Launch] | None] = ContextVar("cllm_recorded_launches", default=None)
 _compiled: dict[tuple[Any, ...], Any] = {}
 
@@ -86,6 +91,8 @@ def _kind(arg: Any) -> Any:
         return arg.dtype, arg.data_ptr() & 15 == 0
     if type(arg) is int:
         return 1 if arg == 1 else (arg & 15 == 0, -LARGEST_INT32 - 1 <= arg <= LARGEST_INT32)
+    if hasattr(arg, "block_shape"):  # a tensor descriptor
+        return arg.base.dtype, tuple(arg.block_shape), getattr(arg, "layout", None), arg.padding
     return arg if arg is None else type(arg)
 
 

@@ -1,7 +1,6 @@
 """Fixtures of the kernel tests: the rule of `oracle.py`, the cases of `cases.py`, the backends, and allocations poisoned with NaN."""
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -78,20 +77,3 @@ def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
-
-
-@pytest.fixture(autouse=True)
-def rounding_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter cuts float32 off where a GPU rounds it to bfloat16."""
-    if os.environ.get("TRITON_INTERPRET") != "1" or "triton" not in BACKENDS:
-        return
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounded(values: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
-        if (source.name, target.name) != ("fp32", "bf16"):
-            return convert(values, source, target, rounding_mode)
-        return torch.tensor(values.view("float32")).bfloat16().view(torch.uint16).numpy().reshape(values.shape)
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounded)
