@@ -18,6 +18,7 @@ from torch import Tensor
 from cllm import runtime
 from cllm.runtime import profiler
 from cllm.runtime.errors import UserError
+from cllm.runtime.gpu import gpu_of
 
 # Operation as the plan knows it -> the file that holds it in each backend's folder.
 OPERATIONS = {
@@ -46,6 +47,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _BACKENDS = {
     "numba": _Backend("cllm.kernels.cpu", ("cpu",), 100),
     "triton": _Backend("cllm.kernels.gpu", ("cuda",), 100),
+    "gluon": _Backend("cllm.kernels.gpu.hopper", ("cuda",), 90),
     "torch": _Backend("cllm.kernels.reference", ("cpu", "cuda", "mps", "xpu"), 0),
 }
 
@@ -59,18 +61,23 @@ _modules: dict[tuple[Any, ...], ModuleType] = {}
 
 
 def _can_serve(op: str, name: str) -> Callable[..., tuple[bool, str]]:
-    """Whether the kernels of package `name` ("numba" or "triton") can serve `op`."""
+    """Whether the kernels of backend `name` can serve `op`."""
     module_name = f"{_BACKENDS[name].package}.{OPERATIONS[op]}"
-    dtypes = ("float32", "bfloat16") if name == "numba" else ("float32", "bfloat16", "float16")
-    praise = "explicit SIMD, every core" if name == "numba" else "fused Triton kernels"
+    library = "numba" if name == "numba" else "triton"
+    dtypes = {"numba": ("float32", "bfloat16"), "triton": ("float32", "bfloat16", "float16"), "gluon": ("bfloat16", "float16")}[name]
+    praise = {"numba": "explicit SIMD, every core", "triton": "fused Triton kernels", "gluon": "warp-specialised for Hopper"}[name]
 
     def can_serve(shapes: Shapes, dtype: torch.dtype | str, device: str) -> tuple[bool, str]:
         if str(dtype).removeprefix("torch.") not in dtypes:
             return False, f"the {name} kernels compute {', '.join(dtypes)}, not {str(dtype).removeprefix('torch.')}"
         if op == "attention" and shapes and shapes[0][-1] > _MAX_HEAD_DIM:
             return False, f"head size {shapes[0][-1]} is larger than {_MAX_HEAD_DIM}"
-        if importlib.util.find_spec(name) is None:
-            return False, f"{name} is not installed"
+        if name == "gluon" and (op != "attention" or not gpu_of(torch.device(device)).is_hopper):
+            return False, "there are Gluon kernels for attention on Hopper alone"
+        if name == "gluon" and shapes and shapes[0][-1] not in (64, 128, 256):
+            return False, f"the Gluon kernels take heads of 64, 128 and 256, not {shapes[0][-1]}"
+        if importlib.util.find_spec(library) is None:
+            return False, f"{library} is not installed"
         if importlib.util.find_spec(module_name) is None:
             return False, f"there is no {module_name}"
         return True, praise
@@ -88,6 +95,11 @@ def _register_backends() -> None:
             can_serve = _torch_can_serve if name == "torch" else _can_serve(op, name)
             for device_type in entry.device_types:
                 runtime.register_backend(op, name, device_type, entry.priority, can_serve)
+
+
+def backend_serves(op: str, name: str, shapes: Shapes, dtype: torch.dtype, device: str) -> bool:
+    """Whether backend `name` could serve, were it asked for."""
+    return op in OPERATIONS and name in _BACKENDS and (name == "torch" or _can_serve(op, name)(shapes, dtype, device)[0])
 
 
 def backend(op: str, shapes: Shapes, dtype: torch.dtype, device_type: str, work: float) -> Any:

@@ -89,8 +89,9 @@ class PlainGPT(nn.Module):
 class PlainStep:
     """One training step: forward, backward, clip, AdamW. Calling it returns the loss before the update."""
 
-    def __init__(self, shape: Shape, precision: str, compile: bool = False, learning_rate: float = 1e-3) -> None:
-        self.model = PlainGPT(shape)
+    def __init__(self, shape: Shape, precision: str, compile: bool = False, learning_rate: float = 1e-3, device: str = "cpu") -> None:
+        self.model = PlainGPT(shape).to(device)
+        self.device = device
         self.loss = torch.compile(self.model) if compile else self.model
         self.precision = precision
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
@@ -99,7 +100,7 @@ class PlainStep:
         self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), fused=True)
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> float:
-        autocast = torch.autocast("cpu", torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
+        autocast = torch.autocast(self.device, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
         with autocast:
             loss = self.loss(tokens, targets)
         self.optimizer.zero_grad(set_to_none=True)

@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from cllm.runtime import choice
 from cllm.runtime import threads as _threads
 from cllm.runtime.device import usable_cores
 from cllm.runtime.errors import BackendError, UserError
@@ -144,9 +145,13 @@ def _plan(op: str, shapes: Shapes, dtype: str, device: str, work: float, backend
     if chosen is None:
         reasons = "; ".join(f"{entry.name}: {reason}" for entry, _, reason in answers)
         raise BackendError(f"no backend can serve {op} {shapes} {dtype} on {device} ({reasons or _nobody(op, device_type)}).")
+    if backend is None and device_type != "cpu":
+        measured = choice.best(op, device, dtype, shapes, tuple(entry.name for entry, serves, _ in answers if serves))
+        if measured is not None:
+            chosen = next((entry, True, measured[1]) for entry, _, _ in answers if entry.name == measured[0])
     entry, _, reason = chosen
     others = tuple(
-        (other.name, why if not serves else f"could serve ({why}), but {entry.name} {'was asked for' if backend else 'comes first'}")
+        (other.name, why if not serves else f"could serve ({why}), but {entry.name} {'was asked for' if backend else 'is preferred'}")
         for other, serves, why in answers if other is not entry
     )
     if device_type != "cpu":

@@ -15,7 +15,7 @@ from cllm.runtime.gpu import GPU
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-MOST_COLUMNS = 4096  # of a row at a time
+MOST_COLUMNS = 2048  # of a row at a time
 
 
 @triton.jit
@@ -30,8 +30,8 @@ def row_kernel(
     z_ptr, z_row, dz_ptr, dz_row, targets_ptr, upstream_ptr, losses_ptr, plain_ptr, correct_ptr, lse_ptr, num_columns, ignore_index, upstream,
     smoothing, z_loss, softcap, STATISTICS: tl.constexpr, GRADIENT: tl.constexpr, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """STATISTICS: writes total loss, plain loss, correct and log-sum-exp of a row. GRADIENT: writes that of the logits, in place or elsewhere, from the
-    row's `upstream_ptr` or one `upstream` for all; without STATISTICS the log-sum-exp is read."""
+    """STATISTICS: writes total loss, plain loss, correct and log-sum-exp of a row. GRADIENT: writes that of the logits, in place or elsewhere, from
+    the row's `upstream_ptr` or one `upstream` for all; without STATISTICS the log-sum-exp is read."""
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * z_row
     target = tl.load(targets_ptr + row)
@@ -62,7 +62,8 @@ def row_kernel(
             distance = tl.zeros([BLOCK], tl.float32)
             for first in range(0, num_columns, BLOCK):
                 column = first + lane
-                z = capped(tl.load(z_ptr + column, mask=column < num_columns, other=0.0, eviction_policy="evict_last").to(tl.float32), softcap, SOFTCAP)
+                z = tl.load(z_ptr + column, mask=column < num_columns, other=0.0, eviction_policy="evict_last").to(tl.float32)
+                z = capped(z, softcap, SOFTCAP)
                 distance += tl.where(column < num_columns, top - z, 0.0)
             loss = (1.0 - smoothing) * plain + smoothing * (log_sum + tl.sum(distance, 0) / num_columns)
         loss += z_loss * lse * lse

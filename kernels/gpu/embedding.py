@@ -1,7 +1,7 @@
 """Embedding on a GPU: rows gathered, and a gradient whose rows are added in the order of their tokens.
 
-N tokens, V rows, E columns. Backward: tokens are sorted (stably), equal ones form runs. A block walks over a fixed number of sorted places; a run that
-lies inside is finished there, what belongs to a run across blocks is left as a partial sum, and a second kernel adds those in order.
+N tokens, V rows, E columns. Backward: tokens are sorted (stably), equal ones form runs. A block walks over a fixed number of sorted places; a run
+that lies inside is finished there, what belongs to a run across blocks is left as a partial sum, and a second kernel adds those in order.
 """
 
 from functools import partial

@@ -104,7 +104,8 @@ def _activated(
         blocks = -(-shape[0] // given["BLOCK_M"]) * -(-shape[1] // given["BLOCK_N"])
         gate_strides = (0, 0) if w_gate is None else (w_gate.stride(1), w_gate.stride(0))
         launch(
-            activated_kernel, (blocks,), x, w_gate, w_up, b_up, hidden, z, up, *x.stride(), *gate_strides, w_up.stride(1), w_up.stride(0), *shape, depth,
+            activated_kernel, (blocks,), x, w_gate, w_up, b_up, hidden, z, up, *x.stride(), *gate_strides, w_up.stride(1), w_up.stride(0), *shape,
+            depth,
             **order({**given, "KIND": KINDS[activation], "PRECISION": precision_of(x.dtype)}, "KIND", "PRECISION"),
         )  # fmt: skip
     return hidden, z, up

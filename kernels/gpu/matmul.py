@@ -89,12 +89,13 @@ def tiles(dtype: torch.dtype, gpu: GPU, num_rows: int, results: int = 1) -> dict
     """Tile sizes, warps and stages; `results`: tiles of sums that a block holds at once."""
     if dtype == torch.float32:
         return {"BLOCK_M": 32 if results > 1 else 64, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
-    if num_rows <= 64:
-        return {"BLOCK_M": 64, "BLOCK_N": 64 // results, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3 if gpu.shared_bytes >= 160 << 10 else 2}
     deep = gpu.shared_bytes >= 160 << 10
-    if results > 1:
-        return {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64 if deep else 32, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64 if deep else 32, "num_warps": 8, "num_stages": 3}
+    blackwell = gpu.vendor == "nvidia" and gpu.arch // 10 == 10  # its compiler gives the ends of products few registers
+    if num_rows <= 64:
+        return {"BLOCK_M": 64, "BLOCK_N": 64 // results, "BLOCK_K": 64, "num_warps": 8 if blackwell else 4, "num_stages": 3 if deep else 2}
+    columns = 64 if results > 1 or not deep else 128
+    rows = 64 if blackwell and results > 1 else 128
+    return {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": 64 if deep else 32, "num_warps": 8, "num_stages": 3}
 
 
 def order(given: dict[str, Any], *more: str) -> dict[str, Any]:

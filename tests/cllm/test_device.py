@@ -6,10 +6,10 @@ import torch
 from cllm import Model, ModelConfig, device, runtime
 from cllm.memory import RECOMPUTE, predict
 
-SIZES = dict(vocab_size=97, embed_dim=32, num_layers=3, num_heads=4, ffn_dim=64, max_seq_len=64)
+SIZES = {"vocab_size": 97, "embed_dim": 32, "num_layers": 3, "num_heads": 4, "ffn_dim": 64, "max_seq_len": 64}
 FAMILIES = {
     "cllm": SIZES,
-    "gpt2": SIZES | dict(norm="layer", position="learned", activation="gelu", bias=True, tie_embeddings=True),
+    "gpt2": SIZES | {"norm": "layer", "position": "learned", "activation": "gelu", "bias": True, "tie_embeddings": True},
 }
 
 

@@ -9,7 +9,7 @@ from cllm import Model, ModelConfig, TrainStep, runtime
 from cllm.device_step import FIRST_LOSS_SCALE, DeviceStep
 from cllm.microbatch import IGNORED, Microbatch
 
-SIZES = dict(vocab_size=61, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48, max_seq_len=32)
+SIZES = {"vocab_size": 61, "embed_dim": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 48, "max_seq_len": 32}
 
 
 @pytest.fixture(autouse=True)
@@ -110,5 +110,5 @@ def test_fp16_halves_its_loss_scale_when_gradients_overflow_and_resumes_with_it(
 
 
 def test_fp16_on_a_cpu_is_refused_with_what_to_do():
-    with pytest.raises(runtime.UserError, match="fp16 needs a GPU.*bf16"):
+    with pytest.raises(runtime.UserError, match=r"fp16 needs a GPU.*bf16"):
         TrainStep(Model(ModelConfig(**SIZES)), precision="fp16")

@@ -32,7 +32,7 @@ def test_every_launch_compiles_for_every_gpu_without_complaints():
     builds = json.loads(done.stdout.splitlines()[-1])
     for module in inspection.MODULES:
         for gpu in DESCRIBED.values():
-            if module == "attention_hopper" and not gpu.is_hopper or importlib.util.find_spec(f"cllm.kernels.gpu.{module}") is None:
+            if (module == "attention_hopper" and not gpu.is_hopper) or importlib.util.find_spec(f"cllm.kernels.gpu.{module}") is None:
                 continue
             targets = {build["target"] for build in builds if build["call"].startswith(f"{module}:")}
             assert f"sm_{gpu.arch}" in targets, f"{module} launches nothing on {gpu.name}"
