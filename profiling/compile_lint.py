@@ -23,10 +23,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", help=f"files of kernels/gpu: {', '.join(inspection.MODULES)} (default: all)")
     parser.add_argument("--gpu", action="append", choices=list(DESCRIBED), help="may be given again (default: all)")
+    names = [str(dtype).removeprefix("torch.") for dtype in inspection.DTYPES]
+    parser.add_argument("--dtype", action="append", choices=names, help="may be given again (default: all)")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     options = parser.parse_args()
-    builds = inspection.build_all(tuple(options.gpu or DESCRIBED), tuple(options.modules) or inspection.MODULES, processes=options.processes)
+    dtypes = tuple(dtype for dtype, name in zip(inspection.DTYPES, names) if name in (options.dtype or names))
+    builds = inspection.build_all(tuple(options.gpu or DESCRIBED), tuple(options.modules) or inspection.MODULES, dtypes, options.processes)
     rows, wrong = [], []
     for gpu, build in builds:
         complaints = inspection.complaints(build, gpu)

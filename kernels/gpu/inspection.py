@@ -31,7 +31,7 @@ from cllm.runtime.gpu import DESCRIBED, GPU, described
 
 MODULES = (
     "softmax", "norm", "rotary", "embedding", "cross_entropy", "linear_cross_entropy", "matmul", "feed_forward", "attention", "attention_hopper",
-    "adamw", "sampling",
+    "adamw",
 )  # fmt: skip
 # Tiles of fewer rows than wgmma's 64: a decoding step has no more, and the sums of a backward for heads of 256 spill with more.
 SMALL_TILES = (("attention_decode_kernel", ""), ("attention_keys_kernel", "BLOCK_D=256"), ("attention_queries_kernel", "BLOCK_D=256"))

@@ -106,7 +106,8 @@ def order(given: dict[str, Any], *more: str) -> dict[str, Any]:
 def product(
     a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype, second: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """a (M, K) @ b (K, N) (+ second[0] @ second[1]) (+ bias) in out_dtype, by our kernel; a and b of one dtype, any strides."""
+    """a (M, K) @ b (K, N) (+ second[0] @ second[1], of the same shapes) (+ bias) in out_dtype, by our kernel; a and b of one dtype, any strides."""
+    assert second is None or (second[0].shape == a.shape and second[1].shape == b.shape)
     (num_rows, depth), num_columns = a.shape, b.shape[1]
     out = torch.empty((num_rows, num_columns), dtype=out_dtype, device=a.device)
     if out.numel() == 0:

@@ -1,0 +1,76 @@
+"""The GPU's tools without a GPU: the suite runs through on the interpreter, the compile check prints its table, the README's commands work."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*words: object, interpret: bool = False, status: int = 0) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | ({"TRITON_INTERPRET": "1"} if interpret else {})
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode == status, done.stderr[-4000:]
+    return done
+
+
+def test_the_suite_runs_through_on_the_interpreter_and_claims_nothing(tmp_path):
+    done = run("profiling/gpu_suite.py", "--tiny", "--out", tmp_path, interpret=True)
+    state = json.loads((tmp_path / "gpu-tiny.json").read_text())
+    assert set(state) == {"about", "tests", "ceilings", "operations", "determinism", "steps"}
+    assert state["tests"]["status"] == 0 and state["determinism"]["bitwise"] is True
+    rows = state["operations"]["rows"]
+    assert len(rows) >= 14 and all(row["ms"] is None and row["ratio"] is None and row["met"] is None for row in rows)
+    for word in ("attention", "feed-forward", "linear cross entropy", "rms_norm", "layer_norm", "softmax", "rotary", "cross entropy", "AdamW"):
+        assert any(word in row["name"] for row in rows), word
+    table = (tmp_path / "gpu-tiny.md").read_text()
+    assert table in done.stdout and "not measured" in table and not re.search(r"\| yes \||\| no \|", table)
+
+
+def test_a_second_start_goes_on_where_the_first_one_was_stopped(tmp_path):
+    run("profiling/gpu_suite.py", "--tiny", "--only", "ceilings", "--out", tmp_path, interpret=True)
+    path = tmp_path / "gpu-tiny.json"
+    state = json.loads(path.read_text()) | {"operations": {"rows": []}, "tests": {"status": 0}, "steps": {"rows": []}}
+    path.write_text(json.dumps(state))
+    done = run("profiling/gpu_suite.py", "--tiny", "--out", tmp_path, interpret=True)
+    assert "determinism ..." in done.stdout and "operations ..." not in done.stdout
+
+
+def test_without_a_gpu_and_an_interpreter_it_says_what_to_do():
+    assert "TRITON_INTERPRET=1" in run("profiling/gpu_suite.py", "--tiny", status=2).stderr
+    import torch
+
+    if not torch.cuda.is_available():
+        assert "there is no GPU here" in run("profiling/gpu_suite.py", status=2).stderr
+
+
+def test_the_compile_check_prints_what_the_compiler_made_of_each_kernel():
+    done = run("profiling/compile_lint.py", "--gpu", "h200", "softmax", "--json")
+    builds = json.loads(done.stdout.splitlines()[-1])
+    assert builds and all(build["registers"] > 0 and build["occupancy"] > 0 and not build["complaints"] for build in builds)
+    assert "softmax_forward_kernel" in done.stdout and "0 with complaints" in done.stdout
+
+
+def test_the_readmes_gpu_commands_are_these():
+    readme = (ROOT / "README.md").read_text()
+    lines = [shlex.split(line, comments=True) for block in re.findall(r"```sh\n(.*?)```", readme, re.DOTALL) for line in block.splitlines()]
+    assert [words for words in lines if "profiling/" in " ".join(words)] == [
+        ["python", "profiling/compile_lint.py", "--gpu", "h200", "softmax"],
+        ["TRITON_INTERPRET=1", "python", "profiling/gpu_suite.py", "--tiny"],
+    ]  # both are run above
+
+
+def test_one_kernel_is_profiled_in_the_five_lines_of_the_readme_of_profiling():
+    (example,) = [text for text in re.findall(r"```py\n(.*?)```", (ROOT / "profiling/README.md").read_text(), re.DOTALL) if "kernels.attention" in text]
+    done = run("-c", example)
+    assert "cllm::attention" in done.stdout and "attention on " in done.stdout

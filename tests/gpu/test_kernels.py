@@ -1,0 +1,76 @@
+"""What needs a GPU: every case of every operation there, captured as a graph, and the same bits again and again. Run by profiling/gpu_suite.py."""
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("these tests need a GPU, and PyTorch sees none", allow_module_level=True)
+
+from cllm import Model, ModelConfig, TrainStep, kernels, load, runtime
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = False) -> torch.Tensor:
+    return torch.randn(shape, device="cuda").to(dtype).requires_grad_(grad)
+
+
+@pytest.mark.parametrize("backend", ["triton", "gluon"])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("options", [{"causal": True}, {}, {"causal": True, "window": 100}, {"causal": True, "softcap": 20.0}])
+def test_attention_agrees_with_float64(backend, dim, options):
+    q, k, v = normal(2, 300, 8, dim, grad=True), normal(2, 300, 2, dim, grad=True), normal(2, 300, 2, dim, grad=True)
+    if backend == "gluon" and not runtime.gpu.gpu_of(q.device).is_hopper:
+        pytest.skip("the Gluon kernels are for Hopper")
+    with runtime.use(backend=backend):
+        out = kernels.attention(q, k, v, **options)
+        found = torch.autograd.grad(out, (q, k, v), out.detach())
+    wide = [each.detach().double().requires_grad_() for each in (q, k, v)]
+    with runtime.use(backend="torch"):
+        exact = kernels.attention(*wide, **options)
+        expected = torch.autograd.grad(exact, wide, out.detach().double())
+    torch.testing.assert_close(out.double(), exact, atol=2e-2, rtol=2e-2)
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours.double(), theirs, atol=4e-2 * theirs.abs().max().item(), rtol=0)
+
+
+def test_the_backward_of_attention_gives_the_same_bits_a_thousand_times():
+    q, k, v = (normal(2, 512, 4, 64, grad=True) for _ in range(3))
+    dout = normal(2, 512, 4, 64)
+    first = torch.autograd.grad(kernels.attention(q, k, v, causal=True), (q, k, v), dout)
+    for _ in range(1000):
+        again = torch.autograd.grad(kernels.attention(q, k, v, causal=True), (q, k, v), dout)
+        assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_captured_step_does_what_the_cpu_does(precision):
+    sizes = {"vocab_size": 257, "embed_dim": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 128, "max_seq_len": 64}
+    generator = torch.Generator().manual_seed(0)
+    data = [torch.randint(257, (4, 64), generator=generator) for _ in range(2)]
+    here, there = TrainStep(Model(ModelConfig(**sizes)), learning_rate=1e-3), None
+    there = TrainStep(Model(ModelConfig(**sizes)).to("cuda"), precision=precision, learning_rate=1e-3)
+    for _ in range(5):
+        expected, found = float(here(*data)), float(there(*data))
+        assert found == pytest.approx(expected, rel=1e-4 if precision == "fp32" else 1e-2)
+
+
+def test_rows_beyond_two_to_the_31_elements():
+    needed = 3 * 2 * (1 << 31)
+    if torch.cuda.mem_get_info()[0] < 1.2 * needed:
+        pytest.skip(f"needs {needed / 1e9:.0f} GB of free GPU memory")
+    x = torch.zeros((1 << 19) + 8, 4096, dtype=torch.bfloat16, device="cuda")
+    x[-1] = normal(4096)
+    y = kernels.softmax(x)
+    torch.testing.assert_close(y[-1], torch.softmax(x[-1].float(), -1).bfloat16())
+    normed = kernels.rms_norm(x, torch.ones(4096, device="cuda"))
+    torch.testing.assert_close(normed[-1], torch.nn.functional.rms_norm(x[-1].float(), (4096,)).bfloat16(), atol=2e-2, rtol=2e-2)
+
+
+def test_training_through_the_command_line(tmp_path):
+    from command import TINY, cllm
+
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 2000)
+    run = tmp_path / "run"
+    done = cllm("train", tmp_path / "text.txt", "--out", run, *TINY, "--steps", 6, "--device", "cuda", "--json")
+    assert done.status == 0, done.err
+    model, _ = load(run)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
