@@ -63,7 +63,8 @@ def test_the_compile_check_prints_what_the_compiler_made_of_each_kernel():
 
 def test_the_readmes_gpu_commands_are_these():
     readme = (ROOT / "README.md").read_text()
-    lines = [shlex.split(line, comments=True) for block in re.findall(r"```sh\n(.*?)```", readme, re.DOTALL) for line in block.splitlines()]
+    blocks = re.findall(r"```sh\n(.*?)```", readme, re.DOTALL)
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
     assert [words for words in lines if "profiling/" in " ".join(words)] == [
         ["python", "profiling/compile_lint.py", "--gpu", "h200", "softmax"],
         ["TRITON_INTERPRET=1", "python", "profiling/gpu_suite.py", "--tiny"],
@@ -71,6 +72,7 @@ def test_the_readmes_gpu_commands_are_these():
 
 
 def test_one_kernel_is_profiled_in_the_five_lines_of_the_readme_of_profiling():
-    (example,) = [text for text in re.findall(r"```py\n(.*?)```", (ROOT / "profiling/README.md").read_text(), re.DOTALL) if "kernels.attention" in text]
+    examples = re.findall(r"```py\n(.*?)```", (ROOT / "profiling/README.md").read_text(), re.DOTALL)
+    (example,) = [text for text in examples if "kernels.attention" in text]
     done = run("-c", example)
     assert "cllm::attention" in done.stdout and "attention on " in done.stdout

@@ -1,4 +1,4 @@
-"""The Triton attention kernels beyond the shared cases: several blocks, all head sizes, fp16, documents and windows across blocks, decoding, grids."""
+"""The Triton attention kernels beyond the shared cases: several blocks, head sizes, fp16, documents and windows across blocks, decoding, grids."""
 
 import dataclasses
 

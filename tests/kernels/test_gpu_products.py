@@ -1,4 +1,4 @@
-"""The Triton kernels for products, feed-forward, losses and embedding beyond the shared cases: fp16, several tiles and chunks, long runs of a token."""
+"""The Triton kernels for products, feed-forward, losses and embedding beyond the shared cases: fp16, several tiles and chunks, long runs."""
 
 import pytest
 import torch
