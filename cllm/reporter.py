@@ -17,6 +17,8 @@ from cllm.step import StepResult
 from cllm.train_config import TrainConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from cllm.train import TrainResult
 
 _SMOOTHING = 0.1  # weight of the newest step in the shown speed
@@ -39,6 +41,7 @@ class Reporter:
         self._warm = False
         self._flops_per_token = 0.0
         self._peak_flops = 0.0
+        self._device: torch.device | None = None
 
     def __enter__(self) -> Reporter:
         self._log = self._stack.enter_context(open(self.out / "log.txt", "a", encoding="utf-8"))
@@ -58,11 +61,11 @@ class Reporter:
         """Over all steps but the first."""
         return self._step_tokens / self._step_seconds if self._step_seconds else 0.0
 
-    def begin(self, step: int, steps: int, config: TrainConfig, model: ModelConfig) -> None:
+    def begin(self, step: int, steps: int, config: TrainConfig, model: ModelConfig, device: torch.device) -> None:
         """The number of steps is known: open the progress line, and find the peak that speed is measured against."""
-        self._config = config
+        self._config, self._device = config, device
         self._flops_per_token = model.flops_per_token(config.train.seq_len)
-        self._peak_flops = _peak_flops(config.train.precision)
+        self._peak_flops = _peak_flops(config.train.precision, device)
         self._steps = steps
         self._progress = self._stack.enter_context(progress.Progress(steps, "training", initial=step))
 
@@ -103,7 +106,7 @@ class Reporter:
 
     def trained(self, step: int, tokens: int, result: StepResult) -> dict[str, float]:
         """Shows a step and returns its timing and memory for the metrics."""
-        memory = memory_bytes()
+        memory = self._memory()
         speed = result.num_targets / max(self._last_seconds, 1e-9)
         if self._warm:
             self._step_seconds += self._last_seconds
@@ -119,6 +122,14 @@ class Reporter:
         ]
         self._progress.update(step, "  ".join(part for part in parts if part))
         return {"tokens_per_second": round(speed, 1), "share_of_peak": round(share, 4), "memory_bytes": memory}
+
+    def _memory(self) -> int:
+        """Bytes of the process, or what torch holds of the GPU's memory."""
+        if self._device is not None and self._device.type == "cuda":
+            import torch
+
+            return int(torch.cuda.memory_reserved(self._device))
+        return memory_bytes()
 
     def evaluated(self, step: int, result: Evaluation, unigram: float | None, best: bool) -> None:
         baseline = "" if unigram is None else f" (token frequencies alone: {unigram:.4f})"
@@ -144,8 +155,11 @@ class Reporter:
         self.say(f"done: {result.step:,} steps, {_short(result.tokens)} tokens in {progress.duration(result.seconds)}, peak memory {peak:.2f} GB")
 
 
-def _peak_flops(precision: str) -> float:
+def _peak_flops(precision: str, device: torch.device) -> float:
     """Floating-point operations per second that the fastest kernel of this machine reached in a probe."""
+    if device.type == "cuda":
+        with progress.stage("measuring this GPU's peak"):
+            return runtime.gpu.measured_rates(device)[precision] * 1e9
     # With all cores, whatever this run uses: the number is kept for other runs.
     with progress.stage("measuring this machine's peak"), runtime.use(threads=runtime.device.usable_cores()):
         return runtime.ceilings().gflops(precision) * 1e9

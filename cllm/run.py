@@ -34,6 +34,9 @@ def train_run(
     config = TrainConfig.from_layers(file=file, flags=flags, sets=sets)
     if not config.data.path:
         raise UserError("nothing to learn from: give a folder or file of text, as in cllm train books/.")
+    from cllm.device import resolve
+
+    resolve(config.train.device)  # a GPU that is not there is said before any work
     out = out or default_run(config.data.path)
     with runtime.use(threads=config.train.threads):
         console.print(runtime.describe().brief())

@@ -119,7 +119,7 @@ class Trainer:
     def _loop(self, report: Reporter, stop: StopSignals) -> None:
         settings = self.config.train
         assert settings.steps is not None
-        report.begin(self.step, settings.steps, self.config, self.model.config)
+        report.begin(self.step, settings.steps, self.config, self.model.config, self.device)
         if self._evaluation_due():  # the run may have stopped between this checkpoint and its evaluation
             self._evaluate(report)
         while self.step < settings.steps and not self._best.exhausted(settings.patience):

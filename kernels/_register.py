@@ -52,7 +52,7 @@ _BACKENDS = {
 }
 
 if _INTERPRETED:  # Triton then runs on the CPU, for whoever asks for it by name: slow, and exact enough to test every kernel
-    _BACKENDS["triton"] = _BACKENDS["triton"]._replace(device_types=("cuda", "cpu"), priority=-1)
+    _BACKENDS["triton"] = _BACKENDS["triton"]._replace(device_types=("cuda", "cpu"))
 
 Shapes = tuple[tuple[int, ...], ...]
 _MAX_HEAD_DIM = 256
@@ -94,7 +94,8 @@ def _register_backends() -> None:
         for name, entry in _BACKENDS.items():
             can_serve = _torch_can_serve if name == "torch" else _can_serve(op, name)
             for device_type in entry.device_types:
-                runtime.register_backend(op, name, device_type, entry.priority, can_serve)
+                priority = -1 if name == "triton" and device_type == "cpu" else entry.priority
+                runtime.register_backend(op, name, device_type, priority, can_serve)
 
 
 def backend_serves(op: str, name: str, shapes: Shapes, dtype: torch.dtype, device: str) -> bool:

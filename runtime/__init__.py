@@ -5,7 +5,7 @@
     runtime.describe()
 """
 
-from cllm.runtime import compiler, device, profiler, progress, threads, tree, tuning
+from cllm.runtime import compiler, device, gpu, profiler, progress, threads, tree, tuning
 from cllm.runtime.ceiling import Ceilings, ceilings, register_probe
 from cllm.runtime.compiler import numba_setup
 from cllm.runtime.describe import Report, describe, explain
@@ -14,6 +14,6 @@ from cllm.runtime.plan import LaunchPlan, Settings, backends, plan, register_bac
 
 __all__ = [
     "BackendError", "CLLMError", "Ceilings", "CheckpointError", "DataError", "LaunchPlan", "Report", "Settings", "UserError",
-    "backends", "ceilings", "compiler", "describe", "device", "explain", "numba_setup", "plan", "profiler", "progress",
+    "backends", "ceilings", "compiler", "describe", "device", "explain", "gpu", "numba_setup", "plan", "profiler", "progress",
     "register_backend", "register_probe", "settings", "threads", "tree", "tuning", "use",
 ]

@@ -26,7 +26,7 @@ def shape_class(shapes: Shapes) -> str:
 def _device(device: str) -> str:
     import torch
 
-    name = torch.cuda.get_device_name(torch.device(device)) if device.startswith("cuda") else device
+    name = torch.cuda.get_device_name(torch.device(device)) if device.startswith("cuda") and torch.cuda.is_available() else device
     return f"{name}|cuda {torch.version.cuda or torch.version.hip}|torch {torch.__version__}|triton {_version('triton')}|cllm {_version('cllm')}"
 
 

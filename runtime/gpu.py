@@ -97,6 +97,47 @@ def _installed(index: int) -> GPU:
     )
 
 
+RATE_SIZE, COPY_BYTES, RATE_CALLS = 8192, 1 << 30, 10
+
+
+def measured_rates(device: Any) -> dict[str, float]:
+    """GFLOP/s of a large square product in "fp32" (tf32 where torch allows it), "bf16" and "fp16", and GB/s of a large "copy", read plus written.
+
+    Measured once for this GPU and torch, then kept; random data, for zeros raise the clock.
+    """
+    import torch
+
+    from cllm.runtime import tuning
+
+    def fastest(call: Any) -> float:
+        call()
+        seconds = []
+        for _ in range(RATE_CALLS):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            stop.record()
+            stop.synchronize()
+            seconds.append(float(start.elapsed_time(stop)) / 1e3)
+        return min(seconds)
+
+    def measure() -> dict[str, float]:
+        found = {}
+        with torch.cuda.device(device), torch.no_grad():
+            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+                a, b = (torch.randn(RATE_SIZE, RATE_SIZE, device=device).to(dtype) for _ in range(2))
+                found[name] = 2e-9 * RATE_SIZE**3 / fastest(lambda a=a, b=b: a @ b)
+            source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+            target = torch.empty_like(source)
+            found["copy"] = 2e-9 * COPY_BYTES / fastest(lambda: target.copy_(source))
+        return found
+
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    key = f"gpu rates|{torch.cuda.get_device_name(device)}|torch {torch.__version__}|tf32 {tf32}"
+    names = {"fp32", "bf16", "fp16", "copy"}
+    return dict(tuning.remembered(key, measure, lambda value: isinstance(value, dict) and set(value) == names))
+
+
 def gpu_of(device: Any) -> GPU:
     """The GPU of a torch.device: the described one where a scope is open, the installed one, or what the interpreter plays."""
     scope = _described.get()
@@ -104,8 +145,8 @@ def gpu_of(device: Any) -> GPU:
         return scope
     if device.type != "cuda":
         return INTERPRETED
-    if device.index is not None:
-        return _installed(device.index)
     import torch
 
-    return _installed(torch.cuda.current_device())
+    if not torch.cuda.is_available():  # somebody asks what would run on one
+        return INTERPRETED
+    return _installed(torch.cuda.current_device() if device.index is None else device.index)

@@ -1,0 +1,51 @@
+"""What is known of a GPU without one: occupancy and grids by arithmetic, described devices, rates measured once."""
+
+import dataclasses
+
+import torch
+
+from cllm import runtime
+from cllm.runtime import gpu, tuning
+
+
+def test_a_described_gpu_holds_within_its_scope_alone():
+    cpu = torch.device("cpu")
+    assert gpu.gpu_of(cpu) is gpu.INTERPRETED
+    with gpu.described(gpu.DESCRIBED["h200"]) as outer:
+        assert gpu.gpu_of(cpu) is outer and outer.is_hopper
+        with gpu.described(gpu.DESCRIBED["a100"]):
+            assert not gpu.gpu_of(cpu).is_hopper
+        assert gpu.gpu_of(cpu) is outer
+    assert gpu.gpu_of(cpu) is gpu.INTERPRETED
+
+
+def test_a_grid_is_never_empty_and_never_larger_than_the_work():
+    h200 = gpu.DESCRIBED["h200"]
+    assert [h200.persistent_blocks(tiles, 2) for tiles in (0, 1, 263, 264, 10**6)] == [1, 1, 263, 264, 264]
+    assert dataclasses.replace(h200, num_sms=1).persistent_blocks(10**6) == 1
+
+
+def test_rates_are_measured_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLLM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    kept = {"fp32": 50_000.0, "bf16": 700_000.0, "fp16": 690_000.0, "copy": 4_000.0}
+    seen = []
+    monkeypatch.setattr(tuning, "remembered", lambda key, measure, valid: seen.append((key, valid(kept), valid({"fp32": 1.0}))) or kept)
+    assert gpu.measured_rates(torch.device("cuda", 0)) == kept
+    ((key, good, partial),) = seen
+    assert "a GPU" in key and torch.__version__ in key and good and not partial
+
+
+def test_gluon_is_for_attention_on_hopper():
+    from cllm.kernels._register import backend_serves
+
+    shapes = ((1, 64, 4, 128), (1, 64, 4, 128))
+    with gpu.described(gpu.DESCRIBED["h200"]):
+        assert backend_serves("attention", "gluon", shapes, torch.bfloat16, "cuda")
+        assert not backend_serves("attention", "gluon", shapes, torch.float32, "cuda")
+        assert not backend_serves("attention", "gluon", ((1, 64, 4, 80),), torch.bfloat16, "cuda")
+        assert not backend_serves("softmax", "gluon", shapes, torch.bfloat16, "cuda")
+        plan = runtime.plan("attention", shapes, torch.bfloat16, "cuda")  # nothing was measured: the kernels that the interpreter could prove
+        assert plan.backend == "triton" and "gluon" in dict(plan.rejected)
+    with gpu.described(gpu.DESCRIBED["a100"]):
+        assert not backend_serves("attention", "gluon", shapes, torch.bfloat16, "cuda")
