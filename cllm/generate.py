@@ -19,8 +19,8 @@ from torch import Tensor
 
 from cllm.cache import KVCache
 from cllm.model import Model
-from cllm.runtime.errors import UserError
-from cllm.sampling import Sampling, sample
+from cllm.runtime.errors import CLLMError, UserError
+from cllm.sampling import NOT_FINITE, Sampling, sample, sample_rows
 
 
 @dataclass(frozen=True)
@@ -250,10 +250,12 @@ class _Run:
         state = _DecodingState(self.model, self.prompt, len(self.continuations), self.max_tokens, self.use_cache)
         active = self.continuations
         while active:
-            logits = state.next_logits()[:, : self.vocab_size].float().cpu()
+            logits = state.next_logits()[:, : self.vocab_size].float()
+            tokens = self._sampled_there(logits, active) if logits.device.type == "cuda" and self.sampling.repetition_penalty == 1.0 else None
+            logits = logits.cpu() if tokens is None else logits
             for row, continuation in enumerate(active):
                 history = self.prompt + continuation.tokens if self.sampling.repetition_penalty != 1.0 else ()
-                token = sample(logits[row], history, self.sampling, continuation.generator)
+                token = sample(logits[row], history, self.sampling, continuation.generator) if tokens is None else tokens[row]
                 state.windows[row].append(token)
                 piece = continuation.add(token, self.eot, self.max_tokens)
                 if continuation.finish_reason:
@@ -264,6 +266,16 @@ class _Run:
             if len(unfinished) < len(active):
                 active = [active[row] for row in unfinished]
                 state.select(unfinished)
+
+
+    def _sampled_there(self, logits: Tensor, active: Sequence[_Continuation]) -> list[int]:
+        """The same tokens, chosen on the GPU: only they travel, not the logits."""
+        greedy = self.sampling.temperature == 0
+        drawn = [torch.zeros((), dtype=torch.float64) if greedy else torch.rand((), dtype=torch.float64, generator=each.generator) for each in active]
+        tokens: list[int] = sample_rows(logits, self.sampling, torch.stack(drawn)).tolist()
+        if min(tokens) < 0:
+            raise CLLMError(NOT_FINITE)
+        return tokens
 
 
 class _DecodingState:

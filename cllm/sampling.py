@@ -13,6 +13,11 @@ from torch import Tensor
 
 from cllm.runtime.errors import CLLMError, UserError
 
+NOT_FINITE = (
+    "the model's logits are not finite, so no token can be chosen: its weights are damaged or training diverged. "
+    "Try an earlier checkpoint."
+)
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -75,10 +80,7 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 def distribution(logits: Tensor, history: Sequence[int], sampling: Sampling) -> Tensor:
     """logits (V,) of the next token, ids that occurred so far -> the probabilities (V,) float64 that a draw uses."""
     if logits.isnan().any() or logits.max() == torch.inf or logits.max() == -torch.inf:
-        raise CLLMError(
-            "the model's logits are not finite, so no token can be chosen: its weights are damaged or training "
-            "diverged. Try an earlier checkpoint."
-        )
+        raise CLLMError(NOT_FINITE)
     logits = penalise_repetition(logits.to("cpu", torch.float64), history, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1.0)
@@ -109,6 +111,37 @@ def sample(logits: Tensor, history: Sequence[int], sampling: Sampling, generator
     """The next token for logits (V,). Greedy draws nothing from the generator."""
     probabilities = distribution(logits, history, sampling)
     return int(probabilities.argmax()) if sampling.temperature == 0 else draw(probabilities, generator)
+
+
+def sample_rows(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
+    """`sample` for all rows of logits (B, V) at once, where they lie: (B,) int64, without a word to the host.
+
+    uniforms (B,) float64 are what `draw` would draw; greedy does not look at them. The repetition penalty must be 1. A row that is not finite
+    gives -1, for which the caller raises what `distribution` raises.
+    """
+    z = logits.double()
+    top = z.amax(-1, keepdim=True)
+    broken = z.isnan().any(-1) | ~torch.isfinite(top[:, 0])
+    if sampling.temperature == 0:
+        return torch.where(broken, -1, z.argmax(-1))
+    z = (z - top) / sampling.temperature
+    ordered, tokens = torch.sort(z, dim=-1, descending=True, stable=True)
+    if sampling.top_k is not None:
+        ordered = ordered.masked_fill(torch.arange(z.shape[1], device=z.device) >= sampling.top_k, -torch.inf)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        mass = torch.softmax(ordered, -1).cumsum(-1)
+        before = torch.cat((torch.zeros_like(mass[:, :1]), mass[:, :-1]), dim=-1)
+        ordered = ordered.masked_fill(before >= sampling.top_p, -torch.inf)
+    if sampling.min_p:
+        probabilities = torch.softmax(ordered, -1)
+        ordered = ordered.masked_fill(probabilities < sampling.min_p * probabilities[:, :1], -torch.inf)
+    kept = torch.full_like(z, -torch.inf).scatter(1, tokens, ordered)
+    probabilities = torch.softmax(kept, -1)
+    cumulative = probabilities.cumsum(-1)
+    drawn = torch.searchsorted(cumulative, uniforms.to(z.device).unsqueeze(1) * cumulative[:, -1:], right=True)[:, 0]
+    places = torch.arange(z.shape[1], device=z.device)
+    last = torch.where(probabilities > 0, places, 0).amax(-1)
+    return torch.where(broken, -1, torch.minimum(drawn, last))
 
 
 def _keep(logits: Tensor, tokens: Tensor) -> Tensor:

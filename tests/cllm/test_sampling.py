@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cllm.runtime.errors import CLLMError, UserError
-from cllm.sampling import Sampling, distribution, draw, keep_min_p, keep_top_k, keep_top_p, penalise_repetition, sample
+from cllm.sampling import Sampling, distribution, draw, keep_min_p, keep_top_k, keep_top_p, penalise_repetition, sample, sample_rows
 
 PROBABILITIES = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.05, 0.15], dtype=torch.float64)
 LOGITS = PROBABILITIES.log() + 3.0
@@ -112,3 +114,29 @@ def test_logits_that_are_not_finite_are_an_error():
     for bad in (torch.tensor([0.0, torch.nan]), torch.tensor([torch.inf, 0.0]), torch.full((3,), -torch.inf)):
         with pytest.raises(CLLMError, match="not finite"):
             distribution(bad, (), Sampling())
+
+
+@settings(max_examples=150, derandomize=True, deadline=None)
+@given(
+    seed=st.integers(0, 10_000), size=st.integers(1, 60), ties=st.booleans(), temperature=st.sampled_from([0.0, 0.3, 1.0, 3.0]),
+    top_k=st.one_of(st.none(), st.integers(1, 70)), top_p=st.one_of(st.none(), st.sampled_from([1e-9, 0.1, 0.5, 0.9, 1.0])),
+    min_p=st.one_of(st.none(), st.sampled_from([0.0, 0.05, 0.5, 1.0])),
+)  # fmt: skip
+def test_all_rows_at_once_choose_what_one_after_the_other_does(seed, size, ties, temperature, top_k, top_p, min_p):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(4, size, generator=generator)
+    if ties:
+        logits = logits.round()
+    logits[1, : size // 2] = -torch.inf
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    expected = [sample(row, (), sampling, torch.Generator().manual_seed(seed + number)) for number, row in enumerate(logits)]
+    uniforms = torch.stack([torch.rand((), dtype=torch.float64, generator=torch.Generator().manual_seed(seed + number)) for number in range(4)])
+    assert sample_rows(logits, sampling, uniforms).tolist() == expected
+
+
+def test_a_row_that_is_not_finite_is_marked_and_the_others_are_not():
+    logits = torch.zeros(4, 5)
+    logits[0, 2], logits[1], logits[2, 1] = torch.nan, -torch.inf, torch.inf
+    for temperature in (0.0, 1.0):
+        assert sample_rows(logits, Sampling(temperature=temperature), torch.full((4,), 0.5, dtype=torch.float64))[:3].tolist() == [-1, -1, -1]
+        assert sample_rows(logits, Sampling(temperature=temperature), torch.full((4,), 0.5, dtype=torch.float64))[3] >= 0
