@@ -36,24 +36,20 @@ def pieces_kernel(sorted_ptr, order_ptr, dy_ptr, dweight_ptr, head_ptr, tail_ptr
     inside = column < num_columns
     first = piece * PIECE
     stop = tl.minimum(first + PIECE, num_tokens)
-    came_in = first > 0
-    if came_in:
-        came_in = tl.load(sorted_ptr + first - 1) == tl.load(sorted_ptr + first)
+    came_in = (first > 0) & (tl.load(sorted_ptr + first - 1, mask=first > 0, other=-1) == tl.load(sorted_ptr + first))
     total = tl.zeros([BLOCK], tl.float32)
     for place in range(first, stop):
         token = tl.load(sorted_ptr + place)
         total += tl.load(dy_ptr + tl.load(order_ptr + place) * num_columns + column, mask=inside, other=0.0).to(tl.float32)
         after = tl.load(sorted_ptr + place + 1, mask=place + 1 < num_tokens, other=-1)
         ends = after != token
-        if ends or place + 1 == stop:
-            if came_in:
-                tl.store(head_ptr + piece * num_columns + column, total, mask=inside)
-            elif ends:
-                tl.store(dweight_ptr + token * num_columns + column, total.to(dweight_ptr.dtype.element_ty), mask=inside)
-            else:
-                tl.store(tail_ptr + piece * num_columns + column, total, mask=inside)
-            came_in = False
-            total = tl.zeros([BLOCK], tl.float32)
+        done = ends | (place + 1 == stop)
+        fresh = done & (came_in == 0)  # began in this piece
+        tl.store(head_ptr + piece * num_columns + column, total, mask=inside & done & came_in)
+        tl.store(dweight_ptr + token * num_columns + column, total.to(dweight_ptr.dtype.element_ty), mask=inside & fresh & ends)
+        tl.store(tail_ptr + piece * num_columns + column, total, mask=inside & fresh & (ends == 0))
+        came_in = came_in & (done == 0)
+        total = tl.where(done, 0.0, total)
 
 
 @triton.jit
