@@ -1,7 +1,8 @@
 """Checkpoints that are whole or absent: safetensors and JSON, every byte under a SHA-256, nothing ever unpickled.
 
 A checkpoint is a folder `step-00001000` of model.safetensors, optimizer.safetensors, state.json and manifest.json. It is written beside its
-place, flushed to the disk, read back and compared, then renamed; the manifest is written last and is the commit mark.
+place, flushed to the disk, read back and compared, then renamed; the manifest is written last and is the commit mark. The manifest has the
+size and SHA-256 of each file, and since format version 2 dtype, shape and SHA-256 of each tensor.
 `save` and `load` handle the one-file form `.cllm`: a safetensors file whose metadata carries the configuration and the tokenizer.
 """
 
@@ -11,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,11 +26,14 @@ from cllm.storage import (
     DTYPES,
     NOT_A_CHECKPOINT,
     disk_error,
+    file_size,
     flush_folder,
     one_line,
     raw_bytes,
+    read_json,
     read_safetensors,
     sha256_of,
+    tensor_digest,
     tensors_bytes,
     write_atomic,
     write_flushed,
@@ -39,8 +44,10 @@ if TYPE_CHECKING:
     from cllm.model import Model
     from cllm.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of checkpoint folders. 1: no sums of single tensors
+FILE_VERSION = 1  # of .cllm files
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")  # of its own folder: no path
 
 
 # -- weights of a model ----------------------------------------------------------------------------------------------------
@@ -48,19 +55,17 @@ WEIGHTS, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensor
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The state of a model by name; of tied weights only the first name, as Hugging Face stores them."""
-    seen: set[tuple[int, torch.Size]] = set()
+    seen: set[int] = set()
     weights = {}
-    for name, tensor in model.state_dict().items():
-        place = (tensor.data_ptr(), tensor.shape)
-        if tensor.numel() and place in seen:
-            continue
-        seen.add(place)
-        weights[name] = tensor
+    for name, tensor in model.state_dict(keep_vars=True).items():  # the parameters themselves: tied ones are one object
+        if id(tensor) not in seen:
+            weights[name] = tensor.detach()
+        seen.add(id(tensor))
     return weights
 
 
-def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], where: Path | str) -> None:
-    """Copies weights into the model in place; CheckpointError when names or shapes are not the model's."""
+def check_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], where: Path | str) -> dict[str, torch.Tensor]:
+    """The model's own weights by name; CheckpointError when names or shapes of `weights` are not the model's."""
     own = weights_of(model)
     missing, foreign = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or foreign:
@@ -71,8 +76,13 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], wh
     for name, tensor in own.items():
         if tensor.shape != weights[name].shape:
             raise CheckpointError(f"{name} in {where} has shape {tuple(weights[name].shape)}, the model needs {tuple(tensor.shape)}.")
+    return own
+
+
+def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], where: Path | str) -> None:
+    """Copies weights into the model in place; CheckpointError when names or shapes are not the model's."""
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in check_weights(model, weights, where).items():
             tensor.copy_(weights[name])
 
 
@@ -96,37 +106,71 @@ def _manifest_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder, checked against its own digest."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        version, files, digest = manifest["format_version"], manifest["files"], manifest["sha256"]
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} has no {MANIFEST}: it is not a checkpoint, or one that was never finished.") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / MANIFEST} is damaged ({one_line(error)}).") from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format version {version}, this CLLM reads {FORMAT_VERSION}. Use the CLLM that wrote it.")
-    if digest != _manifest_digest(manifest) or not isinstance(files, dict):
+    """The manifest of a checkpoint folder, checked against its own digest, in the present format whichever version it was written in."""
+    if not (path / MANIFEST).exists():
+        raise CheckpointError(f"{path} has no {MANIFEST}: it is not a checkpoint, or one that was never finished.")
+    manifest = read_json(path / MANIFEST)
+    version = manifest.get("format_version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format version {version!r:.40}, this CLLM reads 1 to {FORMAT_VERSION}. Use the CLLM that wrote it.")
+    if manifest.get("sha256") != _manifest_digest(manifest):
         raise CheckpointError(f"{path / MANIFEST} is damaged: its own SHA-256 does not match.")
+    if version == 1:
+        manifest["tensors"] = {}
+    if not _well_formed(manifest):
+        raise CheckpointError(f"{path / MANIFEST} does not describe a checkpoint.")
     return manifest
 
 
+def _well_formed(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest, which anybody can give a matching digest, names plain files of its own folder and describes them."""
+    files, tensors = manifest.get("files"), manifest.get("tensors")
+    return (
+        type(manifest.get("step")) is int
+        and isinstance(files, dict)
+        and all(_FILE_NAME.fullmatch(name) and isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for name, entry in files.items())
+        and isinstance(tensors, dict)
+        and all(isinstance(each, dict) and all(isinstance(entry, dict) for entry in each.values()) for each in tensors.values())
+    )
+
+
 def verify(path: str | Path) -> None:
-    """Reads every byte of a checkpoint folder; CheckpointError naming the first file that is missing or differs."""
+    """Reads every byte of a checkpoint folder; CheckpointError naming the first file that is missing or differs, and its damaged tensors."""
     path = Path(path)
-    for name, entry in read_manifest(path)["files"].items():
-        _verify_file(path / name, entry)
+    manifest = read_manifest(path)
+    for name, entry in manifest["files"].items():
+        try:
+            _verify_file(path / name, entry)
+        except CheckpointError as error:
+            damaged = _damaged_tensors(path / name, manifest["tensors"].get(name, {}))
+            raise CheckpointError(f"{error}{damaged}") from error
 
 
 def _verify_file(path: Path, entry: Mapping[str, Any]) -> None:
-    try:
-        size, digest = path.stat().st_size, sha256_of(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({one_line(error)}).") from error
+    size = file_size(path)
     if size != entry["bytes"]:
         raise CheckpointError(f"{path} is damaged: {size} bytes, the manifest says {entry['bytes']}.")
+    try:
+        digest = sha256_of(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({one_line(error)}).") from error
     if digest != entry["sha256"]:
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not the manifest's.")
+
+
+def _damaged_tensors(path: Path, expected: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which tensors of a damaged file are not what the manifest says, as a sentence; nothing where the file cannot be read at all."""
+    try:
+        tensors, _ = read_safetensors(path)
+    except CheckpointError:
+        return ""
+    wrong = [name for name in sorted(expected.keys() | tensors.keys()) if name not in tensors or describe_tensor(tensors[name]) != expected.get(name)]
+    return f" Damaged: {', '.join(wrong[:5])}{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}." if wrong else ""
+
+
+def describe_tensor(tensor: torch.Tensor) -> dict[str, Any]:
+    """What the manifest says of a tensor."""
+    return {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "sha256": tensor_digest(tensor)}
 
 
 def read_checkpoint(path: str | Path, with_optimizer: bool = True) -> Checkpoint:
@@ -137,21 +181,22 @@ def read_checkpoint(path: str | Path, with_optimizer: bool = True) -> Checkpoint
         if name not in manifest["files"]:
             raise CheckpointError(f"{path} holds no {name}.")
         _verify_file(path / name, manifest["files"][name])
-    try:
-        state = json.loads((path / STATE).read_bytes())
-        step = int(state["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / STATE} is damaged ({one_line(error)}).") from error
+    state = read_json(path / STATE)
+    if state.get("step") != manifest["step"]:
+        raise CheckpointError(f"{path / STATE} is damaged: it is of step {state.get('step')!r:.40}, the manifest of step {manifest['step']}.")
     weights, _ = read_safetensors(path / WEIGHTS)
     optimizer = read_safetensors(path / OPTIMIZER)[0] if with_optimizer else {}
-    return Checkpoint(path, step, weights, optimizer, state)
+    return Checkpoint(path, manifest["step"], weights, optimizer, state)
 
 
 class CheckpointStore:
-    """The checkpoints of one run: `folder/step-00001000`, `folder/latest`, `folder/best`."""
+    """The checkpoints of one run: `folder/step-00001000`, `folder/latest`, `folder/best`.
 
-    def __init__(self, folder: str | Path, keep: int = 2) -> None:
-        self.folder, self.keep = Path(folder), keep
+    Kept are the `keep` newest, the best, and with `keep_every` those of every so many steps.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2, keep_every: int = 0) -> None:
+        self.folder, self.keep, self.keep_every = Path(folder), keep, keep_every
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -176,7 +221,9 @@ class CheckpointStore:
                 STATE: write_flushed(beside / STATE, json.dumps({**state, "step": step}, indent=1).encode()),
             }
             files = {name: {"bytes": (beside / name).stat().st_size, "sha256": digest} for name, digest in digests.items()}
-            manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "files": files}
+            parts = {WEIGHTS: weights, OPTIMIZER: optimizer}
+            tensors = {file: {name: describe_tensor(each) for name, each in part.items()} for file, part in parts.items()}
+            manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "files": files, "tensors": tensors}
             manifest["sha256"] = _manifest_digest(manifest)
             write_flushed(beside / MANIFEST, json.dumps(manifest, indent=1).encode())
             flush_folder(beside)
@@ -246,7 +293,7 @@ class CheckpointStore:
         steps = self.steps()
         kept = {*steps[-self.keep :], self.best(), self.latest()}
         for step in steps:
-            if step not in kept:
+            if step not in kept and not (self.keep_every and step % self.keep_every == 0):
                 # Renamed first: a half-deleted folder must not look like a checkpoint.
                 doomed = self.folder / f".step-{step:08d}.{os.getpid()}.tmp"
                 with contextlib.suppress(OSError):
@@ -266,7 +313,7 @@ def save(model: Model, path: str | Path, tokenizer: Tokenizer | None = None) -> 
     if path.suffix != ".cllm":
         raise UserError(f"save writes a .cllm file, got {str(path)!r}. For a Hugging Face folder use cllm.interop.hf.save_hf or `cllm export`.")
     weights = weights_of(model)
-    metadata = {"format": "pt", "cllm_format": str(FORMAT_VERSION), "config": json.dumps(model.config.to_dict(), sort_keys=True)}
+    metadata = {"format": "pt", "cllm_format": str(FILE_VERSION), "config": json.dumps(model.config.to_dict(), sort_keys=True)}
     if tokenizer is not None:
         metadata |= {"tokenizer": tokenizer.to_json(), "tokenizer_hash": tokenizer.hash}
     metadata["sha256"] = _content_digest(weights, metadata)
@@ -337,11 +384,15 @@ def _load_file(path: Path) -> tuple[Model, Tokenizer | None]:
     weights, metadata = read_safetensors(path)
     if "cllm_format" not in metadata or "config" not in metadata:
         raise CheckpointError(f"{path} is a safetensors file without a CLLM configuration. {NOT_A_CHECKPOINT}")
-    if metadata["cllm_format"] != str(FORMAT_VERSION):
-        raise CheckpointError(f"{path} has format version {metadata['cllm_format']}, this CLLM reads {FORMAT_VERSION}. Use the CLLM that wrote it.")
+    if metadata["cllm_format"] != str(FILE_VERSION):
+        raise CheckpointError(f"{path} has format version {metadata['cllm_format']:.40}, this CLLM reads {FILE_VERSION}. Use the CLLM that wrote it.")
     if metadata.get("sha256") != _content_digest(weights, metadata):
         raise CheckpointError(f"{path} is damaged: its SHA-256 does not match. Copy it again from its source.")
-    model = _build(json.loads(metadata["config"]), weights, path)
+    try:
+        config = json.loads(metadata["config"])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} holds a model configuration that is not JSON ({one_line(error)}).") from error
+    model = _build(config, weights, path)
     return model, _tokenizer(metadata["tokenizer"], metadata.get("tokenizer_hash"), path) if "tokenizer" in metadata else None
 
 
@@ -350,10 +401,14 @@ def _build(config: dict[str, Any], weights: Mapping[str, torch.Tensor], where: P
     from cllm.model import Model
 
     try:
+        settings = ModelConfig.from_dict(config)
+        if settings.num_layers > len(weights):  # before so many blocks are built
+            raise CheckpointError(f"its {settings.num_layers:,} layers cannot be in {len(weights):,} tensors")
         with torch.device("meta"):  # no memory and no random numbers for weights that are read anyway
-            model = Model(ModelConfig.from_dict(config))
-    except (CLLMError, TypeError, ValueError) as error:
+            model = Model(settings)
+    except (CLLMError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{where} holds a model configuration that this CLLM cannot build: {one_line(error)}") from error
+    check_weights(model, weights, where)
     model.to_empty(device="cpu")
     load_weights(model, weights, where)
     return model
@@ -381,6 +436,6 @@ def check_tokenizer(found: str | None, wanted: str | None, where: Path | str) ->
     """Refuses weights or tokens that were made with another tokenizer: the same numbers would mean other text."""
     if wanted is not None and found != wanted:
         raise CheckpointError(
-            f"{where}: this tokenizer (hash {str(found)[:12]}) is not the one that the model was trained with ({wanted[:12]}). "
+            f"{where}: this tokenizer (hash {str(found)[:12]}) is not the one that the model was trained with ({str(wanted)[:12]}). "
             "Use the tokenizer.json of the run, or train a new run."
         )

@@ -105,8 +105,10 @@ class DeviceStep:
         learning_rate: float,
         beat: Callable[[], None] | None = None,
         ahead: Callable[[], Sequence[Microbatch]] | None = None,
+        before_update: Callable[[], None] | None = None,
     ) -> StepResult:
-        """One update. `ahead` makes the microbatches of the next one while the GPU works on this one."""
+        """One update. `ahead` makes the microbatches of the next one while the GPU works on this one; `before_update` returns when weights
+        may change."""
         num_targets = sum(int((each.targets != IGNORED).sum()) for each in microbatches)
         if not num_targets:
             return StepResult(0.0, 0.0, 0.0, 0, 0, learning_rate, False)
@@ -122,6 +124,8 @@ class DeviceStep:
             self._play(self._accumulate)
             if beat is not None:
                 beat()
+        if before_update is not None:
+            before_update()
         self._play(self._update)
         result = torch.cat((self._loss.reshape(1), self._stats, self._state[:1]))
         if ahead is not None:

@@ -86,17 +86,20 @@ class TrainStep:
         learning_rate: float | None = None,
         beat: Callable[[], None] | None = None,
         ahead: Callable[[], Sequence[Microbatch]] | None = None,
+        before_update: Callable[[], None] | None = None,
     ) -> StepResult:
         """One update from the gradients of all microbatches together. `beat` is called after each of them; `ahead` makes the microbatches
-        of the next update, and is called while a GPU works on this one.
+        of the next update, and is called while a GPU works on this one; `before_update` is called before any weight changes.
 
         A loss or gradient that is not finite leaves weights, moments and the count of updates as they were.
         """
         rate = self.learning_rate if learning_rate is None else learning_rate
         if self._device_step is not None:
-            self.last = self._device_step.run(microbatches, rate, beat, ahead)
+            self.last = self._device_step.run(microbatches, rate, beat, ahead, before_update)
             return self.last
         loss, num_targets = self.accumulate(microbatches, beat)
+        if before_update is not None:
+            before_update()
         if math.isfinite(loss) and num_targets:
             updates = self.optimizer.num_updates
             norm, largest, nonfinite = self.optimizer.update(rate, self.grad_clip)

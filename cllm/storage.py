@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ DTYPES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }
 _CHUNK = 16 << 20
+_LARGEST_JSON = 64 << 20  # bytes: a manifest or state of more is no work of ours
 NOT_A_CHECKPOINT = "Expected a run folder, a checkpoint folder, a .cllm file or a Hugging Face folder."
 
 
@@ -66,10 +68,41 @@ def _pieces(head: bytes, blobs: Iterator[memoryview]) -> Iterator[bytes | memory
             yield blob[start : start + _CHUNK]
 
 
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's bytes in row-major order."""
+    return hashlib.sha256(raw_bytes(tensor)).hexdigest()
+
+
+def file_size(path: Path) -> int:
+    """The size of a regular file; CheckpointError for anything else: opening a pipe or a device might wait for ever."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({one_line(error)}).") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{path} is not a regular file.")
+    return found.st_size
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; CheckpointError for anything else, however large or deep."""
+    size = file_size(path)
+    if size > _LARGEST_JSON:
+        raise CheckpointError(f"{path} is damaged: {size:,} bytes are too many for it.")
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({one_line(error)}).") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged: an object was expected.")
+    return content
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """All tensors and the metadata of a safetensors file; CheckpointError when it is not one."""
     from safetensors import SafetensorError, safe_open
 
+    file_size(path)
     try:
         with safe_open(path, framework="pt") as file:
             # Copied out of the mapping: a checkpoint may be replaced on disk while its weights are in use.

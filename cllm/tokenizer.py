@@ -100,11 +100,14 @@ class Tokenizer:
         """The tokenizer in the text of a tokenizer.json; DataError when it is not one."""
         try:
             content = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{name} is not a tokenizer.json: {error}.") from None
         if not isinstance(content, dict):
             raise DataError(f"{name} is not a tokenizer.json: an object was expected at its top.")
-        tokenizer = cls(content)
+        try:
+            tokenizer = cls(content)
+        except (TypeError, ValueError, AttributeError, LookupError) as error:  # well-formed JSON of another shape
+            raise DataError(f"{name} is not a tokenizer.json: {type(error).__name__}: {error}.") from None
         if tokenizer.kind != "char":
             tokenizer._check_backend(name)
         return tokenizer

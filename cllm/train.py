@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from cllm import runtime
 from cllm.checkpoint import Checkpoint, CheckpointStore, check_tokenizer, load_weights, weights_of
+from cllm.checkpoint_writer import CheckpointWriter
 from cllm.data import Batches
 from cllm.device import choose_recompute, explained_out_of_memory, resolve
 from cllm.evaluate import Evaluation, evaluate
@@ -110,7 +112,7 @@ class Trainer:
             with self._out_of_memory():
                 self._open(resume, report)
             with self._metrics:
-                with self._out_of_memory():
+                with self._out_of_memory(), self._writing(report):
                     self._loop(report, stop)
                 result = self._result(report)
                 report.finish(result)
@@ -125,9 +127,11 @@ class Trainer:
         while self.step < settings.steps and not self._best.exhausted(settings.patience):
             microbatches = self._microbatches(self.step)
             with report.step(self.step):
-                result = self._train_step.run(microbatches, lr(self.step, self._schedule), report.beat, partial(self._microbatches, self.step + 1))
+                rate, ahead = lr(self.step, self._schedule), partial(self._microbatches, self.step + 1)
+                result = self._train_step.run(microbatches, rate, report.beat, ahead, self._writer.before_update)
             self.step += 1
             self._record(result, report)
+            self._writer.check()
             if self._checkpoint_due():
                 self._save(report)
             if self._evaluation_due():
@@ -136,6 +140,7 @@ class Trainer:
                 self._sample(report)
             if stop.asked and self.step < settings.steps:
                 self._save(report)
+                self._finish_writing(report)
                 raise Interrupted(
                     f"stopped by {stop.asked} after step {self.step:,} of {settings.steps:,}; the checkpoint is "
                     f"{self._store.path(self.step)}. Go on from there with: cllm train --resume --out {self.out}"
@@ -194,7 +199,7 @@ class Trainer:
         report.evaluated(self.step, result, self._unigram, best)
         if best:
             self._save(report)
-            self._store.mark_best(self.step)
+            self._writer.afterwards(partial(self._store.mark_best, self.step))
 
     def _sample(self, report: Reporter) -> None:
         """Generated text to samples.txt, the only place where training calls generation."""
@@ -222,8 +227,9 @@ class Trainer:
 
     def _open(self, resume: str | bool, report: Reporter) -> None:
         """Prepares everything for the step to start from: a fresh run's first, or the one after the newest good checkpoint."""
-        self._store = CheckpointStore(self.out / "checkpoints", self.config.train.keep)
+        self._store = CheckpointStore(self.out / "checkpoints", self.config.train.keep, self.config.train.keep_every)
         self._store.clean()
+        self._writer = CheckpointWriter(self._store, self.config.train.async_checkpoint)
         if resume is False and self._store.steps():
             raise UserError(f"{self.out} already holds a run. Resume it (resume=True or --resume), or choose another folder with --out.")
         found = self._store.newest_good(report.say) if self._store.steps() else None
@@ -299,9 +305,31 @@ class Trainer:
             "skipped": self._nonfinite.skipped, "skipped_in_a_row": self._nonfinite.in_a_row, "last_evaluation": self._last_evaluation,
             "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
+        self._finish_writing(report)
         with report.stage(f"writing a checkpoint ({(tensors_bytes(weights) + tensors_bytes(optimizer)) / 1e6:,.0f} MB)"):
-            self._store.save(self.step, weights, optimizer, state)
+            self._writer.save(self.step, weights, optimizer, state)
         self._last_saved = self.step
+
+    def _finish_writing(self, report: Reporter) -> None:
+        if self._writer.busy:
+            with report.stage("waiting for the disk to take the checkpoint"):
+                self._writer.wait(report.beat)
+        self._writer.check()
+
+    @contextmanager
+    def _writing(self, report: Reporter) -> Iterator[None]:
+        """Around the loop: however it ends, the checkpoint on its way is completed; only a second Ctrl-C does not wait."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            try:
+                self._finish_writing(report)
+            except CheckpointError as error:
+                report.say(f"error: {error}")
+            raise
+        self._finish_writing(report)
 
 
 def make_batches(split: TokenSplit, config: TrainConfig) -> Batches:

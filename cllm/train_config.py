@@ -65,6 +65,8 @@ class TrainSection:
     eval_every: int | None = setting(None, "Steps between evaluations of the whole validation split.", at_least=1, example=200, result=False)
     checkpoint_every: int | None = setting(None, "Steps between checkpoints.", at_least=1, example=200, result=False)
     keep: int = setting(2, "Newest checkpoints kept on disk; the best one is kept as well.", at_least=1, example=2, result=False)
+    keep_every: int = setting(0, "Checkpoints of every so many steps are kept for good; 0 for none.", at_least=0, example=10000, result=False)
+    async_checkpoint: bool = setting(True, "Write checkpoints while training goes on, from a copy of weights and moments.", result=False)
     sample_every: int = setting(0, "Steps between generated samples in samples.txt; 0 never generates.", at_least=0, example=500, result=False)
     patience: int = setting(0, "Stop after so many evaluations without a better validation loss; 0 never stops early.", at_least=0, example=5)
     on_nonfinite: str = setting("stop", "What to do when a loss or gradient is NaN or infinite.", choices=("stop", "skip"), result=False)
@@ -102,7 +104,7 @@ def _field_docs(schema: type) -> dict[str, str]:
     assert isinstance(body, ast.ClassDef)
     pairs = zip(body.body, body.body[1:])
     return {
-        each.target.id: text.value.value
+        each.target.id: " ".join(text.value.value.split())
         for each, text in pairs
         if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
         and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)

@@ -7,11 +7,15 @@ import pickle
 import resource
 import signal
 import struct
+import threading
 
 import pytest
 import torch
+from command import cllm
 
 from cllm.checkpoint import CheckpointStore, check_tokenizer, load, read_checkpoint, save, verify, weights_of
+from cllm.checkpoint_tools import average, diff, verify_all
+from cllm.checkpoint_writer import CheckpointWriter
 from cllm.config import ModelConfig
 from cllm.model import Model
 from cllm.runtime.errors import CheckpointError, UserError
@@ -256,3 +260,124 @@ def test_another_tokenizer_is_refused():
     check_tokenizer("abc", None, "here")
     with pytest.raises(CheckpointError, match="not the one that the model was trained with"):
         check_tokenizer("abc", "abd", "here")
+
+
+# -- written while training goes on --------------------------------------------------------------------------------------------
+
+
+def test_a_background_checkpoint_holds_what_was_there_when_it_began_whatever_changes_after_before_update(tmp_path):
+    writer = CheckpointWriter(CheckpointStore(tmp_path), background=True)
+    for step in range(1, 5):
+        live, moments = weights(step), weights(-step)
+        writer.save(step, live, moments, state())
+        writer.before_update()
+        for tensor in [*live.values(), *moments.values()]:
+            tensor.zero_()
+        writer.wait()
+        found = writer.store.newest_good()
+        assert found.step == step and all(torch.equal(found.weights[name], each) for name, each in weights(step).items())
+        assert all(torch.equal(found.optimizer[name], each) for name, each in weights(-step).items())
+
+
+def test_training_goes_on_while_the_disk_writes_and_the_next_checkpoint_waits_its_turn(tmp_path, monkeypatch):
+    store, release, order = CheckpointStore(tmp_path), threading.Event(), []
+    save_now = store.save
+    monkeypatch.setattr(store, "save", lambda step, *rest: (release.wait(20), order.append(step), save_now(step, *rest)))
+    writer = CheckpointWriter(store, background=True)
+    writer.save(1, weights(), weights(), state())
+    writer.before_update()  # returns although nothing is written yet
+    writer.check()
+    writer.afterwards(lambda: order.append("best"))
+    assert writer.busy and not order
+    threading.Timer(0.1, release.set).start()
+    writer.save(2, weights(), weights(), state())
+    writer.wait()
+    assert order == [1, "best", 2] and store.steps() == [1, 2] and writer.stall_seconds > 0
+
+
+def test_a_background_write_that_fails_says_so_at_the_next_chance(tmp_path, monkeypatch):
+    import cllm.checkpoint as module
+
+    writer = CheckpointWriter(CheckpointStore(tmp_path / "checkpoints"), background=True)
+    writer.save(1, weights(1), weights(), state())
+    writer.wait()
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module, "write_safetensors", full)
+    writer.save(2, weights(2), weights(), state())
+    writer.before_update()
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        writer.wait()
+    assert writer.store.newest_good().step == 1
+    writer.wait()  # said once
+
+
+def test_keep_every_keeps_checkpoints_for_good(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1, keep_every=4)
+    for step in range(1, 11):
+        store.save(step, weights(), weights(), state())
+    assert store.steps() == [4, 8, 10]
+
+
+# -- cllm checkpoint -----------------------------------------------------------------------------------------------------------
+
+
+def test_verify_names_the_damaged_tensors(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    store.save(1, weights(1), weights(), state())
+    path = store.save(2, weights(2), weights(), state()) / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # the last tensor of the file is the narrowest
+    path.write_bytes(content)
+    (_, first), (_, second) = verify_all(tmp_path)
+    assert first is None and "SHA-256" in second and second.endswith("Damaged: c.")
+
+
+def test_diff_tells_changed_weights_and_settings(tmp_path, model):
+    save(model, tmp_path / "a.cllm")
+    with torch.no_grad():
+        model.embedding_weight[3, 4] += 0.5
+    save(model, tmp_path / "b.cllm")
+    save(Model(ModelConfig.from_dict({**TINY.to_dict(), "num_layers": 2})), tmp_path / "c.cllm")
+    assert diff(tmp_path / "a.cllm", tmp_path / "a.cllm").identical
+    found = diff(tmp_path / "a.cllm", tmp_path / "b.cllm")
+    assert list(found.changed) == ["model.embed_tokens.weight"] and found.same == 10 and not found.identical
+    assert found.changed["model.embed_tokens.weight"][0] == pytest.approx(0.5)
+    other = diff(tmp_path / "a.cllm", tmp_path / "c.cllm")
+    assert other.config == {"num_layers": (1, 2)} and not other.only_first and len(other.only_second) == 9
+
+
+def test_an_average_is_the_mean_of_the_weights(tmp_path):
+    models = [Model(TINY, seed=seed) for seed in range(3)]
+    store = CheckpointStore(tmp_path / "run" / "checkpoints", keep=3)
+    for step, each in enumerate(models, 1):
+        store.save(step, weights_of(each), {}, state())
+    mean, _, used = average([tmp_path / "run"])
+    assert len(used) == 3
+    for name, tensor in weights_of(mean).items():
+        expected = sum(weights_of(each)[name].double() for each in models) / 3
+        assert torch.equal(tensor, expected.float())
+    assert len(average([tmp_path / "run"], last=2)[2]) == 2
+    save(Model(ModelConfig.from_dict({**TINY.to_dict(), "num_layers": 2})), tmp_path / "other.cllm")
+    with pytest.raises(UserError, match="another model"):
+        average([tmp_path / "run", tmp_path / "other.cllm"])
+    with pytest.raises(UserError, match="at least two"):
+        average([tmp_path / "other.cllm"])
+
+
+def test_the_checkpoint_commands_do_what_they_say(tmp_path):
+    store = CheckpointStore(tmp_path / "run" / "checkpoints", keep=3)
+    for step in (1, 2):
+        store.save(step, weights_of(Model(TINY, seed=step)), {}, state(tokens=7))
+    run = tmp_path / "run"
+    assert cllm("checkpoint", "inspect", run, "--tensors", "--json").json["step"] == 2
+    assert "parameters" in cllm("checkpoint", "inspect", run).out
+    assert cllm("checkpoint", "verify", run, "--json").json == {"checkpoints": 2, "damaged": []}
+    assert len(cllm("checkpoint", "diff", store.path(1), run, "--json").json["changed"]) > 3
+    averaged = cllm("checkpoint", "average", run, "--out", tmp_path / "mean.cllm", "--json").json["averaged"]
+    assert averaged == [str(store.path(1)), str(store.path(2))]
+    (store.path(2) / "model.safetensors").write_bytes(b"gone")
+    bad = cllm("checkpoint", "verify", run)
+    assert bad.status == 1 and "BAD" in bad.out and "1 of 2 checkpoints are damaged" in bad.err
