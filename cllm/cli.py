@@ -107,7 +107,7 @@ def train(
     eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,
     patience: Annotated[int | None, typer.Option(help="Evaluations without progress before stopping.")] = None,
     sample_every: Annotated[int | None, typer.Option(help="Steps between samples in samples.txt.")] = None,
-    on_nonfinite: Annotated[str | None, typer.Option(help="stop or skip when a loss or gradient is not finite.")] = None,
+    on_nonfinite: Annotated[str | None, typer.Option(help="stop, skip or rollback when a loss or gradient is not finite.")] = None,
     overfit_one_batch: Annotated[bool, typer.Option("--overfit-one-batch", help="Check a set-up: learn one batch by heart.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print sizes, memory, speed and every derived value, and stop.")] = False,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any other setting; repeatable.")] = None,

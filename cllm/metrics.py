@@ -1,7 +1,8 @@
 """What a run measured: one JSON object per line in metrics.jsonl, and the same numbers for TensorBoard where tensorboardX is installed.
 
-Each row has `kind` (train or eval) and `step` (updates done). On resume the file is cut back to the checkpoint, so that a run that was
-stopped and resumed leaves the same rows as one that was not, apart from the fields that hold times.
+Each row has `kind` (train, eval, event for what went wrong, machine for what the machine did) and `step` (updates done). On resume the file is
+cut back to the checkpoint, so that a run that was stopped and resumed leaves the same rows as one that was not, apart from the fields that hold
+times and the rows of kind machine.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ class Metrics:
         self.close()
 
     def truncate(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Before the first write: drops the rows that a resumed run will write again, and a last line that a kill cut short."""
-        assert self._file is None
+        """Drops the rows that a resumed run, or one that went back to a checkpoint, will write again, and a last line that a kill cut short."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
         if not self.path.exists():
             return
         kept = "".join(json.dumps(row) + "\n" for row in read_metrics(self.path) if keep(row))

@@ -1,4 +1,4 @@
-"""What watches over a run: signals, the run's lock, memory, and the policies for non-finite numbers and for losses that stop falling."""
+"""What watches over a run: signals, the run's lock, memory, and losses that stop falling."""
 
 from __future__ import annotations
 
@@ -16,17 +16,11 @@ from typing import Any
 
 from cllm.runtime.errors import CheckpointError, CLLMError
 
-SKIPS_IN_A_ROW = 20  # more than so many skipped steps in a row are no accident: the run has diverged
-
 
 class Interrupted(CLLMError):
     """The run was asked to stop (Ctrl-C, SIGTERM) and did so after writing a checkpoint."""
 
     exit_status = 130
-
-
-class NonFiniteError(CLLMError):
-    """A loss or gradient was NaN or infinite and the policy is to stop."""
 
 
 class StopSignals:
@@ -95,29 +89,6 @@ def memory_bytes() -> int:
         import psutil
 
         return psutil.Process().memory_info().rss
-
-
-@dataclass
-class NonFinitePolicy:
-    """stop: the first non-finite loss or gradient ends the run. skip: the step is left out and counted, up to 20 in a row."""
-
-    policy: str
-    skipped: int = 0
-    in_a_row: int = 0
-
-    def __call__(self, step: int, loss: float, gradient_norm: float, num_nonfinite: int, run: Path) -> None:
-        """Records a step that was not finite; NonFiniteError when the run must end."""
-        self.skipped += 1
-        self.in_a_row += 1
-        what = f"step {step}: the loss is {loss:g}, the gradient norm {gradient_norm:g} with {num_nonfinite:,} non-finite values"
-        advice = f"Lower learning_rate, lengthen warmup, or set grad_clip. The last good checkpoint is in {run}."
-        if self.policy == "stop":
-            raise NonFiniteError(f"{what}. {advice} To leave such steps out instead: --on-nonfinite skip.")
-        if self.in_a_row > SKIPS_IN_A_ROW:
-            raise NonFiniteError(f"{what}, and so were the {SKIPS_IN_A_ROW} steps before it: the run has diverged. {advice}")
-
-    def finite(self) -> None:
-        self.in_a_row = 0
 
 
 @dataclass

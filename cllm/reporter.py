@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -42,11 +43,12 @@ class Reporter:
         self._flops_per_token = 0.0
         self._peak_flops = 0.0
         self._device: torch.device | None = None
+        self._doing = "starting"
 
     def __enter__(self) -> Reporter:
         self._log = self._stack.enter_context(open(self.out / "log.txt", "a", encoding="utf-8"))
         if self._config.log.watchdog_seconds:
-            self._watchdog = self._stack.enter_context(progress.Watchdog(self._config.log.watchdog_seconds))
+            self._watchdog = self._stack.enter_context(progress.Watchdog(self._config.log.watchdog_seconds, self._stalled))
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -83,26 +85,45 @@ class Reporter:
         if self._watchdog is not None:
             self._watchdog.beat()
 
+    def _stalled(self, seconds: float) -> None:
+        """Says where, in the log as well; with on_stall = stop it ends the process, for a supervisor to start it again."""
+        stop = self._config.train.on_stall == "stop"
+        then = f" The run ends (on_stall = stop). Go on with: cllm train --resume --out {self.out}" if stop else ""
+        self.say(f"stalled for {seconds:.0f} s while {self._doing}.{then}")
+        if stop:
+            os._exit(1)  # the thread that hangs cannot be asked; checkpoints are whole at any moment
+
+    @contextmanager
+    def _at(self, doing: str) -> Iterator[None]:
+        before, self._doing = self._doing, doing
+        self.beat()
+        yield
+        self._doing = before
+        self.beat()
+
+    @contextmanager
+    def reading(self, step: int) -> Iterator[None]:
+        """Around making the batches of a step."""
+        with self._at(f"reading the data of step {step + 1:,}"):
+            yield
+
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
         """Around one step; the first one of a process compiles kernels and says so when that takes long."""
-        self.beat()
         began = time.perf_counter()
-        if self._warm:
-            yield
-        else:
-            with progress.stage("first step: compiling kernels for this machine"):
+        with self._at(f"computing step {step + 1:,}"):
+            if self._warm:
                 yield
+            else:
+                with progress.stage("first step: compiling kernels for this machine"):
+                    yield
         self._last_seconds = time.perf_counter() - began
-        self.beat()
 
     @contextmanager
     def stage(self, label: str) -> Iterator[None]:
         """Around work between steps; it is shown when it takes long."""
-        self.beat()
-        with progress.stage(label):
+        with self._at(label), progress.stage(label):
             yield
-        self.beat()
 
     def trained(self, step: int, tokens: int, result: StepResult) -> dict[str, float]:
         """Shows a step and returns its timing and memory for the metrics."""

@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,9 @@ from cllm.checkpoint_writer import CheckpointWriter
 from cllm.data import Batches
 from cllm.device import choose_recompute, explained_out_of_memory, resolve
 from cllm.evaluate import Evaluation, evaluate
+from cllm.faults import ROLLBACKS, Fault, FaultError, Faults, NonFiniteError, advice
 from cllm.metrics import Metrics
-from cllm.monitor import BestLoss, Interrupted, NonFinitePolicy, RunLock, StopSignals
+from cllm.monitor import BestLoss, Interrupted, RunLock, StopSignals
 from cllm.reporter import Reporter
 from cllm.runtime.errors import CheckpointError, UserError
 from cllm.schedule import Schedule, lr
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
     from cllm.data import Dataset, TokenSplit
     from cllm.model import Model
     from cllm.tokenizer import Tokenizer
+
+
+NAMED_DOCUMENTS = 20  # of a step that went wrong
+SLOW_DISK_SECONDS = 1.0  # of waiting for the checkpoint before that are worth a line
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,8 @@ class Trainer:
         self.tokens = 0
         self._seconds_before = 0.0  # of the runs that this one resumes
         self._best = BestLoss()
-        self._nonfinite = NonFinitePolicy(self.config.train.on_nonfinite)
+        settings = self.config.train
+        self._faults = Faults(settings.on_nonfinite, settings.on_spike, settings.on_gradient, settings.spike_sigmas)
         self._last_evaluation = 0
         self._last_saved: int | None = None
         self._resumed_from: int | None = None
@@ -124,13 +130,19 @@ class Trainer:
         report.begin(self.step, settings.steps, self.config, self.model.config, self.device)
         if self._evaluation_due():  # the run may have stopped between this checkpoint and its evaluation
             self._evaluate(report)
+        if self.step == 0 and self._faults.may_roll_back:
+            self._save(report)  # where to go back to
         while self.step < settings.steps and not self._best.exhausted(settings.patience):
-            microbatches = self._microbatches(self.step)
+            with report.reading(self.step):
+                microbatches = self._microbatches(self.step)
             with report.step(self.step):
                 rate, ahead = lr(self.step, self._schedule), partial(self._microbatches, self.step + 1)
                 result = self._train_step.run(microbatches, rate, report.beat, ahead, self._writer.before_update)
             self.step += 1
             self._record(result, report)
+            fault = self._faults.judge(self.step, result)
+            if fault is not None:
+                self._handle(fault, report)
             self._writer.check()
             if self._checkpoint_due():
                 self._save(report)
@@ -151,7 +163,7 @@ class Trainer:
         """The data of update number `step`: always the first batch when one batch is to be learnt by heart. The last answer is kept."""
         settings = self.config.train
         if self._prepared[0] != step:
-            first = 0 if settings.overfit_one_batch else step * settings.grad_accum
+            first = 0 if settings.overfit_one_batch else self._faults.data_of(step) * settings.grad_accum
             batches = (self._batches.batch(first + number) for number in range(settings.grad_accum))
             self._prepared = step, [Microbatch(each.tokens, each.targets, each.cu_seqlens) for each in batches]
         return self._prepared[1]
@@ -160,17 +172,59 @@ class Trainer:
         self._last_step = result
         self.tokens += result.num_targets
         timing = report.trained(self.step, self.tokens, result)
-        if result.finite:
-            self._nonfinite.finite()
         if self.step % self.config.log.metrics_every == 0 or not result.finite:
             self._metrics.write(
                 "train", self.step, loss=result.loss, learning_rate=result.learning_rate, gradient_norm=result.gradient_norm,
                 largest_gradient=result.largest_gradient, num_nonfinite=result.num_nonfinite, updated=result.updated, tokens=self.tokens,
                 seconds=round(self._seconds_before + report.seconds, 3), **timing,
             )
-        if not result.finite:
-            report.say(f"step {self.step:,}: loss {result.loss:g}, gradient norm {result.gradient_norm:g}: not finite, the update was left out")
-            self._nonfinite(self.step, result.loss, result.gradient_norm, result.num_nonfinite, self._store.folder)
+
+    def _handle(self, fault: Fault, report: Reporter) -> None:
+        """Records what went wrong in the step before, and does what its policy says."""
+        documents = self._documents_of(self.step - 1)
+        data = self._faults.data_of(self.step - 1)
+        where = f"data {data:,} from {', '.join(documents[:3])}{f' and {len(documents) - 3} more' if len(documents) > 3 else ''}"
+        row = {"event": fault.kind, "action": fault.action, "text": fault.text, "fault_step": self.step, "data": data, "documents": documents}
+        if fault.action == "rollback":
+            self._roll_back(fault, where, row, report)
+            return
+        self._metrics.write("event", self.step, **row)
+        if fault.action == "stop":
+            report.say(f"{fault.text}; {where}")
+            error = NonFiniteError if fault.kind == "nonfinite" else FaultError
+            raise error(f"{fault.text} ({where}). {advice(fault, self._store.folder)}")
+        report.say(f"{fault.text}; {where}{': the update was left out' if fault.action == 'skip' else ''}")
+
+    def _roll_back(self, fault: Fault, where: str, row: dict[str, Any], report: Reporter) -> None:
+        """Goes back to the newest good checkpoint and writes it anew with the note that other data follows, so that a resume knows it too."""
+        self._finish_writing(report)
+        failed, faults = self.step, self._faults
+        found = self._store.newest_good(report.say)
+        assert found is not None  # one was written before the first step
+        if not faults.roll_back(failed - 1, found.step):
+            tried = f"after {ROLLBACKS} rollbacks to step {found.step:,}"
+            raise FaultError(f"{fault.text} ({where}), {tried}. {advice(fault, self._store.folder)}")
+        rollbacks = list(faults.rollbacks)
+        seconds, resumed = self._seconds_before, self._resumed_from
+        self._restore(found)
+        self._seconds_before, self._resumed_from = seconds, resumed
+        faults.rollbacks, self._prepared, self._last_saved = rollbacks, (-1, []), None
+        self._metrics.truncate(self._belongs_before_step)
+        self._save(report)
+        self._finish_writing(report)
+        self._metrics.write("event", self.step, **row)
+        report.say(f"{fault.text}; {where}: back to step {self.step:,}, and on with other data than that of the {failed - self.step:,} steps since")
+
+    def _documents_of(self, update: int) -> list[str]:
+        """The names of the documents that an update learnt from, at most NAMED_DOCUMENTS."""
+        settings = self.config.train
+        first = 0 if settings.overfit_one_batch else self._faults.data_of(update) * settings.grad_accum
+        numbers = sorted({each for number in range(settings.grad_accum) for each in self._batches.batch(first + number).documents})
+        return [self.dataset.train.document_name(each) for each in numbers[:NAMED_DOCUMENTS]]
+
+    def _belongs_before_step(self, row: dict[str, Any]) -> bool:
+        """Whether a row of metrics stays when the run goes on from `step`: later rows, and the evaluation after its checkpoint, come again."""
+        return row["step"] < self.step or (row["step"] == self.step and row["kind"] != "eval")
 
     def _checkpoint_due(self) -> bool:
         settings = self.config.train
@@ -219,7 +273,7 @@ class Trainer:
             step=self.step, tokens=self.tokens, train_loss=None if self._last_step is None else self._last_step.loss,
             validation=self._validation, best_loss=self._best.loss if self._best.step is not None else None, best_step=self._best.step,
             unigram_loss=self._unigram, seconds=self._seconds_before + report.seconds, tokens_per_second=report.tokens_per_second,
-            skipped_steps=self._nonfinite.skipped, stopped_early=self._best.exhausted(self.config.train.patience),
+            skipped_steps=self._faults.skipped, stopped_early=self._best.exhausted(self.config.train.patience),
             resumed_from=self._resumed_from, checkpoint=self._store.path(self.step), out=self.out,
         )
 
@@ -258,9 +312,9 @@ class Trainer:
         write_atomic(self.out / "config.toml", config.to_toml().encode())
         self._metrics = Metrics(self.out, config.log.tensorboard)
         if found is not None:
-            self._restore(found, report)
-        # What a resumed run will write again is dropped: later steps, and the evaluation that follows the checkpoint of this one.
-        self._metrics.truncate(lambda row: row["step"] < self.step or (row["step"] == self.step and row["kind"] != "eval"))
+            self._restore(found)
+            report.say(f"resuming after step {self.step:,} from {found.path}")
+        self._metrics.truncate(self._belongs_before_step)
 
     def _out_of_memory(self) -> AbstractContextManager[None]:
         settings = self.config.train
@@ -280,16 +334,18 @@ class Trainer:
             )
         check_tokenizer(self.tokenizer.hash if self.tokenizer is not None else None, found.state["tokenizer_hash"], self.out)
 
-    def _restore(self, found: Checkpoint, report: Reporter) -> None:
+    def _restore(self, found: Checkpoint) -> None:
         load_weights(self.model, found.weights, found.path)
         self._train_step.load_state_dict(found.optimizer)
         state = found.state
+        try:
+            self.tokens, self._seconds_before = int(state["tokens"]), float(state["seconds"])
+            self._best = BestLoss.from_dict(state["best"])
+            self._faults.load(state.get("faults") or state)
+            self._last_evaluation = int(state["last_evaluation"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"the state of {found.path} is not that of a run ({type(error).__name__}: {error}).") from error
         self.step = self._resumed_from = self._last_saved = found.step
-        self.tokens, self._seconds_before = state["tokens"], state["seconds"]
-        self._best = BestLoss.from_dict(state["best"])
-        self._nonfinite = replace(self._nonfinite, skipped=state["skipped"], in_a_row=state["skipped_in_a_row"])
-        self._last_evaluation = state["last_evaluation"]
-        report.say(f"resuming after step {self.step:,} from {found.path}")
 
     def _data_identity(self) -> dict[str, Any]:
         return {name: _split_identity(getattr(self.dataset, name)) for name in ("train", "val")}
@@ -302,10 +358,17 @@ class Trainer:
             "model": self.model.config.to_dict(), "config": self.config.to_dict(), "sources": dict(self.config.sources),
             "tokenizer_hash": self.tokenizer.hash if self.tokenizer is not None else None, "data": self._data_identity(),
             "tokens": self.tokens, "seconds": self._seconds_before + report.seconds, "best": self._best.to_dict(),
-            "skipped": self._nonfinite.skipped, "skipped_in_a_row": self._nonfinite.in_a_row, "last_evaluation": self._last_evaluation,
+            "faults": self._faults.to_dict(), "last_evaluation": self._last_evaluation,
             "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        self._finish_writing(report)
+        if self._writer.busy:
+            began = time.perf_counter()
+            self._finish_writing(report)
+            waited = time.perf_counter() - began
+            if waited > SLOW_DISK_SECONDS:
+                text = f"step {self.step:,}: the disk is slow: training waited {waited:.1f} s for the checkpoint before this one"
+                self._metrics.write("machine", self.step, event="slow_disk", action="wait", text=text, seconds=round(waited, 3))
+                report.say(f"{text}. Raise checkpoint_every, or use a faster disk")
         with report.stage(f"writing a checkpoint ({(tensors_bytes(weights) + tensors_bytes(optimizer)) / 1e6:,.0f} MB)"):
             self._writer.save(self.step, weights, optimizer, state)
         self._last_saved = self.step

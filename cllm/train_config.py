@@ -69,7 +69,16 @@ class TrainSection:
     async_checkpoint: bool = setting(True, "Write checkpoints while training goes on, from a copy of weights and moments.", result=False)
     sample_every: int = setting(0, "Steps between generated samples in samples.txt; 0 never generates.", at_least=0, example=500, result=False)
     patience: int = setting(0, "Stop after so many evaluations without a better validation loss; 0 never stops early.", at_least=0, example=5)
-    on_nonfinite: str = setting("stop", "What to do when a loss or gradient is NaN or infinite.", choices=("stop", "skip"), result=False)
+    on_nonfinite: str = setting(
+        "stop", "When a loss or gradient is NaN or infinite: stop, leave the step out, or go back to the last checkpoint and take other data.",
+        choices=("stop", "skip", "rollback"), result=False,
+    )  # fmt: skip
+    on_spike: str = setting("warn", "When the loss jumps far above the last steps'.", choices=("warn", "stop", "rollback"), result=False)
+    spike_sigmas: float = setting(
+        12.0, "How many usual deviations above the median of the last 64 losses are a jump; 0 never.", at_least=0.0, example=12, result=False
+    )
+    on_gradient: str = setting("warn", "When the gradient explodes or vanishes.", choices=("warn", "stop", "rollback"), result=False)
+    on_stall: str = setting("wait", "When nothing moves for log.watchdog_seconds: wait, or end the process.", choices=("wait", "stop"), result=False)
     overfit_one_batch: bool = setting(False, "Train on the first batch only: a set-up that works drives its loss below 0.1.")
 
 
