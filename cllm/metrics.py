@@ -10,24 +10,29 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cllm.prometheus import PrometheusEndpoint
 from cllm.runtime.errors import CheckpointError
 
 # Fields that depend on the machine and the hour, not on the training.
-TIME_FIELDS = ("seconds", "tokens_per_second", "share_of_peak", "memory_bytes", "time")
+TIME_FIELDS = (
+    "seconds", "tokens_per_second", "share_of_peak", "memory_bytes", "cpu_share", "time", "data_seconds", "forward_seconds", "backward_seconds",
+    "optimizer_seconds", "checkpoint_seconds", "gpu_share",
+)  # fmt: skip
 
 
 class Metrics:
     """Appends rows to `run/metrics.jsonl` and to TensorBoard events in `run`."""
 
-    def __init__(self, run: str | Path, tensorboard: bool = False) -> None:
+    def __init__(self, run: str | Path, tensorboard: bool = False, prometheus_port: int = 0) -> None:
         self.run = Path(run)
         self.path = self.run / "metrics.jsonl"
         self._file: Any = None
         self._board = _tensorboard(self.run) if tensorboard else None
+        self.prometheus = PrometheusEndpoint(prometheus_port) if prometheus_port else None
 
     def __enter__(self) -> Metrics:
         return self
@@ -57,10 +62,28 @@ class Metrics:
             self._file.flush()
         except OSError as error:
             raise CheckpointError(f"could not write {self.path}: {error.strerror or error}. Free some space and run the same command.") from error
+        if self.prometheus is not None:
+            self.prometheus.update(kind, {"step": step, **values})
         if self._board is not None:
-            for key, value in values.items():
-                if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-                    self._board.add_scalar(f"{kind}/{key}", value, step)
+            for key, value in _scalars(values):
+                self._board.add_scalar(f"{kind}/{key}", value, step)
+
+    def histograms(self, kind: str, step: int, tensors: Mapping[str, Any]) -> None:
+        """Distributions, for TensorBoard alone."""
+        if self._board is not None:
+            for name, tensor in tensors.items():
+                self._board.add_histogram(f"{kind}/{name}", tensor.numpy(), step)
+
+    def text(self, name: str, step: int, text: str) -> None:
+        """A generated sample or the configuration, for TensorBoard alone."""
+        if self._board is not None:
+            self._board.add_text(name, f"```\n{text}\n```", step)
+
+    def hyperparameters(self, settings: Mapping[str, Any], outcome: Mapping[str, float]) -> None:
+        """Settings beside what came of them, for TensorBoard's table of runs."""
+        if self._board is not None:
+            plain = {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in settings.items()}
+            self._board.add_hparams(plain, {f"outcome/{key}": value for key, value in outcome.items()}, name="hparams")
 
     def close(self) -> None:
         if self._file is not None:
@@ -68,11 +91,24 @@ class Metrics:
             self._file = None
         if self._board is not None:
             self._board.close()
+        if self.prometheus is not None:
+            self.prometheus.close()
 
 
 def _plain(value: Any) -> Any:
     """JSON knows no NaN and no infinity: they become their names."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers among the values, those inside dicts under KEY/KEY."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            yield prefix + key, value
 
 
 def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,9 @@ class Reporter:
         self._flops_per_token = 0.0
         self._peak_flops = 0.0
         self._device: torch.device | None = None
+        self.split = dict.fromkeys(("data", "forward", "backward", "optimizer", "checkpoint", "evaluation"), 0.0)  # seconds
+        self._reading = 0.0
+        self._cpu_before = _cpu_seconds()
         self._doing = "starting"
 
     def __enter__(self) -> Reporter:
@@ -104,8 +107,10 @@ class Reporter:
     @contextmanager
     def reading(self, step: int) -> Iterator[None]:
         """Around making the batches of a step."""
+        began = time.perf_counter()
         with self._at(f"reading the data of step {step + 1:,}"):
             yield
+        self._reading = time.perf_counter() - began
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
@@ -120,13 +125,21 @@ class Reporter:
         self._last_seconds = time.perf_counter() - began
 
     @contextmanager
-    def stage(self, label: str) -> Iterator[None]:
-        """Around work between steps; it is shown when it takes long."""
+    def stage(self, label: str, part: str | None = None) -> Iterator[None]:
+        """Around work between steps; it is shown when it takes long, and counted as `part` of the run's time."""
+        began = time.perf_counter()
         with self._at(label), progress.stage(label):
             yield
+        if part is not None:
+            self.split[part] += time.perf_counter() - began
 
-    def trained(self, step: int, tokens: int, result: StepResult) -> dict[str, float]:
-        """Shows a step and returns its timing and memory for the metrics."""
+    def trained(self, step: int, tokens: int, result: StepResult, seconds: Mapping[str, float]) -> dict[str, float]:
+        """Shows a step and returns its timing, memory and use of the machine for the metrics. `seconds`: of the step's parts."""
+        parts_seconds = {"data": self._reading, **seconds}
+        for part, each in parts_seconds.items():
+            self.split[part] += each
+        used, self._cpu_before = _cpu_seconds() - self._cpu_before, _cpu_seconds()
+        busy = used / max(1e-9, self._last_seconds + self._reading) / runtime.device.usable_cores()
         memory = self._memory()
         speed = result.num_targets / max(self._last_seconds, 1e-9)
         if self._warm:
@@ -142,7 +155,20 @@ class Reporter:
             f"{memory / 1e9:.2f} GB",
         ]
         self._progress.update(step, "  ".join(part for part in parts if part))
-        return {"tokens_per_second": round(speed, 1), "share_of_peak": round(share, 4), "memory_bytes": memory}
+        times = {f"{part}_seconds": round(each, 6) for part, each in parts_seconds.items()}
+        use = {"cpu_share": round(min(1.0, busy), 4), **self._gpu_share()}
+        return {"tokens_per_second": round(speed, 1), "share_of_peak": round(share, 4), "memory_bytes": memory, **use, **times}
+
+    def _gpu_share(self) -> dict[str, float]:
+        """The share of the last moments in which the GPU was busy, where NVIDIA's library for it is installed."""
+        if self._device is None or self._device.type != "cuda":
+            return {}
+        import torch
+
+        try:
+            return {"gpu_share": torch.cuda.utilization(self._device) / 100}
+        except (ImportError, RuntimeError):
+            return {}
 
     def _memory(self) -> int:
         """Bytes of the process, or what torch holds of the GPU's memory."""
@@ -172,6 +198,10 @@ class Reporter:
             )
         if result.validation is None:
             self.say("there was no validation text, so nothing says how well the model does on text that it has not seen")
+        spent = sorted(((seconds, part) for part, seconds in self.split.items()), reverse=True)
+        total = sum(self.split.values())
+        if total:
+            self.say("time: " + ", ".join(f"{part} {100 * seconds / total:.0f} %" for seconds, part in spent if seconds / total >= 0.005))
         peak = peak_memory_bytes() / 1e9
         self.say(f"done: {result.step:,} steps, {_short(result.tokens)} tokens in {progress.duration(result.seconds)}, peak memory {peak:.2f} GB")
 
@@ -184,6 +214,12 @@ def _peak_flops(precision: str, device: torch.device) -> float:
     # With all cores, whatever this run uses: the number is kept for other runs.
     with progress.stage("measuring this machine's peak"), runtime.use(threads=runtime.device.usable_cores()):
         return runtime.ceilings().gflops(precision) * 1e9
+
+
+def _cpu_seconds() -> float:
+    """Processor time of this process, all threads together."""
+    used = os.times()
+    return used.user + used.system
 
 
 def _short(count: float) -> str:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,7 @@ class TrainStep:
             model.compute_dtype = PRECISIONS[precision]
         self.optimizer = AdamW(model.named_parameters(), betas=betas, eps=eps, weight_decay=weight_decay)
         self.last: StepResult | None = None
+        self.seconds: dict[str, float] = {}  # of the last step's parts, on a CPU; a GPU's parts overlap
         self._device_step: DeviceStep | None = None
         if model.embedding_weight.device.type == "cuda":
             from cllm.device_step import DeviceStep
@@ -100,6 +102,7 @@ class TrainStep:
         loss, num_targets = self.accumulate(microbatches, beat)
         if before_update is not None:
             before_update()
+        began = time.perf_counter()
         if math.isfinite(loss) and num_targets:
             updates = self.optimizer.num_updates
             norm, largest, nonfinite = self.optimizer.update(rate, self.grad_clip)
@@ -107,6 +110,7 @@ class TrainStep:
         else:
             norm, largest, nonfinite, updated = math.nan if num_targets else 0.0, 0.0, int(num_targets > 0), False
         self.optimizer.zero_grad()
+        self.seconds["optimizer"] = time.perf_counter() - began
         self.last = StepResult(loss, norm, largest, nonfinite, num_targets, rate, updated)
         return self.last
 
@@ -118,8 +122,9 @@ class TrainStep:
         """
         num_targets = sum(int((each.targets != IGNORED).sum()) for each in microbatches)
         self.optimizer.zero_grad()
-        total = 0.0
+        total, self.seconds = 0.0, {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
         for each in microbatches if num_targets else ():
+            began = time.perf_counter()
             loss = self.model.loss(
                 each.tokens,
                 each.targets,
@@ -128,8 +133,11 @@ class TrainStep:
                 label_smoothing=self.label_smoothing,
                 z_loss=self.z_loss,
             )
+            forward = time.perf_counter()
             loss.backward()
             total += loss.item()
+            self.seconds["forward"] += forward - began
+            self.seconds["backward"] += time.perf_counter() - forward
             if beat is not None:
                 beat()
         return total, num_targets

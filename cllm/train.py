@@ -23,6 +23,7 @@ from cllm.checkpoint import Checkpoint, CheckpointStore, check_tokenizer, load_w
 from cllm.checkpoint_writer import CheckpointWriter
 from cllm.data import Batches
 from cllm.device import choose_recompute, explained_out_of_memory, resolve
+from cllm.diagnostics import Diagnostics
 from cllm.evaluate import Evaluation, evaluate
 from cllm.faults import ROLLBACKS, Fault, FaultError, Faults, NonFiniteError, advice
 from cllm.metrics import Metrics
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from cllm.tokenizer import Tokenizer
 
 
+_OF_EVALUATIONS = ("eval", "classes", "activations")
 NAMED_DOCUMENTS = 20  # of a step that went wrong
 SLOW_DISK_SECONDS = 1.0  # of waiting for the checkpoint before that are worth a line
 
@@ -122,6 +124,8 @@ class Trainer:
                     self._loop(report, stop)
                 result = self._result(report)
                 report.finish(result)
+                if result.validation is not None:
+                    self._metrics.hyperparameters(self.config.flat(), {"validation_loss": result.validation.loss})
                 return result
 
     def _loop(self, report: Reporter, stop: StopSignals) -> None:
@@ -137,7 +141,7 @@ class Trainer:
                 microbatches = self._microbatches(self.step)
             with report.step(self.step):
                 rate, ahead = lr(self.step, self._schedule), partial(self._microbatches, self.step + 1)
-                result = self._train_step.run(microbatches, rate, report.beat, ahead, self._writer.before_update)
+                result = self._train_step.run(microbatches, rate, report.beat, ahead, self._before_update)
             self.step += 1
             self._record(result, report)
             fault = self._faults.judge(self.step, result)
@@ -171,13 +175,23 @@ class Trainer:
     def _record(self, result: StepResult, report: Reporter) -> None:
         self._last_step = result
         self.tokens += result.num_targets
-        timing = report.trained(self.step, self.tokens, result)
+        timing = report.trained(self.step, self.tokens, result, self._train_step.seconds)
         if self.step % self.config.log.metrics_every == 0 or not result.finite:
             self._metrics.write(
                 "train", self.step, loss=result.loss, learning_rate=result.learning_rate, gradient_norm=result.gradient_norm,
                 largest_gradient=result.largest_gradient, num_nonfinite=result.num_nonfinite, updated=result.updated, tokens=self.tokens,
                 seconds=round(self._seconds_before + report.seconds, 3), **timing,
             )
+
+        layers = self._diagnostics.after_update()
+        if layers is not None:
+            self._metrics.write("layers", self.step, **layers[0])
+            self._metrics.histograms("gradients", self.step, layers[1])
+
+    def _before_update(self) -> None:
+        """Gradients are complete, and no weight has changed."""
+        self._diagnostics.before_update(self.step)
+        self._writer.before_update()
 
     def _handle(self, fault: Fault, report: Reporter) -> None:
         """Records what went wrong in the step before, and does what its policy says."""
@@ -224,7 +238,7 @@ class Trainer:
 
     def _belongs_before_step(self, row: dict[str, Any]) -> bool:
         """Whether a row of metrics stays when the run goes on from `step`: later rows, and the evaluation after its checkpoint, come again."""
-        return row["step"] < self.step or (row["step"] == self.step and row["kind"] != "eval")
+        return row["step"] < self.step or (row["step"] == self.step and row["kind"] not in _OF_EVALUATIONS)
 
     def _checkpoint_due(self) -> bool:
         settings = self.config.train
@@ -242,13 +256,18 @@ class Trainer:
         if self.dataset.val.num_tokens < 2:
             return
         settings = self.config.train
-        with report.stage("evaluating"):
+        with report.stage("evaluating", "evaluation"):
             self._validation = evaluate(
                 self.model, self.dataset.val, seq_len=settings.seq_len, batch_size=settings.batch_size,
                 document_mask=self.config.data.document_mask, progress=report.beat,
             )
+            classes, activations = self._diagnostics.classes(report.beat), self._diagnostics.activations()
         result = self._validation
         best = self._best.step == self.step if counted else self._best.update(self.step, result.loss)
+        if classes is not None:
+            self._metrics.write("classes", self.step, **classes)
+        if activations is not None:
+            self._metrics.write("activations", self.step, **activations)
         self._metrics.write("eval", self.step, **result.to_dict(), unigram_loss=self._unigram, best=best)
         report.evaluated(self.step, result, self._unigram, best)
         if best:
@@ -267,6 +286,7 @@ class Trainer:
             text = generate(self.model, self.tokenizer, start, max_tokens=200, temperature=0.8, seed=self.step)[0].text
             with open(self.out / "samples.txt", "a", encoding="utf-8") as file:
                 file.write(f"=== step {self.step}\n{text}\n\n")
+            self._metrics.text("sample", self.step, text)
 
     def _result(self, report: Reporter) -> TrainResult:
         return TrainResult(
@@ -310,7 +330,9 @@ class Trainer:
         if self.tokenizer is not None:
             write_atomic(self.out / "tokenizer.json", self.tokenizer.to_json().encode())
         write_atomic(self.out / "config.toml", config.to_toml().encode())
-        self._metrics = Metrics(self.out, config.log.tensorboard)
+        self._metrics = Metrics(self.out, config.log.tensorboard, config.log.prometheus_port)
+        self._metrics.text("config", self.step, config.to_toml())
+        self._diagnostics = Diagnostics(self.model, self._train_step.optimizer.parameters, self.dataset, self.tokenizer, config)
         if found is not None:
             self._restore(found)
             report.say(f"resuming after step {self.step:,} from {found.path}")
@@ -369,7 +391,7 @@ class Trainer:
                 text = f"step {self.step:,}: the disk is slow: training waited {waited:.1f} s for the checkpoint before this one"
                 self._metrics.write("machine", self.step, event="slow_disk", action="wait", text=text, seconds=round(waited, 3))
                 report.say(f"{text}. Raise checkpoint_every, or use a faster disk")
-        with report.stage(f"writing a checkpoint ({(tensors_bytes(weights) + tensors_bytes(optimizer)) / 1e6:,.0f} MB)"):
+        with report.stage(f"writing a checkpoint ({(tensors_bytes(weights) + tensors_bytes(optimizer)) / 1e6:,.0f} MB)", "checkpoint"):
             self._writer.save(self.step, weights, optimizer, state)
         self._last_saved = self.step
 

@@ -100,6 +100,14 @@ class OptimSection:
 @dataclass(frozen=True)
 class LogSection:
     metrics_every: int = setting(1, "Steps between two rows of metrics.jsonl.", at_least=1, example=1, result=False)
+    layers_every: int = setting(
+        50, "Steps between rows about each layer's gradient norm and update; 0 never.", at_least=0, example=50, result=False
+    )  # fmt: skip
+    classes: bool = setting(True, "With each evaluation: precision, recall and confusion of classes of tokens, calibration.", result=False)
+    activations: bool = setting(False, "With each evaluation: the residual stream's mean, spread and largest value per block.", result=False)
+    prometheus_port: int = setting(
+        0, "Port of this machine where Prometheus finds the newest numbers; 0 none.", at_least=0, at_most=65535, example=9400, result=False
+    )  # fmt: skip
     tensorboard: bool = setting(True, "Write TensorBoard events where tensorboardX is installed.", result=False)
     watchdog_seconds: float = setting(300.0, "Print all threads' stacks when nothing moves for so long; 0 never.", at_least=0.0, result=False)
 

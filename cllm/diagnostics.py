@@ -1,0 +1,65 @@
+"""What a run looks at beside its loss, each at its own pace (`log.layers_every`, `log.classes`, `log.activations`); it changes no bit of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cllm.data import Windows
+from cllm.layer_stats import LayerStats, activation_stats
+from cllm.token_classes import classify, report_classes
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cllm.data import Dataset
+    from cllm.model import Model
+    from cllm.tokenizer import Tokenizer
+    from cllm.train_config import TrainConfig
+
+
+class Diagnostics:
+    """The rows `layers`, `classes` and `activations` of a run's metrics."""
+
+    def __init__(
+        self, model: Model, parameters: Mapping[str, torch.nn.Parameter], dataset: Dataset, tokenizer: Tokenizer | None, config: TrainConfig
+    ) -> None:
+        self.model, self.dataset, self.tokenizer, self.config = model, dataset, tokenizer, config
+        self.parameters = parameters
+        self._layers: LayerStats | None = None
+        self._classes: np.ndarray | None = None
+
+    def before_update(self, step: int) -> None:
+        """Before update number `step` (from 0) changes a weight."""
+        every = self.config.log.layers_every
+        if every and (step + 1) % every == 0:
+            self._layers = LayerStats(self.parameters)
+            self._layers.before()
+
+    def after_update(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
+        """The row about layers and samples of their gradients for histograms, where this update was due for one."""
+        layers, self._layers = self._layers, None
+        return None if layers is None else (layers.after(), layers.samples)
+
+    def classes(self, beat: Callable[[], None]) -> dict[str, Any] | None:
+        """How well each class of tokens is predicted, over a part of the validation text."""
+        if not self.config.log.classes or self.tokenizer is None:
+            return None
+        if self._classes is None:
+            self._classes = classify(self.tokenizer, self.dataset.train.token_counts())
+        settings, mask = self.config.train, self.config.data.document_mask
+        sizes = settings.seq_len, settings.batch_size
+        return report_classes(self.model, self.dataset.val, self._classes, *sizes, document_mask=mask, beat=beat).to_dict()
+
+    @torch.no_grad()
+    def activations(self) -> dict[str, Any] | None:
+        """Mean, spread and largest value of the residual stream after each block, over the first batch of the validation text."""
+        if not self.config.log.activations:
+            return None
+        settings = self.config.train
+        batch = Windows(self.dataset.val, settings.seq_len, settings.batch_size).batch(0)
+        with activation_stats(self.model) as found:
+            self.model.hidden(batch.tokens.to(self.model.embedding_weight.device))
+        return {"blocks": found}

@@ -1,0 +1,99 @@
+"""How training goes inside: gradient norms, updates and their flags layer by layer, and what the activations look like.
+
+Looking changes no bit of training. Norms are taken over all values in float64 and told to six digits, so that they too are the same for any number
+of threads; updates and histograms come from an evenly spaced sample of each tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from cllm.model import Model
+
+SAMPLE = 8192  # values of a tensor
+OUTLIER = 1000.0  # a matrix whose gradient is so many times larger or smaller than the median matrix's is flagged
+DECADES = range(-12, 3)  # of the histogram of |gradient|
+
+
+class LayerStats:
+    """Gradient norms and update-to-weight ratios of one update: `before` it, then `after` it."""
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.samples: dict[str, torch.Tensor] = {}  # of the gradients, for histograms
+        self._weights: dict[str, torch.Tensor] = {}
+        self._norms: dict[str, float] = {}
+
+    @torch.no_grad()
+    def before(self) -> None:
+        """Gradients are complete and no weight has changed yet."""
+        for name, parameter in self.parameters.items():
+            self._weights[name] = _sample(parameter).clone()
+            if parameter.grad is not None:
+                self._norms[name] = float(torch.linalg.vector_norm(parameter.grad, dtype=torch.float64))
+                self.samples[name] = _sample(parameter.grad).float().cpu()
+
+    @torch.no_grad()
+    def after(self) -> dict[str, Any]:
+        """The row for the metrics: `gradient_norms` and `update_ratios` (||change|| / ||weight||) by parameter name, flags and a histogram."""
+        ratios = {}
+        for name, old in self._weights.items():
+            norm = float(old.double().norm())
+            ratios[name] = _short(float((_sample(self.parameters[name]).double() - old.double()).norm()) / norm) if norm else 0.0
+        sizes = {name: self._norms[name] / math.sqrt(self.parameters[name].numel()) for name in self._norms if self.parameters[name].dim() > 1}
+        usual = statistics.median_low(sizes.values()) if sizes else 0.0
+        finite = math.isfinite(usual) and usual > 0
+        return {
+            "gradient_norms": {name: _short(norm) for name, norm in self._norms.items()},
+            "update_ratios": ratios,
+            "exploding": [name for name, size in sizes.items() if not math.isfinite(size) or (finite and size > OUTLIER * usual)],
+            "vanishing": [name for name, size in sizes.items() if size == 0 or (finite and size < usual / OUTLIER)],
+            "gradient_histogram": self._histogram(),
+        }
+
+    def _histogram(self) -> dict[str, int]:
+        """How many sampled gradients lie in each decade of |g|; what is smaller than all of them is in the first, what is larger in the last."""
+        if not self.samples:
+            return {}
+        values = torch.cat(list(self.samples.values())).abs()
+        decade = values.log10().floor().nan_to_num(DECADES[-1], DECADES[-1], DECADES[0]).clamp(DECADES[0], DECADES[-1]).long()
+        counts = torch.bincount(decade - DECADES[0], minlength=len(DECADES)).tolist()
+        return {f"1e{number}": count for number, count in zip(DECADES, counts)}
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().t().reshape(-1)
+    return flat[:: max(1, flat.numel() // SAMPLE)]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+@contextmanager
+def activation_stats(model: Model) -> Iterator[dict[str, dict[str, float]]]:
+    """While entered, every forward fills the dict: block -> mean, std and largest absolute value of the residual stream after it."""
+    found: dict[str, dict[str, float]] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            values = output[0] if isinstance(output, tuple) else output
+            each = values.detach().double()
+            mean = float(each.mean())
+            found[name] = {"mean": _short(mean), "std": _short(float(each.std(unbiased=False))), "largest": _short(float(each.abs().max()))}
+
+        return hook
+
+    handles = [block.register_forward_hook(watch(f"block {number}")) for number, block in enumerate(model.backbone.blocks)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
