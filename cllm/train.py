@@ -403,11 +403,9 @@ class Trainer:
 
     @contextmanager
     def _writing(self, report: Reporter) -> Iterator[None]:
-        """Around the loop: however it ends, the checkpoint on its way is completed; only a second Ctrl-C does not wait."""
+        """Around the loop: however it ends, the checkpoint on its way is completed. One more Ctrl-C ends that as well."""
         try:
             yield
-        except KeyboardInterrupt:
-            raise
         except BaseException:
             try:
                 self._finish_writing(report)
