@@ -1,0 +1,138 @@
+"""What a run pays beside its steps: checkpoints written at once and in the background, and monitoring. All at the same steps, interleaved.
+
+    python profiling/overheads.py                              # the Shakespeare model (6 x 384) in bf16
+    python profiling/overheads.py --shapes gpt2 --rounds 6
+    python profiling/overheads.py --write overheads            # commit the figures
+
+Checkpoints: for how long one holds up training ("stall"), as a share of one step's time, and how much longer the steps take while it is written.
+Monitoring: the share of a run's time that layers, classes of tokens and TensorBoard take at their default pace.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import plots
+import torch
+from peers import SHAPES, Shape
+from report import add_output_options, finish, print_table, run
+from train import our_config
+
+from cllm import Model, TrainStep, runtime
+from cllm.checkpoint import CheckpointStore, weights_of
+from cllm.checkpoint_writer import CheckpointWriter
+from cllm.layer_stats import LayerStats
+from cllm.metrics import Metrics
+from cllm.microbatch import Microbatch
+from cllm.train_config import TrainConfig
+
+
+class Stepper:
+    """One model and its step on random tokens; `times` are those of single steps."""
+
+    def __init__(self, shape: Shape, precision: str) -> None:
+        torch.manual_seed(0)
+        rows = torch.randint(shape.vocab_size, (shape.batch_size, shape.seq_len + 1))
+        self.batch = [Microbatch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())]
+        self.step = TrainStep(Model(our_config(shape)), precision=precision, learning_rate=1e-3, grad_clip=1.0)
+        for _ in range(3):
+            self.step.run(self.batch)
+
+    def __call__(self, before_update=None) -> float:
+        began = time.perf_counter()
+        self.step.run(self.batch, before_update=before_update)
+        return time.perf_counter() - began
+
+
+def checkpoints(stepper: Stepper, rounds: int) -> list[dict]:
+    """Each round: a few steps alone, then one checkpoint each way, and steps until it is written."""
+    alone: list[float] = []
+    stall: dict[str, list[float]] = {"at once": [], "background": []}
+    beside: dict[str, list[float]] = {"at once": [], "background": []}
+    lasted: dict[str, list[float]] = {"at once": [], "background": []}
+    with tempfile.TemporaryDirectory() as folder:
+        writers = {way: CheckpointWriter(CheckpointStore(Path(folder) / way, keep=1), way == "background") for way in stall}
+        for number in range(rounds + 1):
+            for way, writer in writers.items():
+                times = [stepper() for _ in range(4)]
+                held, began = writer.stall_seconds, time.perf_counter()
+                writer.save(number, weights_of(stepper.step.model), stepper.step.state_dict(), {})
+                during = [stepper(writer.before_update)]
+                while writer.busy:
+                    during.append(stepper(writer.before_update))
+                took = time.perf_counter() - began
+                writer.wait()
+                if number:  # the first round allocates the copies
+                    alone += times
+                    stall[way].append(writer.stall_seconds - held)
+                    beside[way] += during
+                    lasted[way].append(took)
+    usual = statistics.median(alone)
+    return [
+        {
+            "what": f"checkpoint, {way}", "step_seconds": usual, "stall_seconds": statistics.median(stall[way]),
+            "stall_of_step": statistics.median(stall[way]) / usual, "steps_beside": statistics.median(beside[way]) / usual,
+            "lasted_seconds": statistics.median(lasted[way]), "extra_seconds": statistics.mean(lasted[way]) - usual * len(beside[way]) / rounds,
+        }
+        for way in stall
+    ]  # fmt: skip
+
+
+def monitoring(stepper: Stepper, rounds: int) -> list[dict]:
+    """A step with everything that the monitoring of its row costs, against one without; the layers at their pace."""
+    pace = TrainConfig().log.layers_every
+    parameters = stepper.step.optimizer.parameters
+    plain, layered, written = [], [], []
+    with tempfile.TemporaryDirectory() as folder, Metrics(Path(folder), tensorboard=True) as metrics:
+        for number in range(max(rounds, 5)):
+            plain.append(stepper())
+            began = time.perf_counter()
+            metrics.write("train", number, loss=1.0, learning_rate=1e-3, gradient_norm=1.0, **dict.fromkeys(map(str, range(12)), 0.5))
+            written.append(time.perf_counter() - began)
+            stats = LayerStats(parameters)
+            began = time.perf_counter()
+            stepper(stats.before)
+            row = stats.after()
+            metrics.write("layers", number, **row)
+            metrics.histograms("gradients", number, stats.samples)
+            layered.append(time.perf_counter() - began)
+    usual, extra, row_cost = statistics.median(plain), statistics.median(layered) - statistics.median(plain), statistics.median(written)
+    return [
+        {"what": "monitoring: a row of metrics", "step_seconds": usual, "stall_seconds": row_cost, "stall_of_step": row_cost / usual},
+        {"what": f"monitoring: layers, every {pace} steps", "step_seconds": usual, "stall_seconds": extra, "stall_of_step": extra / usual / pace},
+    ]
+
+
+def draw(path: Path, rows: list[dict]) -> None:
+    labels = [f"{row['what']}\n{row['shape']}" for row in rows]
+    plots.bars(path, "What a run pays beside its steps", labels, {"held up": [100 * row["stall_of_step"] for row in rows]}, "percent of a step")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["shakespeare"], choices=SHAPES)
+    parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int)
+    add_output_options(parser)
+    options = parser.parse_args()
+    plots.check(options.plot)
+    rows = []
+    with runtime.use(threads=options.threads):
+        for name in options.shapes:
+            stepper = Stepper(SHAPES[name], options.precision)
+            found = checkpoints(stepper, options.rounds) + monitoring(stepper, options.rounds)
+            rows += [{"shape": name, "precision": options.precision, **row} for row in found]
+    print_table(
+        ("shape", "what", "step", "held up", "of a step", "steps beside", "lasted", "in all"),
+        [(r["shape"], r["what"], f"{1e3 * r['step_seconds']:.1f} ms", f"{1e3 * r['stall_seconds']:.2f} ms", f"{100 * r['stall_of_step']:.2f} %",
+          f"{r['steps_beside']:.2f} x" if "steps_beside" in r else "-", f"{r['lasted_seconds']:.2f} s" if "lasted_seconds" in r else "-",
+          f"{r['extra_seconds']:.2f} s" if "extra_seconds" in r else "-") for r in rows],
+    )  # fmt: skip
+    finish(options, rows, lambda path: draw(path, rows), threads=options.threads)
+
+
+if __name__ == "__main__":
+    run(main)
