@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -60,6 +61,7 @@ def evaluate_run(
 
 def tasks_run(console: Console, model: Model, tokenizer: Tokenizer, tasks: list[str], task_path: Path | None, batch_size: int) -> dict[str, Any]:
     """Runs tasks of lm-evaluation-harness, prints a row for each figure, and returns them: {"results": {task: {metric: value}}}."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the harness imports huggingface_hub; HF_HUB_OFFLINE=0 from outside wins
     from cllm.interop.lm_eval import run_tasks
 
     results = run_tasks(model, tokenizer, tasks, task_path, batch_size)
