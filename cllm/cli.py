@@ -220,7 +220,7 @@ def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[str | None, typer.Argument(help="Folder, file or JSONL of text, or a packed token folder.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens of context [default: the model's].")] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens between windows; each target sees seq_len - stride tokens or more [default: seq_len].")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens between windows: targets see seq_len - stride tokens or more [default: seq_len].")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences at a time.")] = 8,
     confidence: Annotated[float, typer.Option(help="Of the intervals, by resampling whole documents.")] = 0.95,
     by: Annotated[str, typer.Option(help="Figures for each file or top folder: file, folder, or auto (folder where there are two).")] = "auto",
@@ -249,6 +249,25 @@ def evaluate(
                 console, model, tokenizer, data, seq_len=seq_len, stride=stride, batch_size=batch_size, confidence=confidence, by=by, worst=worst
             )
     console.result({"checkpoint": checkpoint, "data": data, **values})
+
+
+@app.command(epilog=_examples("cllm report runs/demo", "cllm report runs/small runs/large --out comparison.html"))
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of training runs: one for its report, several to compare them.")],
+    out: Annotated[Path | None, typer.Option(help="File to write [default: report.html in RUN, comparison.html in the first of several].")] = None,
+    as_json: Json = False,
+) -> None:
+    """One HTML page about a run, readable offline: curves, gradients, events, samples, settings. Several runs are compared."""
+    console = _open(as_json)
+    from cllm.report import write_report
+
+    place, found = write_report(runs, out)
+    for run in found:
+        for problem in run.problems:
+            console.print(f"{run.name}: {problem}")
+    console.print(f"wrote {place}")
+    best = [{"name": run.name, "step": run.last_step, "best_loss": run.best and run.best[1], "best_step": run.best and run.best[0]} for run in found]
+    console.result({"out": str(place), "runs": best})
 
 
 @app.command(epilog=_examples("cllm export runs/demo --to hf --out demo-hf/", "cllm export runs/demo --to cllm --out demo.cllm"))

@@ -28,7 +28,8 @@ def one_thread():
 def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for name, text in {
-        "fables/fox.txt": "the quick brown fox jumps over the lazy dog. " * 9, "fables/owl.txt": "caf\u00e9 for the \u00e9l\u00e9phant \U0001f418! " * 5,
+        "fables/fox.txt": "the quick brown fox jumps over the lazy dog. " * 9,
+        "fables/owl.txt": "caf\u00e9 for the \u00e9l\u00e9phant \U0001f418! " * 5,
         "notes/short.txt": "a", "notes/two.txt": "ab",
     }.items():
         (folder / "text" / name).parent.mkdir(parents=True, exist_ok=True)
