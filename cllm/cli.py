@@ -220,7 +220,7 @@ def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[str | None, typer.Argument(help="Folder, file or JSONL of text, or a packed token folder.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens of context [default: the model's].")] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens between windows: targets see seq_len - stride tokens or more [default: seq_len].")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens between windows; targets see seq_len - stride or more [default: seq_len].")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences at a time.")] = 8,
     confidence: Annotated[float, typer.Option(help="Of the intervals, by resampling whole documents.")] = 0.95,
     by: Annotated[str, typer.Option(help="Figures for each file or top folder: file, folder, or auto (folder where there are two).")] = "auto",

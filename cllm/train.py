@@ -21,6 +21,7 @@ from cllm import runtime
 from cllm.checkpoint import Checkpoint, CheckpointStore, check_tokenizer, load_weights, weights_of
 from cllm.data import Batches
 from cllm.device import choose_recompute, explained_out_of_memory, resolve
+from cllm.environment import record_environment
 from cllm.evaluate import Evaluation, evaluate
 from cllm.metrics import Metrics
 from cllm.monitor import BestLoss, Interrupted, NonFinitePolicy, RunLock, StopSignals
@@ -250,6 +251,7 @@ class Trainer:
         if self.tokenizer is not None:
             write_atomic(self.out / "tokenizer.json", self.tokenizer.to_json().encode())
         write_atomic(self.out / "config.toml", config.to_toml().encode())
+        record_environment(self.out)
         self._metrics = Metrics(self.out, config.log.tensorboard)
         if found is not None:
             self._restore(found, report)

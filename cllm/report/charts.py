@@ -101,14 +101,18 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     return kept
 
 
-def smoothed(points: Sequence[Point], weight: float = 0.05) -> list[Point]:
-    """The exponential mean, corrected for its start; what is not finite is left out."""
-    mean = total = 0.0
+def smoothed(points: Sequence[Point]) -> list[Point]:
+    """The mean of a fiftieth of the points around each, so that it does not lag behind; fewer towards the ends, on both sides alike.
+    What is not finite is left out."""
+    finite = [(x, y) for x, y in points if math.isfinite(y)]
+    wide = max(2, len(finite) // 100)
     result = []
-    for x, y in points:
-        if math.isfinite(y):
-            mean, total = (1 - weight) * mean + weight * y, (1 - weight) * total + weight
-            result.append((x, mean / total))
+    for place in sorted({*range(0, len(finite), max(1, len(finite) // MOST_POINTS)), len(finite) - 1}) if finite else ():
+        x, y = finite[place]
+        reach = min(wide, place, len(finite) - 1 - place)
+        near = [value for _, value in finite[place - reach : place + reach + 1]]
+        mean = math.fsum(value / len(near) for value in near)
+        result.append((x, mean if math.isfinite(mean) else y))
     return result
 
 
@@ -152,7 +156,9 @@ def line_chart(name: str, title: str, series: Sequence[Series], x_label: str, lo
         body.append(element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="grid"))
         body.append(_label(short(tick), LEFT - 6, y + 4, "end"))
     for tick in ticks(across.low, across.high, 4):
-        body.append(_label(short(tick), across(tick), HEIGHT - BOTTOM + 16))
+        x, words = across(tick), short(tick)
+        edge = x + 4 * len(words) > WIDTH  # half its width would leave the picture
+        body.append(_label(words, WIDTH if edge else x, HEIGHT - BOTTOM + 16, "end" if edge else "middle"))
     body.append(_label(x_label, WIDTH - RIGHT, HEIGHT - 3, "end", "quiet"))
     for x, words in marks[:200]:
         place = f"{across(x):.1f}"

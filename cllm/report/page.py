@@ -204,7 +204,7 @@ def _gradients(run: RunData) -> Html | None:
     figures = []
     for place, (field, title, note) in enumerate((
         ("gradient_norms", "Gradient norm by layer", "The norm of all gradients of a layer; in each column the largest of its steps."),
-        ("update_ratios", "Update to weight by layer", "How far an update moved weights relative to their size; the largest of a layer's parameters."),
+        ("update_ratios", "Update to weight by layer", "How far updates moved weights relative to their size; the largest of a layer's parameters."),
     )):
         rows, steps, values = layer_values(run.rows.get("layers", []), field)
         if rows:
@@ -326,7 +326,8 @@ def _configuration(run: RunData) -> Html | None:
 
 
 def _setting(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    """As config.toml has it, without the last digits of a binary fraction."""
+    return str(value).lower() if isinstance(value, bool) else f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 def _environment(run: RunData) -> Html:
@@ -335,10 +336,18 @@ def _environment(run: RunData) -> Html:
     for start in run.environments:
         versions = start.get("versions")
         words = ", ".join(f"{name} {value}" for name, value in versions.items() if value != "absent") if isinstance(versions, dict) else ""
-        rows.append((_flat(start.get("started")), _flat(start.get("devices")), _flat(start.get("system")), words))
+        devices = start.get("devices")
+        machine = "; ".join(map(_device, devices)) if isinstance(devices, list) else ""
+        rows.append((_flat(start.get("started")), machine, _flat(start.get("system")), words))
     if not rows:
         return _section("Machine and versions", element("p", "This run did not record them."))
     return _section("Machine and versions", table(("started", "machine", "system", "versions"), rows, "Each start of the run"))
+
+
+def _device(device: Any) -> str:
+    if not isinstance(device, dict):
+        return _flat(device)
+    return f"{device.get('name')}, {device.get('workers')} workers, {device.get('memory_gib')} GiB"
 
 
 # -- several runs ----------------------------------------------------------------------------------------------------------------
