@@ -71,6 +71,8 @@ class _Scale:
 
     def __init__(self, low: float, high: float, start: float, end: float, log: bool = False) -> None:
         self.log = log and low > 0
+        # Room for arithmetic: what lies beyond is drawn at the edge.
+        low, high = max(low, 1e-300 if self.log else -1e300), min(high, 1e300)
         if not high > low:
             low, high = (low / 2, high * 2) if self.log else (low - max(abs(low), 1e-9) * 0.1, high + max(abs(high), 1e-9) * 0.1)
         self.low, self.high, self.start, self.end = low, high, start, end

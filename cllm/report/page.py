@@ -355,7 +355,8 @@ def _device(device: Any) -> str:
 
 def _results(runs: Sequence[RunData]) -> Html:
     rows = []
-    best = min((run.best[1] for run in runs if run.best), default=None)
+    same_tokens = all(run.setting(key) == runs[0].setting(key) for run in runs for key in ("data.tokenizer", "data.vocab_size"))
+    best = min((run.best[1] for run in runs if run.best), default=None) if same_tokens else None
     for run in runs:
         last = run.evaluations[-1] if run.evaluations else {}
         seconds = next((value for _, value in reversed(run.curve("seconds")) if math.isfinite(value)), None)

@@ -31,7 +31,7 @@ dd { margin: 0; font-size: 1.1rem; font-weight: 600; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; margin: .6rem 0; } table { border-collapse: collapse; font-size: .875rem; min-width: 50%; }
 caption { text-align: left; padding-bottom: 4px; }
 th, td { text-align: left; padding: 4px 14px 4px 0; border-bottom: 1px solid var(--rule); vertical-align: top; font-weight: 400; }
-td { overflow-wrap: anywhere; } thead th { font-weight: 600; white-space: nowrap; } .number { text-align: right; font-variant-numeric: tabular-nums; }
+td { overflow-wrap: anywhere; } thead th { font-weight: 600; white-space: nowrap; } .number { text-align: right; white-space: nowrap; }
 pre { background: var(--card); border-radius: 8px; padding: 12px; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .875rem; }
 details { margin: .8rem 0; } summary { cursor: pointer; color: var(--c0); }
 summary:focus-visible, .scroll:focus-visible { outline: 2px solid var(--c0); }
