@@ -26,8 +26,13 @@ from cllm.runtime.errors import DataError, UserError
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
-except ImportError as error:
-    raise UserError(f"lm-evaluation-harness cannot be used ({error}). Install it: pip install 'cllm[eval]'") from error
+
+    _missing = ""
+except ImportError as missing:  # the module can still be imported; its first use says what to install
+    TemplateLM, _missing = object, f"lm-evaluation-harness cannot be used ({missing}). Install it: pip install 'cllm[eval]'"
+
+    def register_model(*names: str) -> Any:
+        return lambda model: model
 
 if TYPE_CHECKING:
     from cllm.model import Model
@@ -45,6 +50,7 @@ class CLLM(TemplateLM):
         self, checkpoint: str = "", *, model: Model | None = None, tokenizer: Tokenizer | None = None, batch_size: int | str | None = 8,
         device: str | None = None, weights: str | None = None, max_batch_size: int | None = None,
     ) -> None:
+        _check_installed()
         super().__init__()
         if model is None:
             model, tokenizer = _load(checkpoint, weights, device)
@@ -156,6 +162,11 @@ def _windows(context: list[int], continuation: list[int], max_length: int) -> It
         first = end
 
 
+def _check_installed() -> None:
+    if _missing:
+        raise UserError(_missing)
+
+
 def _load(checkpoint: str, weights: str | None, device: str | None) -> tuple[Any, Any]:
     from cllm.checkpoint import load
     from cllm.device import resolve
@@ -172,18 +183,18 @@ def run_tasks(model: Model, tokenizer: Tokenizer, tasks: list[str], task_path: P
 
     Raises UserError for an unknown task, DataError for a task whose data is not here.
     """
+    _check_installed()
     if task_path is not None and not task_path.is_dir():
         raise UserError(f"--task-path must be a folder of task files (YAML), got {task_path}.")
     if not tasks:
         raise UserError("no task is named. Give some, as in --tasks my_task,other_task.")
-    try:
-        with runtime.progress.stage("reading lm-evaluation-harness and its tasks"):
+    with runtime.progress.stage("reading lm-evaluation-harness and its tasks"):
+        try:
             import lm_eval
             from lm_eval.tasks import TaskManager
-
-            manager = TaskManager(include_path=None if task_path is None else str(task_path))
-    except ImportError as error:
-        raise UserError(f"lm-evaluation-harness cannot be used ({error}). Install it: pip install 'cllm[eval]'") from error
+        except ImportError as error:  # a part of it that only tasks need
+            raise UserError(f"lm-evaluation-harness cannot run tasks ({error}). Install it: pip install 'cllm[eval]'") from error
+        manager = TaskManager(include_path=None if task_path is None else str(task_path))
     for name in tasks:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)

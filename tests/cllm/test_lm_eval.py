@@ -50,8 +50,11 @@ def requests(kind, arguments):
 
 @pytest.mark.skipif(not WITHOUT, reason="lm-evaluation-harness is installed here")
 def test_without_the_harness_the_error_names_the_extra():
-    with pytest.raises(UserError, match=r"cllm\[eval\]"):
-        import cllm.interop.lm_eval  # noqa: F401
+    from cllm.interop.lm_eval import CLLM, run_tasks
+
+    for use in (lambda: CLLM("runs/demo"), lambda: run_tasks(None, None, ["any"])):
+        with pytest.raises(UserError, match=r"cllm\[eval\]"):
+            use()
 
 
 @needs_harness

@@ -10,7 +10,8 @@ from command import cllm
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory):
     folder = tmp_path_factory.mktemp("documents")
-    for name, body in {"good/a.py": "def add(a, b):\n    return a + b\n", "good/b.py": "import os\nimport sys\n", "odd/c.txt": "qzx jvk wqp! "}.items():
+    files = {"good/a.py": "def add(a, b):\n    return a + b\n", "good/b.py": "import os\nimport sys\n", "odd/c.txt": "qzx jvk wqp! "}
+    for name, body in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(body * 30)
     (folder / "good" / "d.jsonl").write_text("".join(json.dumps({"text": f"for i in range({n}):\n    print(i)\n" * 5}) + "\n" for n in range(20)))
@@ -42,7 +43,8 @@ def test_evaluate_gives_intervals_sources_and_the_worst_documents(model, documen
     assert len(losses) == 2 and losses == sorted(losses, reverse=True) and losses[0] > result["loss"]
     assert result["bits_per_byte"] == pytest.approx(result["loss"] * result["num_targets"] / math.log(2) / result["num_bytes"])
     ran = cllm("evaluate", model, "--threads", 1, documents, "--by", "file", "--confidence", 0.5)
-    assert "50 % confidence over 23 documents" in ran.out and "good/d.jsonl" in ran.out and "good/d.jsonl:" not in ran.out.partition("documents with")[0]
+    sources = ran.out.partition("documents with")[0]
+    assert "50 % confidence over 23 documents" in sources and "good/d.jsonl" in sources and "good/d.jsonl:" not in sources
     assert cllm("evaluate", model, "--threads", 1, documents, "--json").json["interval"] == result["interval"]  # the same seed
 
 
