@@ -31,6 +31,7 @@ MOST_OTHER = 24
 SHOWN_SAMPLES = 4
 MOST_EVENTS = 200
 MOST_EVALUATIONS = 200
+MOST_FLAGS = 50
 
 
 def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -> tuple[Path, list[RunData]]:
@@ -209,7 +210,13 @@ def _gradients(run: RunData) -> Html | None:
         rows, steps, values = layer_values(run.rows.get("layers", []), field)
         if rows:
             figures.append(_figure(heat_map(f"heat{place}", title, rows, steps, values), title, element("p", note)))
-    return _section("Layers", element("div", *figures, class_="grid-of-two")) if figures else None
+    flags = [
+        (f"{row['step']:,}", layer, _flat(flag))
+        for row in run.rows.get("layers", []) if isinstance(row.get("flags"), dict) for layer, flag in row["flags"].items()
+    ]
+    more = f" (the last {MOST_FLAGS} of {len(flags):,})" if len(flags) > MOST_FLAGS else ""
+    flagged = table(("step", "layer", "gradient"), flags[-MOST_FLAGS:], f"Gradients out of line{more}") if flags else None
+    return _section("Layers", element("div", *figures, class_="grid-of-two"), flagged) if figures or flags else None
 
 
 def _time(run: RunData) -> Html | None:
@@ -260,7 +267,8 @@ def _final(run: RunData) -> Html | None:
     head = ["figure", *(f"step {row['step']:,}{' (best)' if row is best else ''}" for row in rows)]
     keys = [key for key, value in last.items() if key not in ("kind", "step", "best") and (number(value) is not None or isinstance(value, str))]
     body = [(key.replace("_", " "), *(_precise(row.get(key)) for row in rows)) for key in keys]
-    nested = [_nested(key, value) for key, value in last.items() if isinstance(value, dict | list)]
+    classes = last["classes"] if isinstance(last.get("classes"), dict) else {}
+    nested = [_nested(key, value, list(classes)) for key, value in last.items() if isinstance(value, dict | list)]
     return _section("Final evaluation", table(head, body, "On the validation split", range(1, len(head))), *nested)
 
 
@@ -276,8 +284,9 @@ def _precise(value: Any) -> str:
     return f"{known:,.4f}" if 1e-3 <= abs(known) < 1e6 else short(known)
 
 
-def _nested(key: str, value: Any) -> Html | None:
-    """{row: {column: figure}} and [[figure]] as tables, {name: figure} as one row each; deeper things as words."""
+def _nested(key: str, value: Any, names: Sequence[str] = ()) -> Html | None:
+    """{row: {column: figure}} and [[figure]] as tables, {name: figure} as one row each; deeper things as words. `names` are the rows and columns
+    of a square of as many, a confusion matrix."""
     title = key.replace("_", " ")
     if isinstance(value, dict) and value and all(isinstance(item, dict) for item in value.values()):
         columns = list(dict.fromkeys(str(name) for item in value.values() for name in item))
@@ -285,7 +294,9 @@ def _nested(key: str, value: Any) -> Html | None:
         return table(("", *columns), rows, title, range(1, len(columns) + 1))
     if isinstance(value, list) and value and all(isinstance(item, list) for item in value):
         wide = max(len(item) for item in value)
-        return table(("", *range(wide)), [(place, *map(_cell, item)) for place, item in enumerate(value)], title, range(1, wide + 1))
+        labels = names if len(names) == wide == len(value) else [str(place) for place in range(max(wide, len(value)))]
+        note = f"{title}: a row for what was to come, a column for what was guessed" if labels is names else title
+        return table(("", *labels[:wide]), [(label, *map(_cell, item)) for label, item in zip(labels, value)], note, range(1, wide + 1))
     if isinstance(value, dict) and value:
         return table((title, "value"), [(name, _cell(item)) for name, item in value.items()], title, (1,))
     return element("p", f"{title}: {_flat(value)}") if value else None

@@ -7,7 +7,8 @@ from typing import Any
 from cllm.report.reading import number
 
 _PREFIXES, _SUFFIX = ("seconds_", "time_"), "_seconds"
-_SPLITS = ("time_split", "times", "seconds_by_part")
+_WORDS = ("time", "second")  # in the name of a field that holds {part: seconds}
+_NO_PARTS = {"eta", "total", "step", "elapsed"}
 
 
 def time_split(rows: Sequence[dict[str, Any]]) -> tuple[list[tuple[str, float]], str]:
@@ -16,7 +17,7 @@ def time_split(rows: Sequence[dict[str, Any]]) -> tuple[list[tuple[str, float]],
     for row in rows:
         for name, seconds in _parts(row).items():
             sums[name] = sums.get(name, 0.0) + seconds
-    if sums:
+    if any(sums.values()):
         return sorted(sums.items(), key=lambda part: -part[1]), "Seconds of the recorded steps, added up"
     return _steps_and_rest(rows), "Estimated from the speed of the recorded steps"
 
@@ -24,13 +25,13 @@ def time_split(rows: Sequence[dict[str, Any]]) -> tuple[list[tuple[str, float]],
 def _parts(row: dict[str, Any]) -> dict[str, float]:
     named: dict[str, Any] = {}
     for key, value in row.items():
-        if key in _SPLITS and isinstance(value, dict):
+        if isinstance(value, dict) and any(word in key for word in _WORDS):
             named.update({str(name): item for name, item in value.items()})
         elif key.startswith(_PREFIXES):
             named[key.partition("_")[2]] = value
         elif key.endswith(_SUFFIX):
             named[key.removesuffix(_SUFFIX)] = value
-    known = {name.replace("_", " "): number(value) for name, value in named.items()}
+    known = {name.replace("_", " "): number(value) for name, value in named.items() if name not in _NO_PARTS}
     return {name: value for name, value in known.items() if value is not None and math.isfinite(value) and value >= 0}
 
 

@@ -260,11 +260,13 @@ def test_a_heat_map_has_a_cell_for_each_layer_and_column_and_names_its_extremes(
     page = page_of(make_run(tmp_path / "run", [*USUAL, *rows]))
     assert "Gradient norm by layer" in page.text and "Update to weight" not in page.text
     assert "layer 3, step 1 to 5: 1000" in page.text and "4 rows over 300 steps, from 1 to 1000. The largest is in layer 3." in page.text
+    rows[7]["flags"] = {"layer 2": "exploding"}
+    assert "exploding" in page_of(make_run(tmp_path / "flagged", rows)).text and "exploding" not in page.text
     assert page.tags.count("rect") == 4 * 60 + 40 + 2  # cells, legend, the two parts of the time
 
 
 def test_time_is_split_by_named_parts_or_else_by_speed():
-    rows = [train_row(step, data_seconds=0.1, time_split={"forward": 0.3, "backward": "nan"}) for step in (1, 2)]
+    rows = [train_row(step, data_seconds=0.1, eta_seconds=9.0, time_split={"forward": 0.3, "backward": "nan"}) for step in (1, 2)]
     parts, _ = time_split(rows)
     assert dict(parts) == {"forward": pytest.approx(0.6), "data": pytest.approx(0.2)}
     parts, _ = time_split([train_row(step) for step in (1, 2, 3, 4)])  # 64 tokens at 256 a second, and half a second from row to row
@@ -276,7 +278,7 @@ def test_figures_of_several_kinds_become_tables(tmp_path):
     classes = {"word": {"f1": 0.75}, "number": {"f1": 0.125, "recall": "nan"}}
     last = eval_row(200, 2.0, macro_f1=0.5, classes=classes, confusion=[[8, 1], [2, 16]])
     page = page_of(make_run(tmp_path / "run", [*USUAL, last]))
-    for words in ("macro f1", "0.5000", "classes", "word", "0.7500", "0.1250", "confusion", "16", "recall"):
+    for words in ("macro f1", "0.5000", "classes", "word", "0.7500", "0.1250", "confusion: a row for what was to come", "16", "recall"):
         assert words in page.text, words
 
 
