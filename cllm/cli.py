@@ -215,12 +215,21 @@ def generate(
     })
 
 
-@app.command(epilog=_examples("cllm evaluate runs/demo more-text/"))
+@app.command(epilog=_examples(
+    "cllm evaluate runs/demo more-text/", "cllm evaluate runs/demo more-text/ --stride 128 --by file --worst 10",
+    "cllm evaluate runs/demo --tasks my_task --task-path tasks/",
+))
 def evaluate(
     checkpoint: Checkpoint,
-    data: Annotated[str, typer.Argument(help="Folder, file or JSONL of text, or a packed token folder.")],
+    data: Annotated[str | None, typer.Argument(help="Folder, file or JSONL of text, or a packed token folder.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens of context [default: the model's].")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens between windows; targets see seq_len - stride or more [default: seq_len].")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences at a time.")] = 8,
+    confidence: Annotated[float, typer.Option(help="Of the intervals, by resampling whole documents.")] = 0.95,
+    by: Annotated[str, typer.Option(help="Figures for each file or top folder: file, folder, or auto (folder where there are two).")] = "auto",
+    worst: Annotated[int, typer.Option(help="How many of the documents with the highest loss to name.")] = 5,
+    tasks: Annotated[str | None, typer.Option(help="Instead of DATA: tasks of lm-evaluation-harness, separated by commas. Never downloads.")] = None,
+    task_path: Annotated[Path | None, typer.Option(help="Folder with your own task files (YAML).")] = None,
     weights: Weights = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -228,22 +237,40 @@ def evaluate(
 ) -> None:
     """Loss, perplexity, bits per byte and next-token accuracy of a model on DATA (all of it: the validation split where DATA is packed with one)."""
     console = _open(as_json)
-    import tempfile
-
     from cllm import runtime
-    from cllm.data import Dataset, is_packed, prepare
-    from cllm.evaluate import evaluate as run
+    from cllm.evaluate_run import evaluate_run, tasks_run
 
-    with runtime.use(threads=threads), tempfile.TemporaryDirectory(prefix="cllm-evaluate-") as scratch:
+    if (data is None) == (tasks is None):
+        raise UserError("give either DATA (text to predict) or --tasks (tasks of lm-evaluation-harness).")
+    with runtime.use(threads=threads):
         model, tokenizer = _load(checkpoint, weights=weights, device=device)
-        if is_packed(data):
-            dataset = Dataset.open(data, tokenizer_hash=tokenizer.hash)
-            split = dataset.val if dataset.val.num_tokens > 1 else dataset.train
+        if tasks is not None:
+            values = tasks_run(console, model, tokenizer, [name.strip() for name in tasks.split(",") if name.strip()], task_path, batch_size)
         else:
-            split = prepare(data, scratch, tokenizer=tokenizer, val_fraction=0.0, log=console.print).train
-        result = run(model, split, seq_len=min(seq_len or model.config.max_seq_len, model.config.max_seq_len), batch_size=batch_size)
-    console.print(result)
-    console.result({"checkpoint": checkpoint, "data": data, **result.to_dict()})
+            assert data is not None
+            values = evaluate_run(
+                console, model, tokenizer, data, seq_len=seq_len, stride=stride, batch_size=batch_size, confidence=confidence, by=by, worst=worst
+            )
+    console.result({"checkpoint": checkpoint, "data": data, **values})
+
+
+@app.command(epilog=_examples("cllm report runs/demo", "cllm report runs/small runs/large --out comparison.html"))
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of training runs: one for its report, several to compare them.")],
+    out: Annotated[Path | None, typer.Option(help="File to write [default: report.html in RUN, comparison.html in the first of several].")] = None,
+    as_json: Json = False,
+) -> None:
+    """One HTML page about a run, readable offline: curves, gradients, events, samples, settings. Several runs are compared."""
+    console = _open(as_json)
+    from cllm.report import write_report
+
+    place, found = write_report(runs, out)
+    for run in found:
+        for problem in run.problems:
+            console.print(f"{run.name}: {problem}")
+    console.print(f"wrote {place}")
+    best = [{"name": run.name, "step": run.last_step, "best_loss": run.best and run.best[1], "best_step": run.best and run.best[0]} for run in found]
+    console.result({"out": str(place), "runs": best})
 
 
 @app.command(epilog=_examples("cllm export runs/demo --to hf --out demo-hf/", "cllm export runs/demo --to cllm --out demo.cllm"))

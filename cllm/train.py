@@ -24,6 +24,7 @@ from cllm.checkpoint_writer import CheckpointWriter
 from cllm.data import Batches
 from cllm.device import choose_recompute, explained_out_of_memory, resolve
 from cllm.diagnostics import Diagnostics
+from cllm.environment import record_environment
 from cllm.evaluate import Evaluation, evaluate
 from cllm.faults import ROLLBACKS, Fault, FaultError, Faults, NonFiniteError, advice
 from cllm.metrics import Metrics
@@ -333,6 +334,7 @@ class Trainer:
         self._metrics = Metrics(self.out, config.log.tensorboard, config.log.prometheus_port)
         self._metrics.text("config", self.step, config.to_toml())
         self._diagnostics = Diagnostics(self.model, self._train_step.optimizer.parameters, self.dataset, self.tokenizer, config)
+        record_environment(self.out)
         if found is not None:
             self._restore(found)
             report.say(f"resuming after step {self.step:,} from {found.path}")

@@ -109,15 +109,24 @@ class Batches:
 
 class Windows:
     """A whole split once, in order, for evaluation: every token but the first (of the split, or with the document mask of each document) is a
-    target exactly once. The last row of the last batch is filled up with inputs 0 and targets -100."""
+    target exactly once. The last row of the last batch is filled up with inputs 0 and targets -100.
 
-    def __init__(self, split: TokenSplit, seq_len: int, batch_size: int = 8, *, document_mask: bool = False):
+    A window begins every `stride` tokens (default: seq_len, so that windows lie side by side). A shorter stride overlaps them, and a target that
+    an earlier window had is -100 in the next: each but those of the first window then has at least seq_len - stride + 1 tokens before it, or all
+    of its document. Windows are rows in order: the first input of row r of batch i is token (i * batch_size + r) * stride of the split.
+    """
+
+    def __init__(self, split: TokenSplit, seq_len: int, batch_size: int = 8, *, document_mask: bool = False, stride: int | None = None):
         _check_sizes(seq_len, batch_size)
+        stride = seq_len if stride is None else stride
+        if not 1 <= stride <= seq_len:
+            raise UserError(f"stride must be within 1 and seq_len ({seq_len}), got {stride}. Half of seq_len is a usual choice.")
         self.split = split
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.document_mask = document_mask
-        self.num_windows = max(0, -(-(split.num_tokens - 1) // seq_len))
+        self.stride = stride
+        self.num_windows = 0 if split.num_tokens < 2 else 1 + max(0, -(-(split.num_tokens - 1 - seq_len) // stride))
 
     def __len__(self) -> int:
         return -(-self.num_windows // self.batch_size)
@@ -137,7 +146,9 @@ class Windows:
         """Batch number `index`; the last one may have fewer rows."""
         assert 0 <= index < len(self), index
         rows = range(index * self.batch_size, min((index + 1) * self.batch_size, self.num_windows))
-        return _gather(self.split, [row * self.seq_len for row in rows], self.seq_len, self.document_mask, ring=False)
+        batch = _gather(self.split, [row * self.stride for row in rows], self.seq_len, self.document_mask, ring=False)
+        batch.targets[1 if index == 0 else 0 :, : self.seq_len - self.stride] = IGNORE  # scored by the window before
+        return batch
 
 
 def _gather(split: TokenSplit, starts: list[int], seq_len: int, document_mask: bool, ring: bool) -> Batch:

@@ -315,6 +315,11 @@ class TokenSplit:
                     return str(json.loads(line))
         raise DataError(f"{self.folder} has {self.num_documents:,} documents; there is no number {document:,}.")
 
+    def document_names(self) -> list[str]:
+        """The names of all documents, in order."""
+        with open(self.folder / self._names_file.name, "rb") as file:
+            return [str(json.loads(line)) for line in file]
+
     def token_counts(self) -> np.ndarray:
         """(vocab_size,) int64: how often each token occurs."""
         return np.array(self._map(self._counts_file, np.dtype("<i8")))

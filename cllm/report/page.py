@@ -1,0 +1,394 @@
+"""From RunData to one HTML page: no script, nothing loaded from anywhere, light or dark as the reader's system is."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cllm import __version__
+from cllm.report.charts import Series, heat_map, line_chart, share_bar, short, smoothed
+from cllm.report.layers import layer_values
+from cllm.report.markup import Html, element, join, table
+from cllm.report.reading import RunData, number, read_run, read_runs
+from cllm.report.style import STYLE
+from cllm.report.timing import time_split
+from cllm.runtime.errors import UserError
+from cllm.runtime.progress import duration
+from cllm.storage import write_atomic
+
+# key, title, unit, logarithmic; train rows as a line, eval rows as dots
+CURVES = (
+    ("loss", "Loss", "nats per token", False), ("perplexity", "Perplexity", "", True), ("accuracy", "Next-token accuracy", "", False),
+    ("bits_per_byte", "Bits per byte", "", False), ("learning_rate", "Learning rate", "", False),
+    ("gradient_norm", "Gradient norm", "before clipping", True), ("tokens_per_second", "Speed", "tokens per second", False),
+)
+# Fields that are drawn above, count something, or say what cannot be drawn
+NOT_OTHER = {"step", "tokens", "seconds", "num_targets", "num_nonfinite", "updated", "best", "time", *(key for key, *_ in CURVES)}
+MOST_OTHER = 24
+SHOWN_SAMPLES = 4
+MOST_EVENTS = 200
+MOST_EVALUATIONS = 200
+MOST_FLAGS = 50
+
+
+def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -> tuple[Path, list[RunData]]:
+    """Writes the report of one run (default: RUN/report.html) or the comparison of several (default: comparison.html in the first).
+
+    Raises UserError where there is no run or the page cannot be written there.
+    """
+    if not folders:
+        raise UserError("no run is named. Give the folder of one, as in cllm report runs/demo.")
+    runs = [read_run(folders[0])] if len(folders) == 1 else read_runs(folders)
+    default = "report.html" if len(runs) == 1 else "comparison.html"
+    place = Path(out) if out is not None else runs[0].folder / default
+    place = place / default if place.is_dir() else place
+    if not place.parent.is_dir():
+        raise UserError(f"there is no folder {place.parent} to write {place.name} into. Create it, or choose another with --out.")
+    write_atomic(place, (run_page(runs[0]) if len(runs) == 1 else comparison_page(runs)).encode("utf-8"))
+    return place, runs
+
+
+def run_page(run: RunData) -> str:
+    """The page of one run."""
+    sections = [
+        _problems([run]), _tiles(run), _curves([run]), _gradients(run), _time(run), _events(run), _final(run), _evaluations(run),
+        _samples(run), _configuration(run), _environment(run),
+    ]
+    return _page(f"Training run {run.name}", sections)
+
+
+def comparison_page(runs: Sequence[RunData]) -> str:
+    """The page that lays several runs side by side."""
+    return _page(f"{len(runs)} training runs compared", [_problems(runs), _results(runs), _curves(runs), _differences(runs)])
+
+
+def _page(title: str, sections: Sequence[Html | None]) -> str:
+    made = f"Made by cllm {__version__} on {time.strftime('%Y-%m-%d %H:%M')}. This page is whole: it loads nothing and runs nothing."
+    head = element(
+        "head", element("meta", charset="utf-8"), element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        # Whatever a sample or a name holds, a browser runs and loads nothing.
+        element("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'"),
+        element("meta", name="color-scheme", content="light dark"), element("title", title), element("style", Html(STYLE)),
+    )
+    body = element("body", element("main", element("h1", title), *sections), element("footer", element("p", made)))
+    return "<!doctype html>\n" + element("html", head, body, lang="en") + "\n"
+
+
+def _section(title: str, *children: Any) -> Html:
+    return element("section", element("h2", title), *children)
+
+
+def _figure(chart: Html, title: str, *notes: Any) -> Html:
+    return element("figure", element("h3", title), chart, element("figcaption", *notes) if notes else None)
+
+
+def _legend(names: Sequence[tuple[str, str]]) -> Html:
+    """(name, classes): a swatch in the line's colour and dash before each name."""
+
+    def swatch(classes: str) -> Html:
+        line = element("line", x1=1, x2=23, y1=5, y2=5, class_=f"line {classes}")
+        return element("svg", line, viewBox="0 0 24 10", class_="swatch", aria_hidden="true")
+
+    return element("ul", *(element("li", swatch(classes), name) for name, classes in names), class_="legend")
+
+
+def _problems(runs: Sequence[RunData]) -> Html | None:
+    lines = [f"{run.name + ': ' if len(runs) > 1 else ''}{problem}" for run in runs for problem in run.problems]
+    return element("ul", *(element("li", line) for line in lines), class_="problems", role="note") if lines else None
+
+
+def _tiles(run: RunData) -> Html:
+    """The run in eight numbers."""
+    steps, last = run.setting("train.steps"), run.evaluations[-1] if run.evaluations else {}
+    planned = f" of {steps:,}" if isinstance(steps, int) else ""
+    seconds = next((value for _, value in reversed(run.curve("seconds")) if math.isfinite(value)), None)
+    speeds = sorted(value for _, value in run.curve("tokens_per_second") if math.isfinite(value))
+    facts: list[tuple[str, str | None]] = [
+        ("steps", f"{run.last_step:,}{planned}"),
+        ("parameters", _shown(run.num_parameters)), ("tokens seen", _shown(run.tokens)),
+        ("time", None if seconds is None else duration(seconds)), ("tokens per second, median", short(speeds[len(speeds) // 2]) if speeds else None),
+        ("best validation loss", f"{run.best[1]:.4f} at step {run.best[0]:,}" if run.best else None),
+        ("perplexity at the end", _shown(number(last.get("perplexity")))), ("bits per byte at the end", _shown(number(last.get("bits_per_byte")))),
+        ("skipped or rolled back", f"{len(run.events()):,}" if run.events() else None),
+    ]
+    tiles = (element("div", element("dt", name), element("dd", value)) for name, value in facts if value is not None)
+    return element("dl", *tiles, class_="tiles")
+
+
+def _shown(value: Any) -> str | None:
+    """A value for a table: four digits of a number, words as they are."""
+    if value is None:
+        return None
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and abs(value) < 10_000_000:
+        return f"{value:,}"
+    return short(float(value)) if isinstance(value, int | float) and abs(value) < 1e300 else str(value)
+
+
+# -- curves ----------------------------------------------------------------------------------------------------------------------
+
+
+def _curves(runs: Sequence[RunData]) -> Html:
+    scale, x_label = _x_axis(runs)
+    figures = [_curve(place, key, title, unit, log, runs, scale, x_label) for place, (key, title, unit, log) in enumerate(CURVES)]
+    others = _other_keys(runs) if len(runs) == 1 else []
+    more = [_curve(100 + place, key, key.replace("_", " "), "", False, runs, scale, x_label) for place, key in enumerate(others)]
+    drawn = [figure for figure in figures if figure is not None]
+    if not drawn:
+        return _section("Curves", element("p", "There is nothing to draw yet."))
+    folded = element("details", element("summary", f"{len(more)} further figures"), element("div", *more, class_="grid-of-two")) if more else None
+    return _section("Curves", element("div", *drawn, class_="grid-of-two"), folded)
+
+
+def _other_keys(runs: Sequence[RunData]) -> list[str]:
+    rows = [row for run in runs for kind in ("train", "eval") for row in run.rows.get(kind, [])]
+    keys = dict.fromkeys(key for row in rows for key, value in row.items() if key not in NOT_OTHER and number(value) is not None)
+    return list(keys)[:MOST_OTHER]
+
+
+def _x_axis(runs: Sequence[RunData]) -> tuple[list[float], str]:
+    """What a step of each run is worth on the x axis: a step, or tokens where runs take steps of different sizes."""
+    sizes = []
+    for run in runs:
+        tokens = [(step, value) for step, value in run.curve("tokens") if step > 0 and math.isfinite(value)]
+        sizes.append(tokens[-1][1] / tokens[-1][0] if tokens else 0.0)
+    if len(runs) == 1 or min(sizes) <= 0 or max(sizes) < 1.01 * min(sizes):
+        return [1.0] * len(runs), "step"
+    return sizes, "tokens"
+
+
+def _curve(
+    place: int, key: str, title: str, unit: str, log: bool, runs: Sequence[RunData], scale: Sequence[float], x_label: str
+) -> Html | None:
+    """One chart: of one run its training and validation, of several each in its colour."""
+    series: list[Series] = []
+    legend: list[tuple[str, str]] = []
+    for number_, run in enumerate(runs):
+        train, validation = run.curve(key), run.curve(key, "eval")
+        if key == "perplexity" and not train:
+            train = [(step, math.exp(loss) if loss < 700 else math.inf) for step, loss in smoothed(run.curve("loss"))]
+        train, validation = ([(step * scale[number_], value) for step, value in points] for points in (train, validation))
+        alone = len(runs) == 1
+        color, second = (0, 1) if alone else (number_, number_)
+        name = "" if alone else f"{run.name}, "
+        if train:
+            noisy = key in ("loss", "gradient_norm", "tokens_per_second") and len(train) > 50
+            series.append(Series(f"{name}training", train, color, faint=noisy or (not alone and bool(validation))))
+            if noisy and (alone or not validation):
+                series.append(Series(f"{name}training, smoothed", smoothed(train), color))
+            if alone and validation:
+                legend.append(("training", f"c{color} d0"))
+        if validation:
+            series.append(Series(f"{name}validation", validation, second, dots=True))
+            if alone and train:
+                legend.append(("validation", f"c{second} d0"))
+        if not alone and (train or validation):
+            legend.append((run.name, f"c{color % 6} d{color // 6 % 3}"))
+    if not series:
+        return None
+    marks = [(row["step"] * scale[0], _event_words(row)) for row in runs[0].events()] if len(runs) == 1 and key in ("loss", "gradient_norm") else []
+    chart = line_chart(f"chart{place}", title, series, x_label, log, marks)
+    both = len(runs) > 1 and any(each.faint for each in series) and any(each.dots for each in series)
+    notes = [unit, "faint: training; with dots: validation" if both else "", "dashed: an event" if marks else ""]
+    words = "; ".join(note for note in notes if note)
+    return _figure(chart, title, _legend(legend) if len(legend) > 1 else None, element("p", words) if words else None)
+
+
+# -- one run ---------------------------------------------------------------------------------------------------------------------
+
+
+def _gradients(run: RunData) -> Html | None:
+    figures = []
+    for place, (field, title, note) in enumerate((
+        ("gradient_norms", "Gradient norm by layer", "The norm of all gradients of a layer; in each column the largest of its steps."),
+        ("update_ratios", "Update to weight by layer", "How far updates moved weights relative to their size; the largest of a layer's parameters."),
+    )):
+        rows, steps, values = layer_values(run.rows.get("layers", []), field)
+        if rows:
+            figures.append(_figure(heat_map(f"heat{place}", title, rows, steps, values), title, element("p", note)))
+    flags = [
+        (f"{row['step']:,}", layer, _flat(flag))
+        for row in run.rows.get("layers", []) if isinstance(row.get("flags"), dict) for layer, flag in row["flags"].items()
+    ]
+    more = f" (the last {MOST_FLAGS} of {len(flags):,})" if len(flags) > MOST_FLAGS else ""
+    flagged = table(("step", "layer", "gradient"), flags[-MOST_FLAGS:], f"Gradients out of line{more}") if flags else None
+    return _section("Layers", element("div", *figures, class_="grid-of-two"), flagged) if figures or flags else None
+
+
+def _time(run: RunData) -> Html | None:
+    parts, note = time_split(run.train)
+    total = sum(seconds for _, seconds in parts)
+    if not total:
+        return None
+    rows = [(name, duration(seconds) if seconds >= 1 else f"{seconds:.2f} s", f"{100 * seconds / total:.1f} %") for name, seconds in parts]
+    legend = _legend([(name, f"c{place % 6} d0") for place, (name, _) in enumerate(parts)])
+    chart = share_bar("time", "Where the time went", parts)
+    return _section("Time", element("figure", chart, element("figcaption", legend)), table(("part", "time", "share"), rows, note, (1, 2)))
+
+
+def _event_words(row: dict[str, Any]) -> str:
+    kind = next((str(row[key]) for key in ("event", "name", "type", "what", "reason") if row.get(key)), "event")
+    return f"step {row['step']}: {kind.replace('_', ' ')}"
+
+
+def _events(run: RunData) -> Html | None:
+    events = run.events()
+    if not events:
+        return None
+    rows = []
+    for row in events[-MOST_EVENTS:]:
+        said = _event_words(row).partition(": ")[2]
+        said_already = {"kind": None, "step": None, **{key: None for key, value in row.items() if str(value).replace("_", " ") == said}}
+        rest = {key: value for key, value in row.items() if key not in said_already and value is not None}
+        rows.append((f"{row['step']:,}", said, ", ".join(f"{key.replace('_', ' ')} {_flat(value)}" for key, value in rest.items())))
+    more = f" (the last {MOST_EVENTS} of {len(events):,})" if len(events) > MOST_EVENTS else ""
+    return _section(f"Events{more}", table(("step", "what", "details"), rows, "Skipped steps, rollbacks and other events"))
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{key} {_flat(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_flat, value[:20])) + (f" and {len(value) - 20} more" if len(value) > 20 else "")
+    return _shown(value) or "none"
+
+
+def _final(run: RunData) -> Html | None:
+    """Every figure of the last evaluation, and of the best one where that is another; then what is made of several figures."""
+    if not run.evaluations:
+        return _section("Final evaluation", element("p", "This run has not been evaluated."))
+    last = run.evaluations[-1]
+    best = next((row for row in run.evaluations if run.best and row["step"] == run.best[0]), last)
+    rows = [last] if best is last else [last, best]
+    head = ["figure", *(f"step {row['step']:,}{' (best)' if row is best else ''}" for row in rows)]
+    keys = [key for key, value in last.items() if key not in ("kind", "step", "best") and (number(value) is not None or isinstance(value, str))]
+    body = [(key.replace("_", " "), *(_precise(row.get(key)) for row in rows)) for key in keys]
+    classes = last["classes"] if isinstance(last.get("classes"), dict) else {}
+    nested = [_nested(key, value, list(classes)) for key, value in last.items() if isinstance(value, dict | list)]
+    return _section("Final evaluation", table(head, body, "On the validation split", range(1, len(head))), *nested)
+
+
+def _precise(value: Any) -> str:
+    """Four decimals of a number that is not a whole one."""
+    known = number(value)
+    if known is None:
+        return "" if value is None else str(value)
+    if not math.isfinite(known):
+        return str(known)
+    if known == int(known):
+        return _shown(int(known)) or ""
+    return f"{known:,.4f}" if 1e-3 <= abs(known) < 1e6 else short(known)
+
+
+def _nested(key: str, value: Any, names: Sequence[str] = ()) -> Html | None:
+    """{row: {column: figure}} and [[figure]] as tables, {name: figure} as one row each; deeper things as words. `names` are the rows and columns
+    of a square of as many, a confusion matrix."""
+    title = key.replace("_", " ")
+    if isinstance(value, dict) and value and all(isinstance(item, dict) for item in value.values()):
+        columns = list(dict.fromkeys(str(name) for item in value.values() for name in item))
+        rows = [(name, *(_cell({str(k): v for k, v in item.items()}.get(column)) for column in columns)) for name, item in value.items()]
+        return table(("", *columns), rows, title, range(1, len(columns) + 1))
+    if isinstance(value, list) and value and all(isinstance(item, list) for item in value):
+        wide = max(len(item) for item in value)
+        labels = names if len(names) == wide == len(value) else [str(place) for place in range(max(wide, len(value)))]
+        note = f"{title}: a row for what was to come, a column for what was guessed" if labels is names else title
+        return table(("", *labels[:wide]), [(label, *map(_cell, item)) for label, item in zip(labels, value)], note, range(1, wide + 1))
+    if isinstance(value, dict) and value:
+        return table((title, "value"), [(name, _cell(item)) for name, item in value.items()], title, (1,))
+    return element("p", f"{title}: {_flat(value)}") if value else None
+
+
+def _cell(value: Any) -> str:
+    return _precise(value) if number(value) is not None or value is None else _flat(value)
+
+
+def _evaluations(run: RunData) -> Html | None:
+    """The numbers behind the dots."""
+    if len(run.evaluations) < 2:
+        return None
+    keys = [key for key in ("loss", "perplexity", "bits_per_byte", "accuracy") if run.curve(key, "eval")]
+    shown = run.evaluations[-MOST_EVALUATIONS:]
+    rows = [(f"{row['step']:,}", *(_precise(row.get(key)) for key in keys), "yes" if row.get("best") is True else "") for row in shown]
+    head = ("step", *(key.replace("_", " ") for key in keys), "best so far")
+    numbers = table(head, rows, "Evaluations", range(1, len(keys) + 1))
+    return element("details", element("summary", f"All {len(run.evaluations):,} evaluations"), numbers)
+
+
+def _samples(run: RunData) -> Html | None:
+    if not run.samples:
+        return None
+    blocks = [join((element("h3", heading), element("pre", content or "(nothing)"))) for heading, content in run.samples[::-1]]
+    older = blocks[SHOWN_SAMPLES:]
+    folded = element("details", element("summary", f"{len(older):,} earlier samples"), *older) if older else None
+    return _section("Samples", element("p", "What the model wrote while it was trained, the newest first."), *blocks[:SHOWN_SAMPLES], folded)
+
+
+def _configuration(run: RunData) -> Html | None:
+    if not run.settings:
+        return None
+    rows = [(key, _setting(value), source) for key, value, source in run.settings]
+    chosen = [row for row in rows if row[2] != "default"]
+    everything = element("details", element("summary", f"All {len(rows):,} settings"), table(("setting", "value", "source"), rows, "All settings"))
+    return _section("Configuration", table(("setting", "value", "source"), chosen, "What is not a default"), everything)
+
+
+def _setting(value: Any) -> str:
+    """As config.toml has it, without the last digits of a binary fraction."""
+    return str(value).lower() if isinstance(value, bool) else f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
+def _environment(run: RunData) -> Html:
+    """One row for each time the run was started or resumed."""
+    rows = []
+    for start in run.environments:
+        versions = start.get("versions")
+        words = ", ".join(f"{name} {value}" for name, value in versions.items() if value != "absent") if isinstance(versions, dict) else ""
+        devices = start.get("devices")
+        machine = "; ".join(map(_device, devices)) if isinstance(devices, list) else ""
+        rows.append((_flat(start.get("started")), machine, _flat(start.get("system")), words))
+    if not rows:
+        return _section("Machine and versions", element("p", "This run did not record them."))
+    return _section("Machine and versions", table(("started", "machine", "system", "versions"), rows, "Each start of the run"))
+
+
+def _device(device: Any) -> str:
+    if not isinstance(device, dict):
+        return _flat(device)
+    return f"{device.get('name')}, {device.get('workers')} workers, {device.get('memory_gib')} GiB"
+
+
+# -- several runs ----------------------------------------------------------------------------------------------------------------
+
+
+def _results(runs: Sequence[RunData]) -> Html:
+    rows = []
+    same_tokens = all(run.setting(key) == runs[0].setting(key) for run in runs for key in ("data.tokenizer", "data.vocab_size"))
+    best = min((run.best[1] for run in runs if run.best), default=None) if same_tokens else None
+    for run in runs:
+        last = run.evaluations[-1] if run.evaluations else {}
+        seconds = next((value for _, value in reversed(run.curve("seconds")) if math.isfinite(value)), None)
+        mark = " (lowest)" if run.best and run.best[1] == best else ""
+        rows.append((
+            run.name, f"{run.best[1]:.4f}{mark}" if run.best else "", f"{run.best[0]:,}" if run.best else "", _precise(last.get("loss")),
+            _precise(last.get("bits_per_byte")), _precise(last.get("accuracy")), f"{run.last_step:,}", _shown(run.tokens) or "",
+            "" if seconds is None else duration(seconds), _shown(run.num_parameters) or "", f"{len(run.events()):,}",
+        ))  # fmt: skip
+    head = ("run", "best loss", "at step", "last loss", "bits per byte", "accuracy", "steps", "tokens", "time", "parameters", "events")
+    note = "Losses are comparable between runs with the same tokenizer and validation text; bits per byte between tokenizers too."
+    return _section("Results", table(head, rows, "Best and last validation of each run", range(1, len(head))), element("p", note))
+
+
+def _differences(runs: Sequence[RunData]) -> Html:
+    keys = dict.fromkeys(key for run in runs for key, _, _ in run.settings)
+    rows = []
+    for key in keys:
+        values = [run.setting(key) for run in runs]
+        if any(value != values[0] for value in values):
+            rows.append((key, *("not set" if value is None else _setting(value) for value in values)))
+    if not rows:
+        return _section("Settings that differ", element("p", "None: all settings are the same."))
+    return _section("Settings that differ", table(("setting", *(run.name for run in runs)), rows, "Only what is not the same in all runs"))
