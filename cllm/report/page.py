@@ -291,7 +291,8 @@ def _nested(key: str, value: Any, names: Sequence[str] = ()) -> Html | None:
     if isinstance(value, dict) and value and all(isinstance(item, dict) for item in value.values()):
         columns = list(dict.fromkeys(str(name) for item in value.values() for name in item))
         rows = [(name, *(_cell({str(k): v for k, v in item.items()}.get(column)) for column in columns)) for name, item in value.items()]
-        return table(("", *columns), rows, title, range(1, len(columns) + 1))
+        heads = (column.replace("_", " ") for column in columns)
+        return table(("", *heads), rows, title, range(1, len(columns) + 1))
     if isinstance(value, list) and value and all(isinstance(item, list) for item in value):
         wide = max(len(item) for item in value)
         labels = names if len(names) == wide == len(value) else [str(place) for place in range(max(wide, len(value)))]
