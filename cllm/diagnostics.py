@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Diagnostics:
-    """The rows `layers`, `classes` and `activations` of a run's metrics."""
+    """The rows `layers` and `activations` of a run's metrics, and what `eval` says about classes of tokens."""
 
     def __init__(
         self, model: Model, parameters: Mapping[str, torch.nn.Parameter], dataset: Dataset, tokenizer: Tokenizer | None, config: TrainConfig
@@ -43,10 +43,10 @@ class Diagnostics:
         layers, self._layers = self._layers, None
         return None if layers is None else (layers.after(), layers.samples)
 
-    def classes(self, beat: Callable[[], None]) -> dict[str, Any] | None:
+    def classes(self, beat: Callable[[], None]) -> dict[str, Any]:
         """How well each class of tokens is predicted, over a part of the validation text."""
         if not self.config.log.classes or self.tokenizer is None:
-            return None
+            return {}
         if self._classes is None:
             self._classes = classify(self.tokenizer, self.dataset.train.token_counts())
         settings, mask = self.config.train, self.config.data.document_mask

@@ -71,7 +71,7 @@ class ClassReport:
     def to_dict(self) -> dict[str, Any]:
         confusion = {name: dict(zip(CLASSES, map(int, row))) for name, row in zip(CLASSES, self.confusion)}
         return {
-            "top5_accuracy": self.top5, "calibration_error": self.calibration_error, "targets": self.num_targets,
+            "top5_accuracy": self.top5, "calibration_error": self.calibration_error, "class_targets": self.num_targets,
             "classes": self.scores(), "confusion": confusion,
         }  # fmt: skip
 

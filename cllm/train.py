@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from cllm.tokenizer import Tokenizer
 
 
-_OF_EVALUATIONS = ("eval", "classes", "activations")
+_OF_EVALUATIONS = ("eval", "activations")
 NAMED_DOCUMENTS = 20  # of a step that went wrong
 SLOW_DISK_SECONDS = 1.0  # of waiting for the checkpoint before that are worth a line
 
@@ -265,11 +265,9 @@ class Trainer:
             classes, activations = self._diagnostics.classes(report.beat), self._diagnostics.activations()
         result = self._validation
         best = self._best.step == self.step if counted else self._best.update(self.step, result.loss)
-        if classes is not None:
-            self._metrics.write("classes", self.step, **classes)
         if activations is not None:
             self._metrics.write("activations", self.step, **activations)
-        self._metrics.write("eval", self.step, **result.to_dict(), unigram_loss=self._unigram, best=best)
+        self._metrics.write("eval", self.step, **result.to_dict(), **classes, unigram_loss=self._unigram, best=best)
         report.evaluated(self.step, result, self._unigram, best)
         if best:
             self._save(report)

@@ -50,14 +50,22 @@ def test_looking_changes_no_bit_of_training(dataset, tmp_path):
         path = run._store.path(12)
         digests.add((sha256_of(path / "model.safetensors"), sha256_of(path / "optimizer.safetensors")))
     assert len(digests) == 1
-    assert [len(rows(tmp_path / "loud", kind)) for kind in ("train", "layers", "eval", "classes", "activations")] == [12, 12, 2, 2, 2]
-    assert [len(rows(tmp_path / "quiet", kind)) for kind in ("train", "layers", "eval", "classes", "activations")] == [1, 0, 2, 0, 0]
+    assert [len(rows(tmp_path / "loud", kind)) for kind in ("train", "layers", "eval", "activations")] == [12, 12, 2, 2]
+    assert [len(rows(tmp_path / "quiet", kind)) for kind in ("train", "layers", "eval", "activations")] == [1, 0, 2, 0]
+
+
+def test_evaluations_tell_classes_of_tokens_and_calibration(dataset, tmp_path):
+    train(dataset, tmp_path / "run", **LOUD)
+    row = rows(tmp_path / "run", "eval")[-1]
+    assert row["accuracy"] <= row["top5_accuracy"] <= 1 and 0 <= row["calibration_error"] <= 1
+    assert sum(sum(each.values()) for each in row["confusion"].values()) == row["class_targets"]
+    assert row["classes"]["number"]["targets"] > 0
 
 
 def test_what_is_told_does_not_depend_on_the_number_of_threads(dataset, tmp_path):
     for threads in (1, 3):
         train(dataset, tmp_path / str(threads), threads=threads, **LOUD)
-    for kind in ("train", "layers", "eval", "classes", "activations"):
+    for kind in ("train", "layers", "eval", "activations"):
         assert rows(tmp_path / "1", kind) == rows(tmp_path / "3", kind)
 
 
@@ -78,7 +86,7 @@ def test_a_resumed_run_leaves_the_same_rows(dataset, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         short.fit()
     train(dataset, tmp_path / "run", **LOUD)
-    for kind in ("train", "layers", "eval", "classes", "activations"):
+    for kind in ("train", "layers", "eval", "activations"):
         assert rows(tmp_path / "run", kind) == rows(tmp_path / "straight", kind)
 
 
