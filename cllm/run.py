@@ -21,9 +21,11 @@ SAMPLE_TOKENS = 160
 
 
 def train_run(
-    console: Console, *, flags: Mapping[str, Any], sets: Sequence[str], file: Path | None, out: Path | None, resume: bool, plan_only: bool
+    console: Console, *, flags: Mapping[str, Any], sets: Sequence[str], file: Path | None, out: Path | None, resume: bool, plan_only: bool,
+    find_lr: bool = False,
 ) -> None:
-    """Settings -> tokenizer and tokens -> model -> training -> a sample and the next commands. With `plan_only` nothing is trained."""
+    """Settings -> tokenizer and tokens -> model -> training -> a sample and the next commands. With `plan_only` or
+    `find_lr` no run is made."""
     if resume and out is None:
         raise UserError("--resume needs --out with the run to continue, as in cllm train --resume --out runs/demo.")
     if resume and file is None:
@@ -48,6 +50,9 @@ def train_run(
         _print_settings(config, model_config, dataset, console)
         if plan_only:
             _plan(Model(model_config, seed=config.train.seed), config, dataset, console)
+            return
+        if find_lr:
+            _find_lr(Model(model_config, seed=config.train.seed), config, dataset, out, console)
             return
         from cllm.train import Trainer
 
@@ -107,8 +112,8 @@ def _plan(model: "Model", config: TrainConfig, dataset: "Dataset", console: Cons
     """Memory predicted, speed measured over a few real steps whose result is thrown away."""
     from cllm.device import choose_recompute, resolve
     from cllm.memory import predict
-    from cllm.step import Microbatch, TrainStep
-    from cllm.train import make_batches
+    from cllm.step import Microbatch
+    from cllm.train import make_batches, make_step
 
     settings = config.train
     steps = settings.steps or 0
@@ -116,8 +121,7 @@ def _plan(model: "Model", config: TrainConfig, dataset: "Dataset", console: Cons
     sizes = model.config, settings.batch_size, settings.seq_len, settings.precision
     model.to(device).recompute, _ = choose_recompute(settings.recompute, *sizes, device)
     memory = predict(*sizes, model.recompute)
-    assert config.optim.learning_rate is not None
-    step = TrainStep(model, settings.precision, config.optim.learning_rate, config.optim.grad_clip)
+    step = make_step(model, config)
     batches = make_batches(dataset.train, config)
     seconds = []
     with runtime.progress.Stage("Measuring the speed of a few steps"):
@@ -138,6 +142,26 @@ def _plan(model: "Model", config: TrainConfig, dataset: "Dataset", console: Cons
         "tokens_per_step": tokens, "seconds": eta, "train_tokens": dataset.train.num_tokens,
         "settings": {key: {"value": value, "source": source} for key, value, source, _ in config.describe()},
     })
+
+
+def _find_lr(model: "Model", config: TrainConfig, dataset: "Dataset", out: Path, console: Console) -> None:
+    """Losses at rising learning rates, as a table and as a picture, and where to begin."""
+    from cllm.device import resolve
+    from cllm.lr_finder import as_rows, draw, find_learning_rate
+
+    device, _ = resolve(config.train.device)
+    found = find_learning_rate(model.to(device), dataset.train, config)
+    console.print(table(as_rows(found)))
+    picture: Path | None = out / "find-lr.png"
+    if not draw(found, out / "find-lr.png"):
+        picture = None
+        console.print('matplotlib is not installed, so there is no picture. Install it: pip install "cllm[plot]"')
+    else:
+        console.print(f"The curve is in {picture}.")
+    if not found.diverged:
+        console.print("The loss did not rise again up to the highest learning rate tried: take the suggestion with care.")
+    console.print(f"Begin with: cllm train {config.data.path} --learning-rate {found.suggestion:g}")
+    console.result({**found.to_dict(), "optimizer": config.optim.optimizer, "picture": None if picture is None else str(picture)})
 
 
 def _sample(model: "Model", tokenizer: Any) -> str:
