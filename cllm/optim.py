@@ -22,8 +22,8 @@ class Optimizer:
     named_parameters: (name, parameter) pairs, float32 master weights with gradients in float32 or bfloat16. State is float32.
 
     Elementwise work in `step` uses operations that round once (mul, add, sub, div, sqrt, sign), never add with a factor, lerp or addcmul:
-    torch cuts a tensor by its threads and ends each part in scalar code, which may round a fused pair otherwise than vector code does, so
-    that bits would follow the number of threads. Sums and products of matrices go through `cllm.kernels`.
+    torch cuts a tensor by its threads and may end each part in scalar code, and nothing promises that this rounds a pair of operations as
+    vector code does, fused or not. Sums and products of matrices go through `cllm.kernels`. So no number of threads changes a bit.
     """
 
     kinds: Sequence[str] = ()  # the kinds of state that every parameter has
