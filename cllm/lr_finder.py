@@ -93,7 +93,7 @@ def as_rows(found: LearningRates) -> list[tuple[str, ...]]:
     lowest = found.rates.index(found.lowest)
     every = max(1, round(len(found.rates) / _TABLE_ROWS))
     chosen = sorted({*range(0, len(found.rates), every), lowest, len(found.rates) - 1})
-    rows = [("learning rate", "loss", "smoothed", "")]
+    rows: list[tuple[str, ...]] = [("learning rate", "loss", "smoothed", "")]
     for index in chosen:
         bar = "#" * (1 + round((_BAR - 1) * (found.smoothed[index] - low) / (high - low or 1.0)))
         mark = "  lowest" if index == lowest else ""

@@ -11,6 +11,7 @@ from cllm import runtime
 from cllm.config import ModelConfig
 from cllm.console import Console, table
 from cllm.runtime.errors import UserError
+from cllm.schedule import BatchRamp
 from cllm.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -102,10 +103,17 @@ def _print_settings(config: TrainConfig, model: ModelConfig, dataset: "Dataset",
         f"{model.num_heads} heads ({model.kv_heads} for keys), ffn {model.ffn_size}, vocabulary {model.vocab_size}, context {model.max_seq_len}"
     )
     tokens = config.train.batch_size * config.train.grad_accum * config.train.seq_len
-    steps = config.train.steps or 0
-    console.print(f"training {steps:,} steps x {tokens:,} tokens = {steps * tokens / max(1, dataset.train.num_tokens):.2f} passes over the data")
+    steps, total = config.train.steps or 0, _total_tokens(config)
+    few = f", fewer in the first {config.train.batch_ramp:,}," if config.train.batch_ramp else ""
+    console.print(f"training {steps:,} steps x {tokens:,} tokens{few} = {total / max(1, dataset.train.num_tokens):.2f} passes over the data")
     console.print("settings that are not defaults:")
     console.print(table(rows))
+
+
+def _total_tokens(config: TrainConfig) -> int:
+    settings = config.train
+    microbatches = BatchRamp(settings.grad_accum, settings.batch_ramp).before(settings.steps or 0)
+    return microbatches * settings.batch_size * settings.seq_len
 
 
 def _plan(model: "Model", config: TrainConfig, dataset: "Dataset", console: Console) -> None:
@@ -120,7 +128,7 @@ def _plan(model: "Model", config: TrainConfig, dataset: "Dataset", console: Cons
     device, _ = resolve(settings.device)
     sizes = model.config, settings.batch_size, settings.seq_len, settings.precision
     model.to(device).recompute, _ = choose_recompute(settings.recompute, *sizes, device)
-    memory = predict(*sizes, model.recompute)
+    memory = predict(*sizes, model.recompute, config.optim.optimizer, average=config.optim.ema > 0)
     step = make_step(model, config)
     batches = make_batches(dataset.train, config)
     seconds = []
@@ -132,7 +140,7 @@ def _plan(model: "Model", config: TrainConfig, dataset: "Dataset", console: Cons
             seconds.append(time.perf_counter() - start)
     per_token = min(seconds[1:]) / (settings.batch_size * settings.seq_len)  # the first one compiles
     tokens = settings.batch_size * settings.grad_accum * settings.seq_len
-    eta = per_token * tokens * steps
+    eta = per_token * _total_tokens(config)
     console.print("predicted memory:")
     parts = [*memory.rows(), ("total", memory.total, "")]
     console.print(table([(name, f"{count / 1e6:,.0f} MB", what) for name, count, what in parts]))

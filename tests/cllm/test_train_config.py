@@ -113,9 +113,9 @@ def test_an_optimizer_brings_its_habits_unless_something_else_is_given():
 def test_a_ramp_needs_microbatches_and_gives_epochs_more_steps():
     plain, ramped = (resolved(epochs=2, seq_len=100, batch_size=5, grad_accum=4, **more) for more in ({}, {"batch_ramp": 40}))
     assert plain.train.steps == 100 and ramped.train.steps == 121  # 14, 13 and 13 updates of 1, 2 and 3 microbatches, then 81 of 4
-    with pytest.raises(UserError, match="train.batch_ramp needs grad_accum of at least 2, got 1"):
+    with pytest.raises(UserError, match=r"train\.batch_ramp needs grad_accum of at least 2, got 1"):
         TrainConfig(batch_ramp=10)
-    with pytest.raises(UserError, match="optim.ema and the optimizer schedule_free exclude each other"):
+    with pytest.raises(UserError, match=r"optim\.ema and the optimizer schedule_free exclude each other"):
         TrainConfig(optimizer="schedule_free", ema=0.9)
 
 

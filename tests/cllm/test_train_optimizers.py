@@ -1,10 +1,11 @@
-"""Runs with every optimizer, with averages, ramp and plateau: killed in the middle they go on bit by bit, and what is stored is what was evaluated."""
+"""Runs with every optimizer, with averages, ramp and plateau: killed they go on bit by bit, and what is stored is what was evaluated."""
 
 import random
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from cllm.checkpoint import CheckpointStore, load, read_checkpoint
 from cllm.config import ModelConfig
 from cllm.data import prepare
 from cllm.evaluate import evaluate
+from cllm.memory import predict
 from cllm.metrics import TIME_FIELDS, read_metrics
 from cllm.model import Model
 from cllm.optim import OPTIMIZERS
 from cllm.runtime.errors import UserError
+from cllm.step import TrainStep
 from cllm.storage import sha256_of
 from cllm.train import Trainer
 from cllm.train_config import TrainConfig
@@ -36,7 +39,9 @@ CHILD = """
 import sys, time
 from cllm.config import ModelConfig
 from cllm.data import Dataset
+from cllm.memory import predict
 from cllm.model import Model
+from cllm.step import TrainStep
 from cllm.train import Trainer
 from cllm.train_config import TrainConfig
 data, out, sizes, settings = sys.argv[1], sys.argv[2], eval(sys.argv[3]), eval(sys.argv[4])
@@ -155,14 +160,14 @@ def test_the_best_weights_are_restored_and_training_could_still_go_on(dataset, t
     plain = CheckpointStore(tmp_path / "plain" / "checkpoints").newest_good()
     raw = {name: plain.optimizer.get(f"training.{name}", tensor) for name, tensor in plain.weights.items()}
     assert all(torch.equal(newest.optimizer[f"training.{name}"], raw[name]) for name in raw)
-    assert {name: row for name, row in newest.state["best"].items()} == plain.state["best"]
+    assert newest.state["best"] == plain.state["best"]
     again = trainer(dataset, tmp_path / "run", restore_best=True, **options).fit()
     assert again.validation.loss == result.best_loss and again.step == result.step
 
 
 def test_another_optimizer_does_not_go_on_with_a_run(dataset, tmp_path):
     trainer(dataset, tmp_path / "run", optimizer="lion", steps=2).fit()
-    with pytest.raises(UserError, match="optim.optimizer: 'lion' there, 'adamw' here"):
+    with pytest.raises(UserError, match=r"optim\.optimizer: 'lion' there, 'adamw' here"):
         trainer(dataset, tmp_path / "run", steps=2).fit()
 
 
@@ -171,3 +176,23 @@ def test_the_noise_scale_is_among_the_metrics(dataset, tmp_path):
     rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train"]
     assert {row["step"] for row in rows if "noise_scale" in row} <= {1, 4, 7, 10}
     assert any(row["noise_scale"] > 0 for row in rows if "noise_scale" in row)
+
+
+@pytest.mark.parametrize("settings", [*({"optimizer": name} for name in OPTIMIZERS), {"ema": 0.9}], ids=str)
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_the_predicted_memory_of_the_optimizer_is_that_of_its_state(settings, norm):
+    config = ModelConfig(vocab_size=512, embed_dim=64, num_layers=3, num_heads=2, max_seq_len=32, norm=norm, tie_embeddings=norm == "layer")
+    step = TrainStep(Model(config), **settings)
+    state = [tensor for name, tensor in step.state_dict().items() if not name.startswith("training.")]
+    predicted = predict(config, 1, 32, "fp32", "none", settings.get("optimizer", "adamw"), average="ema" in settings).optimizer
+    assert predicted == pytest.approx(sum(tensor.numel() * tensor.element_size() for tensor in state), rel=0.02)
+
+
+def test_what_a_gpu_does_not_run_is_refused_there(monkeypatch):
+    model = Model(ModelConfig(vocab_size=32, **SIZES))
+    there = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(Model, "embedding_weight", property(lambda self: there))
+    with pytest.raises(UserError, match=r"optimizer muon runs on a CPU only\. Use optimizer adamw on a GPU, or --device cpu"):
+        TrainStep(model, optimizer="muon")
+    with pytest.raises(UserError, match="noise scale is measured on a CPU only"):
+        TrainStep(model, noise_scale_every=3)
