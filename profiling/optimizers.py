@@ -9,6 +9,7 @@ times, so a busy machine does no harm. Runs stay in --work: what is finished the
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import plots
 from report import RESULTS, add_output_options, finish, print_table, run
 
+from cllm.metrics import read_metrics
 from cllm.optim import OPTIMIZERS
 from cllm.runtime.errors import CLLMError
 
@@ -56,11 +58,16 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         result = cllm("train", *common, "--out", place / f"{rate:g}", "--learning-rate", rate, "--eval-every", every)
         rows.append({
             "optimizer": name, "suggestion": suggestion, "learning_rate": rate, "steps": result["step"], "precision": options.precision,
-            "train_loss": result["train_loss"], "validation_loss": result["validation"]["loss"], "best_loss": result["best_loss"],
+            "train_loss": last_losses(place / f"{rate:g}"), "validation_loss": result["validation"]["loss"], "best_loss": result["best_loss"],
             "best_step": result["best_step"], "bits_per_byte": result["validation"]["bits_per_byte"], "skipped_steps": result["skipped_steps"],
         })
         print(f"{name} at {rate:g}: validation loss {rows[-1]['validation_loss']:.4f}", file=sys.stderr)
     return rows
+
+
+def last_losses(run: Path) -> float:
+    """The mean training loss of the last 50 steps: that of one batch says little."""
+    return statistics.mean([row["loss"] for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "train"][-50:])
 
 
 HEADER = ("optimizer", "--find-lr", "best rate", "validation loss", "bits per byte", "at each rate")
