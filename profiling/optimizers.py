@@ -54,12 +54,11 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for factor in options.factors:
         rate = float(f"{suggestion * factor:.2g}")
-        every = max(1, options.steps // 10)
-        result = cllm("train", *common, "--out", place / f"{rate:g}", "--learning-rate", rate, "--eval-every", every)
+        result = cllm("train", *common, "--out", place / f"{rate:g}", "--learning-rate", rate, "--eval-every", options.steps)
         rows.append({
             "optimizer": name, "suggestion": suggestion, "learning_rate": rate, "steps": result["step"], "precision": options.precision,
-            "train_loss": last_losses(place / f"{rate:g}"), "validation_loss": result["validation"]["loss"], "best_loss": result["best_loss"],
-            "best_step": result["best_step"], "bits_per_byte": result["validation"]["bits_per_byte"], "skipped_steps": result["skipped_steps"],
+            "train_loss": last_losses(place / f"{rate:g}"), "validation_loss": result["validation"]["loss"],
+            "bits_per_byte": result["validation"]["bits_per_byte"], "skipped_steps": result["skipped_steps"],
         })
         print(f"{name} at {rate:g}: validation loss {rows[-1]['validation_loss']:.4f}", file=sys.stderr)
     return rows
