@@ -100,7 +100,7 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
     min_lr: Annotated[float | None, typer.Option(help="Lowest learning rate.")] = None,
     warmup: Annotated[int | None, typer.Option(help="Warm-up steps.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="cosine, linear, step, wsd or constant.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="cosine, linear, step, wsd, constant or plateau.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the weights and of the data order.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     keep: Annotated[int | None, typer.Option(help="Newest checkpoints kept, beside the best.")] = None,
@@ -110,20 +110,21 @@ def train(
     on_nonfinite: Annotated[str | None, typer.Option(help="stop, skip or rollback when a loss or gradient is not finite.")] = None,
     overfit_one_batch: Annotated[bool, typer.Option("--overfit-one-batch", help="Check a set-up: learn one batch by heart.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print sizes, memory, speed and every derived value, and stop.")] = False,
+    find_lr: Annotated[bool, typer.Option("--find-lr", help="Try rising learning rates for 100 steps, print and plot the losses, and stop.")] = False,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any other setting; repeatable.")] = None,
     as_json: Json = False,
 ) -> None:
     """Train a model on DATA: tokenizer, packing and training in one go, each step cached; the same command continues an interrupted run."""
     flags = dict(locals())
     console = _open(as_json)
-    for name in ("data", "out", "config", "resume", "plan", "set_", "as_json"):
+    for name in ("data", "out", "config", "resume", "plan", "find_lr", "set_", "as_json"):
         flags.pop(name)
     flags["overfit_one_batch"] = overfit_one_batch or None
     if data is not None:
         flags["data.path"] = data
     from cllm.run import train_run
 
-    train_run(console, flags=flags, sets=set_ or [], file=config, out=out, resume=resume, plan_only=plan)
+    train_run(console, flags=flags, sets=set_ or [], file=config, out=out, resume=resume, plan_only=plan, find_lr=find_lr)
 
 
 @app.command(epilog=_examples("cllm pack books/ --tokenizer runs/books/tokenizer.json --out tokens/"))

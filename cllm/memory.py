@@ -32,7 +32,7 @@ class MemoryPrediction:
         parts = [
             ("weights", self.weights, "float32 masters"),
             ("gradients", self.gradients, "float32"),
-            ("optimizer", self.optimizer, "AdamW: two float32 moments"),
+            ("optimizer", self.optimizer, "float32 moments, averages of the weights"),
             ("activations", self.activations, "kept for the backward of one microbatch"),
             ("logits", self.logits, f"one chunk of {LOGIT_ROWS} rows and the gradient of the output matrix"),
             ("process", self.process, "Python, torch, compiled kernels"),
@@ -43,8 +43,11 @@ class MemoryPrediction:
 RECOMPUTE = ("none", "feed_forward", "blocks")  # what the backward computes again, in rising order of work
 
 
-def predict(config: ModelConfig, batch_size: int, seq_len: int, precision: str = "fp32", recompute: str = "none") -> MemoryPrediction:
-    """The memory of training with microbatches of batch_size x seq_len tokens."""
+def predict(
+    config: ModelConfig, batch_size: int, seq_len: int, precision: str = "fp32", recompute: str = "none",
+    optimizer: str = "adamw", average: bool = False,
+) -> MemoryPrediction:  # fmt: skip
+    """The memory of training with microbatches of batch_size x seq_len tokens; `average`: whether an average of the weights is kept."""
     parameters, tokens = config.num_parameters(), batch_size * seq_len
     width = 4 if precision == "fp32" else 2
     queries, keys = config.num_heads * config.head_size, config.kv_heads * config.head_size
@@ -62,7 +65,17 @@ def predict(config: ModelConfig, batch_size: int, seq_len: int, precision: str =
     return MemoryPrediction(
         weights=4 * parameters,
         gradients=4 * parameters,
-        optimizer=8 * parameters,
+        optimizer=_optimizer_bytes(config, optimizer) + (4 * parameters if average else 0),
         activations=tokens * per_token + feed_forward,
         logits=chunk + output_gradient,
     )
+
+
+def _optimizer_bytes(config: ModelConfig, optimizer: str) -> int:
+    """Two float32 numbers for each parameter; Lion has one, and so has Muon for what is no table."""
+    parameters = config.num_parameters()
+    if optimizer == "muon":
+        tables = config.vocab_size * config.embed_dim * (1 if config.tie_embeddings else 2)
+        tables += config.max_seq_len * config.embed_dim if config.position == "learned" else 0
+        return 4 * (parameters + tables)
+    return (4 if optimizer == "lion" else 8) * parameters

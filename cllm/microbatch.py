@@ -30,6 +30,7 @@ class StepResult:
     num_targets: int
     learning_rate: float
     updated: bool
+    noise_scale: float | None = None  # tokens; where it was measured
 
     @property
     def finite(self) -> bool:

@@ -11,6 +11,7 @@ from cllm import runtime
 from cllm.config import ModelConfig
 from cllm.console import Console, table
 from cllm.runtime.errors import UserError
+from cllm.schedule import BatchRamp
 from cllm.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -21,9 +22,11 @@ SAMPLE_TOKENS = 160
 
 
 def train_run(
-    console: Console, *, flags: Mapping[str, Any], sets: Sequence[str], file: Path | None, out: Path | None, resume: bool, plan_only: bool
+    console: Console, *, flags: Mapping[str, Any], sets: Sequence[str], file: Path | None, out: Path | None, resume: bool, plan_only: bool,
+    find_lr: bool = False,
 ) -> None:
-    """Settings -> tokenizer and tokens -> model -> training -> a sample and the next commands. With `plan_only` nothing is trained."""
+    """Settings -> tokenizer and tokens -> model -> training -> a sample and the next commands. With `plan_only` or
+    `find_lr` no run is made."""
     if resume and out is None:
         raise UserError("--resume needs --out with the run to continue, as in cllm train --resume --out runs/demo.")
     if resume and file is None:
@@ -48,6 +51,9 @@ def train_run(
         _print_settings(config, model_config, dataset, console)
         if plan_only:
             _plan(Model(model_config, seed=config.train.seed), config, dataset, console)
+            return
+        if find_lr:
+            _find_lr(Model(model_config, seed=config.train.seed), config, dataset, out, console)
             return
         from cllm.train import Trainer
 
@@ -97,27 +103,33 @@ def _print_settings(config: TrainConfig, model: ModelConfig, dataset: "Dataset",
         f"{model.num_heads} heads ({model.kv_heads} for keys), ffn {model.ffn_size}, vocabulary {model.vocab_size}, context {model.max_seq_len}"
     )
     tokens = config.train.batch_size * config.train.grad_accum * config.train.seq_len
-    steps = config.train.steps or 0
-    console.print(f"training {steps:,} steps x {tokens:,} tokens = {steps * tokens / max(1, dataset.train.num_tokens):.2f} passes over the data")
+    steps, total = config.train.steps or 0, _total_tokens(config)
+    few = f", fewer in the first {config.train.batch_ramp:,}," if config.train.batch_ramp else ""
+    console.print(f"training {steps:,} steps x {tokens:,} tokens{few} = {total / max(1, dataset.train.num_tokens):.2f} passes over the data")
     console.print("settings that are not defaults:")
     console.print(table(rows))
+
+
+def _total_tokens(config: TrainConfig) -> int:
+    settings = config.train
+    microbatches = BatchRamp(settings.grad_accum, settings.batch_ramp).before(settings.steps or 0)
+    return microbatches * settings.batch_size * settings.seq_len
 
 
 def _plan(model: "Model", config: TrainConfig, dataset: "Dataset", console: Console) -> None:
     """Memory predicted, speed measured over a few real steps whose result is thrown away."""
     from cllm.device import choose_recompute, resolve
     from cllm.memory import predict
-    from cllm.step import Microbatch, TrainStep
-    from cllm.train import make_batches
+    from cllm.step import Microbatch
+    from cllm.train import make_batches, make_step
 
     settings = config.train
     steps = settings.steps or 0
     device, _ = resolve(settings.device)
     sizes = model.config, settings.batch_size, settings.seq_len, settings.precision
     model.to(device).recompute, _ = choose_recompute(settings.recompute, *sizes, device)
-    memory = predict(*sizes, model.recompute)
-    assert config.optim.learning_rate is not None
-    step = TrainStep(model, settings.precision, config.optim.learning_rate, config.optim.grad_clip)
+    memory = predict(*sizes, model.recompute, config.optim.optimizer, average=config.optim.ema > 0)
+    step = make_step(model, config)
     batches = make_batches(dataset.train, config)
     seconds = []
     with runtime.progress.Stage("Measuring the speed of a few steps"):
@@ -128,7 +140,7 @@ def _plan(model: "Model", config: TrainConfig, dataset: "Dataset", console: Cons
             seconds.append(time.perf_counter() - start)
     per_token = min(seconds[1:]) / (settings.batch_size * settings.seq_len)  # the first one compiles
     tokens = settings.batch_size * settings.grad_accum * settings.seq_len
-    eta = per_token * tokens * steps
+    eta = per_token * _total_tokens(config)
     console.print("predicted memory:")
     parts = [*memory.rows(), ("total", memory.total, "")]
     console.print(table([(name, f"{count / 1e6:,.0f} MB", what) for name, count, what in parts]))
@@ -138,6 +150,26 @@ def _plan(model: "Model", config: TrainConfig, dataset: "Dataset", console: Cons
         "tokens_per_step": tokens, "seconds": eta, "train_tokens": dataset.train.num_tokens,
         "settings": {key: {"value": value, "source": source} for key, value, source, _ in config.describe()},
     })
+
+
+def _find_lr(model: "Model", config: TrainConfig, dataset: "Dataset", out: Path, console: Console) -> None:
+    """Losses at rising learning rates, as a table and as a picture, and where to begin."""
+    from cllm.device import resolve
+    from cllm.lr_finder import as_rows, draw, find_learning_rate
+
+    device, _ = resolve(config.train.device)
+    found = find_learning_rate(model.to(device), dataset.train, config)
+    console.print(table(as_rows(found)))
+    picture: Path | None = out / "find-lr.png"
+    if not draw(found, out / "find-lr.png"):
+        picture = None
+        console.print('matplotlib is not installed, so there is no picture. Install it: pip install "cllm[plot]"')
+    else:
+        console.print(f"The curve is in {picture}.")
+    if not found.diverged:
+        console.print("The loss did not rise again up to the highest learning rate tried: take the suggestion with care.")
+    console.print(f"Begin with: cllm train {config.data.path} --learning-rate {found.suggestion:g}")
+    console.result({**found.to_dict(), "optimizer": config.optim.optimizer, "picture": None if picture is None else str(picture)})
 
 
 def _sample(model: "Model", tokenizer: Any) -> str:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
 
+from cllm.averages import Ema, put, swapped
 from cllm.microbatch import IGNORED, Microbatch, StepResult
-from cllm.optim import AdamW
-from cllm.runtime.errors import UserError
+from cllm.noise_scale import NoiseScale
+from cllm.optim import AdamW, make_optimizer
+from cllm.runtime.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
     from cllm.device_step import DeviceStep
@@ -23,12 +26,13 @@ if TYPE_CHECKING:
 
 __all__ = ["IGNORED", "Microbatch", "StepResult", "TrainStep"]
 
-LOSS_SCALE = "loss_scale"
+LOSS_SCALE, NOISE_SCALE = "loss_scale", "noise_scale"
+EMA, TRAINING = "ema.", "training."  # beginnings of names in the state: averaged weights, and those that training goes on from
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainStep:
-    """Forward, backward, clip and AdamW update of a model whose parameters are float32 masters; `precision` is that of the activations.
+    """Forward, backward, clip and update of a model whose parameters are float32 masters; `precision` is that of the activations.
 
     Where the model lies on a GPU, the step runs there as two CUDA graphs (`device_step.py`); fp16, with its loss scaling, is for GPUs only.
     """
@@ -45,6 +49,10 @@ class TrainStep:
         eps: float = 1e-8,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        optimizer: str = "adamw",
+        momentum: float = 0.95,
+        ema: float = 0.0,
+        noise_scale_every: int = 0,
     ) -> None:
         if precision not in PRECISIONS:
             raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
@@ -54,27 +62,60 @@ class TrainStep:
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
         if next(model.parameters()).dtype != torch.float64:  # a float64 model is a reference and computes in float64
             model.compute_dtype = PRECISIONS[precision]
-        self.optimizer = AdamW(model.named_parameters(), betas=betas, eps=eps, weight_decay=weight_decay)
+        self.optimizer = make_optimizer(
+            optimizer, model.named_parameters(), betas=betas, eps=eps, weight_decay=weight_decay, momentum=momentum
+        )
+        self.ema = Ema(self.optimizer.parameters, ema) if ema else None
+        self.noise_scale = NoiseScale(list(self.optimizer.parameters.values())) if noise_scale_every else None
+        self.noise_scale_every = noise_scale_every
         self.last: StepResult | None = None
         self.seconds: dict[str, float] = {}  # of the last step's parts, on a CPU; a GPU's parts overlap
         self._device_step: DeviceStep | None = None
         if model.embedding_weight.device.type == "cuda":
             from cllm.device_step import DeviceStep
 
+            if not isinstance(self.optimizer, AdamW):
+                raise UserError(f"optimizer {optimizer} runs on a CPU only. Use optimizer adamw on a GPU, or --device cpu.")
+            if self.noise_scale is not None:
+                raise UserError("the gradient noise scale is measured on a CPU only. Set log.noise_scale_every=0, or --device cpu.")
             self._device_step = DeviceStep(
                 model, self.optimizer, grad_clip=grad_clip, label_smoothing=label_smoothing, z_loss=z_loss, loss_scaling=precision == "fp16"
             )
         elif precision == "fp16":
             raise UserError("precision fp16 needs a GPU. On a CPU use bf16, which has the range of float32, or fp32.")
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """What a step needs beside the weights to go on as if it had never stopped."""
+    def averages(self) -> dict[str, torch.Tensor] | None:
+        """The weights to evaluate and to export by name, where they are not those that training goes on from."""
+        return self.optimizer.averages() if self.ema is None else self.ema.weights
+
+    def evaluation_weights(self) -> AbstractContextManager[None]:
+        """While entered, the model holds the weights to evaluate; afterwards its own again, bit by bit."""
+        return swapped(self.optimizer.parameters, self.averages())
+
+    def state_dict(self, training_weights: bool = False) -> dict[str, torch.Tensor]:
+        """What a step needs beside the weights to go on as if it had never stopped. The weights to train on are part of it where the
+        checkpoint's weights are others: averages, or with `training_weights` whatever the caller stores there."""
         state = self.optimizer.state_dict()
+        if self.ema is not None:
+            state |= {EMA + name: tensor for name, tensor in self.ema.weights.items()}
+        if training_weights or self.averages() is not None:
+            state |= {TRAINING + name: parameter.detach() for name, parameter in self.optimizer.parameters.items()}
+        if self.noise_scale is not None:
+            state[NOISE_SCALE] = self.noise_scale.state
         return state if self._device_step is None else state | {LOSS_SCALE: self._device_step.state()}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """The state of a run on the CPU goes on on a GPU and the other way round; the bits are then those of another device."""
-        self.optimizer.load_state_dict({name: tensor for name, tensor in state.items() if name != LOSS_SCALE})
+        apart = {name for name in state if name in (LOSS_SCALE, NOISE_SCALE) or name.startswith((EMA, TRAINING))}
+        self.optimizer.load_state_dict({name: tensor for name, tensor in state.items() if name not in apart})
+        put(self.optimizer.parameters, _below(TRAINING, state))
+        if self.ema is not None:
+            averages = _below(EMA, state)
+            if averages.keys() != self.ema.weights.keys():
+                raise CheckpointError("the checkpoint holds no average of this model's weights. Resume with the settings of its run.")
+            put(self.ema.weights, averages)
+        if self.noise_scale is not None and NOISE_SCALE in state:
+            put({NOISE_SCALE: self.noise_scale.state}, {NOISE_SCALE: state[NOISE_SCALE]})
         if self._device_step is not None:
             self._device_step.resume(self.optimizer.num_updates, state.get(LOSS_SCALE))
 
@@ -98,8 +139,16 @@ class TrainStep:
         rate = self.learning_rate if learning_rate is None else learning_rate
         if self._device_step is not None:
             self.last = self._device_step.run(microbatches, rate, beat, ahead, before_update)
+            if self.ema is not None and self.last.updated:
+                self.ema.update(self.optimizer.num_updates)
             return self.last
-        loss, num_targets = self.accumulate(microbatches, beat)
+        noise = self.noise_scale
+        if noise is not None and (len(microbatches) < 2 or self.optimizer.num_updates % self.noise_scale_every):
+            noise = None
+        if noise is not None:
+            noise.begin(microbatches)
+        loss, num_targets = self.accumulate(microbatches, beat, None if noise is None else noise.observe)
+        noise_scale = None if noise is None else noise.end()
         if before_update is not None:
             before_update()
         began = time.perf_counter()
@@ -107,14 +156,18 @@ class TrainStep:
             updates = self.optimizer.num_updates
             norm, largest, nonfinite = self.optimizer.update(rate, self.grad_clip)
             updated = self.optimizer.num_updates > updates
+            if self.ema is not None and updated:
+                self.ema.update(self.optimizer.num_updates)
         else:
             norm, largest, nonfinite, updated = math.nan if num_targets else 0.0, 0.0, int(num_targets > 0), False
         self.optimizer.zero_grad()
         self.seconds["optimizer"] = time.perf_counter() - began
-        self.last = StepResult(loss, norm, largest, nonfinite, num_targets, rate, updated)
+        self.last = StepResult(loss, norm, largest, nonfinite, num_targets, rate, updated, noise_scale)
         return self.last
 
-    def accumulate(self, microbatches: Sequence[Microbatch], beat: Callable[[], None] | None = None) -> tuple[float, int]:
+    def accumulate(
+        self, microbatches: Sequence[Microbatch], beat: Callable[[], None] | None = None, observe: Callable[[], None] | None = None
+    ) -> tuple[float, int]:
         """Leaves in `.grad` the gradient of the loss over all microbatches and returns (loss, number of targets).
 
         Each microbatch's summed loss is divided by the targets of all of them, not averaged over microbatches: a short document
@@ -138,6 +191,12 @@ class TrainStep:
             total += loss.item()
             self.seconds["forward"] += forward - began
             self.seconds["backward"] += time.perf_counter() - forward
+            if observe is not None:
+                observe()
             if beat is not None:
                 beat()
         return total, num_targets
+
+
+def _below(prefix: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

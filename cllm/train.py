@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm import runtime
-from cllm.checkpoint import Checkpoint, CheckpointStore, check_tokenizer, load_weights, weights_of
+from cllm.averages import put
+from cllm.checkpoint import Checkpoint, CheckpointStore, check_tokenizer, load_weights, read_checkpoint, weights_of
 from cllm.checkpoint_writer import CheckpointWriter
 from cllm.data import Batches
 from cllm.device import choose_recompute, explained_out_of_memory, resolve
@@ -31,12 +32,14 @@ from cllm.metrics import Metrics
 from cllm.monitor import BestLoss, Interrupted, RunLock, StopSignals
 from cllm.reporter import Reporter
 from cllm.runtime.errors import CheckpointError, UserError
-from cllm.schedule import Schedule, lr
+from cllm.schedule import BatchRamp, Plateau, Schedule, lr
 from cllm.step import Microbatch, StepResult, TrainStep
 from cllm.storage import tensors_bytes, write_atomic
 from cllm.train_config import TrainConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cllm.data import Dataset, TokenSplit
     from cllm.model import Model
     from cllm.tokenizer import Tokenizer
@@ -100,8 +103,10 @@ class Trainer:
         self.tokens = 0
         self._seconds_before = 0.0  # of the runs that this one resumes
         self._best = BestLoss()
-        settings = self.config.train
+        settings, optim = self.config.train, self.config.optim
         self._faults = Faults(settings.on_nonfinite, settings.on_spike, settings.on_gradient, settings.spike_sigmas)
+        self._ramp = BatchRamp(settings.grad_accum, settings.batch_ramp)
+        self._plateau = Plateau(optim.plateau_factor, optim.plateau_patience) if optim.schedule == "plateau" else None
         self._last_evaluation = 0
         self._last_saved: int | None = None
         self._resumed_from: int | None = None
@@ -141,8 +146,8 @@ class Trainer:
             with report.reading(self.step):
                 microbatches = self._microbatches(self.step)
             with report.step(self.step):
-                rate, ahead = lr(self.step, self._schedule), partial(self._microbatches, self.step + 1)
-                result = self._train_step.run(microbatches, rate, report.beat, ahead, self._before_update)
+                ahead = partial(self._microbatches, self.step + 1)
+                result = self._train_step.run(microbatches, self._learning_rate(), report.beat, ahead, self._before_update)
             self.step += 1
             self._record(result, report)
             fault = self._faults.judge(self.step, result)
@@ -163,13 +168,35 @@ class Trainer:
                     f"{self._store.path(self.step)}. Go on from there with: cllm train --resume --out {self.out}"
                 )
         self._save(report)  # after early stopping; the last step has its checkpoint already
+        self._finish_writing(report)
+        self._conclude(report)
+
+    def _learning_rate(self) -> float:
+        rate = lr(self.step, self._schedule)
+        return rate if self._plateau is None else self._plateau.scaled(rate, self._schedule.min_lr)
+
+    def _conclude(self, report: Reporter) -> None:
+        """Leaves in the model, and with restore_best in the last checkpoint, the weights to use: averages, or the best evaluation's."""
+        best = self._best.step
+        if not self.config.train.restore_best or best is None or best == self.step:
+            averages = self._train_step.averages()
+            if averages is not None:
+                put(self._train_step.optimizer.parameters, averages)
+            return
+        state = {name: tensor.clone() for name, tensor in self._train_step.state_dict(training_weights=True).items()}
+        found = read_checkpoint(self._store.path(best), with_optimizer=False)
+        load_weights(self.model, found.weights, found.path)
+        report.say(f"restored the weights of step {best:,}, the best evaluation")
+        with report.stage("evaluating"):
+            self._validation = self._evaluated(report)
+        self._write(report, weights_of(self.model), state)
 
     def _microbatches(self, step: int) -> list[Microbatch]:
         """The data of update number `step`: always the first batch when one batch is to be learnt by heart. The last answer is kept."""
         settings = self.config.train
         if self._prepared[0] != step:
-            first = 0 if settings.overfit_one_batch else self._faults.data_of(step) * settings.grad_accum
-            batches = (self._batches.batch(first + number) for number in range(settings.grad_accum))
+            first = 0 if settings.overfit_one_batch else self._ramp.before(self._faults.data_of(step))
+            batches = (self._batches.batch(first + number) for number in range(self._ramp.size(step)))
             self._prepared = step, [Microbatch(each.tokens, each.targets, each.cu_seqlens) for each in batches]
         return self._prepared[1]
 
@@ -181,6 +208,7 @@ class Trainer:
             self._metrics.write(
                 "train", self.step, loss=result.loss, learning_rate=result.learning_rate, gradient_norm=result.gradient_norm,
                 largest_gradient=result.largest_gradient, num_nonfinite=result.num_nonfinite, updated=result.updated, tokens=self.tokens,
+                **({} if result.noise_scale is None else {"noise_scale": result.noise_scale}),
                 seconds=round(self._seconds_before + report.seconds, 3), **timing,
             )
 
@@ -233,8 +261,8 @@ class Trainer:
     def _documents_of(self, update: int) -> list[str]:
         """The names of the documents that an update learnt from, at most NAMED_DOCUMENTS."""
         settings = self.config.train
-        first = 0 if settings.overfit_one_batch else self._faults.data_of(update) * settings.grad_accum
-        numbers = sorted({each for number in range(settings.grad_accum) for each in self._batches.batch(first + number).documents})
+        first = 0 if settings.overfit_one_batch else self._ramp.before(self._faults.data_of(update))
+        numbers = sorted({each for number in range(self._ramp.size(update)) for each in self._batches.batch(first + number).documents})
         return [self.dataset.train.document_name(each) for each in numbers[:NAMED_DOCUMENTS]]
 
     def _belongs_before_step(self, row: dict[str, Any]) -> bool:
@@ -256,22 +284,29 @@ class Trainer:
         counted, self._last_evaluation = self._last_evaluation == self.step, self.step
         if self.dataset.val.num_tokens < 2:
             return
-        settings = self.config.train
-        with report.stage("evaluating", "evaluation"):
-            self._validation = evaluate(
-                self.model, self.dataset.val, seq_len=settings.seq_len, batch_size=settings.batch_size,
-                document_mask=self.config.data.document_mask, progress=report.beat,
-            )
+        self._writer.before_update()  # weights may be swapped for their averages
+        with report.stage("evaluating", "evaluation"), self._train_step.evaluation_weights():
+            self._validation = result = self._evaluated(report)
             classes, activations = self._diagnostics.classes(report.beat), self._diagnostics.activations()
-        result = self._validation
         best = self._best.step == self.step if counted else self._best.update(self.step, result.loss)
         if activations is not None:
             self._metrics.write("activations", self.step, **activations)
         self._metrics.write("eval", self.step, **result.to_dict(), **classes, unigram_loss=self._unigram, best=best)
         report.evaluated(self.step, result, self._unigram, best)
+        if self._plateau is not None and not counted and self._plateau.update(result.loss):
+            rate = self._learning_rate()
+            report.say(f"step {self.step:,}: no better loss in {self._plateau.patience} evaluations, the learning rate falls to {rate:.3g}")
         if best:
             self._save(report)
             self._writer.afterwards(partial(self._store.mark_best, self.step))
+
+    def _evaluated(self, report: Reporter) -> Evaluation:
+        """What the weights in the model make of the validation split."""
+        settings = self.config.train
+        return evaluate(
+            self.model, self.dataset.val, seq_len=settings.seq_len, batch_size=settings.batch_size,
+            document_mask=self.config.data.document_mask, progress=report.beat,
+        )
 
     def _sample(self, report: Reporter) -> None:
         """Generated text to samples.txt, the only place where training calls generation."""
@@ -279,7 +314,8 @@ class Trainer:
             return
         from cllm.generate import generate
 
-        with report.stage("sampling"):
+        self._writer.before_update()
+        with report.stage("sampling"), self._train_step.evaluation_weights():
             # Where a document begins; without an end-of-text token, as the training text begins.
             start = [int(self.dataset.train.read(0, 1)[0])] if self.tokenizer.eot_id is None else [self.tokenizer.eot_id]
             text = generate(self.model, self.tokenizer, start, max_tokens=200, temperature=0.8, seed=self.step)[0].text
@@ -319,11 +355,7 @@ class Trainer:
         if self.model.recompute != "none":
             report.say(f"the backward computes again: {self.model.recompute} ({why})")
         self._schedule = Schedule(config.optim.learning_rate, config.optim.min_lr, config.optim.warmup, config.train.steps, config.optim.schedule)
-        self._train_step = TrainStep(
-            self.model, config.train.precision, config.optim.learning_rate, config.optim.grad_clip,
-            weight_decay=config.optim.weight_decay, betas=(config.optim.beta1, config.optim.beta2), eps=config.optim.eps,
-            label_smoothing=config.optim.label_smoothing, z_loss=config.optim.z_loss,
-        )
+        self._train_step = make_step(self.model, config)
         if self.dataset.val.num_tokens >= 2:
             self._unigram = self.dataset.val.unigram_nats(self.dataset.train)
         if self.tokenizer is not None:
@@ -365,6 +397,8 @@ class Trainer:
             self._best = BestLoss.from_dict(state["best"])
             self._faults.load(state.get("faults") or state)
             self._last_evaluation = int(state["last_evaluation"])
+            if self._plateau is not None:
+                self._plateau.restore(state["plateau"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the state of {found.path} is not that of a run ({type(error).__name__}: {error}).") from error
         self.step = self._resumed_from = self._last_saved = found.step
@@ -375,12 +409,15 @@ class Trainer:
     def _save(self, report: Reporter) -> None:
         if self._last_saved == self.step:
             return
-        weights, optimizer = weights_of(self.model), self._train_step.state_dict()
+        self._write(report, weights_of(self.model) | (self._train_step.averages() or {}), self._train_step.state_dict())
+
+    def _write(self, report: Reporter, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
         state = {
             "model": self.model.config.to_dict(), "config": self.config.to_dict(), "sources": dict(self.config.sources),
             "tokenizer_hash": self.tokenizer.hash if self.tokenizer is not None else None, "data": self._data_identity(),
             "tokens": self.tokens, "seconds": self._seconds_before + report.seconds, "best": self._best.to_dict(),
             "faults": self._faults.to_dict(), "last_evaluation": self._last_evaluation,
+            "plateau": None if self._plateau is None else self._plateau.to_dict(),
             "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         if self._writer.busy:
@@ -413,6 +450,18 @@ class Trainer:
                 report.say(f"error: {error}")
             raise
         self._finish_writing(report)
+
+
+def make_step(model: Model, config: TrainConfig) -> TrainStep:
+    """The step that a resolved configuration describes."""
+    settings = config.optim
+    assert settings.learning_rate is not None
+    return TrainStep(
+        model, config.train.precision, settings.learning_rate, settings.grad_clip,
+        weight_decay=settings.weight_decay, betas=(settings.beta1, settings.beta2), eps=settings.eps,
+        label_smoothing=settings.label_smoothing, z_loss=settings.z_loss, optimizer=settings.optimizer, momentum=settings.momentum,
+        ema=settings.ema, noise_scale_every=config.log.noise_scale_every,
+    )
 
 
 def make_batches(split: TokenSplit, config: TrainConfig) -> Batches:

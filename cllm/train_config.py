@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from cllm.config import ModelConfig
+from cllm.optim import OPTIMIZERS
 from cllm.runtime.errors import UserError
+from cllm.schedule import KINDS, BatchRamp
 
 DEFAULT_PRESET = "cllm-5m"
 
@@ -69,6 +71,8 @@ class TrainSection:
     async_checkpoint: bool = setting(True, "Write checkpoints while training goes on, from a copy of weights and moments.", result=False)
     sample_every: int = setting(0, "Steps between generated samples in samples.txt; 0 never generates.", at_least=0, example=500, result=False)
     patience: int = setting(0, "Stop after so many evaluations without a better validation loss; 0 never stops early.", at_least=0, example=5)
+    restore_best: bool = setting(False, "End with the weights of the best evaluation instead of the last ones.", result=False)
+    batch_ramp: int = setting(0, "Steps in which the microbatches of one update rise from 1 to grad_accum.", at_least=0, example=500)
     on_nonfinite: str = setting(
         "stop", "When a loss or gradient is NaN or infinite: stop, leave the step out, or go back to the last checkpoint and take other data.",
         choices=("stop", "skip", "rollback"), result=False,
@@ -84,13 +88,25 @@ class TrainSection:
 
 @dataclass(frozen=True)
 class OptimSection:
+    optimizer: str = setting(
+        "adamw", "adamw, muon (AdamW for embeddings and vectors), lion or schedule_free (AdamW without a decay of the learning rate).",
+        choices=OPTIMIZERS,
+    )
     learning_rate: float | None = setting(None, "Highest learning rate.", above=0.0, example="3e-4")
     min_lr: float | None = setting(None, "Learning rate at the end of the schedule, and the lowest at any time.", at_least=0.0, example="3e-5")
     warmup: int | None = setting(None, "Steps in which the learning rate rises to its highest value.", at_least=0, example=100)
-    schedule: str = setting("cosine", "Shape of the decay after the warm-up.", choices=("cosine", "linear", "step", "wsd", "constant"))
+    schedule: str = setting("cosine", "Shape of the decay after the warm-up.", choices=KINDS)
+    plateau_factor: float = setting(0.5, "What the plateau schedule multiplies the learning rate with.", above=0.0, below=1.0, example=0.5)
+    plateau_patience: int = setting(3, "Evaluations without a better loss before the plateau schedule acts.", at_least=1, example=3)
     weight_decay: float = setting(0.1, "Decoupled decay of matrices and embeddings; biases and norms have none.", at_least=0.0, example=0.1)
-    beta1: float = setting(0.9, "Decay of AdamW's mean of gradients.", at_least=0.0, below=1.0, example=0.9)
-    beta2: float = setting(0.95, "Decay of AdamW's mean of squared gradients.", at_least=0.0, below=1.0, example=0.95)
+    beta1: float = setting(0.9, "Decay of the mean of gradients; Lion's share of it in a step.", at_least=0.0, below=1.0, example=0.9)
+    beta2: float = setting(
+        0.95, "Decay of AdamW's mean of squared gradients, and of Lion's momentum (0.99 when not given).", at_least=0.0, below=1.0, example=0.95
+    )
+    momentum: float = setting(0.95, "Decay of Muon's mean of gradients.", at_least=0.0, below=1.0, example=0.95)
+    ema: float = setting(
+        0.0, "Decay of an average of the weights, which is then evaluated and exported; 0 keeps none.", at_least=0.0, below=1.0, example=0.999
+    )
     eps: float = setting(1e-8, "AdamW's guard against division by zero.", above=0.0, example="1e-8")
     grad_clip: float = setting(1.0, "Largest norm of the gradient of all weights together; 0 does not clip.", at_least=0.0, example=1.0)
     z_loss: float = setting(0.0, "Weight of the squared log-sum-exp that keeps logits small.", at_least=0.0, example="1e-4")
@@ -108,6 +124,7 @@ class LogSection:
     prometheus_port: int = setting(
         0, "Port of this machine where Prometheus finds the newest numbers; 0 none.", at_least=0, at_most=65535, example=9400, result=False
     )  # fmt: skip
+    noise_scale_every: int = setting(0, "Steps between measurements of the gradient noise scale; 0 never.", at_least=0, example=10, result=False)
     tensorboard: bool = setting(True, "Write TensorBoard events where tensorboardX is installed.", result=False)
     watchdog_seconds: float = setting(300.0, "Print all threads' stacks when nothing moves for so long; 0 never.", at_least=0.0, result=False)
 
@@ -238,6 +255,12 @@ class TrainConfig:
         if steps is not None and warmup is not None and warmup > steps:
             origin = _from(self.sources["optim.warmup"])
             raise UserError(f"warmup must be <= steps ({steps}), got {warmup}{origin}. Leave it open for a tenth of the steps.")
+        for key in ("train.batch_ramp", "log.noise_scale_every"):
+            if self[key] and self.train.grad_accum < 2:
+                origin = _from(self.sources[key])
+                raise UserError(f"{key} needs grad_accum of at least 2, got {self.train.grad_accum}{origin}. Set --grad-accum, or {key}=0.")
+        if self.optim.ema and self.optim.optimizer == "schedule_free":
+            raise UserError("optim.ema and the optimizer schedule_free exclude each other: schedule_free evaluates an average of its own.")
 
     # -- reading -----------------------------------------------------------------------------------------------------------
 
@@ -257,10 +280,11 @@ class TrainConfig:
         """One line for each setting that changes the weights and differs. What was derived here is left out: its inputs are compared instead."""
         there = other.flat()
         same_steps = self.train.steps == other.train.steps  # then it does not matter whether they were said in epochs
+        measured = {"train.eval_every"} if self.optim.schedule == "plateau" else set()  # evaluations then set the learning rate
         return [
             f"{key}: {there[key]!r} there, {value!r} here{_from(self.sources[key])}"
             for key, value in self.flat().items()
-            if FIELDS[key].metadata["result"] and value != there[key] and not self.sources[key].startswith("derived")
+            if (FIELDS[key].metadata["result"] or key in measured) and value != there[key] and not self.sources[key].startswith("derived")
             and not (key == "train.epochs" and same_steps)
         ]
 
@@ -338,7 +362,7 @@ class TrainConfig:
 
     def resolve(self, model: ModelConfig, num_train_tokens: int) -> TrainConfig:
         """Every open value filled by its rule, which becomes the value's source; the model's sizes filled from `model`."""
-        config = self
+        config = self._with_habits()
         described = self._describes(model)
         preset = ModelConfig.preset(self.preset).to_dict() if described and self.preset else {}
         for name, value in model.to_dict().items():
@@ -352,27 +376,41 @@ class TrainConfig:
             if config[key] is None:
                 config = config.replace(f"derived: {rule}", **{key: value})
 
-        tokens_per_step = config.train.seq_len * config.train.batch_size * config.train.grad_accum
+        tokens_per_microbatch = config.train.seq_len * config.train.batch_size
+        tokens_per_step = tokens_per_microbatch * config.train.grad_accum
+        ramp = BatchRamp(config.train.grad_accum, config.train.batch_ramp)
         if config.train.epochs is not None:
-            passes = math.ceil(config.train.epochs * num_train_tokens / tokens_per_step)
+            passes = ramp.steps_for(math.ceil(config.train.epochs * num_train_tokens / tokens_per_microbatch))
             derive("train.steps", max(1, passes), f"epochs x {num_train_tokens:,} tokens / {tokens_per_step:,} tokens per step")
         parameters = model.num_parameters()
         wanted = min(20 * parameters, 4 * num_train_tokens)
         rule = "20 tokens per parameter (Hoffmann et al. 2022), at most 4 epochs (Muennighoff et al. 2023)"
-        derive("train.steps", max(1, math.ceil(wanted / tokens_per_step)), rule)
+        derive("train.steps", max(1, ramp.steps_for(math.ceil(wanted / tokens_per_microbatch))), rule)
         assert config.train.steps is not None
         steps = config.train.steps
         derive("train.eval_every", min(max(1, steps // 10), 1000), "a tenth of the steps, at most 1000")
         derive("train.checkpoint_every", config.train.eval_every, "eval_every")
         # Kaplan et al. 2020, equation D.1, fitted for Adam on 1 K to 1 B parameters; it would turn negative beyond 10 B.
         rate = max(1e-4, 0.003239 - 0.0001395 * math.log(parameters))
-        derive("optim.learning_rate", float(f"{rate:.3g}"), "0.003239 - 0.0001395 ln(parameters) (Kaplan et al. 2020)")
+        rule = "0.003239 - 0.0001395 ln(parameters) (Kaplan et al. 2020)"
+        if config.optim.optimizer == "lion":
+            rate, rule = rate / 5, f"{rule} / 5 (3 to 10 times below AdamW's: Chen et al. 2023)"
+        derive("optim.learning_rate", float(f"{rate:.3g}"), rule)
         assert config.optim.learning_rate is not None
         derive("optim.min_lr", config.optim.learning_rate / 10, "learning_rate / 10")
         derive("optim.warmup", min(steps // 10, 1000), "a tenth of the steps, at most 1000")
         if config.train.precision == "auto":
             precision, reason = _fastest_precision(config.train.device)
             config = config.replace(f"derived: {reason}", precision=precision)
+        return config
+
+    def _with_habits(self) -> TrainConfig:
+        """The defaults that go with the optimizer where nothing was given."""
+        config = self
+        if self.optim.optimizer == "lion" and self.sources["optim.beta2"] == "default":
+            config = config.replace("derived: Lion's own (Chen et al. 2023)", beta2=0.99)
+        if self.optim.optimizer == "schedule_free" and self.sources["optim.schedule"] == "default":
+            config = config.replace("derived: schedule_free averages instead of decaying", schedule="constant")
         return config
 
     def _describes(self, model: ModelConfig) -> bool:

@@ -5,7 +5,7 @@ chooses the backend of a call: numba or plain torch on a CPU.
 """
 
 from cllm.kernels._register import OPERATIONS
-from cllm.kernels.adamw import adamw_
+from cllm.kernels.adamw import adamw_, gradient_statistics
 from cllm.kernels.attention import attention
 from cllm.kernels.cross_entropy import cross_entropy
 from cllm.kernels.embedding import embedding
@@ -24,6 +24,7 @@ __all__ = [
     "cross_entropy",
     "embedding",
     "feed_forward",
+    "gradient_statistics",
     "layer_norm",
     "linear_cross_entropy",
     "matmul",

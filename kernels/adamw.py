@@ -53,6 +53,23 @@ def adamw_(
         )  # fmt: skip
 
 
+def gradient_statistics(grads: Sequence[Tensor]) -> Tensor:
+    """What `adamw_` measures, without an update: float32 (3,) of the norm of all gradients together, the largest |g| and the number of
+    non-finite elements. Gradients in float32 or bfloat16; squares are summed in float64, in an order that no number of threads changes.
+    """
+    with torch.no_grad():
+        return _statistics([grad.detach() for grad in grads])
+
+
+@operation("gradient_statistics", lambda grads: grads[0].new_empty(3, dtype=torch.float32) if grads else torch.empty(3))
+def _statistics(grads: list[Tensor]) -> Tensor:
+    if not grads:
+        return torch.zeros(3)
+    size = sum(grad.numel() for grad in grads)
+    serving = backend("adamw", ((size,),), grads[0].dtype, grads[0].device.type, 4.0 * size)
+    return serving.statistics(grads)
+
+
 def _adamw_fake(params: list[Tensor], *_: object) -> Tensor:
     return params[0].new_empty(3, dtype=torch.float32) if params else torch.empty(3)
 

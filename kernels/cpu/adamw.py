@@ -185,6 +185,18 @@ def _dense(t: Tensor) -> Tensor:
     return t.detach().contiguous()
 
 
+def statistics(grads: list[Tensor]) -> Tensor:
+    """float32 [norm, max |g|, count of non-finite]."""
+    gradients = [_dense(t) for t in grads]
+    table = _Table(gradients, gradients, gradients, gradients)
+    squares, largest, nonfinite = (np.zeros(table.num_blocks) for _ in range(3))
+    ints = (table.rows.ctypes.data, table.block_tensor.ctypes.data, squares.ctypes.data, largest.ctypes.data, nonfinite.ctypes.data)
+    elements = sum(t.numel() for t in grads)
+    _measure_kernel(table.num_blocks, num_workers("adamw", ((elements,),), torch.float32, 4.0 * elements), ints)
+    found = math.sqrt(_tree_sum(squares)), float(largest.max(initial=0.0)), float(nonfinite.sum())
+    return torch.tensor(found, dtype=torch.float32)
+
+
 def step(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     learning_rate: float, beta1: float, beta2: float, eps: float, weight_decays: list[float], step: int,

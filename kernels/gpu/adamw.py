@@ -336,6 +336,11 @@ def _fused(params: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tenso
     return found
 
 
+def statistics(grads: list[Tensor]) -> Tensor:
+    """float32 [norm, max |g|, count of non-finite], in plain torch: no captured step needs them apart from the update."""
+    return reference.statistics(grads)
+
+
 def step(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     learning_rate: float, beta1: float, beta2: float, eps: float, weight_decays: list[float], step: int,

@@ -25,6 +25,12 @@ def _statistics(grads: list[Tensor]) -> tuple[float, float, int]:
     return math.sqrt(total), largest, num_nonfinite
 
 
+def statistics(grads: list[Tensor]) -> Tensor:
+    """float32 [norm, max |g|, count of non-finite]."""
+    norm, largest, num_nonfinite = _statistics(grads)
+    return torch.tensor([norm, largest, float(num_nonfinite)], dtype=torch.float32, device=grads[0].device if grads else None)
+
+
 def step(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     learning_rate: float, beta1: float, beta2: float, eps: float, weight_decays: list[float], step: int,

@@ -108,6 +108,20 @@ def test_smoothing_and_z_loss_reach_the_loss():
     assert smoothed != pytest.approx(plain, rel=1e-6) and z > plain + 0.5
 
 
+@pytest.mark.parametrize("config", [TINY, GPT2], ids=["cllm", "gpt2"])
+def test_loss_and_gradients_with_smoothing_and_z_loss_are_those_of_torch_in_float64(config):
+    tokens, targets = batch(holes=True)
+    ours, plain = TrainStep(Model(config, seed=2).double(), label_smoothing=0.2, z_loss=0.1), Model(config, seed=2).double()
+    loss, _ = ours.accumulate([Microbatch(tokens[:2], targets[:2]), Microbatch(tokens[2:], targets[2:])])
+    logits, flat = plain(tokens).flatten(0, 1), targets.flatten()
+    z = torch.logsumexp(logits[flat != IGNORED], -1).square().mean()
+    expected = torch.nn.functional.cross_entropy(logits, flat, label_smoothing=0.2) + 0.1 * z
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-12)
+    for name, gradient in gradients(plain).items():
+        torch.testing.assert_close(gradients(ours.model)[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
 def test_a_batch_without_targets_changes_nothing():
     step = TrainStep(Model(TINY))
     tokens, targets = batch()

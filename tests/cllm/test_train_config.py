@@ -100,6 +100,31 @@ def test_open_values_are_derived_by_a_rule_that_is_their_source():
     assert 1e-4 <= resolved(steps=1).optim.learning_rate <= 3e-3
 
 
+def test_an_optimizer_brings_its_habits_unless_something_else_is_given():
+    adamw, lion, free = (resolved(steps=10, **more) for more in ({}, {"optimizer": "lion"}, {"optimizer": "schedule_free"}))
+    assert (adamw.optim.beta2, lion.optim.beta2, free.optim.beta2) == (0.95, 0.99, 0.95)
+    assert (adamw.optim.schedule, lion.optim.schedule, free.optim.schedule) == ("cosine", "cosine", "constant")
+    assert lion.optim.learning_rate == pytest.approx(adamw.optim.learning_rate / 5, rel=0.01) and "Chen et al. 2023" in lion.sources["optim.beta2"]
+    given = resolved(steps=10, optimizer="schedule_free", schedule="wsd")
+    assert given.optim.schedule == "wsd" and resolved(steps=10, optimizer="lion", beta2=0.98).optim.beta2 == 0.98
+    assert lion.differences(adamw)[0].startswith("optim.optimizer: 'adamw' there, 'lion' here")
+
+
+def test_a_ramp_needs_microbatches_and_gives_epochs_more_steps():
+    plain, ramped = (resolved(epochs=2, seq_len=100, batch_size=5, grad_accum=4, **more) for more in ({}, {"batch_ramp": 40}))
+    assert plain.train.steps == 100 and ramped.train.steps == 121  # 14, 13 and 13 updates of 1, 2 and 3 microbatches, then 81 of 4
+    with pytest.raises(UserError, match=r"train\.batch_ramp needs grad_accum of at least 2, got 1"):
+        TrainConfig(batch_ramp=10)
+    with pytest.raises(UserError, match=r"optim\.ema and the optimizer schedule_free exclude each other"):
+        TrainConfig(optimizer="schedule_free", ema=0.9)
+
+
+def test_with_the_plateau_schedule_the_evaluations_are_part_of_the_run():
+    assert resolved(steps=10, eval_every=2).differences(resolved(steps=10, eval_every=3)) == []
+    lines = resolved(steps=10, eval_every=2, schedule="plateau").differences(resolved(steps=10, eval_every=3, schedule="plateau"))
+    assert len(lines) == 1 and lines[0].startswith("train.eval_every: 3 there, 2 here")
+
+
 def test_every_setting_has_a_help_sentence_and_a_unique_name():
     assert all(field.metadata["help"].endswith((".", ")")) for field in FIELDS.values())
     assert len({key.partition(".")[2] for key in FIELDS}) == len(FIELDS)

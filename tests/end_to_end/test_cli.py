@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 FLAGS_OF_TRAIN = {
     "data", "out", "config", "resume", "tokenizer", "device", "threads", "precision", "preset", "vocab_size", "embed_dim", "num_layers", "num_heads",
     "num_kv_heads", "ffn_dim", "seq_len", "batch_size", "grad_accum", "steps", "epochs", "learning_rate", "min_lr", "warmup", "schedule", "seed",
-    "checkpoint_every", "keep", "eval_every", "patience", "sample_every", "on_nonfinite", "overfit_one_batch", "plan", "set_", "as_json",
+    "checkpoint_every", "keep", "eval_every", "patience", "sample_every", "on_nonfinite", "overfit_one_batch", "plan", "find_lr", "set_", "as_json",
 }
 
 
@@ -185,3 +185,23 @@ def test_a_mistake_under_json_is_an_object_too():
 def test_every_command_explains_itself_with_examples(command):
     ran = cllm(*command.split(), "--help")
     assert ran.status == 0 and f"cllm {command}" in ran.out.split("Examples:")[1] and "--json" in ran.out
+
+
+def test_find_lr_prints_a_table_suggests_a_rate_and_leaves_no_run(text, tmp_path):
+    ran = cllm("train", text, "--out", tmp_path / "tried", "--find-lr", "--set", "optim.optimizer=muon", *TINY, "--json")
+    assert ran.status == 0 and ran.json["optimizer"] == "muon" and 1e-6 < ran.json["suggestion"] < 1
+    assert "learning rate" in ran.err and "lowest" in ran.err and f"--learning-rate {ran.json['suggestion']:g}" in ran.err
+    assert not (tmp_path / "tried" / "checkpoints").exists() and not (tmp_path / "tried" / "config.toml").exists()
+    if ran.json["picture"]:
+        assert (tmp_path / "tried" / "find-lr.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_with_another_optimizer_and_restored_weights_is_used_like_any_other(text, tmp_path):
+    options = ("--steps", 6, "--eval-every", 2, "--set", "optim.optimizer=schedule_free", "--set", "train.restore_best=true", *TINY)
+    ran = cllm("train", text, "--out", tmp_path / "run", *options, "--json")
+    assert ran.status == 0 and ran.json["validation"]["loss"] == ran.json["best_loss"]
+    again = cllm("train", "--resume", "--out", tmp_path / "run", "--json")
+    assert again.status == 0 and again.json["resumed_from"] == 6 and again.json["best_loss"] == ran.json["best_loss"]
+    assert cllm("generate", tmp_path / "run", "--prompt", "def ", "--max-tokens", 5, "--json").status == 0
+    wrong = cllm("train", text, "--out", tmp_path / "other", "--set", "optim.optimizer=muom", *TINY)
+    assert wrong.status == 2 and "Did you mean 'muon'?" in wrong.err

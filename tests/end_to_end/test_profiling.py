@@ -153,3 +153,16 @@ def test_results_and_notes_do_not_make_the_code_dirty(tmp_path, monkeypatch):
 def test_the_five_lines_of_the_readme_run():
     example = (PROFILING / "README.md").read_text().split("```python\n")[1].split("```")[0]
     assert "causal" in run("-c", example).stdout
+
+
+def test_the_comparison_of_optimizers_trains_through_the_command_line_and_keeps_what_it_trained(tmp_path):
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question:\n" * 200)
+    (tmp_path / "work" / "lion").mkdir(parents=True)
+    (tmp_path / "work" / "lion" / "find-lr.json").write_text('{"suggestion": 2e-3}')
+    words = ("optimizers.py", tmp_path / "text.txt", "--work", tmp_path / "work", "--optimizers", "lion", "--steps", "3", "--factors", "0.5")
+    (row,) = json.loads(run(*words, "--json").stdout.splitlines()[-1])
+    assert row["optimizer"] == "lion" and row["learning_rate"] == 1e-3 and row["validation_loss"] > 0
+    latest = tmp_path / "work" / "lion" / "0.001" / "checkpoints" / "latest"
+    trained = latest.stat().st_mtime_ns
+    (again,) = json.loads(run(*words, "--json").stdout.splitlines()[-1])
+    assert again == row and latest.stat().st_mtime_ns == trained

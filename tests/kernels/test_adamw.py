@@ -120,3 +120,20 @@ def test_lists_that_do_not_match_are_refused():
         kernels.adamw_(p, [torch.zeros(4)], [torch.zeros(3)], [torch.zeros(3)], **options)
     with pytest.raises(ValueError, match="step >= 1"):
         kernels.adamw_(p, p, p, p, **{**options, "step": 0})
+
+
+def test_the_statistics_alone_are_those_of_the_update_for_any_number_of_threads(backend_name, oracle, serve):
+    serve(backend_name, "adamw")
+    params, (grads, *_) = _inputs(oracle)
+    *_, (expected,) = _ours(params, [grads], 0.0)
+    assert torch.equal(kernels.gradient_statistics(grads), expected)
+    large = [torch.randn(300_001, generator=torch.Generator().manual_seed(0)), *grads]
+    found = []
+    for threads in (1, 2, 5):
+        with runtime.use(threads=threads):
+            found.append(kernels.gradient_statistics(large))
+    assert all(torch.equal(each, found[0]) for each in found)
+    norm = torch.cat([each.double().reshape(-1) for each in large]).norm()
+    assert float(found[0][0]) == pytest.approx(float(norm), rel=1e-6) and found[0][2] == 0
+    large[0][7] = float("nan")
+    assert kernels.gradient_statistics(large)[2] == 1 and torch.equal(kernels.gradient_statistics([]), torch.zeros(3))

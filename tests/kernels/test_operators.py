@@ -69,6 +69,7 @@ def _operator_calls() -> dict[str, list[tuple]]:
             (_normal(2, 3, 16, grad=False), x_, down_, hidden_bias.detach(), True, False, True),
         ],
         "adamw_": [(params, [p * 2 for p in params], *moments, 1e-3, 0.9, 0.99, 1e-8, [0.1, 0.0], 3, 1.0, True)],
+        "gradient_statistics": [(params,)],
     }
 
 
