@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+INDEX = "index.json"  # of a checkpoint in parts (`distributed/checkpoint.py`)
 
 
 # -- weights of a model ----------------------------------------------------------------------------------------------------
@@ -133,18 +134,28 @@ def read_checkpoint(path: str | Path, with_optimizer: bool = True) -> Checkpoint
     """A checkpoint folder, verified; CheckpointError when any byte differs."""
     path = Path(path)
     manifest = read_manifest(path)
-    for name in (WEIGHTS, STATE) + ((OPTIMIZER,) if with_optimizer else ()):
+    in_parts = INDEX in manifest["files"]
+    for name in tuple(manifest["files"]) if in_parts else (WEIGHTS, STATE) + ((OPTIMIZER,) if with_optimizer else ()):
         if name not in manifest["files"]:
             raise CheckpointError(f"{path} holds no {name}.")
         _verify_file(path / name, manifest["files"][name])
-    try:
-        state = json.loads((path / STATE).read_bytes())
-        step = int(state["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / STATE} is damaged ({one_line(error)}).") from error
+    step, state = read_state(path)
+    if in_parts:
+        from cllm.distributed.checkpoint import read_whole
+
+        return Checkpoint(path, step, read_whole(path, "model"), read_whole(path, "optimizer") if with_optimizer else {}, state)
     weights, _ = read_safetensors(path / WEIGHTS)
     optimizer = read_safetensors(path / OPTIMIZER)[0] if with_optimizer else {}
     return Checkpoint(path, step, weights, optimizer, state)
+
+
+def read_state(path: Path) -> tuple[int, dict[str, Any]]:
+    """The step and the state.json of a checkpoint folder."""
+    try:
+        state = json.loads((path / STATE).read_bytes())
+        return int(state["step"]), state
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / STATE} is damaged ({one_line(error)}).") from error
 
 
 class CheckpointStore:
@@ -175,17 +186,7 @@ class CheckpointStore:
                 OPTIMIZER: write_safetensors(beside / OPTIMIZER, optimizer, {"format": "pt"}),
                 STATE: write_flushed(beside / STATE, json.dumps({**state, "step": step}, indent=1).encode()),
             }
-            files = {name: {"bytes": (beside / name).stat().st_size, "sha256": digest} for name, digest in digests.items()}
-            manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "files": files}
-            manifest["sha256"] = _manifest_digest(manifest)
-            write_flushed(beside / MANIFEST, json.dumps(manifest, indent=1).encode())
-            flush_folder(beside)
-            verify(beside)
-            if target.exists():  # a damaged one of the same step, or the run was taken back behind it
-                old = self.folder / f".step-{step:08d}.{os.getpid()}.old.tmp"
-                os.rename(target, old)
-            os.rename(beside, target)
-            flush_folder(self.folder)
+            self._commit(step, beside, digests)
         except OSError as error:
             shutil.rmtree(beside, ignore_errors=True)
             raise disk_error(target, tensors_bytes(weights) + tensors_bytes(optimizer), error) from error
@@ -196,6 +197,21 @@ class CheckpointStore:
         self._point("latest", step)
         self._prune()
         return target
+
+    def _commit(self, step: int, beside: Path, digests: Mapping[str, str]) -> None:
+        """Manifest, read back, rename: files that lie beside (name -> SHA-256) become the checkpoint of the step."""
+        target = self.path(step)
+        files = {name: {"bytes": (beside / name).stat().st_size, "sha256": digest} for name, digest in digests.items()}
+        manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "files": files}
+        manifest["sha256"] = _manifest_digest(manifest)
+        write_flushed(beside / MANIFEST, json.dumps(manifest, indent=1).encode())
+        flush_folder(beside)
+        verify(beside)
+        if target.exists():  # a damaged one of the same step, or the run was taken back behind it
+            old = self.folder / f".step-{step:08d}.{os.getpid()}.old.tmp"
+            os.rename(target, old)
+        os.rename(beside, target)
+        flush_folder(self.folder)
 
     def clean(self) -> None:
         """Removes what an interrupted write left beside the checkpoints. The run's lock makes sure that nobody is still writing it."""
@@ -225,7 +241,7 @@ class CheckpointStore:
         problems = []
         for step in reversed(self.steps()):
             try:
-                return read_checkpoint(self.path(step), with_optimizer)
+                return self.read(step, with_optimizer)
             except CheckpointError as error:
                 problems.append(str(error))
                 if report is not None:
@@ -233,6 +249,9 @@ class CheckpointStore:
         if problems:
             raise CheckpointError(f"no good checkpoint in {self.folder}: {' '.join(problems)} Move the folder away to start anew.")
         return None
+
+    def read(self, step: int, with_optimizer: bool = True) -> Checkpoint:
+        return read_checkpoint(self.path(step), with_optimizer)
 
     def _point(self, name: str, step: int) -> None:
         write_atomic(self.folder / name, f"{self.path(step).name}\n".encode())

@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from cllm.checkpoint import Checkpoint, load_weights, weights_of
 from cllm.microbatch import IGNORED, Microbatch, StepResult
 from cllm.optim import AdamW
 from cllm.runtime.errors import UserError
@@ -31,6 +32,8 @@ class TrainStep:
 
     Where the model lies on a GPU, the step runs there as two CUDA graphs (`device_step.py`); fp16, with its loss scaling, is for GPUs only.
     """
+
+    uses_graphs = True  # on a GPU
 
     def __init__(
         self,
@@ -53,17 +56,35 @@ class TrainStep:
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
         if next(model.parameters()).dtype != torch.float64:  # a float64 model is a reference and computes in float64
             model.compute_dtype = PRECISIONS[precision]
-        self.optimizer = AdamW(model.named_parameters(), betas=betas, eps=eps, weight_decay=weight_decay)
+        self.optimizer = AdamW(self._trained(), betas=betas, eps=eps, weight_decay=weight_decay)
         self.last: StepResult | None = None
         self._device_step: DeviceStep | None = None
-        if model.embedding_weight.device.type == "cuda":
+        if self.uses_graphs and model.embedding_weight.device.type == "cuda":
             from cllm.device_step import DeviceStep
 
             self._device_step = DeviceStep(
                 model, self.optimizer, grad_clip=grad_clip, label_smoothing=label_smoothing, z_loss=z_loss, loss_scaling=precision == "fp16"
             )
         elif precision == "fp16":
-            raise UserError("precision fp16 needs a GPU. On a CPU use bf16, which has the range of float32, or fp32.")
+            where = "in one process, without deterministic" if model.embedding_weight.device.type == "cuda" else "on a GPU"
+            raise UserError(f"precision fp16, with its loss scaling, works {where} only. Use bf16, which has the range of float32, or fp32.")
+
+    def _trained(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
+        """What the optimizer updates, by name."""
+        return self.model.named_parameters()
+
+    def whole_model(self) -> Model | None:
+        """The model with all its weights; None in a process that is not asked for it."""
+        return self.model
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights that a checkpoint holds, by name."""
+        return weights_of(self.model)
+
+    def restore(self, found: Checkpoint) -> None:
+        """Weights and optimizer as a checkpoint holds them. CheckpointError when they do not fit."""
+        load_weights(self.model, found.weights, found.path)
+        self.load_state_dict(found.optimizer)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a step needs beside the weights to go on as if it had never stopped."""
@@ -99,7 +120,7 @@ class TrainStep:
         loss, num_targets = self.accumulate(microbatches, beat)
         if math.isfinite(loss) and num_targets:
             updates = self.optimizer.num_updates
-            norm, largest, nonfinite = self.optimizer.update(rate, self.grad_clip)
+            norm, largest, nonfinite = self._update(rate)
             updated = self.optimizer.num_updates > updates
         else:
             norm, largest, nonfinite, updated = math.nan if num_targets else 0.0, 0.0, int(num_targets > 0), False
@@ -113,20 +134,31 @@ class TrainStep:
         Each microbatch's summed loss is divided by the targets of all of them, not averaged over microbatches: a short document
         in one of them weighs no more than its tokens. Gradients add up in the parameters' own float32.
         """
-        num_targets = sum(int((each.targets != IGNORED).sum()) for each in microbatches)
+        num_targets = targets_of(microbatches)
         self.optimizer.zero_grad()
         total = 0.0
         for each in microbatches if num_targets else ():
-            loss = self.model.loss(
-                each.tokens,
-                each.targets,
-                divisor=float(num_targets),
-                cu_seqlens=each.cu_seqlens,
-                label_smoothing=self.label_smoothing,
-                z_loss=self.z_loss,
-            )
+            loss = self._loss(each, num_targets)
             loss.backward()
             total += loss.item()
             if beat is not None:
                 beat()
         return total, num_targets
+
+    def _loss(self, batch: Microbatch, num_targets: int) -> torch.Tensor:
+        return self.model.loss(
+            batch.tokens,
+            batch.targets,
+            divisor=float(num_targets),
+            cu_seqlens=batch.cu_seqlens,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+        )
+
+    def _update(self, learning_rate: float) -> tuple[float, float, int]:
+        """Clips and updates; (gradient norm, largest |g|, non-finite count)."""
+        return self.optimizer.update(learning_rate, self.grad_clip)
+
+
+def targets_of(microbatches: Sequence[Microbatch]) -> int:
+    return sum(int((each.targets != IGNORED).sum()) for each in microbatches)

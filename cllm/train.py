@@ -17,13 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cllm import runtime
-from cllm.checkpoint import Checkpoint, CheckpointStore, check_tokenizer, load_weights, weights_of
+from cllm import distributed, runtime
+from cllm.checkpoint import Checkpoint, check_tokenizer
 from cllm.data import Batches
 from cllm.device import choose_recompute, explained_out_of_memory, resolve
+from cllm.distributed.roles import Roles
 from cllm.evaluate import Evaluation, evaluate
-from cllm.metrics import Metrics
-from cllm.monitor import BestLoss, Interrupted, NonFinitePolicy, RunLock, StopSignals
+from cllm.monitor import BestLoss, Interrupted, NonFinitePolicy, StopSignals
 from cllm.reporter import Reporter
 from cllm.runtime.errors import CheckpointError, UserError
 from cllm.schedule import Schedule, lr
@@ -83,7 +83,9 @@ class Trainer:
         self.model, self.dataset, self.out = model, dataset, Path(out)
         self.tokenizer = tokenizer if tokenizer is not None else getattr(dataset, "tokenizer", None)
         self.config = (config or TrainConfig()).resolve(model.config, dataset.train.num_tokens)
-        self.device, _ = resolve(self.config.train.device)
+        self._world = distributed.current()
+        self.device = resolve(self.config.train.device)[0] if self._world is None else self._world.device
+        self._roles = Roles(self._world, self.config)
         _check_fit(model, dataset, self.config, self.tokenizer)
         self._batches = make_batches(dataset.train, self.config)
         self.step = 0
@@ -106,7 +108,8 @@ class Trainer:
         if resume not in ("auto", True, False):
             raise UserError(f'resume must be "auto", True or False, got {resume!r}.')
         _make_folder(self.out)
-        with RunLock(self.out), runtime.use(threads=self.config.train.threads), Reporter(self.out, self.config) as report, StopSignals() as stop:
+        roles, threads = self._roles, self.config.train.threads
+        with roles.lock(self.out), runtime.use(threads=threads), roles.reporter(self.out) as report, StopSignals() as stop:
             with self._out_of_memory():
                 self._open(resume, report)
             with self._metrics:
@@ -115,6 +118,11 @@ class Trainer:
                 result = self._result(report)
                 report.finish(result)
                 return result
+
+    def whole_model(self) -> Model | None:
+        """The model with all its weights where the run shares them out; None in all processes but the first."""
+        whole = self._train_step.whole_model()
+        return whole if self._roles.leads else None
 
     def _loop(self, report: Reporter, stop: StopSignals) -> None:
         settings = self.config.train
@@ -134,10 +142,10 @@ class Trainer:
                 self._evaluate(report)
             if settings.sample_every and self.step % settings.sample_every == 0:
                 self._sample(report)
-            if stop.asked and self.step < settings.steps:
+            if self._roles.any(stop.asked) and self.step < settings.steps:
                 self._save(report)
                 raise Interrupted(
-                    f"stopped by {stop.asked} after step {self.step:,} of {settings.steps:,}; the checkpoint is "
+                    f"stopped by {stop.asked or 'another process'} after step {self.step:,} of {settings.steps:,}; the checkpoint is "
                     f"{self._store.path(self.step)}. Go on from there with: cllm train --resume --out {self.out}"
                 )
         self._save(report)  # after early stopping; the last step has its checkpoint already
@@ -146,9 +154,7 @@ class Trainer:
         """The data of update number `step`: always the first batch when one batch is to be learnt by heart. The last answer is kept."""
         settings = self.config.train
         if self._prepared[0] != step:
-            first = 0 if settings.overfit_one_batch else step * settings.grad_accum
-            batches = (self._batches.batch(first + number) for number in range(settings.grad_accum))
-            self._prepared = step, [Microbatch(each.tokens, each.targets, each.cu_seqlens) for each in batches]
+            self._prepared = step, self._roles.share.microbatches(self._batches, 0 if settings.overfit_one_batch else step)
         return self._prepared[1]
 
     def _record(self, result: StepResult, report: Reporter) -> None:
@@ -198,14 +204,15 @@ class Trainer:
 
     def _sample(self, report: Reporter) -> None:
         """Generated text to samples.txt, the only place where training calls generation."""
-        if self.tokenizer is None:
+        model = self._train_step.whole_model()
+        if self.tokenizer is None or model is None or not self._roles.leads:
             return
         from cllm.generate import generate
 
         with report.stage("sampling"):
             # Where a document begins; without an end-of-text token, as the training text begins.
             start = [int(self.dataset.train.read(0, 1)[0])] if self.tokenizer.eot_id is None else [self.tokenizer.eot_id]
-            text = generate(self.model, self.tokenizer, start, max_tokens=200, temperature=0.8, seed=self.step)[0].text
+            text = generate(model, self.tokenizer, start, max_tokens=200, temperature=0.8, seed=self.step)[0].text
             with open(self.out / "samples.txt", "a", encoding="utf-8") as file:
                 file.write(f"=== step {self.step}\n{text}\n\n")
 
@@ -222,11 +229,12 @@ class Trainer:
 
     def _open(self, resume: str | bool, report: Reporter) -> None:
         """Prepares everything for the step to start from: a fresh run's first, or the one after the newest good checkpoint."""
-        self._store = CheckpointStore(self.out / "checkpoints", self.config.train.keep)
+        self._store = self._roles.store(self.out / "checkpoints", self.config.train.keep)
         self._store.clean()
-        if resume is False and self._store.steps():
+        steps = self._store.steps()
+        if resume is False and steps:
             raise UserError(f"{self.out} already holds a run. Resume it (resume=True or --resume), or choose another folder with --out.")
-        found = self._store.newest_good(report.say) if self._store.steps() else None
+        found = self._store.newest_good(report.say) if steps else None
         if found is None and resume is True:
             raise CheckpointError(f"{self.out} holds no checkpoint to resume. Start without --resume.")
         if found is not None:
@@ -240,17 +248,18 @@ class Trainer:
         if self.model.recompute != "none":
             report.say(f"the backward computes again: {self.model.recompute} ({why})")
         self._schedule = Schedule(config.optim.learning_rate, config.optim.min_lr, config.optim.warmup, config.train.steps, config.optim.schedule)
-        self._train_step = TrainStep(
+        self._train_step: TrainStep = self._roles.step(
             self.model, config.train.precision, config.optim.learning_rate, config.optim.grad_clip,
             weight_decay=config.optim.weight_decay, betas=(config.optim.beta1, config.optim.beta2), eps=config.optim.eps,
             label_smoothing=config.optim.label_smoothing, z_loss=config.optim.z_loss,
         )
         if self.dataset.val.num_tokens >= 2:
             self._unigram = self.dataset.val.unigram_nats(self.dataset.train)
-        if self.tokenizer is not None:
+        if self.tokenizer is not None and self._roles.leads:
             write_atomic(self.out / "tokenizer.json", self.tokenizer.to_json().encode())
-        write_atomic(self.out / "config.toml", config.to_toml().encode())
-        self._metrics = Metrics(self.out, config.log.tensorboard)
+        if self._roles.leads:
+            write_atomic(self.out / "config.toml", config.to_toml().encode())
+        self._metrics = self._roles.metrics(self.out, config.log.tensorboard)
         if found is not None:
             self._restore(found, report)
         # What a resumed run will write again is dropped: later steps, and the evaluation that follows the checkpoint of this one.
@@ -275,8 +284,7 @@ class Trainer:
         check_tokenizer(self.tokenizer.hash if self.tokenizer is not None else None, found.state["tokenizer_hash"], self.out)
 
     def _restore(self, found: Checkpoint, report: Reporter) -> None:
-        load_weights(self.model, found.weights, found.path)
-        self._train_step.load_state_dict(found.optimizer)
+        self._train_step.restore(found)
         state = found.state
         self.step = self._resumed_from = self._last_saved = found.step
         self.tokens, self._seconds_before = state["tokens"], state["seconds"]
@@ -291,7 +299,7 @@ class Trainer:
     def _save(self, report: Reporter) -> None:
         if self._last_saved == self.step:
             return
-        weights, optimizer = weights_of(self.model), self._train_step.state_dict()
+        weights, optimizer = self._train_step.weights(), self._train_step.state_dict()
         state = {
             "model": self.model.config.to_dict(), "config": self.config.to_dict(), "sources": dict(self.config.sources),
             "tokenizer_hash": self.tokenizer.hash if self.tokenizer is not None else None, "data": self._data_identity(),

@@ -1,0 +1,289 @@
+"""The processes of one run: how they find each other, what they agree on, and how all of them end when one does.
+
+    with session() as world:        # None where this process is alone
+        Trainer(...).fit()
+
+Small things (how a run is resumed, why a process ended) travel as JSON through the store that torchrun keeps, never as pickles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TextIO
+
+from cllm import distributed
+from cllm.distributed import PATIENCE, alike
+from cllm.runtime.errors import CLLMError, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+FAILED, TOLD = "failed", "told"
+
+
+class LostProcess(CLLMError):
+    """Another process of the run is gone or does not answer."""
+
+
+@dataclass
+class World:
+    """This process and the others. `rank` counts over all machines, `local_rank` over this one."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    store: Any
+    timeout: float
+    _values: int = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over the processes, in float64 and in the order of ranks: whole numbers exactly, others with the same bits everywhere."""
+        import torch
+
+        mine = torch.tensor(values, dtype=torch.float64)
+        everyone = torch.empty(self.size * len(values), dtype=torch.float64)
+        torch.distributed.all_gather_into_tensor(everyone, mine)
+        total = everyone.view(self.size, -1)[0].clone()
+        for row in everyone.view(self.size, -1)[1:]:
+            total += row
+        return total.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so; all get the same answer."""
+        return self.sums([float(flag)])[0] > 0
+
+    def barrier(self) -> None:
+        self.any(False)
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns in the first process, as JSON. The others wait for it without a limit, for it may take hours (tokenizing)."""
+        self._values += 1
+        key = f"value/{self._values}"
+        if self.leads:
+            value = make()
+            self.store.set(key, json.dumps(value))
+            return value
+        while not self.store.check([key]):
+            if self.store.check([FAILED]):
+                raise LostProcess("the first process ended.")
+            time.sleep(0.05)
+        return json.loads(self.store.get(key))
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes by rank, as JSON."""
+        self._values += 1
+        self.store.set(f"value/{self._values}/{self.rank}", json.dumps(value))
+        self.barrier()
+        return [json.loads(self.store.get(f"value/{self._values}/{rank}")) for rank in range(self.size)]
+
+
+@contextlib.contextmanager
+def session(device: str = "auto", timeout: float = 600.0) -> Iterator[World | None]:
+    """Joins the processes that torchrun started; yields None at once where there is only this one.
+
+    device "cpu" talks over gloo, a GPU over NCCL (each process takes the GPU of its local rank). `timeout`: seconds to wait for the others.
+    While it is open only the first process prints. An error in one process ends all, with one message and the same exit status.
+    """
+    if not distributed.launched():
+        yield None
+        return
+    loud = sys.stderr
+    with _quiet(int(os.environ["RANK"]) != 0):
+        world = None
+        try:
+            world = _join(device, timeout)
+            distributed._current = world
+            yield world
+        except BaseException as error:
+            _end(world, error, loud)
+            raise
+        finally:
+            distributed._current = None
+            _leave()
+
+
+@contextlib.contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    """Silences a process that is not the first."""
+    if not quiet:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def _number(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name, "" if default is None else str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"the environment variable {name} must be a whole number, got {text!r}. Start the processes with torchrun.") from None
+
+
+def _join(device: str, timeout: float) -> World:
+    import torch
+    import torch.distributed as dist
+
+    rank, size = _number("RANK"), _number("WORLD_SIZE")
+    local_rank, local_size = _number("LOCAL_RANK", rank), _number("LOCAL_WORLD_SIZE", size)
+    if not dist.is_available():
+        raise UserError("this PyTorch was built without torch.distributed. Install another build, or train in one process.")
+    place, backend = _place(device, local_rank, local_size)
+    wait = timedelta(seconds=timeout)
+    # With torchrun the store lives in its agent, under a prefix of its own after each restart, and outlives every process of the run.
+    store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=wait))  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=wait)
+    world = World(rank, size, local_rank, local_size, place, dist.PrefixStore("cllm", store), timeout)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if "CLLM_THREADS" not in os.environ:
+        from cllm.runtime.device import usable_cores
+
+        os.environ["CLLM_THREADS"] = str(max(1, usable_cores() // local_size))  # the processes of a machine share its cores
+    return world
+
+
+def _place(device: str, local_rank: int, local_size: int) -> tuple[torch.device, str]:
+    import torch
+
+    from cllm.device import resolve
+
+    place, _ = resolve(device)
+    if place.type == "cpu":
+        return place, "gloo"
+    if local_size > torch.cuda.device_count():
+        raise UserError(
+            f"{local_size} processes on a machine with {torch.cuda.device_count()} GPUs: each needs one of its own. "
+            f"Use --nproc-per-node {torch.cuda.device_count()}, or --device cpu."
+        )
+    return torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+
+
+def _leave() -> None:
+    dist = getattr(sys.modules.get("torch"), "distributed", None)
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        with contextlib.suppress(Exception):  # the others may be gone
+            dist.destroy_process_group()
+
+
+# -- the end of a run that failed ------------------------------------------------------------------------------------------
+
+
+def _end(world: World | None, error: BaseException, loud: TextIO) -> None:
+    """Sees to it that one process tells what happened and that all end with the same status. Raises, or returns where `error` shall go on."""
+    if isinstance(error, SystemExit) and not error.code:
+        return
+    if world is None:  # nobody to agree with
+        with alike():
+            raise error
+    said: dict[str, Any] | None = None
+    if _of_others(error):
+        said = _said(world)
+        if said is None:
+            words = f"another process of this run ended without a word, or did not answer for {world.timeout:.0f} s"
+            said = {"text": f"{words} ({_brief(error)}). It may have been killed, or run out of memory. Run the same command to go on "
+                    "from the newest checkpoint.", "status": 1, "rank": None}  # fmt: skip
+    else:
+        own = {"text": _told_by(error), "status": _status(error), "rank": world.rank}
+        with contextlib.suppress(Exception):
+            if world.store.compare_set(FAILED, "", json.dumps(own)).decode() != json.dumps(own):
+                said = _said(world)  # another was first; an error that all meet alike is told once
+    _leave()  # closes the connections: whoever waits for this process wakes up
+    status = (said or own)["status"]
+    if world.leads:
+        if not _claim(world):
+            raise SystemExit(status) from None
+        if said is None or said["rank"] == 0 or said["text"] == _told_by(error):
+            return  # the command line tells it
+        by = "" if said["rank"] is None else f"process {said['rank']} of {world.size}: "
+        raise _Other(by + said["text"], status) from None
+    waited = time.monotonic() + PATIENCE
+    with contextlib.suppress(Exception):
+        while time.monotonic() < waited and not world.store.check([TOLD]):
+            time.sleep(0.05)
+    time.sleep(0.5)  # torchrun ends all when one ends
+    if _claim(world):
+        told = said or own
+        by = "" if told["rank"] is None else f"process {told['rank']} of {world.size}: "
+        loud.write(f"error: {by}{told['text']}\n")
+        loud.flush()
+    raise SystemExit(status) from None
+
+
+class _Other(CLLMError):
+    """What ended the run in another process, with that process's exit status."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.exit_status = status
+
+
+def _claim(world: World) -> bool:
+    """Whether this process is the one that tells; also where the store is gone with the process that kept it."""
+    try:
+        return int(world.store.add(TOLD, 1)) == 1
+    except Exception:
+        return True
+
+
+def _said(world: World) -> dict[str, Any] | None:
+    """What another process left before it ended. One that was killed left nothing."""
+    until = time.monotonic() + 1.0
+    with contextlib.suppress(Exception):
+        while time.monotonic() < until:
+            if world.store.check([FAILED]):
+                return json.loads(world.store.get(FAILED))
+            time.sleep(0.05)
+    return None
+
+
+def _of_others(error: BaseException) -> bool:
+    """Whether an error only says that another process is gone: those of the communication library have no class of their own on gloo."""
+    if isinstance(error, LostProcess):
+        return True
+    import torch
+
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    text = str(error)
+    signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "ProcessGroup", "Timed out waiting", "Socket Timeout")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+
+
+def _brief(error: BaseException) -> str:
+    """The library's own words without the place in its source and without its advice."""
+    text = " ".join(str(error).split())
+    return text.rpartition("] ")[2].partition(". This may")[0][:160].rstrip(". ") or type(error).__name__
+
+
+def _told_by(error: BaseException) -> str:
+    if isinstance(error, CLLMError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    where = traceback.extract_tb(error.__traceback__)[-1:]
+    place = f" (in {os.path.basename(where[0].filename)}, line {where[0].lineno})" if where else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def _status(error: BaseException) -> int:
+    if isinstance(error, CLLMError):
+        return error.exit_status
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    return 130 if isinstance(error, KeyboardInterrupt) else 1

@@ -1,0 +1,49 @@
+"""What the processes of the pool are asked to do."""
+
+import hashlib
+from pathlib import Path
+
+from cllm.config import ModelConfig
+from cllm.data import Dataset
+from cllm.model import Model
+from cllm.train import Trainer
+from cllm.train_config import TrainConfig
+
+SETTINGS = {"steps": 6, "seq_len": 16, "batch_size": 3, "grad_accum": 4, "learning_rate": 1e-2, "eval_every": 3, "checkpoint_every": 2,
+            "precision": "fp32", "threads": 1, "tensorboard": False, "grad_clip": 0.5, "watchdog_seconds": 0.0}  # fmt: skip
+
+
+def weights_hash(model):
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def train(world, data, out, settings=None, sizes=None, seed=0, stop_after=None):
+    """One run; (hash of the weights or None, step, training loss, validation loss)."""
+    dataset = Dataset.open(data)
+    sizes = {"embed_dim": 16, "num_layers": 2, "num_heads": 2, "max_seq_len": 32, **(sizes or {})}
+    model = Model(ModelConfig(vocab_size=dataset.tokenizer.vocab_size, **sizes), seed=seed)
+    trainer = Trainer(model, dataset, TrainConfig(**{**SETTINGS, **(settings or {})}), out=Path(out))
+    if stop_after is not None:
+        record = trainer._record
+
+        def recording(result, report):
+            record(result, report)
+            if trainer.step == stop_after:
+                raise Stopped
+
+        trainer._record = recording
+        try:
+            trainer.fit()
+        except Stopped:
+            return None
+        raise AssertionError("the run was not stopped")
+    result = trainer.fit()
+    whole = trainer.whole_model()
+    return None if whole is None else weights_hash(whole), result.step, result.train_loss, result.validation.loss
+
+
+class Stopped(Exception):
+    pass
