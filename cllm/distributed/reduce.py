@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cllm.distributed.session import gathered
 from cllm.runtime import tree
 
 if TYPE_CHECKING:
@@ -113,9 +114,7 @@ def tree_sum(mine: tree.Binary, share: Share, world: World | None) -> Tensor:
     slices = tree.Binary(add_in_place)
     for part, (level, index) in zip(received.split(width), [node for each in nodes for node in each]):
         slices.push(index, part, level)
-    total = received.new_empty(world.size * width)
-    torch.distributed.all_gather_into_tensor(total, slices.total().contiguous())
-    return total[:length]
+    return gathered(slices.total(), world.size).view(-1)[:length]
 
 
 def row_squares(gradient: Tensor) -> Tensor:

@@ -55,13 +55,10 @@ class World:
         """Each value summed over the processes, in float64 and in the order of ranks: whole numbers exactly, others with the same bits everywhere."""
         import torch
 
-        mine = torch.tensor(values, dtype=torch.float64)
-        everyone = torch.empty(self.size * len(values), dtype=torch.float64)
-        torch.distributed.all_gather_into_tensor(everyone, mine)
-        total = everyone.view(self.size, -1)[0].clone()
-        for row in everyone.view(self.size, -1)[1:]:
-            total += row
-        return total.tolist()
+        first, *others = gathered(torch.tensor(values, dtype=torch.float64), self.size)
+        for row in others:
+            first += row
+        return first.tolist()
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so; all get the same answer."""
@@ -90,6 +87,16 @@ class World:
         self.store.set(f"value/{self._values}/{self.rank}", json.dumps(value))
         self.barrier()
         return [json.loads(self.store.get(f"value/{self._values}/{rank}")) for rank in range(self.size)]
+
+
+def gathered(mine: torch.Tensor, size: int, group: Any = None) -> torch.Tensor:
+    """The equally long vectors of `size` processes, (size, length) by rank."""
+    import torch.distributed as dist
+
+    everyone = mine.new_empty(size * mine.numel())
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name since torch 2.13
+    gather(everyone, mine.contiguous(), group=group)
+    return everyone.view(size, -1)
 
 
 @contextlib.contextmanager

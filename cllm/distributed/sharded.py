@@ -8,6 +8,7 @@ way. So any number of processes gives the bits of `DeterministicStep`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from cllm.checkpoint import Checkpoint
 from cllm.distributed.reduce import add_in_place, clip_, measured, norm_of
+from cllm.distributed.session import gathered
 from cllm.distributed.share import Share
 from cllm.distributed.step import on, sum_of_losses
 from cllm.microbatch import IGNORED, Microbatch
@@ -47,6 +49,8 @@ def shard(model: Model, mesh: Any) -> None:
     """Cuts the model up in place: one unit for each block, one for the embedding, output matrix and final norm together."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    # A block returns views, of which nothing here is changed in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for block in model.backbone.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -91,9 +95,7 @@ class LeafExchange:
         received = torch.empty_like(input_tensor)
         dist.all_to_all_single(received, input_tensor, group=group)
         if self._replicate is not None:  # ranks of a copy follow each other, so copies hold neighbouring runs of leaves
-            everyone = received.new_empty(self._size * output_tensor.numel())
-            dist.all_gather_into_tensor(everyone, received, group=self._replicate)
-            received = everyone
+            received = gathered(received, self._replicate.size(), self._replicate)
         for number, rows in enumerate(received.view(self._size, -1)[: self._count]):
             self._leaves.push(self._first + number, rows.clone())
         if not self._is_last:
@@ -113,7 +115,8 @@ class ShardedStep(TrainStep):
 
     def __init__(self, model: Model, *args: Any, share: Share, world: World, mesh: Any, deterministic: bool, **options: Any) -> None:
         shard(model, mesh)
-        self._rows = {name: torch.nn.Parameter(parameter.to_local().detach()) for name, parameter in model.named_parameters()}
+        self._sharded: dict[str, Any] = dict(model.named_parameters())  # later the model may show whole weights under these names
+        self._rows = {name: torch.nn.Parameter(parameter.to_local().detach()) for name, parameter in self._sharded.items()}
         super().__init__(model, *args, **options)
         self.share, self.world, self.mesh = share, world, mesh
         self._exchanges: list[LeafExchange] = []
@@ -147,14 +150,14 @@ class ShardedStep(TrainStep):
                 losses.append(loss.item())
             if beat is not None:
                 beat()
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._sharded.items():
             if parameter.grad is not None and self._rows[name].numel():
                 self._rows[name].grad = parameter.grad.to_local()
         return sum_of_losses(losses, self.world), num_targets
 
     def _zero_grad(self) -> None:
         self.optimizer.zero_grad()
-        for parameter in self.model.parameters():
+        for parameter in self._sharded.values():
             parameter.grad = None
 
     def _update(self, learning_rate: float) -> tuple[float, float, int]:
@@ -176,21 +179,15 @@ class ShardedStep(TrainStep):
         mine = torch.cat([*rows, torch.zeros(0, dtype=torch.float64)])
         counts = [int(count) for count in self.world.sums([mine.numel() if rank == self.world.rank else 0 for rank in range(self.world.size)])]
         padded = torch.nn.functional.pad(mine, (0, max(counts) - mine.numel()))
-        everyone = padded.new_empty(self.world.size * max(counts))
-        torch.distributed.all_gather_into_tensor(everyone, padded)
-        return [part[:count] for part, count in zip(everyone.view(self.world.size, -1), counts)]
+        return [part[:count] for part, count in zip(gathered(padded, self.world.size), counts)]
 
     # -- state ----------------------------------------------------------------------------------------------------------------
 
     def layout(self) -> dict[str, tuple[tuple[int, ...], int]]:
         """Of each weight the whole shape, and the first row that this process holds."""
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-        found = {}
-        for name, parameter in self.model.named_parameters():
-            _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-            found[name] = tuple(parameter.shape), offset[0]
-        return found
+        size, place = self.mesh.shape[-1], self.mesh.get_coordinate()[-1]
+        # As torch.chunk cuts: equal runs of rows, of which the last may be shorter or empty.
+        return {name: (tuple(each.shape), min(each.shape[0], -(-each.shape[0] // size) * place)) for name, each in self._sharded.items()}
 
     def weights(self) -> dict[str, Tensor]:
         """This process's rows."""
@@ -213,7 +210,7 @@ class ShardedStep(TrainStep):
 
         whole = Model(self.model.config) if self.world.leads else None
         own = {} if whole is None else dict(whole.named_parameters())
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._sharded.items():
             full = parameter.full_tensor()
             if whole is not None:
                 own[name].data.copy_(full)
