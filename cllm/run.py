@@ -52,7 +52,7 @@ def _train(config: TrainConfig, console: Console, out: Path, resume: bool, plan_
     with runtime.use(threads=config.train.threads):
         console.print(runtime.describe().brief())
         if world is not None:  # the others find it in the cache
-            console.print(f"{world.size} processes on {world.size // world.local_size} machines, train.parallel={config.train.parallel}")
+            console.print(f"parallel {world.size} processes, {world.local_size} on each machine; train.parallel = {config.train.parallel}")
             prepared: list[Dataset] = []
             world.from_first(lambda: prepared.append(_prepare(config, out, console)))
             dataset = prepared[0] if prepared else _prepare(config, out, console)

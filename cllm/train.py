@@ -142,10 +142,11 @@ class Trainer:
                 self._evaluate(report)
             if settings.sample_every and self.step % settings.sample_every == 0:
                 self._sample(report)
-            if self._roles.any(stop.asked) and self.step < settings.steps:
+            asked = self._roles.agreed(stop.asked)
+            if asked and self.step < settings.steps:
                 self._save(report)
                 raise Interrupted(
-                    f"stopped by {stop.asked or 'another process'} after step {self.step:,} of {settings.steps:,}; the checkpoint is "
+                    f"stopped by {asked} after step {self.step:,} of {settings.steps:,}; the checkpoint is "
                     f"{self._store.path(self.step)}. Go on from there with: cllm train --resume --out {self.out}"
                 )
         self._save(report)  # after early stopping; the last step has its checkpoint already

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -61,9 +62,12 @@ class Roles:
     def _sharded(self) -> bool:
         return self.world is not None and self.world.size > 1 and self._config.train.parallel != "ddp"
 
-    def any(self, asked: object) -> bool:
-        """Whether any process was asked to stop: all stop after the same step."""
-        return bool(asked) if self.world is None else self.world.any(bool(asked))
+    def agreed(self, asked: str | None) -> str | None:
+        """The signal that asked any process to stop, so that all stop after the same step."""
+        if self.world is None:
+            return asked
+        number = int(self.world.largest(0 if asked is None else signal.Signals[asked]))
+        return signal.Signals(number).name if number else None
 
     def lock(self, out: Path) -> AbstractContextManager[Any]:
         return RunLock(out) if self.leads else nullcontext()

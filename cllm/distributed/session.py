@@ -11,12 +11,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from cllm import distributed
@@ -27,10 +30,6 @@ if TYPE_CHECKING:
     import torch
 
 FAILED, TOLD = "failed", "told"
-
-
-class LostProcess(CLLMError):
-    """Another process of the run is gone or does not answer."""
 
 
 @dataclass
@@ -44,6 +43,7 @@ class World:
     device: torch.device
     store: Any
     timeout: float
+    patient: Any = None  # the same processes as a group that waits for days; None: the usual one
     _values: int = 0
 
     @property
@@ -51,41 +51,36 @@ class World:
         """Whether this is the process that prints and writes."""
         return self.rank == 0
 
-    def sums(self, values: Sequence[float]) -> list[float]:
+    def sums(self, values: Sequence[float], group: Any = None) -> list[float]:
         """Each value summed over the processes, in float64 and in the order of ranks: whole numbers exactly, others with the same bits everywhere."""
         import torch
 
-        first, *others = gathered(torch.tensor(values, dtype=torch.float64), self.size)
+        first, *others = gathered(torch.tensor(values, dtype=torch.float64), self.size, group)
         for row in others:
             first += row
         return first.tolist()
 
-    def any(self, flag: bool) -> bool:
-        """Whether any process says so; all get the same answer."""
-        return self.sums([float(flag)])[0] > 0
+    def largest(self, value: float) -> float:
+        """The largest value of any process, the same for all."""
+        import torch
 
-    def barrier(self) -> None:
-        self.any(False)
+        return float(gathered(torch.tensor([value], dtype=torch.float64), self.size).max())
 
     def from_first(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns in the first process, as JSON. The others wait for it without a limit, for it may take hours (tokenizing)."""
+        """What `make` returns in the first process, as JSON. The others wait as long as it lives, for it may take hours (tokenizing)."""
         self._values += 1
         key = f"value/{self._values}"
         if self.leads:
             value = make()
             self.store.set(key, json.dumps(value))
-            return value
-        while not self.store.check([key]):
-            if self.store.check([FAILED]):
-                raise LostProcess("the first process ended.")
-            time.sleep(0.05)
-        return json.loads(self.store.get(key))
+        self.sums([0.0], self.patient)  # not a look into the store now and then: a connection that breaks ends the wait at once
+        return value if self.leads else json.loads(self.store.get(key))
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes by rank, as JSON."""
         self._values += 1
         self.store.set(f"value/{self._values}/{self.rank}", json.dumps(value))
-        self.barrier()
+        self.sums([0.0])
         return [json.loads(self.store.get(f"value/{self._values}/{rank}")) for rank in range(self.size)]
 
 
@@ -110,18 +105,45 @@ def session(device: str = "auto", timeout: float = 600.0) -> Iterator[World | No
         yield None
         return
     loud = sys.stderr
-    with _quiet(int(os.environ["RANK"]) != 0):
+    with _quiet(int(os.environ["RANK"]) != 0), _Terminations() as terminations:
         world = None
         try:
             world = _join(device, timeout)
             distributed._current = world
             yield world
         except BaseException as error:
+            terminations.ignored = True  # torchrun sends SIGTERM to all when one ends: what happened is told first
             _end(world, error, loud)
             raise
         finally:
             distributed._current = None
             _leave()
+
+
+class Terminated(CLLMError):
+    """SIGTERM where there is nothing to save."""
+
+    exit_status = 143
+
+
+class _Terminations:
+    """While entered, SIGTERM raises Terminated, or nothing once the end is being told. In the training loop `StopSignals` takes it instead."""
+
+    ignored = False
+
+    def __enter__(self) -> _Terminations:
+        self._before: Any = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._arrived)
+        return self
+
+    def _arrived(self, number: int, frame: FrameType | None) -> None:
+        if not self.ignored:
+            raise Terminated("ended by SIGTERM.")
+
+    def __exit__(self, *exc: object) -> None:
+        if self._before is not None and not self.ignored:
+            signal.signal(signal.SIGTERM, self._before)
 
 
 @contextlib.contextmanager
@@ -155,7 +177,8 @@ def _join(device: str, timeout: float) -> World:
     # With torchrun the store lives in its agent, under a prefix of its own after each restart, and outlives every process of the run.
     store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=wait))  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=wait)
-    world = World(rank, size, local_rank, local_size, place, dist.PrefixStore("cllm", store), timeout)
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    world = World(rank, size, local_rank, local_size, place, dist.PrefixStore("cllm", store), timeout, patient)
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if "CLLM_THREADS" not in os.environ:
@@ -261,8 +284,8 @@ def _said(world: World) -> dict[str, Any] | None:
 
 def _of_others(error: BaseException) -> bool:
     """Whether an error only says that another process is gone: those of the communication library have no class of their own on gloo."""
-    if isinstance(error, LostProcess):
-        return True
+    if isinstance(error, Terminated) and error.__context__ is not None:
+        error = error.__context__  # SIGTERM came while another error was on its way
     import torch
 
     if isinstance(error, torch.distributed.DistError):

@@ -167,7 +167,7 @@ class ShardedStep(TrainStep):
             rows, nonfinite = [], 0  # the first copy counts for all
         nonfinite = int(self.world.sums([nonfinite])[0])
         norm = norm_of(self._everyones(rows), nonfinite)
-        largest = max(float.fromhex(each) for each in self.world.gather(largest.hex()))
+        largest = self.world.largest(largest)
         if not nonfinite:
             clip_(gradients, norm, self.grad_clip)
             self.optimizer.update(learning_rate, 0.0)
