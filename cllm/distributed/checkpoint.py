@@ -38,40 +38,43 @@ class SharedStore(CheckpointStore):
     def __init__(self, folder: str | Path, keep: int, world: World) -> None:
         super().__init__(folder, keep)
         self.world = world
+        self._inside = False
+
+    def _by_first(self, do: Callable[[], Any]) -> Any:
+        """The first process does it and all get the answer; what it calls on the way it does alone."""
+        if self._inside:
+            return do()
+        self._inside = True
+        try:
+            return self.world.from_first(do)
+        finally:
+            self._inside = False
 
     def steps(self) -> list[int]:
-        return self.world.from_first(super().steps)
+        return self._by_first(super().steps)
+
+    def clean(self) -> None:
+        self._by_first(super().clean)
+
+    def mark_best(self, step: int) -> None:
+        parent = super()
+        self._by_first(lambda: parent.mark_best(step))
 
     def save(self, step: int, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
         """Nobody goes on, or ends, before the checkpoint is whole."""
-        self.world.from_first(lambda: str(_first_save(self, step, weights, optimizer, state)))
+        parent = super()
+        self._by_first(lambda: str(parent.save(step, weights, optimizer, state)))
         return self.path(step)
 
-    def clean(self) -> None:
-        if self.world.leads:
-            super().clean()
-
-    def mark_best(self, step: int) -> None:
-        if self.world.leads:
-            super().mark_best(step)
-
     def newest_good(self, report: Callable[[str], None] | None = None, with_optimizer: bool = True) -> Checkpoint | None:
-        found: list[Checkpoint | None] = []
+        parent, found = super(), []
 
         def find() -> int | None:
-            found.append(CheckpointStore.newest_good(self, report, with_optimizer))
+            found.append(parent.newest_good(report, with_optimizer))
             return None if found[0] is None else found[0].step
 
-        step = self.world.from_first(find)
+        step = self._by_first(find)
         return found[0] if found else None if step is None else self.read(step, with_optimizer)
-
-    def _prune(self) -> None:
-        """In the first process, where `steps` must not wait for the others."""
-        CheckpointStore(self.folder, self.keep)._prune()
-
-
-def _first_save(store: CheckpointStore, *what: Any) -> Path:
-    return CheckpointStore.save(store, *what)
 
 
 class StoreOfParts(SharedStore):
@@ -91,10 +94,9 @@ class StoreOfParts(SharedStore):
         beside = self.folder / f".step-{step:08d}.{self.world.from_first(os.getpid)}.tmp"
         needed = tensors_bytes(weights) + tensors_bytes(optimizer)
         try:
-            self.world.from_first(lambda: self._make(beside))
-            written = self._write(beside, weights, optimizer)
-            everyone = self.world.gather(written)
-            self.world.from_first(lambda: self._gather(step, beside, everyone, state))
+            self._by_first(lambda: self._make(beside))
+            everyone = self.world.gather(self._write(beside, weights, optimizer))
+            self._by_first(lambda: self._gather(step, beside, everyone, state))
         except OSError as error:
             shutil.rmtree(beside, ignore_errors=True)
             raise disk_error(self.path(step), needed, error) from error
@@ -136,7 +138,7 @@ class StoreOfParts(SharedStore):
         digests[INDEX] = write_flushed(beside / INDEX, json.dumps(index, indent=1).encode())
         digests[STATE] = write_flushed(beside / STATE, json.dumps({**state, "step": step}, indent=1).encode())
         self._commit(step, beside, digests)
-        CheckpointStore.clean(self)
+        self.clean()
         self._point("latest", step)
         self._prune()
 

@@ -174,8 +174,9 @@ def _join(device: str, timeout: float) -> World:
         raise UserError("this PyTorch was built without torch.distributed. Install another build, or train in one process.")
     place, backend = _place(device, local_rank, local_size)
     wait = timedelta(seconds=timeout)
-    # With torchrun the store lives in its agent, under a prefix of its own after each restart, and outlives every process of the run.
     store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=wait))  # type: ignore[attr-defined]
+    # With torchrun the store lives in its agent and outlives the processes: what those before a restart left in it must not be found.
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=wait)
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     world = World(rank, size, local_rank, local_size, place, dist.PrefixStore("cllm", store), timeout, patient)
@@ -298,7 +299,7 @@ def _of_others(error: BaseException) -> bool:
 def _brief(error: BaseException) -> str:
     """The library's own words without the place in its source and without its advice."""
     text = " ".join(str(error).split())
-    return text.rpartition("] ")[2].partition(". This may")[0][:160].rstrip(". ") or type(error).__name__
+    return text.rpartition("cc:")[2].partition("] ")[2].partition(". This ")[0][:160].rstrip(". ") or type(error).__name__
 
 
 def _told_by(error: BaseException) -> str:
