@@ -120,7 +120,7 @@ def tree_sum(mine: tree.Binary, share: Share, world: World | None) -> Tensor:
 def row_squares(gradient: Tensor) -> Tensor:
     """The sum of squares of each row along dimension 0, float64 (rows,) on the CPU: halves are added to halves, so that a row's bits
     depend on the row alone, not on its neighbours, the device's reductions or the number of threads."""
-    rows = gradient.detach().reshape(gradient.shape[0], -1) if gradient.dim() > 1 else gradient.detach().reshape(-1, 1)
+    rows = gradient.detach().flatten(1) if gradient.dim() > 1 else gradient.detach()[:, None]
     width = 1 << max(0, rows.shape[1] - 1).bit_length()
     at_once = max(1, SLICE_ELEMENTS // width)
     found = []

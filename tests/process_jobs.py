@@ -47,3 +47,27 @@ def train(world, data, out, settings=None, sizes=None, seed=0, stop_after=None):
 
 class Stopped(Exception):
     pass
+
+
+def model_of(data, embed_dim=32, num_layers=2):
+    dataset = Dataset.open(data)
+    return dataset, Model(ModelConfig(vocab_size=dataset.tokenizer.vocab_size, embed_dim=embed_dim, num_layers=num_layers, num_heads=2, max_seq_len=32))
+
+
+def step_of(world, data, parallel, deterministic=False, embed_dim=32, batch_size=8, shard_size=None):
+    """A step as the Trainer makes it, and the microbatches of its first update."""
+    from cllm.data import Batches
+    from cllm.distributed.roles import Roles
+
+    dataset, model = model_of(data, embed_dim)
+    config = TrainConfig(**{**SETTINGS, "batch_size": batch_size, "grad_accum": 1, "parallel": parallel, "deterministic": deterministic,
+                            "shard_size": shard_size})  # fmt: skip
+    roles = Roles(world, config)
+    roles.store(Path("unused"), 1)
+    return roles.step(model, "fp32", 1e-3, 1.0), roles.share.microbatches(Batches(dataset.train, 16, batch_size), 0)
+
+
+def state_bytes(world, data, parallel):
+    step, _ = step_of(world, data, parallel)
+    optimizer = {name: tensor for name, tensor in step.state_dict().items() if tensor.dim()}
+    return sum(tensor.numel() * tensor.element_size() for tensors in (step.weights(), optimizer) for tensor in tensors.values())
