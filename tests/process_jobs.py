@@ -51,7 +51,8 @@ class Stopped(Exception):
 
 def model_of(data, embed_dim=32, num_layers=2):
     dataset = Dataset.open(data)
-    return dataset, Model(ModelConfig(vocab_size=dataset.tokenizer.vocab_size, embed_dim=embed_dim, num_layers=num_layers, num_heads=2, max_seq_len=32))
+    sizes = {"embed_dim": embed_dim, "num_layers": num_layers, "num_heads": 2, "max_seq_len": 32}
+    return dataset, Model(ModelConfig(vocab_size=dataset.tokenizer.vocab_size, **sizes))
 
 
 def step_of(world, data, parallel, deterministic=False, embed_dim=32, batch_size=8, shard_size=None):
@@ -71,3 +72,38 @@ def state_bytes(world, data, parallel):
     step, _ = step_of(world, data, parallel)
     optimizer = {name: tensor for name, tensor in step.state_dict().items() if tensor.dim()}
     return sum(tensor.numel() * tensor.element_size() for tensors in (step.weights(), optimizer) for tensor in tensors.values())
+
+
+def tcp_bytes_sent():
+    """Bytes that this process's TCP connections have sent, as the kernel counts them (struct tcp_info, tcpi_bytes_sent)."""
+    import os
+    import socket
+    import struct
+
+    total = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as each:
+                if each.family not in (socket.AF_INET, socket.AF_INET6) or each.type != socket.SOCK_STREAM:
+                    continue
+                info = each.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                total += struct.unpack_from("Q", info, 200)[0]
+        except OSError:
+            continue
+    return total
+
+
+def update_bytes(world, data, parallel, deterministic=False, shard_size=None):
+    """Bytes that one update sends, and the sizes of the model: (bytes, parameters, parameters of a block, blocks)."""
+    step, microbatches = step_of(world, data, parallel, deterministic, embed_dim=96, batch_size=8, shard_size=shard_size)
+    blocks = list(step.model.backbone.blocks)
+    block = sum(each.numel() for each in blocks[0].parameters())
+    step.run(microbatches)
+    world.sums([0.0])
+    before = tcp_bytes_sent()
+    for _ in range(4):
+        step.run(microbatches)
+    world.sums([0.0])
+    return (tcp_bytes_sent() - before) / 4, sum(each.numel() for each in step.model.parameters()), block, len(blocks)

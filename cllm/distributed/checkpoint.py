@@ -57,20 +57,20 @@ class SharedStore(CheckpointStore):
         self._by_first(super().clean)
 
     def mark_best(self, step: int) -> None:
-        parent = super()
-        self._by_first(lambda: parent.mark_best(step))
+        mark = super().mark_best
+        self._by_first(lambda: mark(step))
 
     def save(self, step: int, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
         """Nobody goes on, or ends, before the checkpoint is whole."""
-        parent = super()
-        self._by_first(lambda: str(parent.save(step, weights, optimizer, state)))
+        write = super().save
+        self._by_first(lambda: str(write(step, weights, optimizer, state)))
         return self.path(step)
 
     def newest_good(self, report: Callable[[str], None] | None = None, with_optimizer: bool = True) -> Checkpoint | None:
-        parent, found = super(), []
+        look, found = super().newest_good, list[Checkpoint | None]()
 
         def find() -> int | None:
-            found.append(parent.newest_good(report, with_optimizer))
+            found.append(look(report, with_optimizer))
             return None if found[0] is None else found[0].step
 
         step = self._by_first(find)

@@ -174,7 +174,7 @@ def _join(device: str, timeout: float) -> World:
         raise UserError("this PyTorch was built without torch.distributed. Install another build, or train in one process.")
     place, backend = _place(device, local_rank, local_size)
     wait = timedelta(seconds=timeout)
-    store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=wait))  # type: ignore[attr-defined]
+    store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=wait))
     # With torchrun the store lives in its agent and outlives the processes: what those before a restart left in it must not be found.
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=wait)
@@ -223,6 +223,7 @@ def _end(world: World | None, error: BaseException, loud: TextIO) -> None:
         with alike():
             raise error
     said: dict[str, Any] | None = None
+    own: dict[str, Any] = {}
     if _of_others(error):
         said = _said(world)
         if said is None:

@@ -201,7 +201,8 @@ class ShardedStep(TrainStep):
         with torch.no_grad():
             read_rows(found.path, "model", self.weights(), layout)
             state = self.optimizer.state_dict()
-            read_rows(found.path, "optimizer", state, {name: layout.get(name.partition(".")[2], (tuple(each.shape), 0)) for name, each in state.items()})
+            rows = {name: layout.get(name.partition(".")[2], (tuple(each.shape), 0)) for name, each in state.items()}
+            read_rows(found.path, "optimizer", state, rows)
             self.load_state_dict(state)
 
     def whole_model(self) -> Model | None:
