@@ -28,7 +28,7 @@ def text(tmp_path_factory):
 class Torchrun:
     def __init__(self, text, out, log, *extra, steps, processes=2, launcher=()):
         self.out, self.log = out, log
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-port", 0, *launcher,
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, "--standalone", *launcher,
                    "-m", "cllm", "train", text, "--out", out, "--steps", steps, *SETTINGS, *extra]  # fmt: skip
         with open(log, "w") as file:
             self.process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=subprocess.STDOUT)
