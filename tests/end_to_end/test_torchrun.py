@@ -12,7 +12,7 @@ import pytest
 
 from cllm.checkpoint import CheckpointStore
 
-WORDS = "one two three many more words to learn from by heart "
+WORDS = "one two three many more words to learn\nfrom by heart "
 SETTINGS = ("--tokenizer", "char", "--embed-dim", 16, "--num-layers", 1, "--num-heads", 2, "--seq-len", 16, "--batch-size", 2, "--grad-accum", 2,
             "--eval-every", 100000, "--checkpoint-every", 5, "--threads", 1, "--precision", "fp32", "--set", "log.tensorboard=false",
             "--set", "train.deterministic=true", "--device", "cpu")  # fmt: skip
@@ -97,7 +97,6 @@ def test_an_error_in_one_process_ends_all_with_its_one_message(text, tmp_path):
     run = Torchrun(text, tmp_path / "run", tmp_path / "log", "--set", "train.parallel=fsdp", steps=100000)
     run.wait_for_step(5)
     began = time.monotonic()
-    (tmp_path / "run" / "fail-1").touch()
     try:
         psutil.Process(run.worker(1).pid).rlimit(psutil.RLIMIT_FSIZE, (100, 100))
     except (psutil.Error, PermissionError, AttributeError):
