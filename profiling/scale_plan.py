@@ -75,7 +75,8 @@ def working_bytes(sizes: Sizes, parallel: str, processes: int, shard_size: int =
 
 
 def sent_bytes(
-    sizes: Sizes, parallel: str, processes: int, rounds: int = 1, shard_size: int = 8, *, subtrees: float | None = None, gloo: bool = False
+    sizes: Sizes, parallel: str, processes: int, rounds: int = 1, shard_size: int = 8, *,
+    subtrees: float | None = None, gloo: bool = False,
 ) -> tuple[float, float]:
     """Bytes that a process sends in one update with `rounds` microbatches of its own: (inside a shard group, between copies).
 

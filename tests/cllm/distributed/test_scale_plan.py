@@ -65,7 +65,8 @@ def test_a_process_holds_the_state_that_the_plan_says(scale, pool, data, paralle
 
 
 def test_the_plan_goes_from_1_to_1024_gpus():
-    done = subprocess.run([sys.executable, SCRIPT, "--preset", "cllm-125m", "--parallel", "fsdp", "--json"], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, SCRIPT, "--preset", "cllm-125m", "--parallel", "fsdp", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     assert [row["gpus"] for row in rows] == [2**power for power in range(11)]
