@@ -48,6 +48,7 @@ FORMAT_VERSION = 2  # of checkpoint folders. 1: no sums of single tensors
 FILE_VERSION = 1  # of .cllm files
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")  # of its own folder: no path
+INDEX = "index.json"  # of a checkpoint in parts (`distributed/checkpoint.py`)
 
 
 # -- weights of a model ----------------------------------------------------------------------------------------------------
@@ -177,16 +178,27 @@ def read_checkpoint(path: str | Path, with_optimizer: bool = True) -> Checkpoint
     """A checkpoint folder, verified; CheckpointError when any byte differs."""
     path = Path(path)
     manifest = read_manifest(path)
-    for name in (WEIGHTS, STATE) + ((OPTIMIZER,) if with_optimizer else ()):
+    in_parts = INDEX in manifest["files"]
+    for name in tuple(manifest["files"]) if in_parts else (WEIGHTS, STATE) + ((OPTIMIZER,) if with_optimizer else ()):
         if name not in manifest["files"]:
             raise CheckpointError(f"{path} holds no {name}.")
         _verify_file(path / name, manifest["files"][name])
-    state = read_json(path / STATE)
-    if state.get("step") != manifest["step"]:
-        raise CheckpointError(f"{path / STATE} is damaged: it is of step {state.get('step')!r:.40}, the manifest of step {manifest['step']}.")
+    state = read_state(path, manifest["step"])
+    if in_parts:
+        from cllm.distributed.checkpoint import read_whole
+
+        return Checkpoint(path, manifest["step"], read_whole(path, "model"), read_whole(path, "optimizer") if with_optimizer else {}, state)
     weights, _ = read_safetensors(path / WEIGHTS)
     optimizer = read_safetensors(path / OPTIMIZER)[0] if with_optimizer else {}
     return Checkpoint(path, manifest["step"], weights, optimizer, state)
+
+
+def read_state(path: Path, step: int) -> dict[str, Any]:
+    """The state.json of the checkpoint folder of `step`."""
+    state = read_json(path / STATE)
+    if state.get("step") != step:
+        raise CheckpointError(f"{path / STATE} is damaged: it is of step {state.get('step')!r:.40}, not {step}.")
+    return state
 
 
 class CheckpointStore:
@@ -220,19 +232,9 @@ class CheckpointStore:
                 OPTIMIZER: write_safetensors(beside / OPTIMIZER, optimizer, {"format": "pt"}),
                 STATE: write_flushed(beside / STATE, json.dumps({**state, "step": step}, indent=1).encode()),
             }
-            files = {name: {"bytes": (beside / name).stat().st_size, "sha256": digest} for name, digest in digests.items()}
             parts = {WEIGHTS: weights, OPTIMIZER: optimizer}
             tensors = {file: {name: describe_tensor(each) for name, each in part.items()} for file, part in parts.items()}
-            manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "files": files, "tensors": tensors}
-            manifest["sha256"] = _manifest_digest(manifest)
-            write_flushed(beside / MANIFEST, json.dumps(manifest, indent=1).encode())
-            flush_folder(beside)
-            verify(beside)
-            if target.exists():  # a damaged one of the same step, or the run was taken back behind it
-                old = self.folder / f".step-{step:08d}.{os.getpid()}.old.tmp"
-                os.rename(target, old)
-            os.rename(beside, target)
-            flush_folder(self.folder)
+            self._commit(step, beside, digests, tensors)
         except OSError as error:
             shutil.rmtree(beside, ignore_errors=True)
             raise disk_error(target, tensors_bytes(weights) + tensors_bytes(optimizer), error) from error
@@ -243,6 +245,21 @@ class CheckpointStore:
         self._point("latest", step)
         self._prune()
         return target
+
+    def _commit(self, step: int, beside: Path, digests: Mapping[str, str], tensors: Mapping[str, Mapping[str, Any]]) -> None:
+        """Manifest, read back, rename: files that lie beside (name -> SHA-256, and name -> tensors) become the checkpoint of the step."""
+        target = self.path(step)
+        files = {name: {"bytes": (beside / name).stat().st_size, "sha256": digest} for name, digest in digests.items()}
+        manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "files": files, "tensors": tensors}
+        manifest["sha256"] = _manifest_digest(manifest)
+        write_flushed(beside / MANIFEST, json.dumps(manifest, indent=1).encode())
+        flush_folder(beside)
+        verify(beside)
+        if target.exists():  # a damaged one of the same step, or the run was taken back behind it
+            old = self.folder / f".step-{step:08d}.{os.getpid()}.old.tmp"
+            os.rename(target, old)
+        os.rename(beside, target)
+        flush_folder(self.folder)
 
     def clean(self) -> None:
         """Removes what an interrupted write left beside the checkpoints. The run's lock makes sure that nobody is still writing it."""
@@ -272,7 +289,7 @@ class CheckpointStore:
         problems = []
         for step in reversed(self.steps()):
             try:
-                return read_checkpoint(self.path(step), with_optimizer)
+                return self.read(step, with_optimizer)
             except CheckpointError as error:
                 problems.append(str(error))
                 if report is not None:
@@ -280,6 +297,9 @@ class CheckpointStore:
         if problems:
             raise CheckpointError(f"no good checkpoint in {self.folder}: {' '.join(problems)} Move the folder away to start anew.")
         return None
+
+    def read(self, step: int, with_optimizer: bool = True) -> Checkpoint:
+        return read_checkpoint(self.path(step), with_optimizer)
 
     def _point(self, name: str, step: int) -> None:
         write_atomic(self.folder / name, f"{self.path(step).name}\n".encode())

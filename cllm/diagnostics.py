@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 class Diagnostics:
-    """The rows `layers` and `activations` of a run's metrics, and what `eval` says about classes of tokens."""
+    """The rows `layers` and `activations` of a run's metrics, and what `eval` says about classes of tokens.
+
+    Without parameters it does nothing, as in all but the first of several processes.
+    """
 
     def __init__(
         self, model: Model, parameters: Mapping[str, torch.nn.Parameter], dataset: Dataset, tokenizer: Tokenizer | None, config: TrainConfig
@@ -34,7 +37,7 @@ class Diagnostics:
     def before_update(self, step: int) -> None:
         """Before update number `step` (from 0) changes a weight."""
         every = self.config.log.layers_every
-        if every and (step + 1) % every == 0:
+        if every and self.parameters and (step + 1) % every == 0:
             self._layers = LayerStats(self.parameters)
             self._layers.before()
 
@@ -45,7 +48,7 @@ class Diagnostics:
 
     def classes(self, beat: Callable[[], None]) -> dict[str, Any]:
         """How well each class of tokens is predicted, over a part of the validation text."""
-        if not self.config.log.classes or self.tokenizer is None:
+        if not self.config.log.classes or self.tokenizer is None or not self.parameters:
             return {}
         if self._classes is None:
             self._classes = classify(self.tokenizer, self.dataset.train.token_counts())
@@ -56,7 +59,7 @@ class Diagnostics:
     @torch.no_grad()
     def activations(self) -> dict[str, Any] | None:
         """Mean, spread and largest value of the residual stream after each block, over the first batch of the validation text."""
-        if not self.config.log.activations:
+        if not self.config.log.activations or not self.parameters:
             return None
         settings = self.config.train
         batch = Windows(self.dataset.val, settings.seq_len, settings.batch_size).batch(0)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cllm import runtime
+from cllm import distributed, runtime
 from cllm.config import ModelConfig
 from cllm.console import Console, table
 from cllm.runtime.errors import UserError
@@ -16,6 +16,7 @@ from cllm.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from cllm.data import Dataset
+    from cllm.distributed.session import World
     from cllm.model import Model
 
 SAMPLE_TOKENS = 160
@@ -34,16 +35,34 @@ def train_run(
         file = out / "config.toml"
         if not file.exists():
             raise UserError(f"{out} holds no run to continue (no config.toml). Start one with cllm train DATA --out {out}.")
-    config = TrainConfig.from_layers(file=file, flags=flags, sets=sets)
+    with distributed.alike():
+        config = TrainConfig.from_layers(file=file, flags=flags, sets=sets)
     if not config.data.path:
         raise UserError("nothing to learn from: give a folder or file of text, as in cllm train books/.")
     from cllm.device import resolve
 
+    if distributed.launched():
+        from cllm.distributed.session import session
+
+        with session(config.train.device, config.train.timeout) as world:
+            _train(config, console, out or default_run(config.data.path), resume, plan_only, find_lr, world)
+        return
     resolve(config.train.device)  # a GPU that is not there is said before any work
-    out = out or default_run(config.data.path)
+    _train(config, console, out or default_run(config.data.path), resume, plan_only, find_lr, None)
+
+
+def _train(
+    config: TrainConfig, console: Console, out: Path, resume: bool, plan_only: bool, find_lr: bool, world: "World | None"
+) -> None:
     with runtime.use(threads=config.train.threads):
         console.print(runtime.describe().brief())
-        dataset = _prepare(config, out, console)
+        if world is not None:  # the others find it in the cache
+            console.print(f"parallel {world.size} processes, {world.local_size} on each machine; train.parallel = {config.train.parallel}")
+            prepared: list[Dataset] = []
+            world.from_first(lambda: prepared.append(_prepare(config, out, console)))
+            dataset = prepared[0] if prepared else _prepare(config, out, console)
+        else:
+            dataset = _prepare(config, out, console)
         from cllm.model import Model
 
         model_config = config.model_config(_vocabulary_rows(dataset.tokenizer.vocab_size))
@@ -53,13 +72,18 @@ def train_run(
             _plan(Model(model_config, seed=config.train.seed), config, dataset, console)
             return
         if find_lr:
+            if world is not None:
+                raise UserError("--find-lr works in one process. Run it without torchrun.")
             _find_lr(Model(model_config, seed=config.train.seed), config, dataset, out, console)
             return
         from cllm.train import Trainer
 
         trainer = Trainer(Model(model_config, seed=config.train.seed), dataset, config, out=out, tokenizer=dataset.tokenizer)
         result = trainer.fit(resume=True if resume else "auto")
-        sample = _sample(trainer.model, dataset.tokenizer)
+        model = trainer.whole_model()
+        if model is None:
+            return
+        sample = _sample(model, dataset.tokenizer)
     console.print(f"\nA sample, starting from nothing:\n\n{_indented(sample)}\n")
     if result.validation is not None:
         console.print(f"Validation: {result.validation}")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
 
 from cllm.averages import Ema, put, swapped
+from cllm.checkpoint import Checkpoint, load_weights, weights_of
 from cllm.microbatch import IGNORED, Microbatch, StepResult
 from cllm.noise_scale import NoiseScale
 from cllm.optim import AdamW, make_optimizer
@@ -36,6 +37,8 @@ class TrainStep:
 
     Where the model lies on a GPU, the step runs there as two CUDA graphs (`device_step.py`); fp16, with its loss scaling, is for GPUs only.
     """
+
+    uses_graphs = True  # on a GPU
 
     def __init__(
         self,
@@ -62,16 +65,15 @@ class TrainStep:
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
         if next(model.parameters()).dtype != torch.float64:  # a float64 model is a reference and computes in float64
             model.compute_dtype = PRECISIONS[precision]
-        self.optimizer = make_optimizer(
-            optimizer, model.named_parameters(), betas=betas, eps=eps, weight_decay=weight_decay, momentum=momentum
-        )
+        self.optimizer = make_optimizer(optimizer, self._trained(), betas=betas, eps=eps, weight_decay=weight_decay, momentum=momentum)
         self.ema = Ema(self.optimizer.parameters, ema) if ema else None
         self.noise_scale = NoiseScale(list(self.optimizer.parameters.values())) if noise_scale_every else None
         self.noise_scale_every = noise_scale_every
         self.last: StepResult | None = None
+        self._observe: Callable[[], None] | None = None  # called after each microbatch's backward
         self.seconds: dict[str, float] = {}  # of the last step's parts, on a CPU; a GPU's parts overlap
         self._device_step: DeviceStep | None = None
-        if model.embedding_weight.device.type == "cuda":
+        if self.uses_graphs and model.embedding_weight.device.type == "cuda":
             from cllm.device_step import DeviceStep
 
             if not isinstance(self.optimizer, AdamW):
@@ -82,7 +84,25 @@ class TrainStep:
                 model, self.optimizer, grad_clip=grad_clip, label_smoothing=label_smoothing, z_loss=z_loss, loss_scaling=precision == "fp16"
             )
         elif precision == "fp16":
-            raise UserError("precision fp16 needs a GPU. On a CPU use bf16, which has the range of float32, or fp32.")
+            where = "in one process, without deterministic" if model.embedding_weight.device.type == "cuda" else "on a GPU"
+            raise UserError(f"precision fp16, with its loss scaling, works {where} only. Use bf16, which has the range of float32, or fp32.")
+
+    def _trained(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
+        """What the optimizer updates, by name."""
+        return self.model.named_parameters()
+
+    def whole_model(self) -> Model | None:
+        """The model with all its weights; None in a process that is not asked for it."""
+        return self.model
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights that a checkpoint holds, by name: averages, where there are any."""
+        return weights_of(self.model) | (self.averages() or {})
+
+    def restore(self, found: Checkpoint) -> None:
+        """Weights and optimizer as a checkpoint holds them. CheckpointError when they do not fit."""
+        load_weights(self.model, found.weights, found.path)
+        self.load_state_dict(found.optimizer)
 
     def averages(self) -> dict[str, torch.Tensor] | None:
         """The weights to evaluate and to export by name, where they are not those that training goes on from."""
@@ -147,14 +167,15 @@ class TrainStep:
             noise = None
         if noise is not None:
             noise.begin(microbatches)
-        loss, num_targets = self.accumulate(microbatches, beat, None if noise is None else noise.observe)
+        self._observe = None if noise is None else noise.observe
+        loss, num_targets = self.accumulate(microbatches, beat)
         noise_scale = None if noise is None else noise.end()
         if before_update is not None:
             before_update()
         began = time.perf_counter()
         if math.isfinite(loss) and num_targets:
             updates = self.optimizer.num_updates
-            norm, largest, nonfinite = self.optimizer.update(rate, self.grad_clip)
+            norm, largest, nonfinite = self._update(rate)
             updated = self.optimizer.num_updates > updates
             if self.ema is not None and updated:
                 self.ema.update(self.optimizer.num_updates)
@@ -165,37 +186,47 @@ class TrainStep:
         self.last = StepResult(loss, norm, largest, nonfinite, num_targets, rate, updated, noise_scale)
         return self.last
 
-    def accumulate(
-        self, microbatches: Sequence[Microbatch], beat: Callable[[], None] | None = None, observe: Callable[[], None] | None = None
-    ) -> tuple[float, int]:
+    def accumulate(self, microbatches: Sequence[Microbatch], beat: Callable[[], None] | None = None) -> tuple[float, int]:
         """Leaves in `.grad` the gradient of the loss over all microbatches and returns (loss, number of targets).
 
         Each microbatch's summed loss is divided by the targets of all of them, not averaged over microbatches: a short document
         in one of them weighs no more than its tokens. Gradients add up in the parameters' own float32.
         """
-        num_targets = sum(int((each.targets != IGNORED).sum()) for each in microbatches)
+        num_targets = targets_of(microbatches)
         self.optimizer.zero_grad()
         total, self.seconds = 0.0, {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
         for each in microbatches if num_targets else ():
             began = time.perf_counter()
-            loss = self.model.loss(
-                each.tokens,
-                each.targets,
-                divisor=float(num_targets),
-                cu_seqlens=each.cu_seqlens,
-                label_smoothing=self.label_smoothing,
-                z_loss=self.z_loss,
-            )
+            loss = self._loss(each, num_targets)
             forward = time.perf_counter()
             loss.backward()
             total += loss.item()
             self.seconds["forward"] += forward - began
             self.seconds["backward"] += time.perf_counter() - forward
-            if observe is not None:
-                observe()
+            if self._observe is not None:
+                self._observe()
             if beat is not None:
                 beat()
         return total, num_targets
+
+
+    def _loss(self, batch: Microbatch, num_targets: int) -> torch.Tensor:
+        return self.model.loss(
+            batch.tokens,
+            batch.targets,
+            divisor=float(num_targets),
+            cu_seqlens=batch.cu_seqlens,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+        )
+
+    def _update(self, learning_rate: float) -> tuple[float, float, int]:
+        """Clips and updates; (gradient norm, largest |g|, non-finite count)."""
+        return self.optimizer.update(learning_rate, self.grad_clip)
+
+
+def targets_of(microbatches: Sequence[Microbatch]) -> int:
+    return sum(int((each.targets != IGNORED).sum()) for each in microbatches)
 
 
 def _below(prefix: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -18,18 +18,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cllm import runtime
+from cllm import distributed, runtime
 from cllm.averages import put
-from cllm.checkpoint import Checkpoint, CheckpointStore, check_tokenizer, load_weights, read_checkpoint, weights_of
+from cllm.checkpoint import Checkpoint, check_tokenizer, load_weights, read_checkpoint, weights_of
 from cllm.checkpoint_writer import CheckpointWriter
 from cllm.data import Batches
 from cllm.device import choose_recompute, explained_out_of_memory, resolve
 from cllm.diagnostics import Diagnostics
+from cllm.distributed.roles import Roles
 from cllm.environment import record_environment
 from cllm.evaluate import Evaluation, evaluate
 from cllm.faults import ROLLBACKS, Fault, FaultError, Faults, NonFiniteError, advice
-from cllm.metrics import Metrics
-from cllm.monitor import BestLoss, Interrupted, RunLock, StopSignals
+from cllm.monitor import BestLoss, Interrupted, StopSignals
 from cllm.reporter import Reporter
 from cllm.runtime.errors import CheckpointError, UserError
 from cllm.schedule import BatchRamp, Plateau, Schedule, lr
@@ -96,7 +96,9 @@ class Trainer:
         self.model, self.dataset, self.out = model, dataset, Path(out)
         self.tokenizer = tokenizer if tokenizer is not None else getattr(dataset, "tokenizer", None)
         self.config = (config or TrainConfig()).resolve(model.config, dataset.train.num_tokens)
-        self.device, _ = resolve(self.config.train.device)
+        self._world = distributed.current()
+        self.device = resolve(self.config.train.device)[0] if self._world is None else self._world.device
+        self._roles = Roles(self._world, self.config)
         _check_fit(model, dataset, self.config, self.tokenizer)
         self._batches = make_batches(dataset.train, self.config)
         self.step = 0
@@ -122,7 +124,8 @@ class Trainer:
         if resume not in ("auto", True, False):
             raise UserError(f'resume must be "auto", True or False, got {resume!r}.')
         _make_folder(self.out)
-        with RunLock(self.out), runtime.use(threads=self.config.train.threads), Reporter(self.out, self.config) as report, StopSignals() as stop:
+        roles, threads = self._roles, self.config.train.threads
+        with roles.lock(self.out), runtime.use(threads=threads), roles.reporter(self.out) as report, StopSignals() as stop:
             with self._out_of_memory():
                 self._open(resume, report)
             with self._metrics:
@@ -133,6 +136,11 @@ class Trainer:
                 if result.validation is not None:
                     self._metrics.hyperparameters(self.config.flat(), {"validation_loss": result.validation.loss})
                 return result
+
+    def whole_model(self) -> Model | None:
+        """The model with all its weights where the run shares them out; None in all processes but the first."""
+        whole = self._train_step.whole_model()
+        return whole if self._roles.leads else None
 
     def _loop(self, report: Reporter, stop: StopSignals) -> None:
         settings = self.config.train
@@ -160,11 +168,12 @@ class Trainer:
                 self._evaluate(report)
             if settings.sample_every and self.step % settings.sample_every == 0:
                 self._sample(report)
-            if stop.asked and self.step < settings.steps:
+            asked = self._roles.agreed(stop.asked)
+            if asked and self.step < settings.steps:
                 self._save(report)
                 self._finish_writing(report)
                 raise Interrupted(
-                    f"stopped by {stop.asked} after step {self.step:,} of {settings.steps:,}; the checkpoint is "
+                    f"stopped by {asked} after step {self.step:,} of {settings.steps:,}; the checkpoint is "
                     f"{self._store.path(self.step)}. Go on from there with: cllm train --resume --out {self.out}"
                 )
         self._save(report)  # after early stopping; the last step has its checkpoint already
@@ -195,9 +204,13 @@ class Trainer:
         """The data of update number `step`: always the first batch when one batch is to be learnt by heart. The last answer is kept."""
         settings = self.config.train
         if self._prepared[0] != step:
-            first = 0 if settings.overfit_one_batch else self._ramp.before(self._faults.data_of(step))
-            batches = (self._batches.batch(first + number) for number in range(self._ramp.size(step)))
-            self._prepared = step, [Microbatch(each.tokens, each.targets, each.cu_seqlens) for each in batches]
+            data = 0 if settings.overfit_one_batch else self._faults.data_of(step)
+            if settings.batch_ramp:
+                first = self._ramp.before(data)
+                batches = (self._batches.batch(first + number) for number in range(self._ramp.size(step)))
+                self._prepared = step, [Microbatch(each.tokens, each.targets, each.cu_seqlens) for each in batches]
+            else:
+                self._prepared = step, self._roles.share.microbatches(self._batches, data)
         return self._prepared[1]
 
     def _record(self, result: StepResult, report: Reporter) -> None:
@@ -310,7 +323,8 @@ class Trainer:
 
     def _sample(self, report: Reporter) -> None:
         """Generated text to samples.txt, the only place where training calls generation."""
-        if self.tokenizer is None:
+        model = self._train_step.whole_model()
+        if self.tokenizer is None or model is None or not self._roles.leads:
             return
         from cllm.generate import generate
 
@@ -318,7 +332,7 @@ class Trainer:
         with report.stage("sampling"), self._train_step.evaluation_weights():
             # Where a document begins; without an end-of-text token, as the training text begins.
             start = [int(self.dataset.train.read(0, 1)[0])] if self.tokenizer.eot_id is None else [self.tokenizer.eot_id]
-            text = generate(self.model, self.tokenizer, start, max_tokens=200, temperature=0.8, seed=self.step)[0].text
+            text = generate(model, self.tokenizer, start, max_tokens=200, temperature=0.8, seed=self.step)[0].text
             with open(self.out / "samples.txt", "a", encoding="utf-8") as file:
                 file.write(f"=== step {self.step}\n{text}\n\n")
             self._metrics.text("sample", self.step, text)
@@ -336,12 +350,14 @@ class Trainer:
 
     def _open(self, resume: str | bool, report: Reporter) -> None:
         """Prepares everything for the step to start from: a fresh run's first, or the one after the newest good checkpoint."""
-        self._store = CheckpointStore(self.out / "checkpoints", self.config.train.keep, self.config.train.keep_every)
+        self._store = self._roles.store(self.out / "checkpoints", self.config.train.keep, self.config.train.keep_every)
         self._store.clean()
-        self._writer = CheckpointWriter(self._store, self.config.train.async_checkpoint)
-        if resume is False and self._store.steps():
+        # Several processes write together; that needs them all at the same place.
+        self._writer = CheckpointWriter(self._store, self.config.train.async_checkpoint and self._world is None)
+        steps = self._store.steps()
+        if resume is False and steps:
             raise UserError(f"{self.out} already holds a run. Resume it (resume=True or --resume), or choose another folder with --out.")
-        found = self._store.newest_good(report.say) if self._store.steps() else None
+        found = self._store.newest_good(report.say) if steps else None
         if found is None and resume is True:
             raise CheckpointError(f"{self.out} holds no checkpoint to resume. Start without --resume.")
         if found is not None:
@@ -355,16 +371,18 @@ class Trainer:
         if self.model.recompute != "none":
             report.say(f"the backward computes again: {self.model.recompute} ({why})")
         self._schedule = Schedule(config.optim.learning_rate, config.optim.min_lr, config.optim.warmup, config.train.steps, config.optim.schedule)
-        self._train_step = make_step(self.model, config)
+        self._train_step = make_step(self.model, config, self._roles)
         if self.dataset.val.num_tokens >= 2:
             self._unigram = self.dataset.val.unigram_nats(self.dataset.train)
-        if self.tokenizer is not None:
+        if self.tokenizer is not None and self._roles.leads:
             write_atomic(self.out / "tokenizer.json", self.tokenizer.to_json().encode())
-        write_atomic(self.out / "config.toml", config.to_toml().encode())
-        self._metrics = Metrics(self.out, config.log.tensorboard, config.log.prometheus_port)
+        if self._roles.leads:
+            write_atomic(self.out / "config.toml", config.to_toml().encode())
+            record_environment(self.out)
+        self._metrics = self._roles.metrics(self.out, config.log.tensorboard, config.log.prometheus_port)
         self._metrics.text("config", self.step, config.to_toml())
-        self._diagnostics = Diagnostics(self.model, self._train_step.optimizer.parameters, self.dataset, self.tokenizer, config)
-        record_environment(self.out)
+        parameters = self._train_step.optimizer.parameters if self._roles.looks else {}
+        self._diagnostics = Diagnostics(self.model, parameters, self.dataset, self.tokenizer, config)
         if found is not None:
             self._restore(found)
             report.say(f"resuming after step {self.step:,} from {found.path}")
@@ -389,8 +407,7 @@ class Trainer:
         check_tokenizer(self.tokenizer.hash if self.tokenizer is not None else None, found.state["tokenizer_hash"], self.out)
 
     def _restore(self, found: Checkpoint) -> None:
-        load_weights(self.model, found.weights, found.path)
-        self._train_step.load_state_dict(found.optimizer)
+        self._train_step.restore(found)
         state = found.state
         try:
             self.tokens, self._seconds_before = int(state["tokens"]), float(state["seconds"])
@@ -409,7 +426,7 @@ class Trainer:
     def _save(self, report: Reporter) -> None:
         if self._last_saved == self.step:
             return
-        self._write(report, weights_of(self.model) | (self._train_step.averages() or {}), self._train_step.state_dict())
+        self._write(report, self._train_step.weights(), self._train_step.state_dict())
 
     def _write(self, report: Reporter, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
         state = {
@@ -452,11 +469,11 @@ class Trainer:
         self._finish_writing(report)
 
 
-def make_step(model: Model, config: TrainConfig) -> TrainStep:
-    """The step that a resolved configuration describes."""
+def make_step(model: Model, config: TrainConfig, roles: Roles | None = None) -> TrainStep:
+    """The step that a resolved configuration describes, in one process or in those of `roles`."""
     settings = config.optim
     assert settings.learning_rate is not None
-    return TrainStep(
+    return (TrainStep if roles is None else roles.step)(
         model, config.train.precision, settings.learning_rate, settings.grad_clip,
         weight_decay=settings.weight_decay, betas=(settings.beta1, settings.beta2), eps=settings.eps,
         label_smoothing=settings.label_smoothing, z_loss=settings.z_loss, optimizer=settings.optimizer, momentum=settings.momentum,

@@ -83,6 +83,16 @@ class TrainSection:
     )
     on_gradient: str = setting("warn", "When the gradient explodes or vanishes.", choices=("warn", "stop", "rollback"), result=False)
     on_stall: str = setting("wait", "When nothing moves for log.watchdog_seconds: wait, or end the process.", choices=("wait", "stop"), result=False)
+    parallel: str = setting(
+        "ddp", "How several processes share the work: ddp (each holds the model), fsdp (sharded over all) or hybrid (sharded inside a node).",
+        choices=("ddp", "fsdp", "hybrid"), result=False,
+    )  # fmt: skip
+    shard_size: int | None = setting(
+        None, "Processes that hold one copy of the state in hybrid mode; the processes of one node when open.", at_least=1, example=8, result=False
+    )
+    deterministic: bool = setting(False, "Same bits for any number of processes and any cut of an update's sequences into microbatches.")
+    unit: int = setting(1, "Sequences of one leaf of the deterministic sum, that is of one forward pass then.", at_least=1, example=4)
+    timeout: float = setting(600.0, "Seconds that a process waits for the others before it ends.", above=0.0, example=600, result=False)
     overfit_one_batch: bool = setting(False, "Train on the first batch only: a set-up that works drives its loss below 0.1.")
 
 

@@ -5,7 +5,8 @@ and twelve children each that workers once formed here, now a rule of arithmetic
 in whatever order and with however many workers, the additions are the same and so are the bits.
 """
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 FANOUT = 12
@@ -43,3 +44,39 @@ def sum(parts: Sequence[Any], fanout: int = FANOUT) -> Any:
             grouped.append(total)
         nodes = grouped
     return nodes[0]
+
+
+class Binary:
+    """The tree of fan-out 2 over leaves that come one after the other: `sum(parts, fanout=2)` while only 2 log2(n) values are kept.
+
+    A stack of finished subtrees, as the digits of a binary counter. A worker that holds leaves a to b keeps the complete subtrees among them;
+    pushed in order of their leaves onto one stack, the nodes of all workers make the sum of the whole tree, whoever held which.
+    """
+
+    def __init__(self, add: Callable[[Any, Any], Any] = operator.add) -> None:
+        self._add = add
+        self.nodes: list[tuple[int, int, Any]] = []  # (level, index within the level, sum), from left to right
+
+    def push(self, index: int, value: Any, level: int = 0) -> None:
+        """The next leaf, or the next subtree of 2**level leaves: node `index` of its level."""
+        while index % 2 and self.nodes and self.nodes[-1][:2] == (level, index - 1):
+            value = self._add(self.nodes.pop()[2], value)
+            index, level = index // 2, level + 1
+        self.nodes.append((level, index, value))
+
+    def total(self) -> Any:
+        """The sum of all leaves from leaf 0 on. A node without a right neighbour rises to the next level as it is."""
+        if not self.nodes:
+            raise ValueError("tree.Binary needs at least one leaf")
+        total = self.nodes[-1][2]
+        for _, _, value in reversed(self.nodes[:-1]):
+            total = self._add(value, total)
+        return total
+
+
+def subtrees(first: int, last: int) -> list[tuple[int, int]]:
+    """The complete subtrees (level, index) that leaves first to last - 1 of a binary tree make up, from left to right."""
+    walked = Binary(lambda left, right: None)
+    for leaf in range(first, last):
+        walked.push(leaf, None)
+    return [(level, index) for level, index, _ in walked.nodes]

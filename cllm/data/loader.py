@@ -84,12 +84,15 @@ class Batches:
     def batch(self, index: int) -> Batch:
         """Batch number `index` from 0; the same for the same data, seed, seq_len and batch_size, whoever asks and whatever was asked before."""
         assert index >= 0, index
-        first = index * self.batch_size
+        return self.windows(index * self.batch_size, self.batch_size)
+
+    def windows(self, first: int, count: int) -> Batch:
+        """Windows `first` to `first + count` of the endless sequence as one batch, however they are cut into batches otherwise."""
         if self.shuffle == "random":
             room = self.split.num_tokens - self.seq_len  # starts of windows whose last target is still there
-            starts = [int(raw % room) for raw in _raw_from(self.seed, first, self.batch_size)]
+            starts = [int(raw % room) for raw in _raw_from(self.seed, first, count)]
         else:
-            starts = [self._start(window) for window in range(first, first + self.batch_size)]
+            starts = [self._start(window) for window in range(first, first + count)]
         return _gather(self.split, starts, self.seq_len, self.document_mask, ring=True)
 
     def __getitem__(self, index: int) -> Batch:

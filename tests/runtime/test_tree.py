@@ -66,3 +66,33 @@ def test_tensors_are_summed_and_left_alone():
 def test_nothing_has_no_sum():
     with pytest.raises(ValueError, match="at least one"):
         tree.sum([])
+
+
+@given(st.integers(1, 70), st.integers(1, 9), st.randoms())
+@settings(deadline=None, max_examples=60, derandomize=True)
+def test_runs_of_leaves_summed_apart_give_the_bits_of_the_binary_tree(n, workers, order):
+    """Also where n is no power of two and runs are cut anywhere: what each worker keeps are complete subtrees."""
+    parts = list(np.random.default_rng(n).standard_normal(n).astype(np.float32))
+    cuts = [0, *sorted(order.randrange(n + 1) for _ in range(workers - 1)), n]
+    whole = tree.Binary()
+    for first, last in itertools.pairwise(cuts):
+        mine = tree.Binary()
+        for leaf in range(first, last):
+            mine.push(leaf, parts[leaf])
+        assert [node[:2] for node in mine.nodes] == tree.subtrees(first, last)
+        assert len(mine.nodes) <= 2 * max(1, n.bit_length())
+        for level, index, value in mine.nodes:
+            whole.push(index, value, level)
+    assert whole.total().tobytes() == tree.sum(parts, fanout=2).tobytes()
+
+
+def test_an_order_of_leaves_that_is_not_the_trees_gives_other_bits():
+    """The test above can fail: a plain running sum has another rounding."""
+    found = 0
+    for seed in range(20):
+        parts = list(np.random.default_rng(seed).standard_normal(50).astype(np.float32))
+        running = parts[0]
+        for part in parts[1:]:
+            running = running + part
+        found += running.tobytes() != tree.sum(parts, fanout=2).tobytes()
+    assert found > 10

@@ -1,0 +1,78 @@
+"""Which sequences of an update's batch a process learns from.
+
+The batch of an update is `batch_size x grad_accum` sequences, whatever the number of processes, and a function of (seed, step) alone. It is cut
+into pieces: microbatches of batch_size, or in deterministic mode leaves of `unit` sequences. Each process takes a contiguous run of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cllm.microbatch import Microbatch
+from cllm.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from cllm.data import Batches
+    from cllm.distributed.session import World
+    from cllm.train_config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Share:
+    """`sequences` of an update in pieces of `piece`, for process `rank` of `size`. `dealt`: piece k goes to process k % size, else in runs."""
+
+    sequences: int
+    piece: int
+    rank: int = 0
+    size: int = 1
+    whole_pieces: bool = False
+    dealt: bool = False
+
+    @classmethod
+    def of(cls, config: TrainConfig, world: World | None) -> Share:
+        """Raises UserError where an update has too little for so many processes."""
+        settings = config.train
+        sequences = settings.batch_size * settings.grad_accum
+        rank, size = (0, 1) if world is None else (world.rank, world.size)
+        piece = min(settings.unit, sequences) if settings.deterministic else settings.batch_size
+        share = cls(sequences, piece, rank, size, settings.deterministic, settings.deterministic and settings.parallel != "ddp" and size > 1)
+        most = share.num_pieces if settings.deterministic else sequences
+        if most < size:
+            what = f"leaves of {piece} sequences (unit)" if settings.deterministic else "sequences"
+            raise UserError(
+                f"an update has {most} {what} for {size} processes. Raise batch_size or grad_accum, whose product is the number of sequences of an "
+                "update over all processes, or start fewer processes."
+            )
+        return share
+
+    @property
+    def num_pieces(self) -> int:
+        return -(-self.sequences // self.piece)
+
+    def pieces(self) -> list[tuple[int, int]]:
+        """(first sequence, number of sequences) of each piece of this process."""
+        if self.dealt:
+            chosen = list(range(self.rank, self.num_pieces, self.size))
+        elif self.whole_pieces:
+            chosen = list(range(*self.run_of(self.rank)))
+        else:
+            first, last = (self.sequences * (self.rank + more) // self.size for more in (0, 1))
+            return [(start, min(self.piece, last - start)) for start in range(first, last, self.piece)]
+        return [(number * self.piece, min(self.piece, self.sequences - number * self.piece)) for number in chosen]
+
+    def run_of(self, rank: int) -> tuple[int, int]:
+        """The first piece of a process and the one after its last, where pieces are whole and come in runs."""
+        return self.num_pieces * rank // self.size, self.num_pieces * (rank + 1) // self.size
+
+    @property
+    def rounds(self) -> int:
+        """The most pieces that any process has."""
+        each = self.sequences if not (self.whole_pieces or self.dealt) else self.num_pieces
+        most = -(-each // self.size)
+        return most if self.whole_pieces or self.dealt else -(-most // self.piece)
+
+    def microbatches(self, batches: Batches, step: int) -> list[Microbatch]:
+        """What this process learns from in update number `step`."""
+        found = (batches.windows(step * self.sequences + first, count) for first, count in self.pieces())
+        return [Microbatch(each.tokens, each.targets, each.cu_seqlens) for each in found]

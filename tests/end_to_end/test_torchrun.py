@@ -1,0 +1,137 @@
+"""`torchrun -m cllm train` as a user starts it: it trains, a process that is killed or fails ends all with one message, a restart goes on."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from cllm.checkpoint import CheckpointStore
+
+WORDS = "one two three many more words to learn\nfrom by heart "
+SETTINGS = ("--tokenizer", "char", "--embed-dim", 16, "--num-layers", 1, "--num-heads", 2, "--seq-len", 16, "--batch-size", 2, "--grad-accum", 2,
+            "--eval-every", 100000, "--checkpoint-every", 5, "--threads", 1, "--precision", "fp32", "--set", "log.tensorboard=false",
+            "--set", "train.deterministic=true", "--device", "cpu")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text(WORDS * 60)
+    return path
+
+
+class Torchrun:
+    def __init__(self, text, out, log, *extra, steps, processes=2, launcher=()):
+        self.out, self.log = out, log
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, "--standalone", *launcher,
+                   "-m", "cllm", "train", text, "--out", out, "--steps", steps, *SETTINGS, *extra]  # fmt: skip
+        with open(log, "w") as file:
+            self.process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=subprocess.STDOUT)
+
+    def worker(self, rank):
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if child.environ().get("RANK") == str(rank) and "cllm" in child.cmdline():
+                    return child
+            except psutil.Error:
+                pass
+        raise AssertionError(f"no process {rank}")
+
+    def wait_for_step(self, step, seconds=90):
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and self.process.poll() is None:
+            if (CheckpointStore(self.out / "checkpoints").latest() or 0) >= step:
+                return
+            time.sleep(0.01)
+        raise AssertionError(self.log.read_text()[-3000:])
+
+    def end(self, seconds=90):
+        try:
+            status = self.process.wait(timeout=seconds)
+        finally:
+            if self.process.poll() is None:
+                for child in psutil.Process(self.process.pid).children(recursive=True):
+                    child.kill()
+                self.process.kill()
+        return status, self.log.read_text()
+
+
+def errors(log):
+    return re.findall(r"^error: .*", log, flags=re.M)
+
+
+def bits(out):
+    newest = CheckpointStore(out / "checkpoints").newest_good()
+    digest = hashlib.sha256()
+    for tensors in (newest.weights, newest.optimizer):
+        for name in sorted(tensors):
+            digest.update(name.encode() + tensors[name].numpy().tobytes())
+    return newest.step, digest.hexdigest()
+
+
+@pytest.mark.slow
+def test_killed_processes_are_restarted_and_the_bits_are_those_of_one_undisturbed_process(text, tmp_path):
+    steps = 120
+    run = Torchrun(text, tmp_path / "run", tmp_path / "log", steps=steps, launcher=("--max-restarts", 2))
+    run.wait_for_step(20)
+    run.worker(1).kill()
+    run.wait_for_step(60)
+    run.worker(0).kill()
+    status, log = run.end()
+    assert status == 0, log[-3000:]
+    assert log.count("resuming after step") == 2
+    assert len(errors(log)) == 2 and all("another process of this run ended without a word" in line for line in errors(log))
+    alone = subprocess.run(list(map(str, [sys.executable, "-m", "cllm", "train", text, "--out", tmp_path / "alone", "--steps", steps, *SETTINGS])),
+                           capture_output=True, text=True, timeout=90)  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+    assert bits(tmp_path / "run") == bits(tmp_path / "alone") and bits(tmp_path / "run")[0] == steps
+
+
+def test_an_error_in_one_process_ends_all_with_its_one_message(text, tmp_path):
+    """The disk of the checkpoints fails for process 1 alone: its part cannot be written."""
+    run = Torchrun(text, tmp_path / "run", tmp_path / "log", "--set", "train.parallel=fsdp", steps=100000)
+    run.wait_for_step(5)
+    began = time.monotonic()
+    try:
+        psutil.Process(run.worker(1).pid).rlimit(psutil.RLIMIT_FSIZE, (100, 100))
+    except (psutil.Error, PermissionError, AttributeError):
+        run.process.terminate()
+        pytest.skip("limits of another process cannot be set here")
+    status, log = run.end()
+    assert status != 0 and time.monotonic() - began < 60
+    assert len(errors(log)) == 1, log[-3000:]
+    assert "process 1 of 2: could not write" in errors(log)[0]
+    assert CheckpointStore(tmp_path / "run" / "checkpoints").newest_good().step >= 5
+
+
+def test_a_stop_signal_to_one_process_stops_all_after_the_same_step_with_a_checkpoint(text, tmp_path):
+    run = Torchrun(text, tmp_path / "run", tmp_path / "log", steps=100000)
+    run.wait_for_step(5)
+    run.worker(1).terminate()
+    status, log = run.end()
+    assert status != 0
+    assert len(errors(log)) == 1 and "stopped by SIGTERM after step" in errors(log)[0]
+    step = int(re.search(r"after step ([\d,]+)", errors(log)[0])[1].replace(",", ""))
+    assert CheckpointStore(tmp_path / "run" / "checkpoints").newest_good().step == step
+
+
+def test_a_wrong_option_is_told_once(text, tmp_path):
+    status, log = Torchrun(text, tmp_path / "run", tmp_path / "log", "--set", "train.parallell=fsdp", steps=5).end()
+    assert status != 0 and len(errors(log)) == 1 and "Did you mean 'train.parallel'?" in errors(log)[0]
+
+
+def test_one_process_imports_nothing_of_torch_distributed():
+    """What `import torch` brings along itself is there anyway; none of ours is added."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import cllm.train, cllm.distributed.roles;"
+        "print([name for name in set(sys.modules) - before if name.startswith(('torch.distributed', 'cllm.distributed.'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=dict(os.environ))
+    loaded = set(re.findall(r"'([^']+)'", done.stdout))
+    assert done.returncode == 0, done.stderr
+    assert loaded <= {"cllm.distributed.roles", "cllm.distributed.share"}, loaded

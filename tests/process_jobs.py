@@ -1,0 +1,109 @@
+"""What the processes of the pool are asked to do."""
+
+import hashlib
+from pathlib import Path
+
+from cllm.config import ModelConfig
+from cllm.data import Dataset
+from cllm.model import Model
+from cllm.train import Trainer
+from cllm.train_config import TrainConfig
+
+SETTINGS = {"steps": 6, "seq_len": 16, "batch_size": 3, "grad_accum": 4, "learning_rate": 1e-2, "eval_every": 3, "checkpoint_every": 2,
+            "precision": "fp32", "threads": 1, "tensorboard": False, "classes": False, "layers_every": 0, "grad_clip": 0.5, "watchdog_seconds": 0.0}  # fmt: skip
+
+
+def weights_hash(model):
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def train(world, data, out, settings=None, sizes=None, seed=0, stop_after=None):
+    """One run; (hash of the weights or None, step, training loss, validation loss)."""
+    dataset = Dataset.open(data)
+    sizes = {"embed_dim": 16, "num_layers": 2, "num_heads": 2, "max_seq_len": 32, **(sizes or {})}
+    model = Model(ModelConfig(vocab_size=dataset.tokenizer.vocab_size, **sizes), seed=seed)
+    trainer = Trainer(model, dataset, TrainConfig(**{**SETTINGS, **(settings or {})}), out=Path(out))
+    if stop_after is not None:
+        record = trainer._record
+
+        def recording(result, report):
+            record(result, report)
+            if trainer.step == stop_after:
+                raise Stopped
+
+        trainer._record = recording
+        try:
+            trainer.fit()
+        except Stopped:
+            return None
+        raise AssertionError("the run was not stopped")
+    result = trainer.fit()
+    whole = trainer.whole_model()
+    return None if whole is None else weights_hash(whole), result.step, result.train_loss, result.validation.loss
+
+
+class Stopped(Exception):
+    pass
+
+
+def model_of(data, embed_dim=32, num_layers=2):
+    dataset = Dataset.open(data)
+    sizes = {"embed_dim": embed_dim, "num_layers": num_layers, "num_heads": 2, "max_seq_len": 32}
+    return dataset, Model(ModelConfig(vocab_size=dataset.tokenizer.vocab_size, **sizes))
+
+
+def step_of(world, data, parallel, deterministic=False, embed_dim=32, batch_size=8, shard_size=None):
+    """A step as the Trainer makes it, and the microbatches of its first update."""
+    from cllm.data import Batches
+    from cllm.distributed.roles import Roles
+
+    dataset, model = model_of(data, embed_dim)
+    config = TrainConfig(**{**SETTINGS, "batch_size": batch_size, "grad_accum": 1, "parallel": parallel, "deterministic": deterministic,
+                            "shard_size": shard_size})  # fmt: skip
+    roles = Roles(world, config)
+    roles.store(Path("unused"), 1, 0)
+    return roles.step(model, "fp32", 1e-3, 1.0), roles.share.microbatches(Batches(dataset.train, 16, batch_size), 0)
+
+
+def state_bytes(world, data, parallel):
+    step, _ = step_of(world, data, parallel)
+    optimizer = {name: tensor for name, tensor in step.state_dict().items() if tensor.dim()}
+    return sum(tensor.numel() * tensor.element_size() for tensors in (step.weights(), optimizer) for tensor in tensors.values())
+
+
+def tcp_bytes_sent():
+    """Bytes that this process's TCP connections have sent, as the kernel counts them (struct tcp_info, tcpi_bytes_sent)."""
+    import os
+    import socket
+    import struct
+
+    total = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as each:
+                if each.family not in (socket.AF_INET, socket.AF_INET6) or each.type != socket.SOCK_STREAM:
+                    continue
+                info = each.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                total += struct.unpack_from("Q", info, 200)[0]
+        except OSError:
+            continue
+    return total
+
+
+def update_bytes(world, data, parallel, deterministic=False, shard_size=None):
+    """Bytes that one update sends, and the sizes of the model: (bytes, parameters, parameters of a block, blocks)."""
+    step, microbatches = step_of(world, data, parallel, deterministic, embed_dim=96, batch_size=8, shard_size=shard_size)
+    blocks = list(step.model.backbone.blocks)
+    block = sum(each.numel() for each in blocks[0].parameters())
+    step.run(microbatches)
+    world.sums([0.0])
+    before = tcp_bytes_sent()
+    for _ in range(4):
+        step.run(microbatches)
+    world.sums([0.0])
+    return (tcp_bytes_sent() - before) / 4, sum(each.numel() for each in step.model.parameters()), block, len(blocks)
