@@ -126,6 +126,7 @@ ModelSection: Any = _model_section()
 SECTIONS: dict[str, Any] = {"model": ModelSection, "data": DataSection, "train": TrainSection, "optim": OptimSection, "log": LogSection}
 FIELDS: dict[str, dataclasses.Field] = {f"{name}.{each.name}": each for name, section in SECTIONS.items() for each in dataclasses.fields(section)}
 _HINTS: dict[str, Any] = {f"{name}.{key}": hint for name, section in SECTIONS.items() for key, hint in typing.get_type_hints(section).items()}
+_MODEL_DEFAULTS = {f"model.{each.name}": each.default for each in dataclasses.fields(ModelConfig) if each.default is not dataclasses.MISSING}
 _SHORT = {key.partition(".")[2]: key for key in FIELDS}
 assert len(_SHORT) == len(FIELDS), "keys must be unique over all sections"
 
@@ -236,11 +237,12 @@ class TrainConfig:
 
     def differences(self, other: TrainConfig) -> list[str]:
         """One line for each setting that changes the weights and differs. What was derived here is left out: its inputs are compared instead."""
-        there = other.flat()
+        # A run written before a setting existed ran with its default.
+        here, there = ({key: _MODEL_DEFAULTS.get(key) if value is None else value for key, value in each.flat().items()} for each in (self, other))
         same_steps = self.train.steps == other.train.steps  # then it does not matter whether they were said in epochs
         return [
             f"{key}: {there[key]!r} there, {value!r} here{_from(self.sources[key])}"
-            for key, value in self.flat().items()
+            for key, value in here.items()
             if FIELDS[key].metadata["result"] and value != there[key] and not self.sources[key].startswith("derived")
             and not (key == "train.epochs" and same_steps)
         ]
