@@ -269,6 +269,8 @@ def save(model: Model, path: str | Path, tokenizer: Tokenizer | None = None) -> 
     metadata = {"format": "pt", "cllm_format": str(FORMAT_VERSION), "config": json.dumps(model.config.to_dict(), sort_keys=True)}
     if tokenizer is not None:
         metadata |= {"tokenizer": tokenizer.to_json(), "tokenizer_hash": tokenizer.hash}
+        if tokenizer.settings:
+            metadata["tokenizer_config"] = json.dumps(tokenizer.settings, sort_keys=True)
     metadata["sha256"] = _content_digest(weights, metadata)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -342,7 +344,7 @@ def _load_file(path: Path) -> tuple[Model, Tokenizer | None]:
     if metadata.get("sha256") != _content_digest(weights, metadata):
         raise CheckpointError(f"{path} is damaged: its SHA-256 does not match. Copy it again from its source.")
     model = _build(json.loads(metadata["config"]), weights, path)
-    return model, _tokenizer(metadata["tokenizer"], metadata.get("tokenizer_hash"), path) if "tokenizer" in metadata else None
+    return model, _tokenizer(metadata, path) if "tokenizer" in metadata else None
 
 
 def _build(config: dict[str, Any], weights: Mapping[str, torch.Tensor], where: Path) -> Model:
@@ -366,14 +368,19 @@ def _model_of(checkpoint: Checkpoint) -> tuple[Model, Tokenizer | None]:
     wanted = checkpoint.state.get("tokenizer_hash")
     if wanted is None or not stored.is_file():
         return model, None
-    return model, _tokenizer(stored.read_text(encoding="utf-8"), wanted, stored)
-
-
-def _tokenizer(text: str, wanted: str | None, where: Path) -> Tokenizer:
     from cllm.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.from_json(text)
-    check_tokenizer(tokenizer.hash, wanted, where)
+    tokenizer = Tokenizer.load(stored)
+    check_tokenizer(tokenizer.hash, wanted, stored)
+    return model, tokenizer
+
+
+def _tokenizer(metadata: Mapping[str, str], where: Path) -> Tokenizer:
+    from cllm.tokenizer import Tokenizer
+
+    settings = json.loads(metadata["tokenizer_config"]) if "tokenizer_config" in metadata else None
+    tokenizer = Tokenizer.from_json(metadata["tokenizer"], settings=settings)
+    check_tokenizer(tokenizer.hash, metadata.get("tokenizer_hash"), where)
     return tokenizer
 
 

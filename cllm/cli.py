@@ -243,28 +243,24 @@ def evaluate(
     console.result({"checkpoint": checkpoint, "data": data, **result.to_dict()})
 
 
-@app.command(epilog=_examples("cllm export runs/demo --to hf --out demo-hf/", "cllm export runs/demo --to cllm --out demo.cllm"))
+@app.command(epilog=_examples(
+    "cllm export runs/demo --to hf --out demo-hf/", "cllm export runs/demo --to gguf --type q8_0 --out demo.gguf",
+    "cllm export runs/demo --to cllm --out demo.cllm",
+))
 def export(
     checkpoint: Checkpoint,
-    to: Annotated[str, typer.Option(help="hf (a Hugging Face folder) or cllm (one file).")],
+    to: Annotated[str, typer.Option(help="hf (a Hugging Face folder), gguf (one file for llama.cpp) or cllm (one file).")],
     out: Annotated[Path, typer.Option(help="Folder or file to write.")],
+    type_: Annotated[str | None, typer.Option("--type", help="Numbers to store: f32, f16, bf16 or (gguf) q8_0 [default: as they are; gguf f32].")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a model in another format."""
+    """Write a model in another format. Of a LoRA run, the merged model."""
     console = _open(as_json)
-    if to not in ("hf", "cllm"):
-        raise UserError(f"--to must be hf or cllm, got {to!r}.")
-    model, tokenizer = _load(checkpoint, need_tokenizer=False)
-    if to == "hf":
-        from cllm.interop.hf import save_hf
+    from cllm.interop.export import export as run
 
-        save_hf(model, out, tokenizer=tokenizer)
-    else:
-        from cllm.checkpoint import save
-
-        save(model, out, tokenizer=tokenizer)
-    console.print(f"wrote {out}")
-    console.result({"checkpoint": checkpoint, "format": to, "out": str(out)})
+    written = run(checkpoint, to, out, type_, *_load(checkpoint, need_tokenizer=False))
+    console.print(f"wrote {out} ({written / 1e6:,.2f} MB)")
+    console.result({"checkpoint": checkpoint, "format": to, "type": type_, "out": str(out), "bytes": written})
 
 
 @app.command("import", epilog=_examples("cllm import llama-folder/ --out llama.cllm"))
@@ -273,7 +269,7 @@ def import_(
     out: Annotated[Path, typer.Option(help="The .cllm file to write.")],
     as_json: Json = False,
 ) -> None:
-    """Read a Llama, Qwen3 or GPT-2 folder of Hugging Face's layout into one .cllm file."""
+    """Read a Llama, Mistral, Qwen2, Qwen3 or GPT-2 folder of Hugging Face's layout into one .cllm file."""
     console = _open(as_json)
     from cllm.checkpoint import save
     from cllm.interop.hf import load_hf

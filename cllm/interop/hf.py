@@ -118,7 +118,7 @@ def _tokenizer_config(tokenizer: "Tokenizer", config: ModelConfig) -> dict[str, 
     if tokenizer.eot_id is not None:
         token = tokenizer.token_bytes(tokenizer.eot_id).decode("utf-8", "replace")
         values |= {"bos_token": token, "eos_token": token}
-    return values
+    return values | tokenizer.settings
 
 
 def _read_weights(folder: Path, model: Model, config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
