@@ -28,6 +28,7 @@ from cllm.storage import (
     one_line,
     raw_bytes,
     read_safetensors,
+    read_safetensors_metadata,
     sha256_of,
     tensors_bytes,
     write_atomic,
@@ -47,7 +48,11 @@ WEIGHTS, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensor
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state of a model by name; of tied weights only the first name, as Hugging Face stores them."""
+    """The state of a model by name; of tied weights only the first name, as Hugging Face stores them; under LoRA the adapters alone."""
+    from cllm.lora import adapter_weights, lora_of
+
+    if lora_of(model) is not None:
+        return adapter_weights(model)
     seen: set[tuple[int, torch.Size]] = set()
     weights = {}
     for name, tensor in model.state_dict().items():
@@ -362,6 +367,8 @@ def _build(config: dict[str, Any], weights: Mapping[str, torch.Tensor], where: P
 
 
 def _model_of(checkpoint: Checkpoint) -> tuple[Model, Tokenizer | None]:
+    if checkpoint.state.get("lora"):
+        return _merged(checkpoint)
     model = _build(checkpoint.state["model"], checkpoint.weights, checkpoint.path)
     # runs/NAME/checkpoints/step-N: the tokenizer belongs to the run. A checkpoint that was copied elsewhere has none.
     stored = checkpoint.path.resolve().parent.parent / "tokenizer.json"
@@ -373,6 +380,20 @@ def _model_of(checkpoint: Checkpoint) -> tuple[Model, Tokenizer | None]:
     tokenizer = Tokenizer.load(stored)
     check_tokenizer(tokenizer.hash, wanted, stored)
     return model, tokenizer
+
+
+def _merged(checkpoint: Checkpoint) -> tuple[Model, Tokenizer | None]:
+    """The run's base with the adapters of this checkpoint added."""
+    from cllm.lora import LoraConfig, add_lora, merge_lora
+
+    base, lora = checkpoint.path.resolve().parent.parent / "base.cllm", LoraConfig.from_dict(checkpoint.state["lora"])
+    if not base.is_file():
+        raise CheckpointError(f"{checkpoint.path} holds LoRA adapters alone, and the weights that they belong to are missing: {base}. Keep both in one run.")
+    if read_safetensors_metadata(base).get("sha256") != lora.base:
+        raise CheckpointError(f"{base} is not the file that the adapters in {checkpoint.path} were trained on (its SHA-256 differs).")
+    model, tokenizer = _load_file(base)
+    load_weights(add_lora(model, lora), checkpoint.weights, checkpoint.path)
+    return merge_lora(model), tokenizer
 
 
 def _tokenizer(metadata: Mapping[str, str], where: Path) -> Tokenizer:

@@ -72,12 +72,15 @@ def _load(path: str, need_tokenizer: bool = True, weights: str | None = None, de
 @app.command(epilog=_examples(
     "cllm train books/", "cllm train notes.txt --preset cllm-5m --epochs 3 --out runs/notes",
     "cllm train books/ --plan", "cllm train books/ --set optim.beta2=0.99", "cllm train --resume --out runs/books",
+    "cllm train chats.jsonl --from runs/books --lora-rank 8",
 ))
 def train(
-    data: Annotated[str | None, typer.Argument(help="Folder of text or source code, a file, JSONL, or a packed token folder.")] = None,
+    data: Annotated[str | None, typer.Argument(help="Folder of text or source code, a file, JSONL (chats too), or a packed token folder.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the run lives [default: runs/ + the name of the data].")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with settings; flags win over it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out with its own settings; an error if there is none.")] = False,
+    from_: Annotated[str | None, typer.Option("--from", help="Start from this model and its tokenizer: a run, .cllm file or Hugging Face folder.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="With --from: train LoRA adapters of this rank instead of all weights.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="bpe or char (trained on the data), or a tokenizer.json.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     threads: Threads = None,
@@ -115,6 +118,7 @@ def train(
     console = _open(as_json)
     for name in ("data", "out", "config", "resume", "plan", "set_", "as_json"):
         flags.pop(name)
+    flags["start_from"] = flags.pop("from_")
     flags["overfit_one_batch"] = overfit_one_batch or None
     if data is not None:
         flags["data.path"] = data

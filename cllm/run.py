@@ -16,6 +16,7 @@ from cllm.train_config import TrainConfig
 if TYPE_CHECKING:
     from cllm.data import Dataset
     from cllm.model import Model
+    from cllm.tokenizer import Tokenizer
 
 SAMPLE_TOKENS = 160
 
@@ -40,18 +41,26 @@ def train_run(
     out = out or default_run(config.data.path)
     with runtime.use(threads=config.train.threads):
         console.print(runtime.describe().brief())
-        dataset = _prepare(config, out, console)
+        from cllm.finetune import adapt, start
         from cllm.model import Model
 
-        model_config = config.model_config(_vocabulary_rows(dataset.tokenizer.vocab_size))
+        started = start(config, out)
+        if started is not None:
+            config, model, tokenizer = started
+            dataset = _prepare(config, out, console, tokenizer)
+        else:
+            dataset = _prepare(config, out, console)
+            model = Model(config.model_config(_vocabulary_rows(dataset.tokenizer.vocab_size)), seed=config.train.seed)
+        model_config = model.config
         config = config.resolve(model_config, dataset.train.num_tokens)
         _print_settings(config, model_config, dataset, console)
         if plan_only:
-            _plan(Model(model_config, seed=config.train.seed), config, dataset, console)
+            _plan(model, config, dataset, console)
             return
         from cllm.train import Trainer
 
-        trainer = Trainer(Model(model_config, seed=config.train.seed), dataset, config, out=out, tokenizer=dataset.tokenizer)
+        model = adapt(config, model, dataset.tokenizer, out)
+        trainer = Trainer(model, dataset, config, out=out, tokenizer=dataset.tokenizer)
         result = trainer.fit(resume=True if resume else "auto")
         sample = _sample(trainer.model, dataset.tokenizer)
     console.print(f"\nA sample, starting from nothing:\n\n{_indented(sample)}\n")
@@ -74,16 +83,20 @@ def _vocabulary_rows(tokens: int) -> int:
     return tokens if tokens < 1024 else -(-tokens // 64) * 64
 
 
-def _prepare(config: TrainConfig, out: Path, console: Console) -> "Dataset":
+def _prepare(config: TrainConfig, out: Path, console: Console, tokenizer: "Tokenizer | None" = None) -> "Dataset":
     from cllm.data import prepare
+    from cllm.data.chat import is_chat, prepare_chat
 
     settings = config.data
+    if is_chat(settings.path):
+        if tokenizer is None:
+            raise UserError(f"{settings.path} holds chats, which teach a trained model to answer. Give the model with --from.")
+        return prepare_chat(settings.path, out / "data", tokenizer, settings.val_fraction, log=console.print)
     names = [part.strip() for part in settings.exclude.split(",") if part.strip()]
-    dataset = prepare(
-        settings.path, out / "data", tokenizer=settings.tokenizer, vocab_size=settings.vocab_size, val_fraction=settings.val_fraction,
+    return prepare(
+        settings.path, out / "data", tokenizer=tokenizer or settings.tokenizer, vocab_size=settings.vocab_size, val_fraction=settings.val_fraction,
         exclude=[Path(settings.path) / name for name in names], log=console.print,
     )
-    return dataset
 
 
 def _print_settings(config: TrainConfig, model: ModelConfig, dataset: "Dataset", console: Console) -> None:

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 from cllm import runtime
 from cllm.checkpoint import Checkpoint, CheckpointStore, check_tokenizer, load_weights, weights_of
 from cllm.data import Batches
+from cllm.data.chat import ChatBatches, ChatSplit
 from cllm.device import choose_recompute, explained_out_of_memory, resolve
 from cllm.evaluate import Evaluation, evaluate
+from cllm.lora import lora_state
 from cllm.metrics import Metrics
 from cllm.monitor import BestLoss, Interrupted, NonFinitePolicy, RunLock, StopSignals
 from cllm.reporter import Reporter
@@ -248,7 +250,7 @@ class Trainer:
         if self.dataset.val.num_tokens >= 2:
             self._unigram = self.dataset.val.unigram_nats(self.dataset.train)
         if self.tokenizer is not None:
-            write_atomic(self.out / "tokenizer.json", self.tokenizer.to_json().encode())
+            self.tokenizer.save(self.out / "tokenizer.json")
         write_atomic(self.out / "config.toml", config.to_toml().encode())
         self._metrics = Metrics(self.out, config.log.tensorboard)
         if found is not None:
@@ -297,16 +299,18 @@ class Trainer:
             "tokenizer_hash": self.tokenizer.hash if self.tokenizer is not None else None, "data": self._data_identity(),
             "tokens": self.tokens, "seconds": self._seconds_before + report.seconds, "best": self._best.to_dict(),
             "skipped": self._nonfinite.skipped, "skipped_in_a_row": self._nonfinite.in_a_row, "last_evaluation": self._last_evaluation,
-            "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "lora": lora_state(self.model), "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         with report.stage(f"writing a checkpoint ({(tensors_bytes(weights) + tensors_bytes(optimizer)) / 1e6:,.0f} MB)"):
             self._store.save(self.step, weights, optimizer, state)
         self._last_saved = self.step
 
 
-def make_batches(split: TokenSplit, config: TrainConfig) -> Batches:
+def make_batches(split: TokenSplit, config: TrainConfig) -> Batches | ChatBatches:
     """The training batches that a configuration describes: a pure function of its seed and the batch's number."""
     settings = config.train
+    if isinstance(split, ChatSplit):
+        return ChatBatches(split, settings.seq_len, settings.batch_size, settings.seed)
     return Batches(
         split, settings.seq_len, settings.batch_size, settings.seed, shuffle=config.data.shuffle, document_mask=config.data.document_mask
     )

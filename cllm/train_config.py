@@ -87,6 +87,14 @@ class OptimSection:
 
 
 @dataclass(frozen=True)
+class FinetuneSection:
+    start_from: str = setting("", "Model to start from: a run, a .cllm file or a Hugging Face folder (--from); empty starts from nothing.")
+    lora_rank: int = setting(0, "Rank of LoRA adapters, which alone are trained; 0 trains all weights.", at_least=0, example=8)
+    lora_alpha: float = setting(0.0, "Adapters are multiplied by lora_alpha / lora_rank; 0 is twice the rank.", at_least=0.0, example=16)
+    lora_targets: str = setting("all", "Matrices that get adapters: all of the blocks, or those of attention.", choices=("all", "attention"))
+
+
+@dataclass(frozen=True)
 class LogSection:
     metrics_every: int = setting(1, "Steps between two rows of metrics.jsonl.", at_least=1, example=1, result=False)
     tensorboard: bool = setting(True, "Write TensorBoard events where tensorboardX is installed.", result=False)
@@ -123,7 +131,7 @@ def _model_section() -> type:
 
 
 ModelSection: Any = _model_section()
-SECTIONS: dict[str, Any] = {"model": ModelSection, "data": DataSection, "train": TrainSection, "optim": OptimSection, "log": LogSection}
+SECTIONS: dict[str, Any] = {"model": ModelSection, "data": DataSection, "train": TrainSection, "optim": OptimSection, "log": LogSection, "finetune": FinetuneSection}
 FIELDS: dict[str, dataclasses.Field] = {f"{name}.{each.name}": each for name, section in SECTIONS.items() for each in dataclasses.fields(section)}
 _HINTS: dict[str, Any] = {f"{name}.{key}": hint for name, section in SECTIONS.items() for key, hint in typing.get_type_hints(section).items()}
 _MODEL_DEFAULTS = {f"model.{each.name}": each.default for each in dataclasses.fields(ModelConfig) if each.default is not dataclasses.MISSING}
@@ -187,6 +195,7 @@ class TrainConfig:
     train: TrainSection
     optim: OptimSection
     log: LogSection
+    finetune: FinetuneSection
     sources: Mapping[str, str] = dataclasses.field(compare=False, repr=False)
 
     def __init__(self, *, sources: Mapping[str, str] | None = None, **values: Any) -> None:

@@ -10,12 +10,22 @@ import sys
 
 def main() -> None:
     import llama_cpp
+    import llama_cpp.llama_cpp as low
 
+    defaults = low.llama_model_default_params
+
+    def plain() -> object:
+        """Without weights rearranged for AMX tiles: those kernels crash where tiles are not granted to the process."""
+        parameters = defaults()
+        parameters.use_extra_bufts = False
+        return parameters
+
+    low.llama_model_default_params = plain
     asked = json.load(sys.stdin)
-    # Full precision where there is a choice; -1: what the file says, where the Python package puts its own 32 and 1.
+    # Full precision where there is a choice.
     model = llama_cpp.Llama(
-        asked["model"], n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False, logits_all=True, type_k=0, type_v=0, flash_attn=False,
-        n_gpu_layers=0, yarn_beta_fast=-1.0, yarn_beta_slow=-1.0,
+        asked["model"], n_ctx=128, n_threads=1, n_threads_batch=1, verbose=False, logits_all=True, type_k=0, type_v=0, flash_attn=False,
+        n_gpu_layers=0,
     )  # fmt: skip
     answer = {}
     if "texts" in asked:

@@ -107,6 +107,8 @@ def _architecture(config: ModelConfig) -> str:
         "sliding_window": config.window_or_none is not None,
         "activation": config.activation != activation,
         "rope_attention_factor": config.rope_scaling == "yarn" and not _has_usual_attention_factor(config),
+        "rope_slow": config.rope_scaling == "yarn" and config.rope_slow != 1.0,  # there settings of who runs the model, not of the file
+        "rope_fast": config.rope_scaling == "yarn" and config.rope_fast != 32.0,
         "rope_scaling": config.rope_scaling == "llama3" and name != "llama",
     }
     found = ", ".join(f"{setting}={getattr(config, setting)!r}" for setting, is_wrong in wrong.items() if is_wrong)
@@ -141,8 +143,6 @@ def _write_shape(writer: Any, config: ModelConfig, gguf: Any) -> None:
         writer.add_rope_scaling_factor(config.rope_factor)
     if config.rope_scaling == "yarn":
         writer.add_rope_scaling_orig_ctx_len(config.rope_original_len)
-        writer.add_rope_scaling_yarn_beta_fast(config.rope_fast)
-        writer.add_rope_scaling_yarn_beta_slow(config.rope_slow)
 
 
 def _tensors(model: Model, architecture: str) -> Iterator[tuple[str, Tensor]]:

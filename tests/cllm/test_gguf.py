@@ -15,6 +15,7 @@ import pytest
 import torch
 from command import cllm
 
+from cllm import runtime
 from cllm.config import ModelConfig
 from cllm.generate import generate
 from cllm.interop.gguf import save_gguf
@@ -32,7 +33,6 @@ FAMILIES = {
     "qwen2": {"num_kv_heads": 2, "attention_bias": True},
     "qwen3": {"num_kv_heads": 2, "qk_norm": True},
     "yarn": {"qk_norm": True, "rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_len": 32},
-    "yarn-ramp": {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_len": 32, "rope_fast": 4.0, "rope_slow": 0.5},
     "gpt2": {"norm": "layer"},
 }
 
@@ -50,10 +50,11 @@ def trained(tokenizer, steps=40, **changes):
             for block in model.model.layers:
                 for projection in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj):
                     projection.bias.normal_(0, 0.5, generator=torch.Generator().manual_seed(0))
-    ids = torch.tensor(tokenizer.encode(TEXT)[: 4 * 65]).view(4, 65)
+    ids = torch.tensor(tokenizer.encode(TEXT)[: 2 * 65]).view(2, 65)
     step = TrainStep(model, learning_rate=5e-3)
-    for _ in range(steps):
-        step(ids[:, :-1], ids[:, 1:])
+    with runtime.use(threads=1):
+        for _ in range(steps):
+            step(ids[:, :-1], ids[:, 1:])
     return model
 
 
@@ -80,7 +81,7 @@ def test_llama_cpp_writes_the_same_greedy_tokens_with_the_same_logits(family, to
     pytest.importorskip("gguf", reason="gguf is not installed (the extra export)")
     model = trained(tokenizer, **FAMILIES[family])
     ids, ours, expected = ours_on(model, tokenizer)
-    assert len(set(expected)) > 10
+    assert len(set(expected)) > 5
     theirs = llama(save_gguf(model, tmp_path / "m.gguf", tokenizer), ids=ids, count=len(expected))
     # GPT-2's GELU comes from a table of 16-bit floats there.
     np.testing.assert_allclose(theirs["logits"], ours, atol=0.05 if family == "gpt2" else 2e-3)
@@ -91,7 +92,7 @@ def test_llama_cpp_writes_the_same_greedy_tokens_with_the_same_logits(family, to
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_smaller_types_write_the_same_greedy_tokens(kind, atol, family, tokenizer, tmp_path):
     pytest.importorskip("gguf", reason="gguf is not installed (the extra export)")
-    model = trained(tokenizer, steps=80, **FAMILIES[family])
+    model = trained(tokenizer, steps=60, **FAMILIES[family])
     whole, small = save_gguf(model, tmp_path / "f32.gguf", tokenizer), save_gguf(model, tmp_path / "m.gguf", tokenizer, kind)
     assert small.stat().st_size < whole.stat().st_size * (0.45 if kind == "q8_0" else 0.65)
     ids, ours, expected = ours_on(model, tokenizer)
@@ -131,6 +132,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused_by_name(tokenizer, tm
         ({"norm": "layer", "activation": "relu2"}, "gpt2 models do not have activation='relu2'"),
         ({"qk_norm": True, "rope_scaling": "llama3", "rope_factor": 2.0}, "rope_scaling='llama3'"),
         ({"rope_scaling": "yarn", "rope_factor": 2.0, "rope_attention_factor": 1.0}, "rope_attention_factor=1.0"),
+        ({"rope_scaling": "yarn", "rope_factor": 2.0, "rope_fast": 16.0}, "rope_fast=16.0"),
     ):
         with pytest.raises(UserError, match=message):
             save_gguf(Model(ModelConfig(vocab_size=rows, **SHAPE, **changes)), tmp_path / "m.gguf", tokenizer)
