@@ -8,12 +8,14 @@ Words in a message are never read as a special token: a user who writes "<|end|>
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cllm.runtime.errors import DataError, UserError
 
 if TYPE_CHECKING:
+    from cllm.console import Console
+    from cllm.model import Model
     from cllm.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -89,6 +91,28 @@ def end_of_turn(tokenizer: Tokenizer) -> str | None:
     rest = render(messages, False)[len(render(messages[:1], True)) :].partition("b")[2]
     found = re.search("|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True))), rest)
     return None if found is None else found[0]
+
+
+def converse(console: Console, model: Model, tokenizer: Tokenizer, lines: Iterable[str], system: str | None, **options: Any) -> list[dict[str, str]]:
+    """Answers each line and returns the whole conversation; options as in `cllm.generate`. UserError for a model without a chat template."""
+    from cllm.generate import stream
+
+    if tokenizer.chat_template is None:
+        raise UserError("this model has no chat template: it was not taught to chat. Teach it with: cllm train CHATS.jsonl --from MODEL")
+    end = end_of_turn(tokenizer)
+    speaker = tokenizer if end is None else tokenizer.with_end(end)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for line in lines:
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line.strip()})
+        answer = ""
+        for piece in stream(model, speaker, encode_prompt(tokenizer, messages), truncate_prompt=True, **options):
+            console.print(piece, end="")
+            answer += piece
+        console.print()
+        messages.append({"role": "assistant", "content": answer})
+    return messages
 
 
 def _renderer(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> Callable[[Sequence[dict[str, str]], bool], str]:

@@ -388,7 +388,9 @@ def _merged(checkpoint: Checkpoint) -> tuple[Model, Tokenizer | None]:
 
     base, lora = checkpoint.path.resolve().parent.parent / "base.cllm", LoraConfig.from_dict(checkpoint.state["lora"])
     if not base.is_file():
-        raise CheckpointError(f"{checkpoint.path} holds LoRA adapters alone, and the weights that they belong to are missing: {base}. Keep both in one run.")
+        raise CheckpointError(
+            f"{checkpoint.path} holds LoRA adapters alone, and the weights that they belong to are missing: {base}. Keep both in one run."
+        )
     if read_safetensors_metadata(base).get("sha256") != lora.base:
         raise CheckpointError(f"{base} is not the file that the adapters in {checkpoint.path} were trained on (its SHA-256 differs).")
     model, tokenizer = _load_file(base)

@@ -79,7 +79,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Where the run lives [default: runs/ + the name of the data].")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with settings; flags win over it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out with its own settings; an error if there is none.")] = False,
-    from_: Annotated[str | None, typer.Option("--from", help="Start from this model and its tokenizer: a run, .cllm file or Hugging Face folder.")] = None,
+    from_: Annotated[str | None, typer.Option("--from", help="Start from this model and its tokenizer: a run, .cllm or Hugging Face folder.")] = None,
     lora_rank: Annotated[int | None, typer.Option(help="With --from: train LoRA adapters of this rank instead of all weights.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="bpe or char (trained on the data), or a tokenizer.json.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
@@ -216,6 +216,29 @@ def generate(
     })
 
 
+@app.command(epilog=_examples("cllm chat runs/helper", "cllm chat runs/helper --system 'Answer in one sentence.'"))
+def chat(
+    checkpoint: Checkpoint,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="Same seed, same answers.")] = 0,
+    weights: Weights = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Talk with a model that was taught on chats: each line of standard input gets an answer, until it ends (Ctrl-D)."""
+    console = _open(as_json)
+    from cllm import runtime
+    from cllm.chat import converse
+
+    with runtime.use(threads=threads):
+        model, tokenizer = _load(checkpoint, weights=weights, device=device)
+        messages = converse(console, model, tokenizer, sys.stdin, system, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    console.result({"messages": messages})
+
+
 @app.command(epilog=_examples("cllm evaluate runs/demo more-text/"))
 def evaluate(
     checkpoint: Checkpoint,
@@ -255,7 +278,7 @@ def export(
     checkpoint: Checkpoint,
     to: Annotated[str, typer.Option(help="hf (a Hugging Face folder), gguf (one file for llama.cpp) or cllm (one file).")],
     out: Annotated[Path, typer.Option(help="Folder or file to write.")],
-    type_: Annotated[str | None, typer.Option("--type", help="Numbers to store: f32, f16, bf16 or (gguf) q8_0 [default: as they are; gguf f32].")] = None,
+    type_: Annotated[str | None, typer.Option("--type", help="Numbers: f32, f16, bf16 or (gguf) q8_0 [default: as they are; gguf f32].")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a model in another format. Of a LoRA run, the merged model."""

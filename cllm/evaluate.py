@@ -58,7 +58,9 @@ def evaluate(
         raise UserError(f"seq_len must be within 1 and {model.config.max_seq_len} and batch_size >= 1, got {seq_len} and {batch_size}.")
     nats, correct, num_targets, done = 0.0, 0, 0, 0
     device = model.embedding_weight.device
-    for batch in ChatWindows(split, seq_len, batch_size) if isinstance(split, ChatSplit) else Windows(split, seq_len, batch_size, document_mask=document_mask):
+    given = seq_len, batch_size
+    windows = ChatWindows(split, *given) if isinstance(split, ChatSplit) else Windows(split, *given, document_mask=document_mask)
+    for batch in windows:
         count = int((batch.targets != IGNORED).sum())
         bounds = None if batch.cu_seqlens is None else batch.cu_seqlens.to(device)
         _, stats = model.loss(batch.tokens.to(device), batch.targets.to(device), cu_seqlens=bounds, return_stats=True)

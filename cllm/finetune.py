@@ -38,7 +38,7 @@ def start(config: TrainConfig, out: Path) -> tuple[TrainConfig, Model, Tokenizer
     where = Path(settings.start_from) if not started else base if settings.lora_rank else out
     model, tokenizer = load(where)
     if tokenizer is None:
-        raise DataError(f"{where} holds no tokenizer, so DATA cannot be read as its tokens. Save the model with it: cllm.save(model, path, tokenizer=...).")
+        raise DataError(f"{where} holds no tokenizer, so DATA cannot become its tokens. Save it with one: cllm.save(model, path, tokenizer=...).")
     model = model.float()
     _check(config, model)
     if config.sources["train.seq_len"] == "default" and config.train.seq_len > model.config.max_seq_len:

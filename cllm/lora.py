@@ -128,6 +128,6 @@ def merge_lora(model: Model) -> Model:
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Weights, Adapter]]:
     for name, module in model.named_modules():
         if isinstance(module, Weights) and parametrize.is_parametrized(module, "weight"):
-            adapter = module.parametrizations["weight"][0]  # type: ignore[index, union-attr]
+            adapter = module.parametrizations["weight"][0]  # type: ignore[index]
             assert isinstance(adapter, Adapter)
             yield name, module, adapter

@@ -99,6 +99,10 @@ class Tokenizer:
             raise UserError('The special tokens of a "bpe" tokenizer have fixed ids; `specials` is for kind="char".')
         return cls(_train_bpe(stream, vocab_size, pre_tokenizer))
 
+    def with_end(self, name: str) -> "Tokenizer":
+        """The same tokenizer with this token as the end of a text."""
+        return Tokenizer(self._content, self.settings | {"eos_token": name})
+
     @classmethod
     def from_json(cls, text: str, name: str = "tokenizer", settings: dict[str, Any] | None = None) -> "Tokenizer":
         """The tokenizer in the text of a tokenizer.json, with `settings` of its tokenizer_config.json; DataError when it is not one."""

@@ -14,7 +14,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +21,14 @@ import torch
 from cllm.chat import Part, check_messages, encode_conversation, with_template
 from cllm.data.dataset import FORMAT, VERSION, Dataset, read_info
 from cllm.data.loader import IGNORE, Batch
+from cllm.data.prepare import _Progress as Steps
 from cllm.data.shards import ShardWriter, TokenSplit, folder_written_atomically, write_atomically
-from cllm.runtime import progress
 from cllm.runtime.errors import DataError
 from cllm.tokenizer import Tokenizer
 
 CHAT_VERSION = 1
 SPLITS = ("train", "val")
+EXAMPLE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 
 
 def is_chat(path: str | os.PathLike[str]) -> bool:
@@ -91,8 +91,9 @@ def prepare_chat(
         state = "done"
         _pack(Path(path), folder, key, tokenizer, val_fraction, tell)
     train, val = (ChatSplit(folder / name, tokenizer.hash) for name in SPLITS)
-    tell(f"chats: train {train.num_documents:,} conversations of {train.num_tokens:,} tokens, val {val.num_documents:,} of {val.num_tokens:,} ({state})")
-    return Dataset(folder, train, val, tokenizer, read_info(folder), [("chats", state, f"{train.num_documents + val.num_documents:,} conversations")])
+    words = f"train {train.num_documents:,} conversations of {train.num_tokens:,} tokens, val {val.num_documents:,} of {val.num_tokens:,}"
+    tell(f"chats: {words} ({state})")
+    return Dataset(folder, train, val, tokenizer, read_info(folder), [("chats", state, words)])
 
 
 def _holds(folder: Path, key: str) -> bool:
@@ -128,10 +129,11 @@ def _pack(path: Path, folder: Path, key: str, tokenizer: Tokenizer, val_fraction
             shown = ", ".join(map(str, lines[:5])) + (" and more" if len(lines) > 5 else "")
             tell(f"  left out {len(lines):,} lines of {path.name} ({shown}): {reason}")
         if not writers[0].num_documents:
-            raise DataError(f'{path} holds no conversation to learn from. Expected lines like {{"messages": [{{"role": "user", "content": "..."}}, ...]}}.')
+            raise DataError(f"{path} holds no conversation to learn from. Expected lines like {EXAMPLE}")
         info = {
             "format": FORMAT, "version": VERSION, "kind": "chat", "key": key, "tokenizer": tokenizer.hash, "val_fraction": val_fraction,
-            "num_documents": writers[0].num_documents + writers[2].num_documents, "skipped": {reason: len(lines) for reason, lines in skipped.items()},
+            "num_documents": writers[0].num_documents + writers[2].num_documents,
+            "skipped": {reason: len(lines) for reason, lines in skipped.items()},
         }  # fmt: skip
         tokenizer.save(temporary / "tokenizer.json")
         write_atomically(temporary / "dataset.json", json.dumps(info, indent=1).encode("utf-8"))
@@ -142,11 +144,11 @@ def _conversations(
 ) -> Iterator[tuple[int, int, list[Part]]]:
     """(line, 0 train or 1 validation, parts) of every good line. The side is the hash of the conversation: equal ones never lie on both."""
     size = path.stat().st_size
-    with open(path, "rb") as lines, progress.Progress(size, "Reading chats") as bar:
+    with open(path, "rb") as lines, Steps(None) as bar:
         done = 0
         for number, line in enumerate(lines, 1):
             done += len(line)
-            bar.update(done)
+            bar("Reading chats", done, size)
             if not line.strip():
                 continue
             try:

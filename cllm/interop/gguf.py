@@ -237,7 +237,7 @@ def _pre_tokenizer(content: dict[str, Any]) -> str:
             return known[patterns[0]]
     if [step.get("type") for step in steps] == ["Split", "ByteLevel"] and patterns == [_QWEN2]:
         return "qwen2"  # Its NFC normalisation is left out there, as for every Qwen2: text in decomposed characters is cut otherwise.
-    raise UserError("llama.cpp does not know this tokenizer's way of splitting text into words (known: gpt-2, llama-bpe, qwen2). Export with --to hf.")
+    raise UserError("llama.cpp does not know this tokenizer's way of splitting text into words (known: gpt-2, llama-bpe, qwen2). Use --to hf.")
 
 
 def _write_vocabulary(writer: Any, vocabulary: dict[str, Any]) -> None:

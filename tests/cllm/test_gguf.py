@@ -24,7 +24,7 @@ from cllm.runtime.errors import UserError
 from cllm.step import TrainStep
 from cllm.tokenizer import Tokenizer
 
-TEXT = "".join(f"def add_{name}(a, b):\n    return a + b  # naïve – {name} is 12345\n\n" for name in ("one", "two", "three", "four")) * 4
+TEXT = "".join(f"def add_{name}(a, b):\n    return a + b  # naïve — {name} is 12345\n\n" for name in ("one", "two", "three", "four")) * 4
 SHAPE = {"embed_dim": 64, "num_layers": 2, "num_heads": 4, "max_seq_len": 128}
 FAMILIES = {
     "llama": {"num_kv_heads": 2, "tie_embeddings": False, "head_dim": 32},
@@ -106,7 +106,7 @@ def test_llama_cpp_cuts_text_into_the_same_tokens_and_puts_it_together_again(pre
     pytest.importorskip("gguf", reason="gguf is not installed (the extra export)")
     tokenizer = Tokenizer.train([TEXT], vocab_size=384, pre_tokenizer=pre_tokenizer)
     model = Model(ModelConfig(vocab_size=tokenizer.vocab_size, **SHAPE))
-    texts = [TEXT[:300], "I'll  go\n\n\n  12345 – naïve 漢字 🙂\t!", " x", "<|endoftext|>"]
+    texts = [TEXT[:300], "I'll  go\n\n\n  12345 — naïve 漢字 🙂\t!", " x", "<|endoftext|>"]
     theirs = llama(save_gguf(model, tmp_path / "m.gguf", tokenizer), texts=texts)
     assert theirs["tokens"] == [tokenizer.encode(text) for text in texts]
     assert [bytes(each) for each in theirs["bytes"]] == [text.encode() for text in texts]
@@ -115,7 +115,7 @@ def test_llama_cpp_cuts_text_into_the_same_tokens_and_puts_it_together_again(pre
 
 def test_characters_become_a_byte_level_tokenizer(tmp_path):
     pytest.importorskip("gguf", reason="gguf is not installed (the extra export)")
-    text = "Où? 漢字 to be – 🙂\n"
+    text = "Où? 漢字 to be — 🙂\n"
     tokenizer = Tokenizer.train([text], kind="char", specials=("<|endoftext|>",))
     model = Model(ModelConfig(vocab_size=tokenizer.vocab_size, **SHAPE))
     theirs = llama(save_gguf(model, tmp_path / "m.gguf", tokenizer), texts=[text * 2])
