@@ -35,6 +35,8 @@ def start(config: TrainConfig, out: Path) -> tuple[TrainConfig, Model, Tokenizer
         return None
     started = bool(CheckpointStore(out / "checkpoints").steps())
     base = out / BASE
+    if started and settings.lora_rank and not base.is_file():
+        raise UserError(f"{out} holds a run without LoRA (it has no {BASE}). Leave out --lora-rank, or choose another --out.")
     where = Path(settings.start_from) if not started else base if settings.lora_rank else out
     model, tokenizer = load(where)
     if tokenizer is None:

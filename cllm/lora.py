@@ -109,7 +109,7 @@ def lora_state(model: nn.Module) -> dict[str, Any] | None:
 
 
 def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters under the names of Hugging Face's PEFT, `model.layers.0.self_attn.q_proj.lora_A.weight`."""
+    """The adapters named as in Hugging Face's PEFT without its prefix: `layers.0.self_attn.q_proj.lora_A.weight` after the backbone's name."""
     return {
         f"{name}.{part}.weight": getattr(adapter, part).detach() for name, _, adapter in _adapted(model) for part in ("lora_A", "lora_B")
     }  # fmt: skip

@@ -141,6 +141,9 @@ _SHORT = {key.partition(".")[2]: key for key in FIELDS}
 assert len(_SHORT) == len(FIELDS), "keys must be unique over all sections"
 
 
+_FLAGS = {"start_from": "from"}  # a word of Python's own, which no field can be called
+
+
 def full_key(key: str, source: str = "") -> str:
     """The `section.key` of a key with or without its section or written as a flag; UserError with the nearest name for an unknown one."""
     plain = key.removeprefix("--").replace("-", "_")
@@ -280,7 +283,7 @@ class TrainConfig:
                 put(0, key, value, f"file {file}")
         for key, value in (flags or {}).items():
             if value is not None:
-                put(1, key, value, "DATA" if key == "data.path" else "--" + key.rpartition(".")[2].replace("_", "-").lstrip("-"))
+                put(1, key, value, "DATA" if key == "data.path" else "--" + _FLAGS.get(key, key.rpartition(".")[2]).replace("_", "-").lstrip("-"))
         for text in sets:
             key, equals, value = text.partition("=")
             if not equals:

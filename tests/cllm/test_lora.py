@@ -10,9 +10,10 @@ from cllm.checkpoint import load_weights, weights_of
 from cllm.config import ModelConfig
 from cllm.data import prepare
 from cllm.finetune import adapt, start
+from cllm.interop.hf import save_hf
 from cllm.lora import LoraConfig, add_lora, lora_of, merge_lora
 from cllm.model import Model
-from cllm.runtime.errors import CheckpointError, UserError
+from cllm.runtime.errors import CheckpointError, DataError, UserError
 from cllm.step import TrainStep
 from cllm.tokenizer import Tokenizer
 from cllm.train import Trainer
@@ -169,11 +170,30 @@ def test_a_lora_run_is_whole_by_itself_and_says_what_is_missing(place, tmp_path)
 
 def test_another_model_other_sizes_or_another_tokenizer_are_refused(place, tmp_path):
     train(place, tmp_path / "run", steps=2)
-    with pytest.raises(UserError, match="lora_rank: 0 there, 4 here"):
-        save(Model(ModelConfig(**SHAPE)), tmp_path / "run" / "base.cllm", tokenizer=load(place / "start.cllm")[1])
+    with pytest.raises(UserError, match="holds a run without LoRA"):
         train(place, tmp_path / "run", steps=2, lora_rank=4)
+    train(place, tmp_path / "lora", steps=2, lora_rank=4)
+    for rank, message in ((0, "lora_rank: 4 there, 0 here"), (8, "lora_rank: 4 there, 8 here")):
+        with pytest.raises(UserError, match=message):
+            train(place, tmp_path / "lora", steps=2, lora_rank=rank)
     refused = {"embed_dim": (64, "embed_dim=64 .the model has 32"), "tokenizer": ("char", "tokenizer='char'"), "preset": ("cllm-1m", "preset")}
     for setting, (value, message) in refused.items():
         with pytest.raises(UserError, match=message):
             train(place, tmp_path / "new", **{setting: value})
     assert not (tmp_path / "new").exists()
+
+
+def test_a_hugging_face_folder_in_half_precision_is_trained_on_in_float32(place, tmp_path):
+    model, tokenizer = load(place / "start.cllm")
+    save_hf(model, tmp_path / "hf", tokenizer, dtype=torch.bfloat16)
+    config = TrainConfig(start_from=str(tmp_path / "hf"), steps=3)
+    config, started, found = start(config, tmp_path / "run")
+    assert found.hash == tokenizer.hash and started.embedding_weight.dtype == torch.float32
+    assert config.train.seq_len == 32 and "the model's context" in config.sources["train.seq_len"]
+    plain = TrainConfig(steps=3).resolve(model.config, 10).optim.learning_rate
+    assert config.optim.learning_rate == pytest.approx(plain / 10, rel=0.01)
+    save(model, tmp_path / "bare.cllm")
+    with pytest.raises(DataError, match="holds no tokenizer"):
+        start(TrainConfig(start_from=str(tmp_path / "bare.cllm")), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        start(TrainConfig(start_from=str(tmp_path / "nowhere")), tmp_path / "run")
