@@ -256,6 +256,7 @@ def evaluate(
 
     from cllm import runtime
     from cllm.data import Dataset, is_packed, prepare
+    from cllm.data.chat import is_chat, prepare_chat
     from cllm.evaluate import evaluate as run
 
     with runtime.use(threads=threads), tempfile.TemporaryDirectory(prefix="cllm-evaluate-") as scratch:
@@ -263,6 +264,8 @@ def evaluate(
         if is_packed(data):
             dataset = Dataset.open(data, tokenizer_hash=tokenizer.hash)
             split = dataset.val if dataset.val.num_tokens > 1 else dataset.train
+        elif is_chat(data):
+            split = prepare_chat(data, scratch, tokenizer, val_fraction=0.0, log=console.print).train
         else:
             split = prepare(data, scratch, tokenizer=tokenizer, val_fraction=0.0, log=console.print).train
         result = run(model, split, seq_len=min(seq_len or model.config.max_seq_len, model.config.max_seq_len), batch_size=batch_size)
@@ -283,8 +286,10 @@ def export(
 ) -> None:
     """Write a model in another format. Of a LoRA run, the merged model."""
     console = _open(as_json)
+    from cllm.interop.export import check
     from cllm.interop.export import export as run
 
+    check(to, type_)
     written = run(checkpoint, to, out, type_, *_load(checkpoint, need_tokenizer=False))
     console.print(f"wrote {out} ({written / 1e6:,.2f} MB)")
     console.result({"checkpoint": checkpoint, "format": to, "type": type_, "out": str(out), "bytes": written})

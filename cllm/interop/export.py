@@ -17,12 +17,19 @@ FORMATS = ("hf", "gguf", "cllm")
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
-def export(name: str, to: str, out: Path, type: str | None, model: Model, tokenizer: Tokenizer | None) -> int:
-    """Writes `model`, loaded from `name`, and returns the bytes written. type: f32, f16, bf16, for GGUF also q8_0; None as they are (GGUF: f32)."""
+def check(to: str, type: str | None) -> None:
+    """UserError for a format or type that there is not, before anything is read."""
     if to not in FORMATS:
         raise UserError(f"--to must be one of {', '.join(FORMATS)}, got {to!r}.")
     if to != "gguf" and type not in (None, *DTYPES):
         raise UserError(f"--type of a {to} export must be one of {', '.join(DTYPES)}, got {type!r}.")
+    if to == "gguf" and type not in (None, *DTYPES, "q8_0"):
+        raise UserError(f"--type of a gguf export must be one of {', '.join(DTYPES)} or q8_0, got {type!r}.")
+
+
+def export(name: str, to: str, out: Path, type: str | None, model: Model, tokenizer: Tokenizer | None) -> int:
+    """Writes `model`, loaded from `name`, and returns the bytes written. type: f32, f16, bf16, for GGUF also q8_0; None as they are (GGUF: f32)."""
+    check(to, type)
     if to == "gguf":
         from cllm.interop.gguf import save_gguf
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from cllm import load, runtime, save
 from cllm.chat import TEMPLATE, check_messages, encode_conversation, encode_prompt, end_of_turn, with_template
 from cllm.config import ModelConfig
+from cllm.data import Dataset
 from cllm.data.chat import ChatBatches, ChatSplit, ChatWindows, fill_rows, is_chat, prepare_chat
 from cllm.evaluate import evaluate
 from cllm.interop.hf import save_hf
@@ -124,6 +125,7 @@ def test_a_file_of_chats_is_packed_once_and_bad_lines_are_named(data, tokenizer)
     again = prepare_chat(path, path.parent / "out", tokenizer, 0.2, heard.append)
     assert "cached" in heard[-1] and again.train.num_tokens == dataset.train.num_tokens
     dataset.verify()
+    assert isinstance(Dataset.open(dataset.folder).train, ChatSplit)
     with pytest.raises(DataError, match="holds no conversation"):
         prepare_chat(write(path.parent / "bad.jsonl", [[]]), path.parent / "bad", tokenizer)
 
@@ -197,6 +199,8 @@ def test_the_command_teaches_a_model_to_answer(tokenizer, tmp_path):
     ran = cllm("train", path, "--from", tmp_path / "start.cllm", "--out", tmp_path / "run", *common, "--json")
     assert ran.status == 0, ran.err
     assert ran.json["train_loss"] < 0.5
+    score = cllm("evaluate", tmp_path / "run", path, "--threads", 1, "--json")
+    assert score.status == 0 and score.json["loss"] < 0.5 and score.json["num_targets"] == 8 * len([*tokenizer.encode("It is four."), "the end"])
     said = cllm("chat", tmp_path / "run", "--temperature", 0, "--json", stdin="What is two?\n")
     assert said.status == 0, said.err
     assert said.json["messages"] == chat("What is two?", "It is four.")
