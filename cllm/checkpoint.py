@@ -32,6 +32,7 @@ from cllm.storage import (
     raw_bytes,
     read_json,
     read_safetensors,
+    read_safetensors_metadata,
     sha256_of,
     tensor_digest,
     tensors_bytes,
@@ -55,7 +56,11 @@ INDEX = "index.json"  # of a checkpoint in parts (`distributed/checkpoint.py`)
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state of a model by name; of tied weights only the first name, as Hugging Face stores them."""
+    """The state of a model by name; of tied weights only the first name, as Hugging Face stores them; under LoRA the adapters alone."""
+    from cllm.lora import adapter_weights, lora_of
+
+    if lora_of(model) is not None:
+        return adapter_weights(model)
     seen: set[int] = set()
     weights = {}
     for name, tensor in model.state_dict(keep_vars=True).items():  # the parameters themselves: tied ones are one object
@@ -336,6 +341,8 @@ def save(model: Model, path: str | Path, tokenizer: Tokenizer | None = None) -> 
     metadata = {"format": "pt", "cllm_format": str(FILE_VERSION), "config": json.dumps(model.config.to_dict(), sort_keys=True)}
     if tokenizer is not None:
         metadata |= {"tokenizer": tokenizer.to_json(), "tokenizer_hash": tokenizer.hash}
+        if tokenizer.settings:
+            metadata["tokenizer_config"] = json.dumps(tokenizer.settings, sort_keys=True)
     metadata["sha256"] = _content_digest(weights, metadata)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -413,7 +420,7 @@ def _load_file(path: Path) -> tuple[Model, Tokenizer | None]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} holds a model configuration that is not JSON ({one_line(error)}).") from error
     model = _build(config, weights, path)
-    return model, _tokenizer(metadata["tokenizer"], metadata.get("tokenizer_hash"), path) if "tokenizer" in metadata else None
+    return model, _tokenizer(metadata, path) if "tokenizer" in metadata else None
 
 
 def _build(config: dict[str, Any], weights: Mapping[str, torch.Tensor], where: Path) -> Model:
@@ -435,20 +442,43 @@ def _build(config: dict[str, Any], weights: Mapping[str, torch.Tensor], where: P
 
 
 def _model_of(checkpoint: Checkpoint) -> tuple[Model, Tokenizer | None]:
+    if checkpoint.state.get("lora"):
+        return _merged(checkpoint)
     model = _build(checkpoint.state["model"], checkpoint.weights, checkpoint.path)
     # runs/NAME/checkpoints/step-N: the tokenizer belongs to the run. A checkpoint that was copied elsewhere has none.
     stored = checkpoint.path.resolve().parent.parent / "tokenizer.json"
     wanted = checkpoint.state.get("tokenizer_hash")
     if wanted is None or not stored.is_file():
         return model, None
-    return model, _tokenizer(stored.read_text(encoding="utf-8"), wanted, stored)
-
-
-def _tokenizer(text: str, wanted: str | None, where: Path) -> Tokenizer:
     from cllm.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.from_json(text)
-    check_tokenizer(tokenizer.hash, wanted, where)
+    tokenizer = Tokenizer.load(stored)
+    check_tokenizer(tokenizer.hash, wanted, stored)
+    return model, tokenizer
+
+
+def _merged(checkpoint: Checkpoint) -> tuple[Model, Tokenizer | None]:
+    """The run's base with the adapters of this checkpoint added."""
+    from cllm.lora import LoraConfig, add_lora, merge_lora
+
+    base, lora = checkpoint.path.resolve().parent.parent / "base.cllm", LoraConfig.from_dict(checkpoint.state["lora"])
+    if not base.is_file():
+        raise CheckpointError(
+            f"{checkpoint.path} holds LoRA adapters alone, and the weights that they belong to are missing: {base}. Keep both in one run."
+        )
+    if read_safetensors_metadata(base).get("sha256") != lora.base:
+        raise CheckpointError(f"{base} is not the file that the adapters in {checkpoint.path} were trained on (its SHA-256 differs).")
+    model, tokenizer = _load_file(base)
+    load_weights(add_lora(model, lora), checkpoint.weights, checkpoint.path)
+    return merge_lora(model), tokenizer
+
+
+def _tokenizer(metadata: Mapping[str, str], where: Path) -> Tokenizer:
+    from cllm.tokenizer import Tokenizer
+
+    settings = json.loads(metadata["tokenizer_config"]) if "tokenizer_config" in metadata else None
+    tokenizer = Tokenizer.from_json(metadata["tokenizer"], settings=settings)
+    check_tokenizer(tokenizer.hash, metadata.get("tokenizer_hash"), where)
     return tokenizer
 
 

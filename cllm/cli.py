@@ -75,12 +75,15 @@ def _load(path: str, need_tokenizer: bool = True, weights: str | None = None, de
 @app.command(epilog=_examples(
     "cllm train books/", "cllm train notes.txt --preset cllm-5m --epochs 3 --out runs/notes",
     "cllm train books/ --plan", "cllm train books/ --set optim.beta2=0.99", "cllm train --resume --out runs/books",
+    "cllm train chats.jsonl --from runs/books --lora-rank 8",
 ))
 def train(
-    data: Annotated[str | None, typer.Argument(help="Folder of text or source code, a file, JSONL, or a packed token folder.")] = None,
+    data: Annotated[str | None, typer.Argument(help="Folder of text or source code, a file, JSONL (chats too), or a packed token folder.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the run lives [default: runs/ + the name of the data].")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with settings; flags win over it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out with its own settings; an error if there is none.")] = False,
+    from_: Annotated[str | None, typer.Option("--from", help="Start from this model and its tokenizer: a run, .cllm or Hugging Face folder.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="With --from: train LoRA adapters of this rank instead of all weights.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="bpe or char (trained on the data), or a tokenizer.json.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     threads: Threads = None,
@@ -119,6 +122,7 @@ def train(
     console = _open(as_json)
     for name in ("data", "out", "config", "resume", "plan", "find_lr", "set_", "as_json"):
         flags.pop(name)
+    flags["start_from"] = flags.pop("from_")
     flags["overfit_one_batch"] = overfit_one_batch or None
     if data is not None:
         flags["data.path"] = data
@@ -216,6 +220,29 @@ def generate(
     })
 
 
+@app.command(epilog=_examples("cllm chat runs/helper", "cllm chat runs/helper --system 'Answer in one sentence.'"))
+def chat(
+    checkpoint: Checkpoint,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="Same seed, same answers.")] = 0,
+    weights: Weights = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Talk with a model that was taught on chats: each line of standard input gets an answer, until it ends (Ctrl-D)."""
+    console = _open(as_json)
+    from cllm import runtime
+    from cllm.chat import converse
+
+    with runtime.use(threads=threads):
+        model, tokenizer = _load(checkpoint, weights=weights, device=device)
+        messages = converse(console, model, tokenizer, sys.stdin, system, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    console.result({"messages": messages})
+
+
 @app.command(epilog=_examples(
     "cllm evaluate runs/demo more-text/", "cllm evaluate runs/demo more-text/ --stride 128 --by file --worst 10",
     "cllm evaluate runs/demo --tasks my_task --task-path tasks/",
@@ -274,28 +301,26 @@ def report(
     console.result({"out": str(place), "runs": best})
 
 
-@app.command(epilog=_examples("cllm export runs/demo --to hf --out demo-hf/", "cllm export runs/demo --to cllm --out demo.cllm"))
+@app.command(epilog=_examples(
+    "cllm export runs/demo --to hf --out demo-hf/", "cllm export runs/demo --to gguf --type q8_0 --out demo.gguf",
+    "cllm export runs/demo --to cllm --out demo.cllm",
+))
 def export(
     checkpoint: Checkpoint,
-    to: Annotated[str, typer.Option(help="hf (a Hugging Face folder) or cllm (one file).")],
+    to: Annotated[str, typer.Option(help="hf (a Hugging Face folder), gguf (one file for llama.cpp) or cllm (one file).")],
     out: Annotated[Path, typer.Option(help="Folder or file to write.")],
+    type_: Annotated[str | None, typer.Option("--type", help="Numbers: f32, f16, bf16 or (gguf) q8_0 [default: as they are; gguf f32].")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a model in another format."""
+    """Write a model in another format. Of a LoRA run, the merged model."""
     console = _open(as_json)
-    if to not in ("hf", "cllm"):
-        raise UserError(f"--to must be hf or cllm, got {to!r}.")
-    model, tokenizer = _load(checkpoint, need_tokenizer=False)
-    if to == "hf":
-        from cllm.interop.hf import save_hf
+    from cllm.interop.export import check
+    from cllm.interop.export import export as run
 
-        save_hf(model, out, tokenizer=tokenizer)
-    else:
-        from cllm.checkpoint import save
-
-        save(model, out, tokenizer=tokenizer)
-    console.print(f"wrote {out}")
-    console.result({"checkpoint": checkpoint, "format": to, "out": str(out)})
+    check(to, type_)
+    written = run(checkpoint, to, out, type_, *_load(checkpoint, need_tokenizer=False))
+    console.print(f"wrote {out} ({written / 1e6:,.2f} MB)")
+    console.result({"checkpoint": checkpoint, "format": to, "type": type_, "out": str(out), "bytes": written})
 
 
 @app.command("import", epilog=_examples("cllm import llama-folder/ --out llama.cllm"))
@@ -304,7 +329,7 @@ def import_(
     out: Annotated[Path, typer.Option(help="The .cllm file to write.")],
     as_json: Json = False,
 ) -> None:
-    """Read a Llama, Qwen3 or GPT-2 folder of Hugging Face's layout into one .cllm file."""
+    """Read a Llama, Mistral, Qwen2, Qwen3 or GPT-2 folder of Hugging Face's layout into one .cllm file."""
     console = _open(as_json)
     from cllm.checkpoint import save
     from cllm.interop.hf import load_hf

@@ -2,7 +2,7 @@
 
 Two families, named after the Hugging Face architectures whose tensor names and layouts they share:
 
-  cllm   RMSNorm, rotary positions, gated feed-forward, no biases: a Llama (`qk_norm=False`) or a Qwen3 (`qk_norm=True`)
+  cllm   RMSNorm, rotary positions, gated feed-forward, no biases: a Llama, a Qwen3 (`qk_norm=True`) or a Qwen2 (`attention_bias=True`)
   gpt2   LayerNorm, learned positions, plain feed-forward, biases: a GPT-2
 
 A mixture that neither can hold is refused, because no other program could run what would be trained.
@@ -10,12 +10,14 @@ A mixture that neither can hold is refused, because no other program could run w
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from cllm.runtime.errors import UserError
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
+ROPE_SCALINGS = ("linear", "llama3", "yarn")
 MAX_HEAD_DIM = 256  # what the attention kernels serve
 
 
@@ -53,12 +55,26 @@ class ModelConfig:
     """Biases on linear layers and norms. Derived: with rms no, with layer yes."""
     qk_norm: bool = False
     """RMSNorm on each query and key head before the rotation (Qwen3)."""
+    attention_bias: bool = False
+    """Biases on the query, key and value projections of a model without other biases (Qwen2)."""
     tie_embeddings: bool = True
     """The output projection is the token embedding."""
     norm_eps: float | None = None
     """Added to the variance. Derived: 1e-6 with rms, 1e-5 with layer."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
+    rope_scaling: str | None = None
+    """"linear", "llama3" or "yarn": rotary frequencies stretched to a longer context (see `cllm.rope`). None: as they are."""
+    rope_factor: float | None = None
+    """How many times longer the context becomes; needed with rope_scaling."""
+    rope_original_len: int | None = None
+    """Context before the stretch, in tokens (llama3, yarn). Derived: max_seq_len / rope_factor."""
+    rope_slow: float | None = None
+    """Pairs that turn fewer times within rope_original_len are stretched (llama3, yarn). Derived: 1."""
+    rope_fast: float | None = None
+    """Pairs that turn more often within rope_original_len stay. Derived: llama3 4, yarn 32."""
+    rope_attention_factor: float | None = None
+    """Factor on queries and keys (yarn). Derived: 0.1 * ln(rope_factor) + 1."""
     sliding_window: int | None = None
     """A token sees only the last so many tokens, itself included. None: all."""
     softcap: float | None = None
@@ -88,7 +104,7 @@ class ModelConfig:
         self._check_positive("norm_eps", "rope_theta")
         if self.softcap is not None:
             self._check_positive("softcap")
-        for name in ("gated", "bias", "qk_norm", "tie_embeddings"):
+        for name in ("gated", "bias", "qk_norm", "attention_bias", "tie_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         if self.activation not in ACTIVATIONS:
@@ -101,6 +117,7 @@ class ModelConfig:
         if self.head_size > MAX_HEAD_DIM:
             raise UserError(f"head_dim must be at most {MAX_HEAD_DIM}, got {self.head_dim}. Use more heads.")
         self._check_family()
+        self._check_rope()
 
     def _derive(self, name: str, value: Any) -> None:
         if getattr(self, name) is None:
@@ -124,9 +141,12 @@ class ModelConfig:
     def _check_family(self) -> None:
         if self.norm == "rms":
             needs = {"position": "rotary", "gated": True, "bias": False}
-            family = 'cllm (norm="rms": a Llama or Qwen3)'
+            if self.qk_norm:  # a Qwen3 has no biases
+                needs["attention_bias"] = False
+            family = 'cllm (norm="rms": a Llama, Qwen2 or Qwen3)'
         else:
             needs = {"position": "learned", "gated": False, "bias": True, "qk_norm": False, "sliding_window": None}
+            needs |= {"attention_bias": False}  # the biases of `bias` are the queries', keys' and values' as well
             needs |= {"num_kv_heads": self.num_heads, "head_dim": self.embed_dim // self.num_heads}
             family = 'gpt2 (norm="layer": a GPT-2)'
         wrong = [
@@ -142,6 +162,35 @@ class ModelConfig:
             )
         if self.position == "rotary" and self.head_size % 2:
             raise UserError(f"head_dim must be even for rotary positions, got {self.head_dim}.")
+
+    def _check_rope(self) -> None:
+        if self.rope_scaling not in (None, *ROPE_SCALINGS):
+            raise UserError(f"rope_scaling must be one of {', '.join(ROPE_SCALINGS)} or left open, got {self.rope_scaling!r}.")
+        ramped = self.rope_scaling in ("llama3", "yarn")
+        uses = {"rope_factor": self.rope_scaling is not None, "rope_original_len": ramped, "rope_slow": ramped, "rope_fast": ramped}
+        for name, used in (uses | {"rope_attention_factor": self.rope_scaling == "yarn"}).items():
+            if not used and getattr(self, name) is not None:
+                raise UserError(f"{name}={getattr(self, name)!r} has no meaning with rope_scaling={self.rope_scaling!r}. Leave it out.")
+        if self.rope_scaling is None:
+            return
+        if self.position != "rotary":
+            raise UserError(f"rope_scaling={self.rope_scaling!r} needs rotary positions, got position={self.position!r}.")
+        if self.rope_factor is None:
+            raise UserError(f"rope_scaling={self.rope_scaling!r} needs rope_factor, how many times longer the context becomes.")
+        self._check_positive("rope_factor")
+        if not ramped:
+            return
+        self._derive("rope_original_len", max(1, int(self.max_seq_len / self.rope_factor)))
+        self._derive("rope_slow", 1.0)
+        self._derive("rope_fast", 4.0 if self.rope_scaling == "llama3" else 32.0)
+        self._check_numbers("rope_original_len")
+        self._check_positive("rope_slow", "rope_fast")
+        assert self.rope_slow is not None and self.rope_fast is not None
+        if self.rope_fast <= self.rope_slow:
+            raise UserError(f"rope_fast must be above rope_slow, got {self.rope_fast:g} and {self.rope_slow:g}.")
+        if self.rope_scaling == "yarn":
+            self._derive("rope_attention_factor", 0.1 * math.log(self.rope_factor) + 1.0 if self.rope_factor > 1 else 1.0)
+            self._check_positive("rope_attention_factor")
 
     @property
     def family(self) -> str:
@@ -216,6 +265,8 @@ class ModelConfig:
         norms = (2 * self.num_layers + 1) * self.embed_dim * (2 if self.bias else 1)
         if self.qk_norm:
             norms += 2 * self.num_layers * self.head_size
+        if self.attention_bias:
+            norms += self.num_layers * self.head_size * (self.num_heads + 2 * self.kv_heads)
         if not self.bias:
             return norms
         attention = self.head_size * (self.num_heads + 2 * self.kv_heads) + self.embed_dim

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cllm.data import Windows
+from cllm.data.chat import windows_over
 from cllm.layer_stats import LayerStats, activation_stats
 from cllm.token_classes import classify, report_classes
 
@@ -62,7 +62,7 @@ class Diagnostics:
         if not self.config.log.activations or not self.parameters:
             return None
         settings = self.config.train
-        batch = Windows(self.dataset.val, settings.seq_len, settings.batch_size).batch(0)
+        batch = windows_over(self.dataset.val, settings.seq_len, settings.batch_size, False).batch(0)
         with activation_stats(self.model) as found:
             self.model.hidden(batch.tokens.to(self.model.embedding_weight.device))
         return {"blocks": found}

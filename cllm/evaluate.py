@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cllm.data import Windows
+from cllm.data.chat import windows_over
 from cllm.microbatch import IGNORED
 from cllm.runtime.errors import DataError, UserError
 
@@ -57,7 +57,7 @@ def evaluate(
         raise UserError(f"seq_len must be within 1 and {model.config.max_seq_len} and batch_size >= 1, got {seq_len} and {batch_size}.")
     nats, correct, num_targets, done = 0.0, 0, 0, 0
     device = model.embedding_weight.device
-    for batch in Windows(split, seq_len, batch_size, document_mask=document_mask):
+    for batch in windows_over(split, seq_len, batch_size, document_mask):
         count = int((batch.targets != IGNORED).sum())
         bounds = None if batch.cu_seqlens is None else batch.cu_seqlens.to(device)
         _, stats = model.loss(batch.tokens.to(device), batch.targets.to(device), cu_seqlens=bounds, return_stats=True)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from cllm import runtime
 from cllm.console import Console, table
+from cllm.data.chat import is_chat, prepare_chat
+from cllm.evaluate import evaluate
 from cllm.evaluate_documents import FEW_DOCUMENTS, RESAMPLES, DocumentScores, Group, Interval, score_documents
 from cllm.runtime.errors import UserError
 
@@ -32,6 +34,8 @@ def evaluate_run(
     if not 0.0 < confidence < 1.0:  # before the long part
         raise UserError(f"--confidence must be between 0 and 1, got {confidence}. Use a value like 0.95.")
     length = min(seq_len or model.config.max_seq_len, model.config.max_seq_len)
+    if is_chat(data):
+        return _evaluate_chats(console, model, tokenizer, data, length, batch_size)
     with tempfile.TemporaryDirectory(prefix="cllm-evaluate-") as scratch:
         split = _split(console, tokenizer, data, scratch)
         with runtime.progress.Progress(None, "evaluating") as line:
@@ -57,6 +61,15 @@ def evaluate_run(
         "interval": None if interval is None else asdict(interval),
         "sources": [group.to_dict() for group in sources], "worst_documents": [group.to_dict() for group in poorest],
     })
+
+
+def _evaluate_chats(console: Console, model: Model, tokenizer: Tokenizer, data: str, seq_len: int, batch_size: int) -> dict[str, Any]:
+    """The answers alone are predicted; conversations are packed whole, so that there is nothing to slide over."""
+    with tempfile.TemporaryDirectory(prefix="cllm-evaluate-") as scratch, runtime.progress.stage("evaluating"):
+        split = prepare_chat(data, scratch, tokenizer, val_fraction=0.0, log=console.print).train
+        result = evaluate(model, split, seq_len=seq_len, batch_size=batch_size)
+    console.print(result)
+    return {**plain(result.to_dict()), "seq_len": seq_len, "num_conversations": split.num_documents}
 
 
 def tasks_run(console: Console, model: Model, tokenizer: Tokenizer, tasks: list[str], task_path: Path | None, batch_size: int) -> dict[str, Any]:

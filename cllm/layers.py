@@ -103,9 +103,10 @@ class LlamaAttention(nn.Module):
         embed_dim, head_dim = config.embed_dim, config.head_size
         self.layer, self.head_dim, self.eps = layer, head_dim, config.eps
         self.num_heads, self.num_kv_heads = config.num_heads, config.kv_heads
-        self.q_proj = Weights(config.num_heads * head_dim, embed_dim)
-        self.k_proj = Weights(config.kv_heads * head_dim, embed_dim)
-        self.v_proj = Weights(config.kv_heads * head_dim, embed_dim)
+        q_size, kv_size = config.num_heads * head_dim, config.kv_heads * head_dim
+        self.q_proj = Weights(q_size, embed_dim, bias=q_size if config.attention_bias else None)
+        self.k_proj = Weights(kv_size, embed_dim, bias=kv_size if config.attention_bias else None)
+        self.v_proj = Weights(kv_size, embed_dim, bias=kv_size if config.attention_bias else None)
         self.o_proj = Weights(embed_dim, config.num_heads * head_dim)
         self.q_norm = Weights(head_dim) if config.qk_norm else None
         self.k_norm = Weights(head_dim) if config.qk_norm else None
@@ -123,7 +124,9 @@ class LlamaAttention(nn.Module):
             # One product and one rotation instead of five: the weights are copied side by side, which pays where there are many rows to
             # multiply. Each element of the result has the same bits either way.
             weight = torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
-            qk, v = kernels.matmul(x, weight.T).view(heads).split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=-2)
+            biases: list[Tensor] = [each.bias for each in (self.q_proj, self.k_proj, self.v_proj) if each.bias is not None]
+            product = kernels.matmul(x, weight.T, torch.cat(biases) if biases else None).view(heads)
+            qk, v = product.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=-2)
             q, k = kernels.rotary(qk, cos, sin, context.positions).split((self.num_heads, self.num_kv_heads), dim=-2)
             return q, k, v
         q, k, v = (linear(x, weights).view(heads) for weights in (self.q_proj, self.k_proj, self.v_proj))

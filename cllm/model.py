@@ -16,7 +16,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from cllm.config import ModelConfig
 from cllm.kernels.decoding import Decoder, Linear, Stack, make_decoder
 from cllm.kernels.quantized import Quantized, quantize, quantized_matmul
 from cllm.layers import Context, GPT2Backbone, LlamaBackbone, Weights
+from cllm.rope import rotary_tables
 from cllm.runtime.errors import UserError
 
 INIT_STD = 0.02
@@ -244,9 +244,7 @@ class Model(nn.Module):
         """cos and sin, (max_seq_len, D/2) float32: not parameters, not in the state dict, float32 in every compute
         dtype."""
         if device not in self._rotary_tables:
-            self._rotary_tables[device] = _rotary_tables(
-                self.config.max_seq_len, self.config.head_size, self.config.rope_theta, device
-            )
+            self._rotary_tables[device] = rotary_tables(self.config, device)
         return self._rotary_tables[device]
 
     def document_positions(self, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
@@ -296,17 +294,6 @@ class Model(nn.Module):
 def _gradients_unless(cache: KVCache | None) -> torch.set_grad_enabled:
     """A cache is written in place and holds no graph: with one, the model is for inference only."""
     return torch.set_grad_enabled(torch.is_grad_enabled() and cache is None)
-
-
-def _rotary_tables(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Frequencies and angles rounded to float32 where Hugging Face's Llama rounds them (models were trained with
-    those); cos and sin of them are correctly rounded, in numpy, whose result does not depend on how work is split over
-    threads."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = np.float32(1.0) / np.power(theta, exponents.astype(np.float64)).astype(np.float32)
-    angles = (np.arange(length, dtype=np.float32)[:, None] * frequencies).astype(np.float64)
-    cos, sin = (torch.from_numpy(f(angles).astype(np.float32)).to(device) for f in (np.cos, np.sin))
-    return cos, sin
 
 
 def _short(values: Tensor) -> str:

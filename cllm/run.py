@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cllm.data import Dataset
     from cllm.distributed.session import World
     from cllm.model import Model
+    from cllm.tokenizer import Tokenizer
 
 SAMPLE_TOKENS = 160
 
@@ -56,39 +57,43 @@ def _train(
 ) -> None:
     with runtime.use(threads=config.train.threads):
         console.print(runtime.describe().brief())
-        if world is not None:  # the others find it in the cache
-            console.print(f"parallel {world.size} processes, {world.local_size} on each machine; train.parallel = {config.train.parallel}")
-            prepared: list[Dataset] = []
-            world.from_first(lambda: prepared.append(_prepare(config, out, console)))
-            dataset = prepared[0] if prepared else _prepare(config, out, console)
-        else:
-            dataset = _prepare(config, out, console)
+        from cllm.data.chat import is_chat
+        from cllm.finetune import adapt, start
         from cllm.model import Model
 
-        model_config = config.model_config(_vocabulary_rows(dataset.tokenizer.vocab_size))
+        started = start(config, out)
+        if started is not None:
+            config, model, tokenizer = started
+            dataset = _prepare_together(config, out, console, tokenizer, world)
+        else:
+            dataset = _prepare_together(config, out, console, None, world)
+            model = Model(config.model_config(_vocabulary_rows(dataset.tokenizer.vocab_size)), seed=config.train.seed)
+        model_config = model.config
         config = config.resolve(model_config, dataset.train.num_tokens)
         _print_settings(config, model_config, dataset, console)
         if plan_only:
-            _plan(Model(model_config, seed=config.train.seed), config, dataset, console)
+            _plan(model, config, dataset, console)
             return
         if find_lr:
             if world is not None:
                 raise UserError("--find-lr works in one process. Run it without torchrun.")
-            _find_lr(Model(model_config, seed=config.train.seed), config, dataset, out, console)
+            _find_lr(model, config, dataset, out, console)
             return
         from cllm.train import Trainer
 
-        trainer = Trainer(Model(model_config, seed=config.train.seed), dataset, config, out=out, tokenizer=dataset.tokenizer)
+        model = adapt(config, model, dataset.tokenizer, out)
+        trainer = Trainer(model, dataset, config, out=out, tokenizer=dataset.tokenizer)
         result = trainer.fit(resume=True if resume else "auto")
-        model = trainer.whole_model()
-        if model is None:
+        trained = trainer.whole_model()
+        if trained is None:
             return
-        sample = _sample(model, dataset.tokenizer)
+        sample = _sample(trained, dataset)
     console.print(f"\nA sample, starting from nothing:\n\n{_indented(sample)}\n")
     if result.validation is not None:
         console.print(f"Validation: {result.validation}")
     console.print(f"The model is in {out} ({model_config.num_parameters():,} parameters). Next:")
-    console.print(f"  cllm generate {out} --prompt 'The ' --temperature 0.7\n  cllm evaluate {out} {config.data.path}")
+    talk = f"cllm chat {out}" if is_chat(config.data.path) else f"cllm generate {out} --prompt 'The ' --temperature 0.7"
+    console.print(f"  {talk}\n  cllm evaluate {out} {config.data.path}\n  cllm report {out}")
     console.print(f"  cllm export {out} --to hf --out {out}-hf")
     console.result({**result.to_dict(), "parameters": model_config.num_parameters(), "sample": sample})
 
@@ -104,16 +109,30 @@ def _vocabulary_rows(tokens: int) -> int:
     return tokens if tokens < 1024 else -(-tokens // 64) * 64
 
 
-def _prepare(config: TrainConfig, out: Path, console: Console) -> "Dataset":
+def _prepare_together(config: TrainConfig, out: Path, console: Console, tokenizer: "Tokenizer | None", world: "World | None") -> "Dataset":
+    """The first of several processes packs; the others find it in the cache."""
+    if world is None:
+        return _prepare(config, out, console, tokenizer)
+    console.print(f"parallel {world.size} processes, {world.local_size} on each machine; train.parallel = {config.train.parallel}")
+    prepared: list[Dataset] = []
+    world.from_first(lambda: prepared.append(_prepare(config, out, console, tokenizer)))
+    return prepared[0] if prepared else _prepare(config, out, console, tokenizer)
+
+
+def _prepare(config: TrainConfig, out: Path, console: Console, tokenizer: "Tokenizer | None" = None) -> "Dataset":
     from cllm.data import prepare
+    from cllm.data.chat import is_chat, prepare_chat
 
     settings = config.data
+    if is_chat(settings.path):
+        if tokenizer is None:
+            raise UserError(f"{settings.path} holds chats, which teach a trained model to answer. Give the model with --from.")
+        return prepare_chat(settings.path, out / "data", tokenizer, settings.val_fraction, log=console.print)
     names = [part.strip() for part in settings.exclude.split(",") if part.strip()]
-    dataset = prepare(
-        settings.path, out / "data", tokenizer=settings.tokenizer, vocab_size=settings.vocab_size, val_fraction=settings.val_fraction,
+    return prepare(
+        settings.path, out / "data", tokenizer=tokenizer or settings.tokenizer, vocab_size=settings.vocab_size, val_fraction=settings.val_fraction,
         exclude=[Path(settings.path) / name for name in names], log=console.print,
     )
-    return dataset
 
 
 def _print_settings(config: TrainConfig, model: ModelConfig, dataset: "Dataset", console: Console) -> None:
@@ -196,10 +215,12 @@ def _find_lr(model: "Model", config: TrainConfig, dataset: "Dataset", out: Path,
     console.result({**found.to_dict(), "optimizer": config.optim.optimizer, "picture": None if picture is None else str(picture)})
 
 
-def _sample(model: "Model", tokenizer: Any) -> str:
+def _sample(model: "Model", dataset: "Dataset") -> str:
+    """Text from where a document begins; without an end-of-text token, from the training text's own beginning."""
     from cllm.generate import generate
 
-    start: Any = [tokenizer.eot_id] if tokenizer.eot_id is not None else "\n"
+    tokenizer = dataset.tokenizer
+    start = [int(dataset.train.read(0, 1)[0])] if tokenizer.eot_id is None else [tokenizer.eot_id]
     room = model.config.max_seq_len - 2
     return generate(model, tokenizer, start, max_tokens=max(1, min(SAMPLE_TOKENS, room)), temperature=0.7, top_p=0.95, seed=0)[0].text
 

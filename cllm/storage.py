@@ -111,6 +111,17 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
         raise CheckpointError(f"{path} is not a readable safetensors file ({one_line(error)}). {NOT_A_CHECKPOINT}") from error
 
 
+def read_safetensors_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, without its tensors; CheckpointError when it is not one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file ({one_line(error)}). {NOT_A_CHECKPOINT}") from error
+
+
 def one_line(error: BaseException) -> str:
     return " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from cllm.data import Windows
+from cllm.data.chat import windows_over
 from cllm.microbatch import IGNORED
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def report_classes(
     """
     from cllm import kernels
 
-    windows = Windows(split, seq_len, batch_size, document_mask=document_mask)
+    windows = windows_over(split, seq_len, batch_size, document_mask)
     wanted = max(1, min(len(windows), max_targets // (seq_len * batch_size)))
     device = model.embedding_weight.device
     confusion = np.zeros((len(CLASSES), len(CLASSES)), dtype=np.int64)

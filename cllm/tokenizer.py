@@ -31,6 +31,7 @@ BPE_SPECIALS = (*NAMED_SPECIALS, *(f"<|reserved_{i}|>" for i in range(len(NAMED_
 VOCAB_MULTIPLE = 64  # the output layer's rows come in whole tiles
 MIN_BPE_VOCAB = 320  # 16 special tokens and 256 bytes, rounded up to the multiple
 KINDS = ("bpe", "char")
+SETTINGS = "tokenizer_config.json"
 
 # Verbatim from Llama 3 (known to llama.cpp as "llama-bpe"); the one of GPT-2 is built into the ByteLevel pre-tokenizer.
 LLAMA_BPE_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -46,7 +47,7 @@ _SAFE_CUT = re.compile(r"(?<=[^\W_])(?=[ \n])")
 class Tokenizer:
     """Encodes and decodes; made by `train`, `load` or `from_json`, and never changed after that."""
 
-    def __init__(self, content: dict[str, Any]):
+    def __init__(self, content: dict[str, Any], settings: dict[str, Any] | None = None):
         model = content.get("model")
         if not isinstance(model, dict) or "vocab" not in model:
             raise DataError("This is not a tokenizer: a Hugging Face tokenizer.json with a model and its vocabulary was expected.")
@@ -61,7 +62,10 @@ class Tokenizer:
         ids.update({t["content"]: int(t["id"]) for t in added})
         self._ids = ids
         self.vocab_size: int = max(ids.values()) + 1 if ids else 0
-        self.eot_token: str | None = next((name for name in _END_NAMES if name in ids), None)
+        # What Hugging Face keeps in tokenizer_config.json, beside the tokenizer: no part of its hash, because no token changes.
+        template, end = _chat_template(settings or {}), _name((settings or {}).get("eos_token"))
+        self.chat_template: str | None = template
+        self.eot_token: str | None = end if end in ids else next((name for name in _END_NAMES if name in ids), None)
         self.eot_id: int | None = None if self.eot_token is None else ids[self.eot_token]
 
     # -- making one -------------------------------------------------------------------------------------------------------------------
@@ -95,9 +99,13 @@ class Tokenizer:
             raise UserError('The special tokens of a "bpe" tokenizer have fixed ids; `specials` is for kind="char".')
         return cls(_train_bpe(stream, vocab_size, pre_tokenizer))
 
+    def with_end(self, name: str) -> "Tokenizer":
+        """The same tokenizer with this token as the end of a text."""
+        return Tokenizer(self._content, self.settings | {"eos_token": name})
+
     @classmethod
-    def from_json(cls, text: str, name: str = "tokenizer") -> "Tokenizer":
-        """The tokenizer in the text of a tokenizer.json; DataError when it is not one."""
+    def from_json(cls, text: str, name: str = "tokenizer", settings: dict[str, Any] | None = None) -> "Tokenizer":
+        """The tokenizer in the text of a tokenizer.json, with `settings` of its tokenizer_config.json; DataError when it is not one."""
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -105,7 +113,7 @@ class Tokenizer:
         if not isinstance(content, dict):
             raise DataError(f"{name} is not a tokenizer.json: an object was expected at its top.")
         try:
-            tokenizer = cls(content)
+            tokenizer = cls(content, settings)
         except (TypeError, ValueError, AttributeError, LookupError) as error:  # well-formed JSON of another shape
             raise DataError(f"{name} is not a tokenizer.json: {type(error).__name__}: {error}.") from None
         if tokenizer.kind != "char":
@@ -124,18 +132,33 @@ class Tokenizer:
             raise DataError(f"There is no tokenizer at {file}. Train one with `cllm tokenizer train`.") from None
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{file} cannot be read as a tokenizer: {error}.") from None
-        return cls.from_json(text, str(file))
+        return cls.from_json(text, str(file), _read_settings(file.with_name(SETTINGS)) if file.name == "tokenizer.json" else None)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What of tokenizer_config.json cannot be known from the tokenizer alone: the chat template, and an end of text of another name."""
+        values: dict[str, Any] = {} if self.chat_template is None else {"chat_template": self.chat_template}
+        usual = next((name for name in _END_NAMES if name in self._ids), None)
+        return values if self.eot_token == usual else values | {"eos_token": self.eot_token}
+
+    def with_chat_template(self, template: str) -> "Tokenizer":
+        """The same tokenizer (the same hash) with a chat template in Jinja, as Hugging Face's."""
+        return Tokenizer(self._content, self.settings | {"chat_template": template})
 
     def to_json(self) -> str:
         """The canonical text of the tokenizer.json: the same tokenizer always gives the same bytes."""
         return json.dumps(self._content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write tokenizer.json (into the folder, when `path` is one), whole or not at all."""
+        """Write tokenizer.json (into the folder, when `path` is one), whole or not at all; beside it, where there is something to put there
+        (a chat template), tokenizer_config.json."""
         from cllm.data.shards import write_atomically
 
         file = Path(path)
-        write_atomically(file / "tokenizer.json" if file.is_dir() else file, self.to_json().encode("utf-8"))
+        file = file / "tokenizer.json" if file.is_dir() else file
+        if self.settings and file.name == "tokenizer.json":
+            write_atomically(file.with_name(SETTINGS), json.dumps(self.settings, indent=1, ensure_ascii=False).encode("utf-8"))
+        write_atomically(file, self.to_json().encode("utf-8"))
 
     @cached_property
     def hash(self) -> str:
@@ -412,6 +435,35 @@ def _round_up(size: int) -> int:
     return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
+def _read_settings(path: Path) -> dict[str, Any]:
+    """A tokenizer_config.json (and a chat_template.jinja beside it, where transformers 5 puts the template); none is no fault."""
+    try:
+        values = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        template = path.with_name("chat_template.jinja")
+        if isinstance(values, dict) and template.is_file():
+            values["chat_template"] = template.read_text("utf-8")
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read as the settings of a tokenizer: {error}.") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{path} must hold a JSON object, got {type(values).__name__}.")
+    return values
+
+
+def _chat_template(settings: dict[str, Any]) -> str | None:
+    """One template, or the one named default of several."""
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _name(token: Any) -> str | None:
+    """A token given as text or, by older versions, as an object with its content."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
 def _is_char(content: dict[str, Any]) -> bool:
     split = content.get("pre_tokenizer") or {}
     return content["model"].get("type") == "WordLevel" and split.get("pattern") == {"Regex": _CHAR_PATTERN}
@@ -429,6 +481,12 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_level_alphabet()
+_CHARACTER_OF = {byte: character for character, byte in _BYTE_OF.items()}
+
+
+def byte_level_name(content: bytes) -> str:
+    """Bytes in GPT-2's printable stand-ins."""
+    return "".join(_CHARACTER_OF[byte] for byte in content)
 
 
 def _byte_level(token: str) -> bytes:

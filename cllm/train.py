@@ -23,12 +23,14 @@ from cllm.averages import put
 from cllm.checkpoint import Checkpoint, check_tokenizer, load_weights, read_checkpoint, weights_of
 from cllm.checkpoint_writer import CheckpointWriter
 from cllm.data import Batches
+from cllm.data.chat import ChatBatches, ChatSplit
 from cllm.device import choose_recompute, explained_out_of_memory, resolve
 from cllm.diagnostics import Diagnostics
 from cllm.distributed.roles import Roles
 from cllm.environment import record_environment
 from cllm.evaluate import Evaluation, evaluate
 from cllm.faults import ROLLBACKS, Fault, FaultError, Faults, NonFiniteError, advice
+from cllm.lora import lora_state
 from cllm.monitor import BestLoss, Interrupted, StopSignals
 from cllm.reporter import Reporter
 from cllm.runtime.errors import CheckpointError, UserError
@@ -374,9 +376,9 @@ class Trainer:
         self._train_step = make_step(self.model, config, self._roles)
         if self.dataset.val.num_tokens >= 2:
             self._unigram = self.dataset.val.unigram_nats(self.dataset.train)
-        if self.tokenizer is not None and self._roles.leads:
-            write_atomic(self.out / "tokenizer.json", self.tokenizer.to_json().encode())
         if self._roles.leads:
+            if self.tokenizer is not None:
+                self.tokenizer.save(self.out / "tokenizer.json")
             write_atomic(self.out / "config.toml", config.to_toml().encode())
             record_environment(self.out)
         self._metrics = self._roles.metrics(self.out, config.log.tensorboard, config.log.prometheus_port)
@@ -434,7 +436,7 @@ class Trainer:
             "tokenizer_hash": self.tokenizer.hash if self.tokenizer is not None else None, "data": self._data_identity(),
             "tokens": self.tokens, "seconds": self._seconds_before + report.seconds, "best": self._best.to_dict(),
             "faults": self._faults.to_dict(), "last_evaluation": self._last_evaluation,
-            "plateau": None if self._plateau is None else self._plateau.to_dict(),
+            "plateau": None if self._plateau is None else self._plateau.to_dict(), "lora": lora_state(self.model),
             "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         if self._writer.busy:
@@ -481,9 +483,11 @@ def make_step(model: Model, config: TrainConfig, roles: Roles | None = None) -> 
     )
 
 
-def make_batches(split: TokenSplit, config: TrainConfig) -> Batches:
+def make_batches(split: TokenSplit, config: TrainConfig) -> Batches | ChatBatches:
     """The training batches that a configuration describes: a pure function of its seed and the batch's number."""
     settings = config.train
+    if isinstance(split, ChatSplit):
+        return ChatBatches(split, settings.seq_len, settings.batch_size, settings.seed)
     return Batches(
         split, settings.seq_len, settings.batch_size, settings.seed, shuffle=config.data.shuffle, document_mask=config.data.document_mask
     )

@@ -124,6 +124,14 @@ class OptimSection:
 
 
 @dataclass(frozen=True)
+class FinetuneSection:
+    start_from: str = setting("", "Model to start from: a run, a .cllm file or a Hugging Face folder (--from); empty starts from nothing.")
+    lora_rank: int = setting(0, "Rank of LoRA adapters, which alone are trained; 0 trains all weights.", at_least=0, example=8)
+    lora_alpha: float = setting(0.0, "Adapters are multiplied by lora_alpha / lora_rank; 0 is twice the rank.", at_least=0.0, example=16)
+    lora_targets: str = setting("all", "Matrices that get adapters: all of the blocks, or those of attention.", choices=("all", "attention"))
+
+
+@dataclass(frozen=True)
 class LogSection:
     metrics_every: int = setting(1, "Steps between two rows of metrics.jsonl.", at_least=1, example=1, result=False)
     layers_every: int = setting(
@@ -169,11 +177,17 @@ def _model_section() -> type:
 
 
 ModelSection: Any = _model_section()
-SECTIONS: dict[str, Any] = {"model": ModelSection, "data": DataSection, "train": TrainSection, "optim": OptimSection, "log": LogSection}
+SECTIONS: dict[str, Any] = {
+    "model": ModelSection, "data": DataSection, "train": TrainSection, "optim": OptimSection, "log": LogSection, "finetune": FinetuneSection,
+}  # fmt: skip
 FIELDS: dict[str, dataclasses.Field] = {f"{name}.{each.name}": each for name, section in SECTIONS.items() for each in dataclasses.fields(section)}
 _HINTS: dict[str, Any] = {f"{name}.{key}": hint for name, section in SECTIONS.items() for key, hint in typing.get_type_hints(section).items()}
+_MODEL_DEFAULTS = {f"model.{each.name}": each.default for each in dataclasses.fields(ModelConfig) if each.default is not dataclasses.MISSING}
 _SHORT = {key.partition(".")[2]: key for key in FIELDS}
 assert len(_SHORT) == len(FIELDS), "keys must be unique over all sections"
+
+
+_FLAGS = {"start_from": "from"}  # a word of Python's own, which no field can be called
 
 
 def full_key(key: str, source: str = "") -> str:
@@ -232,6 +246,7 @@ class TrainConfig:
     train: TrainSection
     optim: OptimSection
     log: LogSection
+    finetune: FinetuneSection
     sources: Mapping[str, str] = dataclasses.field(compare=False, repr=False)
 
     def __init__(self, *, sources: Mapping[str, str] | None = None, **values: Any) -> None:
@@ -288,12 +303,13 @@ class TrainConfig:
 
     def differences(self, other: TrainConfig) -> list[str]:
         """One line for each setting that changes the weights and differs. What was derived here is left out: its inputs are compared instead."""
-        there = other.flat()
+        # A run written before a setting existed ran with its default.
+        here, there = ({key: _MODEL_DEFAULTS.get(key) if value is None else value for key, value in each.flat().items()} for each in (self, other))
         same_steps = self.train.steps == other.train.steps  # then it does not matter whether they were said in epochs
         measured = {"train.eval_every"} if self.optim.schedule == "plateau" else set()  # evaluations then set the learning rate
         return [
             f"{key}: {there[key]!r} there, {value!r} here{_from(self.sources[key])}"
-            for key, value in self.flat().items()
+            for key, value in here.items()
             if (FIELDS[key].metadata["result"] or key in measured) and value != there[key] and not self.sources[key].startswith("derived")
             and not (key == "train.epochs" and same_steps)
         ]
@@ -320,7 +336,7 @@ class TrainConfig:
                 put(0, key, value, f"file {file}")
         for key, value in (flags or {}).items():
             if value is not None:
-                put(1, key, value, "DATA" if key == "data.path" else "--" + key.rpartition(".")[2].replace("_", "-").lstrip("-"))
+                put(1, key, value, "DATA" if key == "data.path" else "--" + _FLAGS.get(key, key.rpartition(".")[2]).replace("_", "-").lstrip("-"))
         for text in sets:
             key, equals, value = text.partition("=")
             if not equals:

@@ -10,7 +10,8 @@ from cllm.train import Trainer
 from cllm.train_config import TrainConfig
 
 SETTINGS = {"steps": 6, "seq_len": 16, "batch_size": 3, "grad_accum": 4, "learning_rate": 1e-2, "eval_every": 3, "checkpoint_every": 2,
-            "precision": "fp32", "threads": 1, "tensorboard": False, "classes": False, "layers_every": 0, "grad_clip": 0.5, "watchdog_seconds": 0.0}  # fmt: skip
+            "precision": "fp32", "threads": 1, "tensorboard": False, "classes": False, "layers_every": 0,
+            "grad_clip": 0.5, "watchdog_seconds": 0.0}  # fmt: skip
 
 
 def weights_hash(model):

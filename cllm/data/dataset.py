@@ -41,7 +41,12 @@ class Dataset:
         if tokenizer.hash != info["tokenizer"]:
             raise DataError(f"{folder / 'tokenizer.json'} is not the tokenizer of these tokens. Pack the data again (`cllm pack`).")
         wanted = tokenizer.hash if tokenizer_hash is None else tokenizer_hash
-        return cls(folder, TokenSplit(folder / "train", wanted), TokenSplit(folder / "val", wanted), tokenizer, info)
+        kind = TokenSplit
+        if info.get("kind") == "chat":  # only the answers are predicted
+            from cllm.data.chat import ChatSplit
+
+            kind = ChatSplit
+        return cls(folder, kind(folder / "train", wanted), kind(folder / "val", wanted), tokenizer, info)
 
     def verify(self) -> None:
         """Compare every byte of both splits with the checksums; DataError names the damaged file."""

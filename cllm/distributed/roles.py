@@ -71,7 +71,8 @@ class Roles:
                 if asked:
                     raise UserError(f"{key} works in one process that is not deterministic, got {asked}. Set {key}=0.")
         if self._sharded:
-            whole = {"optim.optimizer": optim.optimizer != "adamw", "optim.ema": optim.ema > 0, "train.restore_best": settings.restore_best}
+            whole = {"optim.optimizer": optim.optimizer != "adamw", "optim.ema": optim.ema > 0, "train.restore_best": settings.restore_best,
+                     "finetune.lora_rank": self._config.finetune.lora_rank > 0}  # fmt: skip
             for key in (key for key, asked in whole.items() if asked):
                 value = self._config[key]
                 raise UserError(f"{key} = {value} needs the whole model in each process, not train.parallel={settings.parallel}. Use ddp.")

@@ -14,6 +14,7 @@ from cllm.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from cllm.data import Batches
+    from cllm.data.chat import ChatBatches
     from cllm.distributed.session import World
     from cllm.train_config import TrainConfig
 
@@ -72,7 +73,7 @@ class Share:
         most = -(-each // self.size)
         return most if self.whole_pieces or self.dealt else -(-most // self.piece)
 
-    def microbatches(self, batches: Batches, step: int) -> list[Microbatch]:
+    def microbatches(self, batches: Batches | ChatBatches, step: int) -> list[Microbatch]:
         """What this process learns from in update number `step`."""
         found = (batches.windows(step * self.sequences + first, count) for first, count in self.pieces())
         return [Microbatch(each.tokens, each.targets, each.cu_seqlens) for each in found]

@@ -94,7 +94,7 @@ def save_hf(
             tokenizer.save(aside / "tokenizer.json")
             _write_json(aside / "tokenizer_config.json", _tokenizer_config(tokenizer, model.config))
         _write_json(
-            aside / "generation_config.json", {"bos_token_id": eot_id, "eos_token_id": eot_id, "do_sample": True}
+            aside / "generation_config.json", {"bos_token_id": eot_id, "eos_token_id": _ends(tokenizer), "do_sample": True}
         )
         _write_json(aside / "config.json", config)
         if folder.exists():
@@ -109,6 +109,17 @@ def save_hf(
     return folder
 
 
+def _ends(tokenizer: "Tokenizer | None") -> int | list[int] | None:
+    """Where generation stops: the end of text and, for a model that chats, the end of an answer."""
+    from cllm.chat import end_of_turn
+
+    if tokenizer is None:
+        return None
+    turn = end_of_turn(tokenizer)
+    turn_id = tokenizer.eot_id if turn is None else tokenizer.special_tokens[turn]
+    return tokenizer.eot_id if turn_id == tokenizer.eot_id or turn_id is None else [i for i in (tokenizer.eot_id, turn_id) if i is not None]
+
+
 def _tokenizer_config(tokenizer: "Tokenizer", config: ModelConfig) -> dict[str, Any]:
     values: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -118,7 +129,7 @@ def _tokenizer_config(tokenizer: "Tokenizer", config: ModelConfig) -> dict[str, 
     if tokenizer.eot_id is not None:
         token = tokenizer.token_bytes(tokenizer.eot_id).decode("utf-8", "replace")
         values |= {"bos_token": token, "eos_token": token}
-    return values
+    return values | tokenizer.settings
 
 
 def _read_weights(folder: Path, model: Model, config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:

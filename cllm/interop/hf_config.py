@@ -1,13 +1,17 @@
 """config.json of Hugging Face models <-> `ModelConfig`.
 
-Served: LlamaForCausalLM, MistralForCausalLM (a Llama with a sliding window), Qwen3ForCausalLM, GPT2LMHeadModel. A
-setting that would change the result and that is not implemented here is refused by its name. Dropout rates are not:
-they do not change a trained model's output, and CLLM trains without dropout.
+Served: LlamaForCausalLM, MistralForCausalLM (a Llama with a sliding window), Qwen2ForCausalLM, Qwen3ForCausalLM,
+GPT2LMHeadModel. A setting that would change the result and that is not implemented here is refused by its name. Dropout
+rates are not: they do not change a trained model's output, and CLLM trains without dropout.
+
+Rotary scaling: linear, llama3 and yarn are served; dynamic is the plain rotary up to max_position_embeddings, which is
+as far as the model goes here. longrope and any other kind are refused, as are parts of a head without rotation.
 """
 
+import math
 from typing import Any
 
-from cllm.config import ModelConfig
+from cllm.config import ROPE_SCALINGS, ModelConfig
 from cllm.runtime.errors import CheckpointError, UserError
 
 # Hugging Face's names of activations -> ours.
@@ -21,10 +25,11 @@ ACTIVATIONS = {
     "relu2": "relu2",
 }
 ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu2": "relu2"}
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM", "GPT2LMHeadModel")
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GPT2LMHeadModel")
 _MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
 }
@@ -53,15 +58,16 @@ def config_to_hf(config: ModelConfig, eot_id: int | None = None) -> dict[str, An
     same."""
     if config.softcap is not None:
         raise UserError(
-            f"softcap={config.softcap} cannot be exported: no Hugging Face Llama, Qwen3 or GPT-2 has it. "
+            f"softcap={config.softcap} cannot be exported: no Hugging Face Llama, Qwen2, Qwen3 or GPT-2 has it. "
             "Train with softcap=None."
         )
     return _gpt2_to_hf(config, eot_id) if config.family == "gpt2" else _llama_to_hf(config, eot_id)
 
 
 def _llama_from_hf(values: dict[str, Any], architecture: str) -> ModelConfig:
-    _refuse(values, {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1})
-    theta = _rope_theta(values)
+    _refuse(values, {"mlp_bias": False, "pretraining_tp": 1})
+    if architecture != "Qwen2ForCausalLM":  # which has its three biases whatever the file says
+        _refuse(values, {"attention_bias": False})
     embed_dim, num_heads = _whole(values, "hidden_size"), _whole(values, "num_attention_heads")
     return ModelConfig(
         vocab_size=_whole(values, "vocab_size"),
@@ -76,25 +82,65 @@ def _llama_from_hf(values: dict[str, Any], architecture: str) -> ModelConfig:
         norm="rms",
         activation=_activation(values, "hidden_act", "silu"),
         qk_norm=architecture == "Qwen3ForCausalLM",
+        attention_bias=architecture == "Qwen2ForCausalLM",
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),
         norm_eps=float(values.get("rms_norm_eps", 1e-6)),
-        rope_theta=theta,
         sliding_window=_sliding_window(values, architecture),
+        **_rope_from_hf(values),
     )
 
 
-def _rope_theta(values: dict[str, Any]) -> float:
-    """transformers 4 wrote rope_theta and rope_scaling, transformers 5 writes rope_parameters."""
-    parameters = values.get("rope_parameters") or {}
-    scaling = values.get("rope_scaling") or {}
-    for name, group in (("rope_parameters", parameters), ("rope_scaling", scaling)):
-        kind = group.get("rope_type", group.get("type", "default"))
-        if kind != "default":
-            raise CheckpointError(
-                f"rotary scaling of type {kind!r} ({name}) is not supported; only the default rotary positions are."
-            )
-    _refuse({**values, **parameters}, {"partial_rotary_factor": 1.0})
-    return float(parameters.get("rope_theta") or values.get("rope_theta") or 10000.0)
+def _rope_from_hf(values: dict[str, Any]) -> dict[str, Any]:
+    """The rotary fields of a ModelConfig. transformers 4 wrote rope_theta and rope_scaling, transformers 5 writes
+    rope_parameters."""
+    given = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        raise CheckpointError(f"rope_parameters and rope_scaling must be objects, got {given!r}.")
+    _refuse({**values, **given}, {"partial_rotary_factor": 1.0})
+    fields: dict[str, Any] = {"rope_theta": float(given.get("rope_theta") or values.get("rope_theta") or 10000.0)}
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind in ("default", "dynamic"):
+        return fields
+    if kind not in ROPE_SCALINGS:
+        raise CheckpointError(
+            f"rotary scaling of type {kind!r} is not supported. Supported: default, dynamic, {', '.join(ROPE_SCALINGS)}."
+        )
+    original = given.get("original_max_position_embeddings")
+    factor = given.get("factor")
+    if factor is None and kind == "yarn" and original:
+        factor = _whole(values, "max_position_embeddings") / original
+    fields |= {"rope_scaling": kind, "rope_factor": factor}
+    if kind != "linear":
+        fields["rope_original_len"] = original or _whole(values, "max_position_embeddings")
+    if kind == "llama3":
+        fields |= {"rope_slow": given.get("low_freq_factor"), "rope_fast": given.get("high_freq_factor")}
+    if kind == "yarn":
+        _refuse(given, {"truncate": True})
+        attention = given.get("attention_factor")
+        scales = given.get("mscale"), given.get("mscale_all_dim")
+        if attention is None and factor is not None and all(scales):
+            attention = _mscale(factor, scales[0]) / _mscale(factor, scales[1])
+        fields |= {"rope_slow": given.get("beta_slow"), "rope_fast": given.get("beta_fast"), "rope_attention_factor": attention}
+    return fields
+
+
+def _mscale(factor: float, scale: Any) -> float:
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """rope_parameters for transformers 5, rope_theta and rope_scaling for the versions before."""
+    scaling: dict[str, Any] = {"rope_type": config.rope_scaling or "default"}
+    if config.rope_scaling is not None:
+        scaling["factor"] = config.rope_factor
+    if config.rope_original_len is not None:
+        scaling["original_max_position_embeddings"] = config.rope_original_len
+    if config.rope_scaling == "llama3":
+        scaling |= {"low_freq_factor": config.rope_slow, "high_freq_factor": config.rope_fast}
+    if config.rope_scaling == "yarn":
+        scaling |= {"beta_slow": config.rope_slow, "beta_fast": config.rope_fast, "attention_factor": config.rope_attention_factor}
+    values = {"rope_theta": config.rope_theta, "rope_parameters": {"rope_theta": config.rope_theta, **scaling}}
+    return values if config.rope_scaling is None else {**values, "rope_scaling": scaling}
 
 
 def _sliding_window(values: dict[str, Any], architecture: str) -> int | None:
@@ -127,18 +173,17 @@ def _llama_to_hf(config: ModelConfig, eot_id: int | None) -> dict[str, Any]:
         "hidden_act": ACTIVATION_NAMES[config.activation_name],
         "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "attention_bias": False,
+        **_rope_to_hf(config),
+        "attention_bias": config.attention_bias,
         "attention_dropout": 0.0,
         **_common_to_hf(config, eot_id),
     }
-    if config.qk_norm:
+    if config.qk_norm or config.attention_bias:
         windowed = config.sliding_window is not None
         kind = "sliding_attention" if windowed else "full_attention"
         return {
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
+            "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "Qwen2ForCausalLM"],
+            "model_type": "qwen3" if config.qk_norm else "qwen2",
             **values,
             "use_sliding_window": windowed,
             "sliding_window": config.sliding_window,

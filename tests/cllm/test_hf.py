@@ -14,6 +14,14 @@ from cllm.runtime.errors import CheckpointError, UserError
 SHAPE = {"vocab_size": 99, "embed_dim": 32, "num_layers": 2, "num_heads": 4, "max_seq_len": 32}
 LLAMA = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
          "max_position_embeddings": 32}  # fmt: skip
+# Chosen so that some pairs stay, some are stretched and some lie between.
+ROPE = {
+    "linear": {"rope_type": "linear", "factor": 2.5},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16, "low_freq_factor": 0.5, "high_freq_factor": 1.5},
+    "yarn": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16, "beta_fast": 1.5, "beta_slow": 0.25},
+    "yarn-mscale": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "mscale": 1.0, "mscale_all_dim": 0.5},
+}
 GPT2 = {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
 
 
@@ -32,6 +40,12 @@ def transformers_model(kind):
     if kind == "qwen3":
         config = transformers.Qwen3Config(**LLAMA, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)
         return transformers.Qwen3ForCausalLM(config)
+    if kind == "qwen2":
+        config = transformers.Qwen2Config(**LLAMA, num_key_value_heads=2, tie_word_embeddings=True)
+        return transformers.Qwen2ForCausalLM(config)
+    if kind in ROPE:
+        config = transformers.LlamaConfig(**LLAMA, num_key_value_heads=2, rope_parameters={"rope_theta": 500.0, **ROPE[kind]})
+        return transformers.LlamaForCausalLM(config)
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2))
 
 
@@ -48,7 +62,7 @@ def tokens_for(model_vocab=99):
     return torch.randint(0, model_vocab, (2, 20), generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gpt2", *ROPE])
 def test_a_folder_from_transformers_gives_the_same_logits_and_goes_back(kind, tmp_path):
     theirs = perturb(transformers_model(kind))
     theirs.save_pretrained(tmp_path / "theirs")
@@ -72,8 +86,11 @@ def test_a_folder_from_transformers_gives_the_same_logits_and_goes_back(kind, tm
         ModelConfig(**SHAPE, tie_embeddings=False, rope_theta=500.0),
         ModelConfig(**SHAPE, num_kv_heads=2, qk_norm=True, head_dim=12, sliding_window=4, activation="gelu"),
         ModelConfig(**SHAPE, norm="layer", activation="relu2", tie_embeddings=False),
+        ModelConfig(**SHAPE, num_kv_heads=2, attention_bias=True, sliding_window=4),
+        ModelConfig(**SHAPE, rope_scaling="llama3", rope_factor=4.0, rope_slow=0.25, rope_fast=1.25),
+        ModelConfig(**SHAPE, qk_norm=True, rope_scaling="yarn", rope_factor=2.0, rope_fast=2.0),
     ],
-    ids=["llama", "qwen3", "gpt2"],
+    ids=["llama", "qwen3", "gpt2", "qwen2", "llama3-rope", "yarn"],
 )
 def test_a_model_made_here_runs_in_transformers(config, tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -90,6 +107,9 @@ def test_configurations_go_both_ways_without_transformers():
         {},
         {"qk_norm": True, "num_kv_heads": 1},
         {"sliding_window": 8},
+        {"attention_bias": True},
+        {"attention_bias": True, "sliding_window": 8, "rope_scaling": "linear", "rope_factor": 2.0},
+        {"rope_scaling": "yarn", "rope_factor": 2.0, "rope_original_len": 16, "rope_attention_factor": 1.3},
         {"qk_norm": True, "sliding_window": 8},
         {"norm": "layer"},
     ):
@@ -167,8 +187,10 @@ def test_the_tokenizer_and_its_end_of_text_token_travel_along(tmp_path):
         ({"architectures": ["BertForMaskedLM"]}, "architecture 'BertForMaskedLM' is not supported"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"mlp_bias": True}, "mlp_bias=True is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary scaling of type 'linear'"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rotary scaling of type 'llama3'"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rotary scaling of type 'longrope' is not supported"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "needs rope_factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}}, "truncate=False is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_factor must be a finite number"),
         (
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
             "partial_rotary_factor=0.5 is not supported",

@@ -196,3 +196,20 @@ def test_a_folder_and_files_can_be_learned_from(tmp_path):
     whole = Tokenizer.train(tmp_path, kind="char")
     assert whole.vocab_size == len(set(SOURCE + "Gr\u00fc\u00dfe")) + 1 and whole.eot_id is not None, "several documents have ends"
     assert Tokenizer.train([Path(tmp_path / "a.py")], kind="char").vocab_size == len(set(SOURCE))
+
+
+def test_settings_beside_the_tokenizer_are_read_and_a_damaged_file_is_named(tmp_path):
+    tokenizer = Tokenizer.train(["some text " * 50], vocab_size=320)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert not (tmp_path / "tokenizer_config.json").exists() and tokenizer.settings == {}
+    settings = {"eos_token": {"content": "<|end|>"}, "chat_template": [{"name": "tools", "template": "x"}, {"name": "default", "template": "y"}]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    found = Tokenizer.load(tmp_path)
+    assert (found.eot_token, found.chat_template, found.hash) == ("<|end|>", "y", tokenizer.hash)
+    found.save(tmp_path / "tokenizer.json")
+    assert Tokenizer.load(tmp_path).settings == found.settings == {"eos_token": "<|end|>", "chat_template": "y"}
+    (tmp_path / "chat_template.jinja").write_text("z")
+    assert Tokenizer.load(tmp_path).chat_template == "z"
+    (tmp_path / "tokenizer_config.json").write_text("[")
+    with pytest.raises(DataError, match=r"tokenizer_config\.json cannot be read"):
+        Tokenizer.load(tmp_path)

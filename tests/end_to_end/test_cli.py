@@ -16,6 +16,7 @@ FLAGS_OF_TRAIN = {
     "data", "out", "config", "resume", "tokenizer", "device", "threads", "precision", "preset", "vocab_size", "embed_dim", "num_layers", "num_heads",
     "num_kv_heads", "ffn_dim", "seq_len", "batch_size", "grad_accum", "steps", "epochs", "learning_rate", "min_lr", "warmup", "schedule", "seed",
     "checkpoint_every", "keep", "eval_every", "patience", "sample_every", "on_nonfinite", "overfit_one_batch", "plan", "find_lr", "set_", "as_json",
+    "from_", "lora_rank",
 }
 
 
