@@ -137,6 +137,10 @@ class DeviceStep:
             nonfinite = max(1.0, nonfinite)
         return StepResult(loss, norm, largest, int(nonfinite), num_targets, learning_rate, updated)
 
+    def loss_scale(self) -> float:
+        """Waits for the GPU."""
+        return float(self._state[1])
+
     def state(self) -> torch.Tensor:
         """float64 (4,), on the CPU: updates made, loss scale, good steps since it changed, updates left out."""
         return self._state.to("cpu", copy=True)

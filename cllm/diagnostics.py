@@ -34,11 +34,11 @@ class Diagnostics:
         self._layers: LayerStats | None = None
         self._classes: np.ndarray | None = None
 
-    def before_update(self, step: int) -> None:
-        """Before update number `step` (from 0) changes a weight."""
+    def before_update(self, step: int, scale: Callable[[], float]) -> None:
+        """Before update number `step` (from 0) changes a weight; `scale()`: what the gradients were multiplied by, which a GPU is waited for."""
         every = self.config.log.layers_every
         if every and self.parameters and (step + 1) % every == 0:
-            self._layers = LayerStats(self.parameters)
+            self._layers = LayerStats(self.parameters, scale())
             self._layers.before()
 
     def after_update(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:

@@ -87,6 +87,10 @@ class TrainStep:
             where = "in one process, without deterministic" if model.embedding_weight.device.type == "cuda" else "on a GPU"
             raise UserError(f"precision fp16, with its loss scaling, works {where} only. Use bf16, which has the range of float32, or fp32.")
 
+    def loss_scale(self) -> float:
+        """What gradients are multiplied by until the update: not 1 in fp16 alone."""
+        return 1.0 if self._device_step is None else self._device_step.loss_scale()
+
     def _trained(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
         """What the optimizer updates, by name."""
         return self.model.named_parameters()

@@ -234,7 +234,7 @@ class Trainer:
 
     def _before_update(self) -> None:
         """Gradients are complete, and no weight has changed."""
-        self._diagnostics.before_update(self.step)
+        self._diagnostics.before_update(self.step, self._train_step.loss_scale)
         self._writer.before_update()
 
     def _handle(self, fault: Fault, report: Reporter) -> None:

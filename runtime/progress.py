@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
 HEARTBEAT_SECONDS = 2.0
+WIDE = 120  # columns of a terminal that has room for a bar beside the figures
 
 _lock = threading.RLock()
 _active: "Progress | None" = None
+_stages = 0  # that are going on and speak for themselves
 
 
 def duration(seconds: float) -> str:
@@ -69,6 +71,7 @@ class Progress:
         self._terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._pause = 0.25 if self._terminal else log_seconds
         self._done, self._text = float(initial), ""
+        self._written: tuple[float, str] | None = None
         self._started = self._drawn = time.monotonic()
         self._rich: Any = None
         self._task: Any = None
@@ -80,10 +83,17 @@ class Progress:
             from rich.console import Console
             from rich.progress import BarColumn, TaskProgressColumn, TextColumn
             from rich.progress import Progress as Rich
+            from rich.table import Column
 
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), TaskProgressColumn(), TextColumn("{task.fields[text]}"))
-            self._rich = Rich(*columns, console=Console(file=self._stream), refresh_per_second=4, transient=True)
-            self._task = self._rich.add_task(self.label, total=self.total, completed=self.initial, text="")
+            console = Console(file=self._stream)
+            # On a narrow terminal the figures matter more than the bar, and the time left more than the last figures, which are cut.
+            bar = (BarColumn(bar_width=16),) if console.width >= WIDE else ()
+            fixed = [TextColumn(field, table_column=Column(no_wrap=True, min_width=width)) for field, width in
+                     (("{task.description}", len(self.label)), ("{task.fields[left]}", 8))]
+            text = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+            columns = (fixed[0], *bar, TaskProgressColumn(table_column=Column(min_width=4)), fixed[1], text)
+            self._rich = Rich(*columns, console=console, refresh_per_second=4, transient=True, expand=True)
+            self._task = self._rich.add_task(self.label, total=self.total, completed=self.initial, text="", left="")
             self._rich.start()
         with _lock:
             self._before, _active = _active, self
@@ -131,9 +141,12 @@ class Progress:
         self._drawn = now
         if self._rich is not None:
             eta = self.eta_seconds()
-            tail = f"  ETA {duration(eta)}" if eta is not None else f"  {duration(self.seconds)}"
-            self._rich.update(self._task, completed=self._done, text=self._text + tail)
+            left = f"ETA {duration(eta)}" if eta is not None else duration(self.seconds)
+            self._rich.update(self._task, completed=self._done, text=self._text, left=left)
         else:
+            if _stages and self._written == (self._done, self._text):
+                return  # a log needs no second line that says the same while a stage tells what goes on
+            self._written = self._done, self._text
             with _lock:
                 self._stream.write(self.line() + "\n")
                 self._stream.flush()
@@ -162,6 +175,8 @@ class Stage:
         self.seconds = 0.0
 
     def __enter__(self) -> "Stage":
+        global _stages
+        _stages += 1
         self._started = time.monotonic()
         self._ticker = _Ticker(self._after, self._beat)
         return self
@@ -170,6 +185,8 @@ class Stage:
         say(f"{self.label} ... {self._seconds_before + time.monotonic() - self._started:.0f} s")
 
     def __exit__(self, *exc: object) -> None:
+        global _stages
+        _stages -= 1
         self.seconds = time.monotonic() - self._started
         self._ticker.stop()
 
