@@ -27,6 +27,7 @@ class Optimizer:
     """
 
     kinds: Sequence[str] = ()  # the kinds of state that every parameter has
+    averaging = False  # whether `averages` gives something
 
     def __init__(self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], *, weight_decay: float = 0.1) -> None:
         self.parameters = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}

@@ -122,7 +122,7 @@ class TrainStep:
         state = self.optimizer.state_dict()
         if self.ema is not None:
             state |= {EMA + name: tensor for name, tensor in self.ema.weights.items()}
-        if training_weights or self.averages() is not None:
+        if training_weights or self.ema is not None or self.optimizer.averaging:
             state |= {TRAINING + name: parameter.detach() for name, parameter in self.optimizer.parameters.items()}
         if self.noise_scale is not None:
             state[NOISE_SCALE] = self.noise_scale.state

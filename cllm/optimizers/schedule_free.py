@@ -23,6 +23,7 @@ class ScheduleFreeAdamW(Optimizer):
     """
 
     kinds = ("z", "exp_avg_sq")
+    averaging = True
 
     def __init__(
         self,

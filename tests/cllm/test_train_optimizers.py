@@ -44,11 +44,11 @@ from cllm.model import Model
 from cllm.step import TrainStep
 from cllm.train import Trainer
 from cllm.train_config import TrainConfig
-data, out, sizes, settings = sys.argv[1], sys.argv[2], eval(sys.argv[3]), eval(sys.argv[4])
+data, out, sizes, settings, last = sys.argv[1], sys.argv[2], eval(sys.argv[3]), eval(sys.argv[4]), int(sys.argv[5])
 dataset = Dataset.open(data)
 trainer = Trainer(Model(ModelConfig(vocab_size=dataset.tokenizer.vocab_size, **sizes)), dataset, TrainConfig(**settings), out=out)
 microbatches = trainer._microbatches
-trainer._microbatches = lambda step: time.sleep(0.03) or microbatches(step)  # slow enough to be met in the middle
+trainer._microbatches = lambda step: time.sleep(600 if step == last else 0) or microbatches(step)  # waits there to be killed
 trainer.fit()
 """
 
@@ -73,10 +73,10 @@ def outcome(out):
 
 
 def killed(dataset, out, at, settings):
-    """Trains in a process of its own until so many rows are written, then kills it."""
-    arguments = [sys.executable, "-c", CHILD, str(dataset.folder), str(out), repr(SIZES), repr({**SETTINGS, **settings})]
+    """Trains in a process of its own for `at` steps, then kills it."""
+    arguments = [sys.executable, "-c", CHILD, str(dataset.folder), str(out), repr(SIZES), repr({**SETTINGS, **settings}), str(at)]
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 120
+    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= at):
         time.sleep(0.002)
     assert process.poll() is None, process.communicate()[1]
