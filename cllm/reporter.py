@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from cllm.train import TrainResult
 
+SLOWED = 4.0  # times slower than at its best is no noise
 _SMOOTHING = 0.1  # weight of the newest step in the shown speed
 
 
@@ -37,7 +38,8 @@ class Reporter:
         self._began = time.perf_counter()
         self._step_seconds = 0.0  # of all steps but the first, which compiles
         self._step_tokens = 0
-        self._smooth_speed = 0.0
+        self._smooth_speed = self._best_speed = 0.0
+        self._told_slowed = False
         self._last_seconds = 0.0
         self._warm = False
         self._flops_per_token = 0.0
@@ -146,6 +148,7 @@ class Reporter:
             self._step_seconds += self._last_seconds
             self._step_tokens += result.num_targets
             self._smooth_speed = speed if not self._smooth_speed else (1 - _SMOOTHING) * self._smooth_speed + _SMOOTHING * speed
+            self._warn_when_slowed(step)
         self._warm = True
         shown = self._smooth_speed or speed
         share = shown * self._flops_per_token / self._peak_flops if self._peak_flops else 0.0
@@ -169,6 +172,16 @@ class Reporter:
             return {"gpu_share": torch.cuda.utilization(self._device) / 100}
         except (ImportError, RuntimeError):
             return {}
+
+    def _warn_when_slowed(self, step: int) -> None:
+        """Threads that spin for a core which another program has make small steps up to fifteen times slower: worth one line."""
+        self._best_speed = max(self._best_speed, self._smooth_speed)
+        if self._smooth_speed < self._best_speed / SLOWED and not self._told_slowed:
+            self._told_slowed = True
+            self.say(
+                f"step {step:,}: {self._best_speed / self._smooth_speed:.0f} times slower than this run has been. Other programs probably use the "
+                "cores; if they stay, stop (Ctrl-C) and go on with OMP_WAIT_POLICY=passive in the environment: the same bits, and no waiting in circles"
+            )
 
     def _memory(self) -> int:
         """Bytes of the process, or what torch holds of the GPU's memory."""

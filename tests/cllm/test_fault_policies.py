@@ -242,8 +242,8 @@ from cllm.train_config import TrainConfig
 dataset = Dataset.open(sys.argv[1])
 model = Model(ModelConfig(vocab_size=dataset.tokenizer.vocab_size, embed_dim=16, num_layers=1, num_heads=2, max_seq_len=16))
 run = Trainer(model, dataset, TrainConfig(**eval(sys.argv[3]), watchdog_seconds=6.0, on_stall="stop"), out=sys.argv[2])
-batch = run._batches.batch
-run._batches.batch = lambda index: time.sleep(60) if index == 7 else batch(index)
+windows = run._batches.windows
+run._batches.windows = lambda first, count: time.sleep(60) if first == 14 else windows(first, count)
 run.fit()
 """
 
