@@ -44,7 +44,7 @@ class Diagnostics:
     def after_update(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
         """The row about layers and samples of their gradients for histograms, where this update was due for one."""
         layers, self._layers = self._layers, None
-        return None if layers is None else (layers.after(), layers.samples)
+        return None if layers is None else (layers.after(), layers.by_block())
 
     def classes(self, beat: Callable[[], None]) -> dict[str, Any]:
         """How well each class of tokens is predicted, over a part of the validation text."""

@@ -7,6 +7,7 @@ number of threads; updates and histograms come from an evenly spaced sample of e
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 SAMPLE = 8192  # values of a tensor
 OUTLIER = 1000.0  # a matrix whose gradient is so many times larger or smaller than the median matrix's is flagged
+_BLOCK = re.compile(r"\.(?:layers|h)\.(\d+)\.")
 DECADES = range(-12, 3)  # of the histogram of |gradient|
 
 
@@ -28,7 +30,7 @@ class LayerStats:
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], scale: float = 1.0) -> None:
         self.parameters, self.scale = parameters, scale
-        self.samples: dict[str, torch.Tensor] = {}  # of the gradients, for histograms
+        self.samples: dict[str, torch.Tensor] = {}  # of the gradients
         self._weights: dict[str, torch.Tensor] = {}
         self._norms: dict[str, float] = {}
 
@@ -58,6 +60,14 @@ class LayerStats:
             "vanishing": [name for name, size in sizes.items() if size == 0 or (finite and size < usual / OUTLIER)],
             "gradient_histogram": self._histogram(),
         }
+
+    def by_block(self) -> dict[str, torch.Tensor]:
+        """The sampled gradients of each block together, and of what belongs to none."""
+        found: dict[str, list[torch.Tensor]] = {}
+        for name, values in self.samples.items():
+            block = _BLOCK.search(name)
+            found.setdefault(f"block {block[1]}" if block else "outside the blocks", []).append(values)
+        return {name: torch.cat(parts) for name, parts in found.items()}
 
     def _histogram(self) -> dict[str, int]:
         """How many sampled gradients lie in each decade of |g|; what is smaller than all of them is in the first, what is larger in the last."""

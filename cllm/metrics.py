@@ -22,6 +22,7 @@ TIME_FIELDS = (
     "seconds", "tokens_per_second", "share_of_peak", "memory_bytes", "cpu_share", "time", "data_seconds", "forward_seconds", "backward_seconds",
     "optimizer_seconds", "checkpoint_seconds", "gpu_share",
 )  # fmt: skip
+BOARD_EVERY = 10  # steps of training between two points on TensorBoard: a row there costs more than all of metrics.jsonl
 
 
 class Metrics:
@@ -64,7 +65,7 @@ class Metrics:
             raise CheckpointError(f"could not write {self.path}: {error.strerror or error}. Free some space and run the same command.") from error
         if self.prometheus is not None:
             self.prometheus.update(kind, {"step": step, **values})
-        if self._board is not None:
+        if self._board is not None and (kind != "train" or step % BOARD_EVERY == 0):
             for key, value in _scalars(values):
                 self._board.add_scalar(f"{kind}/{key}", value, step)
 

@@ -180,7 +180,7 @@ class Reporter:
             self._told_slowed = True
             self.say(
                 f"step {step:,}: {self._best_speed / self._smooth_speed:.0f} times slower than this run has been. Other programs probably use the "
-                "cores; if they stay, stop (Ctrl-C) and go on with OMP_WAIT_POLICY=passive in the environment: the same bits, and no waiting in circles"
+                "cores; if they stay, stop (Ctrl-C) and go on with OMP_WAIT_POLICY=passive in the environment: the same bits, without spinning"
             )
 
     def _memory(self) -> int:

@@ -24,7 +24,7 @@ from cllm import Model, TrainStep, runtime
 from cllm.checkpoint import CheckpointStore, weights_of
 from cllm.checkpoint_writer import CheckpointWriter
 from cllm.layer_stats import LayerStats
-from cllm.metrics import Metrics
+from cllm.metrics import BOARD_EVERY, Metrics
 from cllm.microbatch import Microbatch
 from cllm.train_config import TrainConfig
 
@@ -86,17 +86,20 @@ def monitoring(stepper: Stepper, rounds: int) -> list[dict]:
     parameters = stepper.step.optimizer.parameters
     plain, layered, written = [], [], []
     with tempfile.TemporaryDirectory() as folder, Metrics(Path(folder), tensorboard=True) as metrics:
-        for number in range(max(rounds, 5)):
+        for number in range(max(rounds, int(2 / stepper()))):  # small steps differ more: about two seconds of them
+            stepper()  # threads that have waited long are asleep
             plain.append(stepper())
             began = time.perf_counter()
-            metrics.write("train", number, loss=1.0, learning_rate=1e-3, gradient_norm=1.0, **dict.fromkeys(map(str, range(12)), 0.5))
-            written.append(time.perf_counter() - began)
+            for step in range(BOARD_EVERY):
+                metrics.write("train", step, loss=1.0, learning_rate=1e-3, gradient_norm=1.0, **dict.fromkeys(map(str, range(12)), 0.5))
+            written.append((time.perf_counter() - began) / BOARD_EVERY)
+            stepper()
             stats = LayerStats(parameters)
             began = time.perf_counter()
             stepper(stats.before)
             row = stats.after()
             metrics.write("layers", number, **row)
-            metrics.histograms("gradients", number, stats.samples)
+            metrics.histograms("gradients", number, stats.by_block())
             layered.append(time.perf_counter() - began)
     usual, extra, row_cost = statistics.median(plain), statistics.median(layered) - statistics.median(plain), statistics.median(written)
     return [
