@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from cllm.metrics import Metrics, read_metrics
 from cllm.runtime.errors import CheckpointError
@@ -38,10 +39,17 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
         metrics.write("train", 1, loss=1.0)
 
 
-def test_tensorboard_gets_the_same_numbers(tmp_path):
+def test_tensorboard_gets_every_tenth_step_evaluations_histograms_and_texts(tmp_path):
     pytest.importorskip("tensorboardX")
     metrics = Metrics(tmp_path, tensorboard=True)
-    metrics.write("train", 1, loss=2.5, note="text")
+    metrics.write("train", 1, rate=2.5)
+    metrics.write("train", 10, loss=2.5, note="text")
+    metrics.write("eval", 11, classes={"word": {"recall": 0.5, "f1": None}})
+    metrics.histograms("gradients", 11, {"block 0": torch.ones(3)})
+    metrics.text("sample", 11, "Once upon")
+    metrics.hyperparameters({"optim.eps": 1e-8, "model.norm": "rms", "data.path": None}, {"validation_loss": 2.0})
     metrics.close()
-    (events,) = (tmp_path / "events").iterdir()
-    assert b"train/loss" in events.read_bytes()
+    content = b"".join(path.read_bytes() for path in (tmp_path / "events").rglob("*") if path.is_file())
+    for wanted in (b"train/loss", b"eval/classes/word/recall", b"gradients/block", b"Once upon", b"optim.eps", b"outcome/validation_loss"):
+        assert wanted in content, wanted
+    assert b"train/rate" not in content and b"note" not in content
