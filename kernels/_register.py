@@ -48,11 +48,13 @@ _BACKENDS = {
     "numba": _Backend("cllm.kernels.cpu", ("cpu",), 100),
     "triton": _Backend("cllm.kernels.gpu", ("cuda",), 100),
     "gluon": _Backend("cllm.kernels.gpu.hopper", ("cuda",), 90),
+    "sdpa": _Backend("cllm.kernels.gpu.library", ("cuda",), 80),
     "torch": _Backend("cllm.kernels.reference", ("cpu", "cuda", "mps", "xpu"), 0),
 }
 
 if _INTERPRETED:  # Triton then runs on the CPU, for whoever asks for it by name: slow, and exact enough to test every kernel
-    _BACKENDS["triton"] = _BACKENDS["triton"]._replace(device_types=("cuda", "cpu"))
+    for _name in ("triton", "sdpa"):
+        _BACKENDS[_name] = _BACKENDS[_name]._replace(device_types=("cuda", "cpu"))
 
 Shapes = tuple[tuple[int, ...], ...]
 _MAX_HEAD_DIM = 256
@@ -64,8 +66,12 @@ def _can_serve(op: str, name: str) -> Callable[..., tuple[bool, str]]:
     """Whether the kernels of backend `name` can serve `op`."""
     module_name = f"{_BACKENDS[name].package}.{OPERATIONS[op]}"
     library = "numba" if name == "numba" else "triton"
-    dtypes = {"numba": ("float32", "bfloat16"), "triton": ("float32", "bfloat16", "float16"), "gluon": ("bfloat16", "float16")}[name]
-    praise = {"numba": "explicit SIMD, every core", "triton": "fused Triton kernels", "gluon": "warp-specialised for Hopper"}[name]
+    three = ("float32", "bfloat16", "float16")
+    dtypes = {"numba": ("float32", "bfloat16"), "triton": three, "gluon": ("bfloat16", "float16"), "sdpa": three}[name]
+    praise = {
+        "numba": "explicit SIMD, every core", "triton": "fused Triton kernels", "gluon": "warp-specialised for Hopper",
+        "sdpa": "torch's own attention: cuDNN or flash",
+    }[name]  # fmt: skip
 
     def can_serve(shapes: Shapes, dtype: torch.dtype | str, device: str) -> tuple[bool, str]:
         if str(dtype).removeprefix("torch.") not in dtypes:
@@ -76,6 +82,8 @@ def _can_serve(op: str, name: str) -> Callable[..., tuple[bool, str]]:
             return False, "there are Gluon kernels for attention on Hopper alone"
         if name == "gluon" and shapes and shapes[0][-1] not in (64, 128, 256):
             return False, f"the Gluon kernels take heads of 64, 128 and 256, not {shapes[0][-1]}"
+        if name == "sdpa" and op != "attention":
+            return False, "torch's own kernels are offered for attention alone"
         if importlib.util.find_spec(library) is None:
             return False, f"{library} is not installed"
         if importlib.util.find_spec(module_name) is None:
@@ -94,7 +102,7 @@ def _register_backends() -> None:
         for name, entry in _BACKENDS.items():
             can_serve = _torch_can_serve if name == "torch" else _can_serve(op, name)
             for device_type in entry.device_types:
-                priority = -1 if name == "triton" and device_type == "cpu" else entry.priority
+                priority = {"triton": -1, "sdpa": -2}.get(name, entry.priority) if device_type == "cpu" else entry.priority
                 runtime.register_backend(op, name, device_type, priority, can_serve)
 
 

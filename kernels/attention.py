@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from cllm import runtime
 from cllm.kernels._register import backend, check_floating, operation, stats_dtype
 from cllm.runtime.errors import UserError
 
@@ -39,10 +40,28 @@ def attention(
     """
     _check(q, k, v, window, softcap, cu_seqlens)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if not return_lse and sinks is None:
+        library = _library(q, k, v, causal, window, softcap, cu_seqlens)
+        if library is not None:
+            return library.direct(q, k, v, causal, scale)
     out, lse = _attention(q, k, v, causal, scale, window or 0, float(softcap or 0.0), cu_seqlens)
     if sinks is not None:
         out, lse = _with_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out
+
+
+def _library(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, softcap: float | None, cu_seqlens: Tensor | None
+) -> Any:  # fmt: skip
+    """torch's own attention, where the plan chooses it and it can do what is asked; else None."""
+    settings = runtime.settings()
+    if (q.device.type == "cpu" and settings.backend != "sdpa") or torch.compiler.is_compiling():
+        return None
+    serving = backend("attention", (q.shape, k.shape), q.dtype, q.device.type, _flops(q, k, causal))
+    can_serve = getattr(serving, "can_serve", None)
+    if getattr(serving, "direct", None) is None or can_serve is None:
+        return None
+    return serving if can_serve(q, k, v, causal, window or 0, softcap or 0.0, cu_seqlens, settings.deterministic)[0] else None
 
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,14 +5,13 @@
     TRITON_INTERPRET=1 python profiling/gpu_suite.py --tiny        # without a GPU: runs through on the interpreter, measures nothing
 
 Each section is kept as soon as it is done (results/gpu-NAME.json and .md) and skipped when the script starts again. Operations are timed against
-what torch ships: attention pinned to cuDNN and to flash, torch.compile for the rest; other libraries that could be compared with are named where
-they are absent. Times are medians, eager and as a CUDA graph, interleaved, on random data with the L2 cache emptied; shares are of the rates measured
-in the same run. What was fastest is recorded for the plan (`runtime.choice`), which then prefers it.
+what torch ships (attention pinned to cuDNN and to flash and as torch chooses, FlexAttention, torch.compile for the rest) and against the libraries of
+rivals.py where they are installed; absent ones are named. Times are medians, eager and as a CUDA graph, interleaved, on random data with the L2 cache
+emptied; shares are of the rates measured in the same run. What was fastest is recorded for the plan (`runtime.choice`), which then prefers it.
 """
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import statistics
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import report
+import rivals as others
 import roofline
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,6 @@ from cllm import Model, ModelConfig, TrainStep, kernels, runtime
 from cllm.kernels._register import backend_serves
 from cllm.runtime import choice
 
-RIVALS = ("liger_kernel", "quack", "flash_attn", "cut_cross_entropy")
 SECTIONS = ("tests", "ceilings", "operations", "determinism", "steps")
 SECTION_SECONDS = {"tests": 150.0, "operations": 200.0, "determinism": 60.0, "steps": 150.0}
 
@@ -145,9 +144,9 @@ def attention_benches(machine: Machine) -> Iterator[Bench]:
                     return F.scaled_dot_product_attention(*views, is_causal=True, enable_gqa=True).transpose(1, 2)
 
             rivals: dict[str, Callable[..., torch.Tensor]] = {"cllm": ours}
-            if machine.tiny:
-                rivals["sdpa"] = torchs
-            else:
+            rivals["sdpa"] = torchs
+            if not machine.tiny:
+                rivals |= others.attention()
                 rivals["sdpa-cudnn"] = lambda q, k, v: torchs(q, k, v, SDPBackend.CUDNN_ATTENTION)
                 rivals["sdpa-flash"] = lambda q, k, v: torchs(q, k, v, SDPBackend.FLASH_ATTENTION)
                 if backend_serves("attention", "gluon", (q.shape, k.shape), q.dtype, "cuda"):
@@ -159,8 +158,8 @@ def attention_benches(machine: Machine) -> Iterator[Bench]:
                     call = _with_gradients(rival, q, k, v) if backward else (lambda rival=rival, q=q, k=k, v=v: rival(q, k, v))
                     call()
                     calls[name] = call
-                except RuntimeError as error:
-                    absent.append(f"{name}: {str(error).splitlines()[0][:80]}")
+                except Exception as error:  # of whatever kind: other people's packages
+                    absent.append(f"{name}: {type(error).__name__} {str(error).splitlines()[:1]}"[:120])
             cost = roofline.cost("attention", 2, batch, tokens, heads, kv_heads, dim)
             if backward:
                 cost = roofline.Cost(cost.flops * cost.with_backward, cost.bytes * cost.with_backward)
@@ -179,6 +178,25 @@ def _through(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _join(
+    calls: dict[str, Callable[[], Any]], machine: Machine, make: Callable[[], dict[str, Any]], ready: Callable[[Any], Callable[[], Any]]
+) -> list[str]:
+    """Adds other people's kernels to the contestants; what of them does not run, and why. The interpreter has none of them."""
+    absent: list[str] = []
+    try:
+        found = {} if machine.tiny else make()
+    except Exception as error:
+        return [f"{make}: {type(error).__name__} {error}"[:120]]
+    for name, rival in found.items():
+        try:
+            call = ready(rival)
+            call()
+            calls[name] = call
+        except Exception as error:
+            absent.append(f"{name}: {type(error).__name__} {str(error).splitlines()[:1]}"[:120])
+    return absent
+
+
 def product_benches(machine: Machine) -> Iterator[Bench]:
     rows, width, hidden = (32, 32, 48) if machine.tiny else (16384, 1024, 2816)
     x = machine.normal(rows, width, grad=True)
@@ -191,10 +209,14 @@ def product_benches(machine: Machine) -> Iterator[Bench]:
     cost = roofline.cost("feed_forward", 2, rows, width, hidden, 3)
     with torch.no_grad():
         calls = {"cllm": lambda: kernels.feed_forward(x, gate, up, down), "compiled": lambda: compiled(x, gate, up, down)}
-        yield Bench(f"feed-forward forward {rows}x{width}x{hidden}", calls, cost, ">= 1.05 of compiled", lambda row: row["ratio"] >= 1.05)
+        missing = _join(calls, machine, others.swiglu, lambda rival: partial(rival, x, gate, up, down))
+        name = f"feed-forward forward {rows}x{width}x{hidden}"
+        yield Bench(name, calls, cost, ">= 1.05 of compiled", lambda row: row["ratio"] >= 1.05, absent=missing)
     calls = {"cllm": _with_gradients(kernels.feed_forward, x, gate, up, down), "compiled": _with_gradients(compiled, x, gate, up, down)}
+    missing = _join(calls, machine, others.swiglu, lambda rival: _with_gradients(rival, x, gate, up, down))
     both = roofline.Cost(3 * cost.flops, 3 * cost.bytes)
-    yield Bench(f"feed-forward forward+backward {rows}x{width}x{hidden}", calls, both, ">= 1.00 of compiled", lambda row: row["ratio"] >= 1.0)
+    name = f"feed-forward forward+backward {rows}x{width}x{hidden}"
+    yield Bench(name, calls, both, ">= 1.00 of compiled", lambda row: row["ratio"] >= 1.0, absent=missing)
     for rows, width, vocabulary, limit in [(48, 32, 97, 1.0)] if machine.tiny else [(4096, 4096, 128256, 0.019), (16384, 1024, 50304, 0.0077)]:
         x, weight = machine.normal(rows, width, grad=True), machine.normal(vocabulary, width, grad=True)
         targets = torch.randint(vocabulary, (rows,), device=machine.device)
@@ -207,10 +229,11 @@ def product_benches(machine: Machine) -> Iterator[Bench]:
 
         calls = {"cllm": _with_gradients(fused, x, weight)}
         calls["compiled"] = _with_gradients(full if machine.tiny else torch.compile(full), x, weight)
+        missing = _join(calls, machine, partial(others.linear_cross_entropy, targets), lambda rival, x=x, w=weight: _with_gradients(rival, x, w))
         cost = roofline.cost("linear_cross_entropy", 2, rows, width, vocabulary)
         yield Bench(
             f"linear cross entropy forward+backward {rows}x{width}x{vocabulary}", calls, roofline.Cost(3 * cost.flops, 3 * cost.bytes),
-            f"<= {1e3 * limit:.3g} ms", lambda row, limit=limit: row["ms"] <= 1e3 * limit,
+            f"<= {1e3 * limit:.3g} ms", lambda row, limit=limit: row["ms"] <= 1e3 * limit, absent=missing,
         )  # fmt: skip
 
 
@@ -238,6 +261,7 @@ def row_benches(machine: Machine) -> Iterator[Bench]:
         ("layer_norm", kernels.layer_norm, maybe(lambda x, w: F.layer_norm(x, (width,), w)), (x, weight), 4.0 * size, 10.0 * size),
         ("softmax", kernels.softmax, maybe(lambda x: torch.softmax(x, -1)), (x,), 4.0 * size, 10.0 * size),
     ]  # fmt: skip
+    rivals_of = {"rms_norm": others.rms_norm, "add + rms_norm": others.add_rms_norm, "layer_norm": others.layer_norm, "softmax": others.softmax}
     limits = {"rms_norm forward": 72e-6, "rms_norm forward+backward": 197e-6}
     for name, ours, plain, inputs, forward_bytes, both_bytes in pairs:
         for backward in (False, True):
@@ -245,11 +269,13 @@ def row_benches(machine: Machine) -> Iterator[Bench]:
             with contextlib.nullcontext() if backward else torch.no_grad():
                 both = {"cllm": ours, "compiled": plain}
                 calls = {who: _with_gradients(f, *inputs) if backward else partial(f, *inputs) for who, f in both.items()}
+                way, make = _with_gradients if backward else partial, rivals_of[name]
+                missing = _join(calls, machine, make, lambda rival, way=way, inputs=inputs: way(rival, *inputs))
                 limit = limits.get(label)
                 yield Bench(
                     f"{label} {rows}x{width}", calls, roofline.Cost(4.0 * size, both_bytes if backward else forward_bytes),
                     f"<= {1e6 * limit:.0f} us" if limit else ">= 85 % of bandwidth",
-                    (lambda row, limit=limit: row["ms"] <= 1e3 * limit) if limit else bandwidth,
+                    (lambda row, limit=limit: row["ms"] <= 1e3 * limit) if limit else bandwidth, absent=missing,
                 )  # fmt: skip
     batch, tokens, heads, dim = (1, 8, 2, 16) if machine.tiny else (16, 1024, 16, 128)
     q = machine.normal(batch, tokens, heads, dim)
@@ -269,9 +295,10 @@ def row_benches(machine: Machine) -> Iterator[Bench]:
     targets = torch.randint(vocabulary, (rows,), device=machine.device)
     loss_plain = maybe(lambda z: F.cross_entropy(z.float(), targets))
     calls = {"cllm": _with_gradients(lambda z: kernels.cross_entropy(z, targets), logits), "compiled": _with_gradients(loss_plain, logits)}
+    missing = _join(calls, machine, partial(others.cross_entropy, targets), lambda rival: _with_gradients(rival, logits))
     cost = roofline.cost("cross_entropy", 2, rows, vocabulary)
     cost = roofline.Cost(cost.flops, 3 * cost.bytes)
-    yield Bench(f"cross entropy forward+backward {rows}x{vocabulary}", calls, cost, ">= 85 % of bandwidth", bandwidth)
+    yield Bench(f"cross entropy forward+backward {rows}x{vocabulary}", calls, cost, ">= 85 % of bandwidth", bandwidth, absent=missing)
     count = 4096 if machine.tiny else 124_000_000
     params, grads, firsts, seconds = ([machine.normal(count // 4, dtype=torch.float32) for _ in range(4)] for _ in range(4))
     seconds = [each.square() for each in seconds]
@@ -327,7 +354,7 @@ def run_operations(machine: Machine, ceilings: dict[str, Any], only: str = "") -
         except Exception as error:  # one family that fails costs only itself
             traceback.print_exc()
             rows.append({"name": make.__name__, "failed": f"{type(error).__name__}: {error}"[:400]})
-    return {"rows": rows, "absent": [name for name in RIVALS if importlib.util.find_spec(name) is None]}
+    return {"rows": rows, "absent": others.absent()}
 
 
 def _row(machine: Machine, bench: Bench, ceilings: dict[str, Any]) -> dict[str, Any]:
@@ -342,7 +369,8 @@ def _row(machine: Machine, bench: Bench, ceilings: dict[str, Any]) -> dict[str, 
     row |= {"ms": 1e3 * best["cllm"], "best_peer": peer, "ratio": peers[peer] / best["cllm"] if peer else None, "share": limit / best["cllm"]}
     row["met"] = None if bench.met is None or row["ratio"] is None else bench.met(row)
     if bench.choose is not None:
-        measured = {"triton": best["cllm"]} | ({"gluon": best["cllm-gluon"]} if "cllm-gluon" in best else {})
+        names = {"triton": "cllm", "gluon": "cllm-gluon", "sdpa": "sdpa"}
+        measured = {backend: best[name] for backend, name in names.items() if name in best}
         choice.record(bench.choose[0], "cuda", str(machine.dtype).removeprefix("torch."), bench.choose[1], measured)
     return row
 

@@ -41,6 +41,32 @@ def test_the_backward_of_attention_gives_the_same_bits_a_thousand_times():
         assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
+def test_the_operators_are_registered_rightly_on_a_gpu():
+    """opcheck: shapes of the fakes, no aliasing, gradients registered, and what torch.compile asks for."""
+    q = normal(1, 40, 4, 64, grad=True)
+    k = normal(1, 40, 2, 64, grad=True)
+    x, weight = normal(6, 64, grad=True), normal(64, grad=True)
+    logits, targets = normal(6, 97, grad=True), torch.tensor([0, 96, -100, 3, 3, 1], device="cuda")
+    calls = {
+        "attention": (q, k, k, True, 0.125, 0, 0.0, None), "rms_norm": (x, weight, 1e-6), "layer_norm": (x, weight, None, 1e-5), "softmax": (x,),
+        "cross_entropy": (logits, targets, -100, 0.1, 1e-3, 5.0, "mean"),
+        "feed_forward": (x, normal(96, 64, grad=True), normal(96, 64, grad=True), normal(64, 96, grad=True), "silu", None, None, True),
+        "matmul": (x, normal(64, 48, grad=True), None),
+    }  # fmt: skip
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for name, arguments in calls.items():
+        torch.library.opcheck(getattr(torch.ops.cllm, name).default, arguments, test_utils=utilities)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_attention_may_be_torchs_own(backward):
+    q, k, v = normal(2, 300, 8, 64, grad=backward), normal(2, 300, 2, 64, grad=backward), normal(2, 300, 2, 64, grad=backward)
+    with runtime.use(backend="sdpa", deterministic=False):
+        out = kernels.attention(q, k, v, causal=True)
+    with runtime.use(backend="triton"):
+        torch.testing.assert_close(out, kernels.attention(q, k, v, causal=True), atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_the_captured_step_does_what_the_cpu_does(precision):
     sizes = {"vocab_size": 257, "embed_dim": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 128, "max_seq_len": 64}

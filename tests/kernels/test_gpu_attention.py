@@ -90,3 +90,40 @@ def test_the_size_of_the_gpu_changes_no_bit(oracle):
             found.append([out.detach(), *torch.autograd.grad(out, leaves, out.detach())])
     for again in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], again))
+
+
+# -- torch's own kernels, where the plan chooses them ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {}, {"causal": True, "window": 5}, {"softcap": 3.0}, {"causal": True, "return_lse": True}])
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_library_backend_does_what_it_can_and_leaves_the_rest_to_triton(options, grad):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 12, heads, 16, generator=generator).requires_grad_(grad) for heads in (4, 2, 2))
+    found, gradients = [], []
+    for backend, deterministic in (("torch", True), ("sdpa", True), ("sdpa", False)):
+        with runtime.use(backend=backend, deterministic=deterministic):
+            out = kernels.attention(q, k, v, **options)
+            out = out[0] if isinstance(out, tuple) else out
+            by_torch = out.grad_fn is not None and "cllm" not in type(out.grad_fn).__name__.lower()
+            if grad:
+                gradients.append(torch.autograd.grad(out, (q, k, v), torch.ones_like(out)))
+        found.append(out.detach())
+        if grad and backend == "sdpa":  # a backward that adds in no fixed order is taken only where that is allowed
+            assert by_torch == (not deterministic and set(options) <= {"causal"})
+    for each in found[1:]:
+        torch.testing.assert_close(each, found[0], atol=1e-5, rtol=1e-5)
+    for each in gradients[1:]:
+        for ours, theirs in zip(each, gradients[0]):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_the_library_backend_says_why_it_cannot_serve():
+    from cllm.kernels.gpu.library.attention import can_serve
+
+    q, k = torch.ones(1, 4, 2, 8), torch.ones(1, 6, 2, 8)
+    assert can_serve(q, q, q, True, 0, 0.0, None, True)[0]
+    assert "diagonal" in can_serve(q, k, k, True, 0, 0.0, None, True)[1] and can_serve(q, k, k, False, 0, 0.0, None, True)[0]
+    assert "window" in can_serve(q, q, q, True, 3, 0.0, None, True)[1]
+    wants = q.clone().requires_grad_()
+    assert "fixed order" in can_serve(wants, q, q, True, 0, 0.0, None, True)[1] and can_serve(wants, q, q, True, 0, 0.0, None, False)[0]

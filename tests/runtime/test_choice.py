@@ -50,3 +50,16 @@ def test_the_plan_follows_a_measurement_and_says_the_figures(monkeypatch):
     assert plan.backend == "theirs" and "measured here on" in plan.reason and "ours 2 ms" in str(plan)
     with runtime.use(backend="ours"):
         assert runtime.plan(op, ((64, 64),), "float32", "cuda").backend == "ours"
+
+
+def test_where_torchs_own_attention_was_faster_the_plan_calls_it_and_says_so():
+    from cllm.runtime.plan import _plan
+
+    shapes = ((1, 2048, 64, 128), (1, 2048, 8, 128))
+    choice.record("attention", "cuda", "bfloat16", shapes, {"triton": 2e-3, "sdpa": 1e-3})
+    _plan.cache_clear()
+    try:
+        plan = runtime.explain("attention", *shapes, dtype="bfloat16", device="cuda")
+        assert plan.backend == "sdpa" and "sdpa 1 ms, triton 2 ms" in str(plan)
+    finally:
+        _plan.cache_clear()
