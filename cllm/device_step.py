@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 WARM_UPS = 3  # runs of a graph's body before it is captured: kernels compile and libraries allocate what they keep
 FIRST_LOSS_SCALE = 65536.0  # fp16: halved when a gradient overflows, doubled after GROWTH_INTERVAL good steps (Micikevicius et al. 2018)
 GROWTH_INTERVAL = 2000.0
+SMALLEST_USEFUL_SCALE = 1.0  # gradients that overflow without being multiplied are the model's own fault
 
 
 class _Slot:
@@ -82,6 +83,7 @@ class DeviceStep:
         self._state = self._fused.state.double()  # float64, as the learning rate and betas: float32 would round them
         self._state[0].fill_(optimizer.num_updates)
         self._state[1].fill_(FIRST_LOSS_SCALE if loss_scaling else 1.0)
+        self._scales = loss_scaling
         growth = GROWTH_INTERVAL if loss_scaling else 0.0
         self._hyper_host = torch.tensor([0.0, *optimizer.betas, optimizer.eps, grad_clip, 1.0, 1.0, growth, 0.0], dtype=torch.float64)
         if self.device.type == "cuda":
@@ -127,15 +129,16 @@ class DeviceStep:
         if before_update is not None:
             before_update()
         self._play(self._update)
-        result = torch.cat((self._loss.reshape(1), self._stats, self._state[:1]))
+        result = torch.cat((self._loss.reshape(1), self._stats, self._state[:2]))
         if ahead is not None:
             self._stage(ahead())
-        loss, norm, largest, nonfinite, updates = result.tolist()  # waits for the step
+        loss, norm, largest, nonfinite, updates, scale = result.tolist()  # waits for the step
         updated = int(updates) > self.optimizer.num_updates
         self.optimizer.num_updates = int(updates)
         if not math.isfinite(loss):
             nonfinite = max(1.0, nonfinite)
-        return StepResult(loss, norm, largest, int(nonfinite), num_targets, learning_rate, updated)
+        rescaled = self._scales and not updated and math.isfinite(loss) and scale >= SMALLEST_USEFUL_SCALE
+        return StepResult(loss, norm, largest, int(nonfinite), num_targets, learning_rate, updated, rescaled=rescaled)
 
     def loss_scale(self) -> float:
         """Waits for the GPU."""

@@ -70,6 +70,8 @@ class Faults:
 
     def judge(self, step: int, result: StepResult) -> Fault | None:
         """What is wrong with the step after which `step` updates are done, if anything. Raises nothing; the caller acts."""
+        if result.rescaled:  # fp16 looks for its loss scale
+            return None
         found = self._find(result)
         if result.finite and result.num_targets:
             self.losses.append(result.loss)

@@ -21,7 +21,10 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did. `loss`: nats per target before the update, smoothing and z-loss included. `updated`: False when it was skipped."""
+    """What one step did. `loss`: nats per target before the update, smoothing and z-loss included. `updated`: False when it was skipped.
+
+    `rescaled`: fp16 alone: gradients overflowed under a loss scale that has been halved since, which is no fault of the data or the model.
+    """
 
     loss: float
     gradient_norm: float
@@ -31,6 +34,7 @@ class StepResult:
     learning_rate: float
     updated: bool
     noise_scale: float | None = None  # tokens; where it was measured
+    rescaled: bool = False
 
     @property
     def finite(self) -> bool:

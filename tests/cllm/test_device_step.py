@@ -1,5 +1,7 @@
 """The GPU's training step, run operation by operation under Triton's interpreter, against the CPU's."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ pytest.importorskip("triton")
 
 from cllm import Model, ModelConfig, TrainStep, runtime
 from cllm.device_step import FIRST_LOSS_SCALE, DeviceStep
+from cllm.faults import Faults
 from cllm.microbatch import IGNORED, Microbatch
 
 SIZES = {"vocab_size": 61, "embed_dim": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 48, "max_seq_len": 32}
@@ -97,7 +100,16 @@ def test_fp16_halves_its_loss_scale_when_gradients_overflow_and_resumes_with_it(
     assert step.state()[1] == FIRST_LOSS_SCALE
     step._state[1] = 2.0**24
     lost = step.run(microbatches(0), 1e-2)
-    assert not lost.updated and step.state()[1] == 2.0**23
+    assert not lost.updated and lost.rescaled and step.state()[1] == 2.0**23
+    assert Faults(on_nonfinite="stop").judge(1, lost) is None  # looking for the scale is no fault
+    step._state[1] = 1.0
+    with torch.no_grad():
+        model.embedding_weight[0] = math.inf
+    broken = step.run(microbatches(0), 1e-2)
+    assert not broken.updated and not broken.rescaled and Faults(on_nonfinite="stop").judge(1, broken).action == "stop"
+    with torch.no_grad():
+        model.embedding_weight.copy_(Model(ModelConfig(**SIZES)).embedding_weight)
+    step._state[3] = 1.0
     step._state[1] = 1024.0
     good = step.run(microbatches(0), 1e-2)
     assert good.updated and step.state().tolist() == [1.0, 1024.0, 1.0, 1.0]
