@@ -54,8 +54,10 @@ def _library(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, softcap: float | None, cu_seqlens: Tensor | None
 ) -> Any:  # fmt: skip
     """torch's own attention, where the plan chooses it and it can do what is asked; else None."""
+    if torch.compiler.is_compiling():  # a compiler sees our operator
+        return None
     settings = runtime.settings()
-    if (q.device.type == "cpu" and settings.backend != "sdpa") or torch.compiler.is_compiling():
+    if q.device.type == "cpu" and settings.backend != "sdpa":
         return None
     serving = backend("attention", (q.shape, k.shape), q.dtype, q.device.type, _flops(q, k, causal))
     can_serve = getattr(serving, "can_serve", None)

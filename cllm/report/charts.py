@@ -45,7 +45,7 @@ def short(value: float) -> str:
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers from low to high."""
     span = high - low
-    if not (span > 0 and math.isfinite(span)):
+    if not (span / count > 0 and math.isfinite(span)):
         return [low]
     power = 10.0 ** math.floor(math.log10(span / count))
     step = next((power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= count), power * 10)

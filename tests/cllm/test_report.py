@@ -6,7 +6,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from cllm.report import charts, write_report
@@ -147,6 +147,7 @@ def test_any_points_give_a_chart_inside_its_frame(points, log):
 
 
 @given(st.floats(-1e300, 1e300), st.floats(0, 1e300))
+@example(low=0.0, span=5e-324)
 def test_ticks_are_few_and_within_the_axis(low, span):
     found = charts.ticks(low, low + span)
     assert 1 <= len(found) <= 8 and all(low - 1e-6 * span <= tick <= low + span + 1e-6 * span for tick in found)
