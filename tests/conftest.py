@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():  # read by Triton when a kernel is defined, and by cllm.kernels when it registers the backends
@@ -9,4 +10,12 @@ if not torch.cuda.is_available():  # read by Triton when a kernel is defined, an
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=4, help="how often the fault campaign kills a training (default 4)")
+    parser.addoption("--kills", type=int, default=3, help="how often the fault campaign kills a training (default 3)")
+    parser.addoption("--slow", action="store_true", help="also the tests that take a minute or more")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes a minute or more: --slow"))

@@ -19,8 +19,8 @@ from cllm.checkpoint import CheckpointStore
 from cllm.metrics import TIME_FIELDS, read_metrics
 from cllm.storage import sha256_of
 
-STEPS = 240
-SETTINGS = (*TINY[:-2], "--steps", STEPS, "--grad-accum", 2, "--checkpoint-every", 9, "--eval-every", 60, "--set", "log.tensorboard=false")
+STEPS = 120
+SETTINGS = (*TINY[:-2], "--steps", STEPS, "--grad-accum", 2, "--checkpoint-every", 9, "--eval-every", 30, "--set", "log.tensorboard=false")
 
 
 def start(text, out, threads=2) -> subprocess.Popen:
@@ -127,7 +127,7 @@ def test_a_full_disk_is_one_clear_line_and_the_run_goes_on_when_there_is_room(te
 def test_flipped_bytes_anywhere_in_a_run_are_noticed_or_change_nothing(text, straight, tmp_path):
     """Every file of a run but what people read: its damage is found and repaired from the text, passed over, or refused by name."""
     process = start(text, tmp_path / "run")
-    while process.poll() is None and (CheckpointStore(tmp_path / "run" / "checkpoints").latest() or 0) < 100:
+    while process.poll() is None and (CheckpointStore(tmp_path / "run" / "checkpoints").latest() or 0) < 50:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert finish(process)[0] == 130

@@ -36,7 +36,6 @@ def test_public_names_of_the_package_resolve():
         cllm.nothing_like_this  # noqa: B018
 
 
-@pytest.mark.slow
 def test_every_module_imports_from_the_built_wheel(tmp_path):
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)],
