@@ -22,10 +22,11 @@ class MemoryPrediction:
     activations: int
     logits: int
     process: int = PROCESS_BYTES
+    checkpoint: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.process
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.process + self.checkpoint
 
     def rows(self) -> list[tuple[str, int, str]]:
         """(part, bytes, what it counts), largest first."""
@@ -36,6 +37,7 @@ class MemoryPrediction:
             ("activations", self.activations, "kept for the backward of one microbatch"),
             ("logits", self.logits, f"one chunk of {LOGIT_ROWS} rows and the gradient of the output matrix"),
             ("process", self.process, "Python, torch, compiled kernels"),
+            *([("checkpoint", self.checkpoint, "the copy that is written while training goes on")] if self.checkpoint else []),
         ]
         return sorted(parts, key=lambda part: -part[1])
 
@@ -45,9 +47,10 @@ RECOMPUTE = ("none", "feed_forward", "blocks")  # what the backward computes aga
 
 def predict(
     config: ModelConfig, batch_size: int, seq_len: int, precision: str = "fp32", recompute: str = "none",
-    optimizer: str = "adamw", average: bool = False,
+    optimizer: str = "adamw", average: bool = False, background_checkpoint: bool = False,
 ) -> MemoryPrediction:  # fmt: skip
-    """The memory of training with microbatches of batch_size x seq_len tokens; `average`: whether an average of the weights is kept."""
+    """The memory of training with microbatches of batch_size x seq_len tokens. `average`: an average of the weights is kept;
+    `background_checkpoint`: checkpoints are written from a copy."""
     parameters, tokens = config.num_parameters(), batch_size * seq_len
     width = 4 if precision == "fp32" else 2
     queries, keys = config.num_heads * config.head_size, config.kv_heads * config.head_size
@@ -62,12 +65,14 @@ def predict(
     feed_forward = tokens * config.ffn_size * width * (3 if config.gated else 2)  # hidden values and gradients of one layer at a time
     chunk = min(LOGIT_ROWS, tokens) * config.vocab_size * 4
     output_gradient = config.vocab_size * config.embed_dim * 4
+    state = _optimizer_bytes(config, optimizer) + (4 * parameters if average else 0)
     return MemoryPrediction(
         weights=4 * parameters,
         gradients=4 * parameters,
-        optimizer=_optimizer_bytes(config, optimizer) + (4 * parameters if average else 0),
+        optimizer=state,
         activations=tokens * per_token + feed_forward,
         logits=chunk + output_gradient,
+        checkpoint=4 * parameters + state if background_checkpoint else 0,
     )
 
 

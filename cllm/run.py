@@ -171,7 +171,8 @@ def _plan(model: "Model", config: TrainConfig, dataset: "Dataset", console: Cons
     device, _ = resolve(settings.device)
     sizes = model.config, settings.batch_size, settings.seq_len, settings.precision
     model.to(device).recompute, _ = choose_recompute(settings.recompute, *sizes, device)
-    memory = predict(*sizes, model.recompute, config.optim.optimizer, average=config.optim.ema > 0)
+    background = settings.async_checkpoint and device.type == "cpu"  # of a GPU's run the copy lies in the host's memory
+    memory = predict(*sizes, model.recompute, config.optim.optimizer, average=config.optim.ema > 0, background_checkpoint=background)
     step = make_step(model, config)
     batches = make_batches(dataset.train, config)
     seconds = []
