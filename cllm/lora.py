@@ -92,7 +92,7 @@ def add_lora(model: Model, config: LoraConfig, seed: int = 0) -> Model:
         if isinstance(module, Weights) and module.weight.dim() == 2 and (".layers." in f".{name}" or ".h." in f".{name}"):
             if config.targets == "all" or name.endswith(_ATTENTION):
                 parametrize.register_parametrization(module, "weight", Adapter(name, module, config, seed))
-    model.lora = config  # type: ignore[assignment]
+    model.lora = config
     return model
 
 
@@ -119,8 +119,7 @@ def merge_lora(model: Model) -> Model:
     """Adds the adapters to the matrices, in place; the model is an ordinary one after that. Without adapters nothing happens."""
     for _, module, _ in list(_adapted(model)):
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-    if lora_of(model) is not None:
-        del model.lora
+    model.lora = None
     model.requires_grad_(True)
     return model
 
@@ -128,6 +127,6 @@ def merge_lora(model: Model) -> Model:
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Weights, Adapter]]:
     for name, module in model.named_modules():
         if isinstance(module, Weights) and parametrize.is_parametrized(module, "weight"):
-            adapter = module.parametrizations["weight"][0]  # type: ignore[index]
+            adapter = module.get_submodule("parametrizations.weight.0")
             assert isinstance(adapter, Adapter)
             yield name, module, adapter

@@ -14,7 +14,7 @@ kernels round the weights as they read them. Names, shapes and layouts of the pa
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from cllm.layers import Context, GPT2Backbone, LlamaBackbone, Weights
 from cllm.rope import rotary_tables
 from cllm.runtime.errors import UserError
 
+if TYPE_CHECKING:
+    from cllm.lora import LoraConfig
+
 INIT_STD = 0.02
 # The last matrix of each branch: what it writes is added to the residual stream, 2 * num_layers times.
 RESIDUAL_PROJECTIONS = ("self_attn.o_proj.weight", "mlp.down_proj.weight", "attn.c_proj.weight", "mlp.c_proj.weight")
@@ -40,6 +43,8 @@ class Model(nn.Module):
     `recompute` says what the backward computes again instead of keeping it: "none", "feed_forward" (the activation's
     inputs) or "blocks" (everything inside a block, a third more work; Chen et al. 2016, arXiv 1604.06174). The bits are
     the same."""
+
+    lora: "LoraConfig | None" = None  # of the adapters that alone train (`lora.py`)
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ matrix). Vectors, that is biases and norm weights, are not decayed: the decay wo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -16,7 +17,7 @@ from cllm.runtime.errors import CheckpointError, UserError
 OPTIMIZERS = ("adamw", "muon", "lion", "schedule_free")
 
 
-class Optimizer:
+class Optimizer(ABC):
     """The part that all optimizers share; one of them fills `slots` (kind of state -> parameter's name -> tensor) and writes `step`.
 
     named_parameters: (name, parameter) pairs, float32 master weights with gradients in float32 or bfloat16. State is float32.
@@ -58,9 +59,9 @@ class Optimizer:
             self.num_updates += 1
         return norm, largest, int(nonfinite)
 
+    @abstractmethod
     def step(self, grads: Iterable[tuple[str, torch.Tensor]], learning_rate: float) -> None:
         """One update in place from clipped, finite float32 gradients, which are made one by one; `num_updates` counts the updates before."""
-        raise NotImplementedError
 
     def averages(self) -> dict[str, torch.Tensor] | None:
         """The weights to evaluate and to export, where they are not those that gradients are taken at."""

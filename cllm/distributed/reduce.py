@@ -37,12 +37,14 @@ class BucketedSum:
             self._buckets[-1].append(parameter)
             size += parameter.numel() * parameter.element_size()
         self._bucket_of = {parameter: number for number, bucket in enumerate(self._buckets) for parameter in bucket}
-        self._open = False
+        self._open, self._sent = False, 0
+        self._works: list[tuple[list[torch.nn.Parameter], Tensor, Any]] = []
         self._hooks = [parameter.register_post_accumulate_grad_hook(self._ready) for parameter in self._bucket_of]
 
     def begin(self) -> None:
         """Before the last backward of an update: what it finishes is final."""
-        self._open, self._sent, self._works = True, 0, []  # type: ignore[var-annotated]
+        self._open, self._sent = True, 0
+        self._works.clear()
         self._missing = [len(bucket) for bucket in self._buckets]
 
     def _ready(self, parameter: torch.nn.Parameter) -> None:
@@ -67,7 +69,7 @@ class BucketedSum:
         for bucket, flat, work in self._works:
             work.wait()
             put_flat(bucket, flat)
-        self._works = []
+        self._works.clear()
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:
