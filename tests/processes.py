@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import multiprocessing
 import os
+import queue as queues
 import tempfile
 import traceback
 
@@ -36,6 +37,7 @@ def _serve(rank, size, folder, jobs, results):
             dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=count)
             world = World(rank, count, rank, count, torch.device("cpu"), dist.PrefixStore("cllm", store), 60.0)
             distributed._current = world
+            dist.barrier()  # a job may exchange nothing: who ends it first must not close connections that others are still making
             results.put((rank, True, getattr(importlib.import_module(module), name)(world, *arguments)))
         except BaseException:
             results.put((rank, False, traceback.format_exc()))
@@ -50,6 +52,10 @@ class Pool:
     size: int = PROCESSES
 
     def __enter__(self):
+        self._start()
+        return self
+
+    def _start(self):
         spawning = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         self._results = spawning.Queue()
@@ -60,21 +66,30 @@ class Pool:
         ]
         for process in self._processes:
             process.start()
-        return self
 
     def run(self, count, job, *arguments, timeout=120):
         for queue in self._jobs:
             queue.put((count, job.__module__, job.__name__, arguments))
-        answers = [self._results.get(timeout=timeout) for _ in range(count)]
-        failures = [text for _, fine, text in answers if not fine]
+        answers, failures = [], []
+        try:
+            answers = [self._results.get(timeout=timeout) for _ in range(count)]
+            failures = [text for _, fine, text in answers if not fine]
+        except queues.Empty:
+            failures = [f"only some of {count} processes answered within {timeout} s"]
+        if failures:  # the others may still wait for the one that failed: the next job gets new processes
+            self._end(patience=0)
+            self._start()
         assert not failures, "\n".join(failures)
         return [value for _, _, value in sorted(answers)]
 
     def __exit__(self, *exc):
+        self._end(patience=20)
+
+    def _end(self, patience):
         for queue in self._jobs:
             queue.put(None)
         for process in self._processes:
-            process.join(timeout=20)
+            process.join(timeout=patience)
             if process.is_alive():
-                process.terminate()
+                process.kill()
         self._folder.cleanup()
