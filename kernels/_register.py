@@ -146,7 +146,7 @@ def operation(
             return operator
 
         def call(*args: Any) -> Any:
-            return operator(*args) if torch.is_grad_enabled() or _is_observed(args) else function(*args)
+            return operator(*args) if _needs_gradient(args) or _is_observed(args) else function(*args)
 
         return call
 
@@ -156,10 +156,15 @@ def operation(
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype))
 
 
+def _needs_gradient(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+
+
 def _is_observed(args: tuple[Any, ...]) -> bool:
     """Whether anything but the implementation has to see this call: a compiler, a dispatch mode, a transform, a tensor subclass.
 
-    Without gradients nothing else does, in the backward pass and in generation; going past the dispatcher then halves the cost of a small call.
+    Where no gradient is wanted nothing else does, as in the backward pass and in generation; going past the dispatcher then halves the cost of
+    a small call.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return True

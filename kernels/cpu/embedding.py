@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cllm.kernels.cpu._arrays import as_flat
-from cllm.kernels.cpu.launch import Kernel, as_rows, int64_at, is_half, jit, load, load_whole, num_workers, row_bytes, store, store_whole
+from cllm.kernels.cpu.launch import Kernel, as_rows, copy_bytes, int64_at, is_half, jit, load, load_whole, num_workers, row_bytes, store, store_whole
 from cllm.kernels.cpu.simd import W, vadd, vzero
 
 TOKENS_PER_TASK = 16
@@ -19,9 +19,13 @@ DY, DY_ROW, DY_HALF, ORDER, STARTS, DWEIGHT, DWEIGHT_ROW, DWEIGHT_HALF, NUM_ROWS
 
 def _forward(p, f, task, worker):
     columns, half, out_half = p[COLUMNS], p[WEIGHT_HALF], p[OUT_HALF]
+    size = 2 if half else 4
     whole = columns - columns % W
     for token in range(task * TOKENS_PER_TASK, min((task + 1) * TOKENS_PER_TASK, p[NUM_TOKENS])):
         row, out = p[WEIGHT] + int64_at(p[TOKENS], token) * p[WEIGHT_ROW], p[OUT] + token * p[OUT_ROW]
+        if half == out_half:
+            copy_bytes(out, row, columns * size)
+            continue
         for c in range(0, whole, W):
             store_whole(out, out_half, c, load_whole(row, half, c))
         if whole < columns:

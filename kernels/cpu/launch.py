@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 
 from cllm import runtime
+from cllm.kernels.cpu.micro import prefetch_l1
 from cllm.kernels.cpu.simd import (
     F32,
     I64,
@@ -34,6 +36,7 @@ from cllm.kernels.cpu.simd import (
 from cllm.runtime import threads
 
 FANOUT = 12  # of the trees that add up partial sums, as in runtime.tree
+AHEAD_BYTES = 8192  # what is read once is on its way to the L1 cache this far ahead: pages end the processor's own prefetching
 TARGET_PARTIALS = 256  # partial sums over rows: enough for many workers, few enough to add up quickly
 
 _INTS, _FLOATS = types.CPointer(types.int64), types.CPointer(types.float64)
@@ -86,6 +89,18 @@ def put_float32(tc, address, i, value):
         return ctx.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.float32), codegen
+
+
+@intrinsic
+def copy_bytes(tc, target, source, count):
+    """The C library's memcpy, which knows how this processor writes whole lines without reading them first."""
+
+    def codegen(ctx, bld, sig, args):
+        target, source = (bld.inttoptr(each, ir.IntType(8).as_pointer()) for each in args[:2])
+        cgutils.raw_memcpy(bld, target, source, args[2], 1)
+        return ctx.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
 
 
 @numba.njit(cache=True, nogil=True)
@@ -205,6 +220,16 @@ def load_whole(address, half, c):
     """Elements [c, c + W) as float32, all of them valid."""
     if half:
         return vload_bf16(address, c)
+    return vload(address, c)
+
+
+@inline
+def load_once(address, half, c):
+    """`load_whole` of what comes from memory, in order."""
+    if half:
+        prefetch_l1(address + c * 2 + AHEAD_BYTES)
+        return vload_bf16(address, c)
+    prefetch_l1(address + c * 4 + AHEAD_BYTES)
     return vload(address, c)
 
 

@@ -17,6 +17,7 @@ from cllm.kernels.cpu.launch import (
     inline,
     is_half,
     load,
+    load_once,
     load_whole,
     num_workers,
     put_float32,
@@ -47,7 +48,7 @@ def _add_residual(p, row, h):
     x, residual, half = p[X] + row * p[X_ROW], p[RESIDUAL] + row * p[RESIDUAL_ROW], p[HALF]
     whole = p[COLUMNS] - p[COLUMNS] % W
     for c in range(0, whole, W):
-        store_whole(h, half, c, vadd(load_whole(x, half, c), load_whole(residual, half, c)))
+        store_whole(h, half, c, vadd(load_once(x, half, c), load_once(residual, half, c)))
     if whole < p[COLUMNS]:
         n = p[COLUMNS] - whole
         store(h, half, whole, vadd(load(x, half, whole, n), load(residual, half, whole, n)), n)
@@ -58,10 +59,10 @@ def _sum(h, half, columns):
     t0, t1, t2, t3 = vzero(), vzero(), vzero(), vzero()
     whole = columns - columns % (4 * W)
     for c in range(0, whole, 4 * W):
-        t0 = vadd(t0, load_whole(h, half, c))
-        t1 = vadd(t1, load_whole(h, half, c + W))
-        t2 = vadd(t2, load_whole(h, half, c + 2 * W))
-        t3 = vadd(t3, load_whole(h, half, c + 3 * W))
+        t0 = vadd(t0, load_once(h, half, c))
+        t1 = vadd(t1, load_once(h, half, c + W))
+        t2 = vadd(t2, load_once(h, half, c + 2 * W))
+        t3 = vadd(t3, load_once(h, half, c + 3 * W))
     for c in range(whole, columns, W):
         t0 = vadd(t0, load(h, half, c, columns - c))
     return vhsum(vadd(vadd(t0, t1), vadd(t2, t3)))
@@ -132,7 +133,7 @@ def _backward(p, f, task, worker):
         r = vset(float32_at(p[RSTD_B], row))
         dot, total = vzero(), vzero()
         for c in range(0, whole, W):
-            g, normed = load_whole(dy, half, c), vmul(vsub(load_whole(h, half, c), m), r)
+            g, normed = load_once(dy, half, c), vmul(vsub(load_once(h, half, c), m), r)
             scaled = vmul(g, load_whole(weight, weight_half, c))
             dot, total = vfma(scaled, normed, dot), vadd(scaled, total)
             vstore(partial, c, vfma(g, normed, vload(partial, c)))

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cllm.kernels.cpu.launch import Kernel, as_rows, is_half, load, load_whole, num_workers, row_bytes, scratch, store, store_whole
+from cllm.kernels.cpu.launch import Kernel, as_rows, is_half, load, load_once, load_whole, num_workers, row_bytes, scratch, store, store_whole
 from cllm.kernels.cpu.simd import W, vadd, vexp, vfma, vhmax, vhsum, vlanes_below, vload, vmax, vmul, vselect, vset, vstore, vsub, vzero
 
 ELEMENTS_PER_TASK = 8192  # a task is at least one row
@@ -27,8 +27,8 @@ def _forward(p, f, task, worker):
         x, out = p[X] + row * p[X_ROW], p[OUT] + row * p[OUT_ROW]
         m0, m1, m2, m3 = lowest, lowest, lowest, lowest
         for c in range(0, whole, 4 * W):
-            m0, m1 = vmax(load_whole(x, half, c), m0), vmax(load_whole(x, half, c + W), m1)
-            m2, m3 = vmax(load_whole(x, half, c + 2 * W), m2), vmax(load_whole(x, half, c + 3 * W), m3)
+            m0, m1 = vmax(load_once(x, half, c), m0), vmax(load_once(x, half, c + W), m1)
+            m2, m3 = vmax(load_once(x, half, c + 2 * W), m2), vmax(load_once(x, half, c + 3 * W), m3)
         for c in range(whole, columns, W):
             n = columns - c
             m0 = vmax(vselect(vlanes_below(n), load(x, half, c, n), lowest), m0)
@@ -61,10 +61,10 @@ def _backward(p, f, task, worker):
         dy, y, out = p[X] + row * p[X_ROW], p[Y] + row * p[Y_ROW], p[OUT] + row * p[OUT_ROW]
         t0, t1, t2, t3 = vzero(), vzero(), vzero(), vzero()
         for c in range(0, whole, 4 * W):
-            t0 = vfma(load_whole(dy, half, c), load_whole(y, half, c), t0)
-            t1 = vfma(load_whole(dy, half, c + W), load_whole(y, half, c + W), t1)
-            t2 = vfma(load_whole(dy, half, c + 2 * W), load_whole(y, half, c + 2 * W), t2)
-            t3 = vfma(load_whole(dy, half, c + 3 * W), load_whole(y, half, c + 3 * W), t3)
+            t0 = vfma(load_once(dy, half, c), load_once(y, half, c), t0)
+            t1 = vfma(load_once(dy, half, c + W), load_once(y, half, c + W), t1)
+            t2 = vfma(load_once(dy, half, c + 2 * W), load_once(y, half, c + 2 * W), t2)
+            t3 = vfma(load_once(dy, half, c + 3 * W), load_once(y, half, c + 3 * W), t3)
         for c in range(whole, columns, W):
             n = columns - c
             t0 = vfma(load(dy, half, c, n), load(y, half, c, n), t0)
