@@ -21,9 +21,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	@$(BIN)/cllm train "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" --config examples/demo.toml --out $(RUN)
 
-# A file of tests at a time in up to four processes, which share the machine: threads that wait do not spin.
+# Two processes take a file of tests each; they share the machine, so threads that wait do not spin.
 test: setup
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # What torch 2.11 brings: the GPU kernels interpreted by the older Triton.
 test-triton-3.6: setup

@@ -266,11 +266,17 @@ class _Other(CLLMError):
 
 
 def _claim(world: World) -> bool:
-    """Whether this process is the one that tells; also where the store is gone with the process that kept it."""
-    try:
-        return int(world.store.add(TOLD, 1)) == 1
-    except Exception:
-        return True
+    """Whether this process is the one that tells; also where the store is gone with the process that kept it.
+
+    torchrun asks all to end when one has: who is to tell does so before it ends.
+    """
+    mine = True
+    with contextlib.suppress(Exception):
+        mine = int(world.store.add(TOLD, 1)) == 1
+    if mine:
+        with contextlib.suppress(ValueError):  # outside the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return mine
 
 
 def _said(world: World) -> dict[str, Any] | None:

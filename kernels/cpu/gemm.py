@@ -19,21 +19,24 @@ import numpy as np
 import torch
 
 from cllm.kernels.cpu import activation, micro, pack
-from cllm.kernels.cpu.micro import BLOCK_BYTES, HAS_PAIRS, HAS_TILES, MR, NV, WORD, make_micro, make_tile_micro, prefetch
+from cllm.kernels.cpu.micro import BLOCK_BYTES, HAS_PAIRS, HAS_TILES, MR, NV, WORD, make_micro, make_tile_micro, make_writing_micro, prefetch
 from cllm.kernels.cpu.pack import pack_lines, pack_strip
 from cllm.kernels.cpu.simd import W, vadd, vload, vload_masked, vstore, vstore_bf16, vstore_bf16_masked, vstore_masked
 from cllm.runtime import threads
+from cllm.runtime.device import cpu
 from cllm.runtime.errors import BackendError
 from cllm.runtime.plan import plan
 
 FP32, PAIRS, TILES, WIDENED = "fp32", "vdpbf16ps", "amx", "widened"  # micro-kernels; the last three compute bfloat16
 
 BLOCK_WORDS = 128  # words of a strip in one K block: a panel of three strips takes 24 KB, half of an L1 cache of 48
+TILE_BLOCK_WORDS = 256  # the same for AMX, where A passes the L1 cache by and a panel of two strips may take 32 KB
 LINE = 64  # bytes of a cache line
 FINISH_ROWS = 8
 K_PART = 4096  # bounds the packed copies; float32 accumulation restarts here
-TILE_COLUMNS = 192  # 4 panels of 48 or 6 of 32
-TILE_ROWS, ONE_SLAB_ROWS = 128, 64  # up to ONE_SLAB_ROWS each tile packs its own part of B, once
+TILE_ROWS, TILE_COLUMNS = 128, 192  # columns: 4 panels of 48
+AMX_ROWS, AMX_COLUMNS = 512, 768  # at most: its part of B takes half of the L2 cache
+ONE_SLAB_ROWS = 64  # up to here each tile packs its own part of B, once
 MOST_GROUP, CHUNK_WORDS = 12, 32  # strips that one task packs; words at a time where the panel is contiguous
 PACK_BYTES = 32 << 20  # packed copies of A and of B are kept below this, each
 
@@ -48,8 +51,9 @@ _micro_1, _micro_2, _micro_n = make_micro(MR, 1), make_micro(MR, min(2, NV)), ma
 if HAS_PAIRS:
     _pairs_1, _pairs_2, _pairs_n = make_micro(MR, 1, True), make_micro(MR, 2, True), make_micro(MR, NV, True)
 if HAS_TILES:
-    _tile_11, _tile_12 = make_tile_micro(1, 1), make_tile_micro(1, 2)
-    _tile_21, _tile_22 = make_tile_micro(2, 1), make_tile_micro(2, 2)
+    _tile_11, _tile_12 = make_tile_micro(1, 1, stream_b=True), make_tile_micro(1, 2, stream_b=True)
+    _tile_21, _tile_22 = make_tile_micro(2, 1, stream_b=True), make_tile_micro(2, 2, stream_b=True)
+    _tile_writing = make_writing_micro()
 
 
 # ---- one block of K: packed strips -> C tile -----------------------------------------------------------------------
@@ -206,23 +210,28 @@ def _block_pairs_py(a, a_strip, b, b_strip, sums, sums_row, first, out, out_row,
                 _pairs_1(at_a, at_b, b_strip, at_old, sums_row, at_out, out_row, words)
 
 
+def _tile_py(a, a_strip, a_row, a_step, b, b_strip, old, old_row, out, out_row, steps, two_rows, two_columns):
+    if two_rows:
+        if two_columns:
+            _tile_22(a, a_strip, a_row, a_step, b, b_strip, old, old_row, out, out_row, steps)
+        else:
+            _tile_21(a, a_strip, a_row, a_step, b, b_strip, old, old_row, out, out_row, steps)
+    elif two_columns:
+        _tile_12(a, a_strip, a_row, a_step, b, b_strip, old, old_row, out, out_row, steps)
+    else:
+        _tile_11(a, a_strip, a_row, a_step, b, b_strip, old, old_row, out, out_row, steps)
+
+
 def _block_tiles_py(a, a_strip, a_row, a_step, b, b_strip, sums, sums_row, first, out, out_row, words, rows, columns):
-    steps = words // W
     strips, row_strips = (columns + W - 1) // W, (rows + W - 1) // W
     for s in range(0, strips, 2):
         for r in range(0, row_strips, 2):
-            at_a, at_b = a + r * a_strip, b + s * b_strip
             at_old = 0 if first else sums + r * W * sums_row + s * (W * WORD)
             at_out = out + r * W * out_row + s * (W * WORD)
-            if r + 1 < row_strips:
-                if s + 1 < strips:
-                    _tile_22(at_a, a_strip, a_row, a_step, at_b, b_strip, at_old, sums_row, at_out, out_row, steps)
-                else:
-                    _tile_21(at_a, a_strip, a_row, a_step, at_b, b_strip, at_old, sums_row, at_out, out_row, steps)
-            elif s + 1 < strips:
-                _tile_12(at_a, a_strip, a_row, a_step, at_b, b_strip, at_old, sums_row, at_out, out_row, steps)
-            else:
-                _tile_11(at_a, a_strip, a_row, a_step, at_b, b_strip, at_old, sums_row, at_out, out_row, steps)
+            _tile(
+                a + r * a_strip, a_strip, a_row, a_step, b + s * b_strip, b_strip, at_old, sums_row, at_out, out_row, words // W,
+                r + 1 < row_strips, s + 1 < strips,
+            )  # fmt: skip
 
 
 def _tiles_on_py(address):
@@ -252,6 +261,8 @@ def _absent_off():
 # A CPU without the instructions must not see them: LLVM could not select them.
 _jit = numba.njit(cache=True, nogil=True)
 _block_pairs = _jit(_block_pairs_py if HAS_PAIRS else _absent_pairs)
+if HAS_TILES:
+    _tile = _jit(_tile_py)
 block_tiles = _jit(_block_tiles_py if HAS_TILES else _absent_tiles)
 tiles_on = _jit(_tiles_on_py if HAS_TILES else _absent_on)
 tiles_off = _jit(_tiles_off_py if HAS_TILES else _absent_off)
@@ -301,6 +312,55 @@ def _pack_b(p, column, lanes, k, num_k, words, target, strip_bytes, spare):
     _pack_strips(p[B_MODE], source, p[B_COLUMN], p[B_K], lanes, num_k, words, target, strip_bytes, spare, False)
 
 
+def _last_tiles_py(p, a, a_strip, a_row, a_step, b, sums, sums_row, first, piece, words, r, c, columns):
+    """The last block of K for two strips of rows, all whole: each 2 x 2 tiles are written to C while the next are computed."""
+    half, row = p[OUT_HALF], p[OUT_ROW]
+    at_c = p[OUT] + r * row + c * (2 if half else 4)
+    step, held, here, bias = 2 * W * (2 if half else 4), 0, piece, 0
+    for s in range(0, columns // W, 2):
+        at_old = 0 if first else sums + s * (W * WORD)
+        bias = p[BIAS] + (c + (s - 2) * W) * 4 if p[BIAS] != 0 and s > 0 else 0
+        _tile_writing(
+            a, a_strip, a_row, a_step, b + s * p[B_STRIP], p[B_STRIP], at_old, sums_row, here, 2 * W * WORD, words // W, held, at_c - step,
+            row, half, bias, at_c,
+        )  # fmt: skip
+        held, here = here, piece + 4 * BLOCK_BYTES if here == piece else piece
+        at_c += step
+    bias = p[BIAS] + (c + columns - 2 * W) * 4 if p[BIAS] != 0 else 0
+    _tile_writing(a, a_strip, a_row, a_step, b, p[B_STRIP], 0, sums_row, here, 0, 0, held, at_c - step, row, half, bias, at_c)
+
+
+def _absent_last_tiles(p, a, a_strip, a_row, a_step, b, sums, sums_row, first, piece, words, r, c, columns):
+    pass
+
+
+_last_tiles = _jit(_last_tiles_py if HAS_TILES else _absent_last_tiles)
+
+
+@numba.njit(cache=True, nogil=True)
+def _multiply_tiles(p, r0, c0, rows, columns, sums, sums_row):
+    """One tile of C on AMX, two strips of rows at a time: A's stay in the L1 cache while B's pass by it, and C is written from left to right."""
+    tiles_on(p[CONFIG])
+    piece = sums + (p[TILE_R] + 2 * W - 1) // (2 * W) * (2 * W) * sums_row
+    for r in range(0, rows, 2 * W):
+        now = min(2 * W, rows - r)
+        plain = now == 2 * W and columns % (2 * W) == 0 and p[WHAT] == activation.NONE and p[OLD] == 0
+        for k in range(0, p[DEPTH], p[BLOCK]):
+            padded = ((min(p[BLOCK], p[DEPTH] - k) + 1) // 2 + W - 1) // W * W
+            offset = k // 2 * (W * WORD)
+            a, a_strip, a_row, a_step = p[A_PACKED] + ((r0 + r) // W) * p[A_STRIP] + offset, p[A_STRIP], W * WORD, BLOCK_BYTES
+            if p[A_IN_PLACE] != 0:
+                a, a_strip, a_row, a_step = p[A] + (r0 + r) * p[A_ROW] * 2 + k * 2, W * p[A_ROW] * 2, p[A_ROW] * 2, W * WORD
+            b = p[B_PACKED] + (c0 // W) * p[B_STRIP] + offset
+            if plain and k + p[BLOCK] >= p[DEPTH]:
+                _last_tiles(p, a, a_strip, a_row, a_step, b, sums, sums_row, k == 0, piece, padded, r0 + r, c0, columns)
+            else:
+                block_tiles(a, a_strip, a_row, a_step, b, p[B_STRIP], sums, sums_row, k == 0, sums, sums_row, padded, now, columns)
+        if not plain:
+            _finish(p, sums, sums_row, r0 + r, c0, now, columns)
+    tiles_off()
+
+
 @numba.njit(cache=True, nogil=True)
 def _multiply(p, task, scratch):
     """One tile of C."""
@@ -310,9 +370,12 @@ def _multiply(p, task, scratch):
     # Whole micro-tiles go straight to C; a ragged edge, or what `_finish` has to change, goes through the scratch tile, which has room for padding.
     direct = p[DIRECT] != 0 and columns % W == 0 and rows % W == 0
     packed_b = scratch + BLOCK_BYTES
-    # Sums wait in the scratch tile, whose rows lie side by side: rows of C are often a power of two apart and would evict each other.
-    sums, sums_row = packed_b + p[TILE_C] * (BLOCK_WORDS * WORD), p[TILE_C] * WORD
     per_word = 1 if p[KERNEL] == 0 else 2
+    # Sums wait in the scratch tile, whose rows lie side by side: rows of C are often a power of two apart and would evict each other.
+    sums, sums_row = packed_b + p[TILE_C] * (p[BLOCK] // per_word * WORD), p[TILE_C] * WORD
+    if p[KERNEL] == 2 and p[B_READY] != 0:
+        _multiply_tiles(p, r0, c0, rows, columns, sums, sums_row)
+        return
     if p[KERNEL] == 2:
         tiles_on(p[CONFIG])
     for k in range(0, p[DEPTH], p[BLOCK]):
@@ -341,7 +404,7 @@ def _multiply(p, task, scratch):
             a_strip, a_row, a_step = p[A_STRIP], W * WORD, BLOCK_BYTES
             if p[A_IN_PLACE] != 0:
                 a, a_strip, a_row, a_step = p[A] + r0 * p[A_ROW] * 2 + k * 2, W * p[A_ROW] * 2, p[A_ROW] * 2, W * WORD
-            block_tiles(a, a_strip, a_row, a_step, b, b_strip, sums, sums_row, first, out, out_row, padded, rows, columns)
+            block_tiles(a, a_strip, a_row, a_step, b, b_strip, sums, sums_row, first, sums, sums_row, padded, rows, columns)
     if p[KERNEL] == 2:
         tiles_off()
     if not direct:
@@ -461,7 +524,7 @@ def _strip_bytes(kernel: str, num_k: int) -> int:
 
 def _block(kernel: str, num_k: int) -> int:
     per_word = 1 if _CODE[kernel] == 0 else 2
-    blocks = -(-num_k // (BLOCK_WORDS * per_word))
+    blocks = -(-num_k // ((TILE_BLOCK_WORDS if kernel == TILES else BLOCK_WORDS) * per_word))
     return _round_up(-(-num_k // blocks), W * per_word)
 
 
@@ -517,17 +580,32 @@ def _even(length: int, largest: int, step: int) -> int:
     return min(largest, _round_up(-(-length // tiles), step))
 
 
-def _tile_shape(rows: int, columns: int, kernel: str, workers: int) -> tuple[int, int]:
+@functools.cache
+def _l2_bytes() -> int:
+    return dict(cpu().cache_bytes).get("L2", 1 << 20)
+
+
+def _largest_tile(kernel: str, depth: int) -> tuple[int, int]:
+    """(rows, columns)."""
+    if kernel != TILES:
+        return TILE_ROWS, TILE_COLUMNS
+    return AMX_ROWS, max(4 * W, min(AMX_COLUMNS, _l2_bytes() // (4 * depth) // (2 * W) * (2 * W)))
+
+
+def _tile_shape(rows: int, columns: int, depth: int, kernel: str, workers: int) -> tuple[int, int]:
     """Equal tiles, smaller ones when there are too few for the workers to share evenly; no bit depends on it."""
     one_slab = rows <= ONE_SLAB_ROWS
     panel = 2 * W if kernel == TILES else NV * W
-    tile_rows = _round_up(rows, W) if one_slab else _even(rows, TILE_ROWS, 2 * W)
-    tile_columns = _even(columns, TILE_COLUMNS, panel)
+    most_rows, most_columns = _largest_tile(kernel, depth)
+    tile_rows = _round_up(rows, W) if one_slab else _even(rows, most_rows, 2 * W)
+    tile_columns = _even(columns, most_columns, panel)
     while workers > 1:
         tiles = -(-rows // tile_rows) * -(-columns // tile_columns)
         if tiles >= 4 * workers or (tiles >= workers and tiles % workers == 0):
             break
-        if tile_rows > 4 * W and not one_slab:
+        if tile_columns > 2 * TILE_COLUMNS:
+            tile_columns = _round_up(tile_columns // 2, panel)
+        elif tile_rows > 4 * W and not one_slab:
             tile_rows = _round_up(tile_rows // 2, 2 * W)
         elif tile_columns > panel:
             tile_columns = _round_up(tile_columns // 2, panel)
@@ -619,10 +697,11 @@ def _sum_parts(
 def _cut(rows: int, columns: int, depth: int, kernel: str, ready: bool) -> tuple[int, int]:
     """Rows of A and columns of B whose packed copies are made at a time."""
     strip = _strip_bytes(kernel, depth)
-    row_part = min(rows, max(TILE_ROWS, PACK_BYTES // strip * W // TILE_ROWS * TILE_ROWS))
+    tile_rows, tile_columns = _largest_tile(kernel, depth)
+    row_part = min(rows, max(tile_rows, PACK_BYTES // strip * W // tile_rows * tile_rows))
     if ready or rows <= ONE_SLAB_ROWS:
         return row_part, columns
-    return row_part, min(columns, max(TILE_COLUMNS, PACK_BYTES // strip * W // TILE_COLUMNS * TILE_COLUMNS))
+    return row_part, min(columns, max(tile_columns, PACK_BYTES // strip * W // tile_columns * tile_columns))
 
 
 class _BlockPlan(NamedTuple):
@@ -644,7 +723,7 @@ def _block_plan(
     """b_stride None: B was packed before."""
     strip = _strip_bytes(kernel, depth)
     one_slab = rows <= ONE_SLAB_ROWS
-    tile_rows, tile_columns = _tile_shape(rows, columns, kernel, workers)
+    tile_rows, tile_columns = _tile_shape(rows, columns, depth, kernel, workers)
     tiles = -(-rows // tile_rows) * -(-columns // tile_columns)
     p = np.zeros(NUM_FIELDS, np.int64)
     p[KERNEL], p[BLOCK] = _CODE[kernel], _block(kernel, depth)
@@ -667,7 +746,8 @@ def _block_plan(
             p[GROUP_B] = group = _group(columns, workers)
             p[TASKS_B] = -(-columns // (group * W))
             b_bytes = -(-columns // W) * strip + 64
-    tile_bytes = BLOCK_BYTES + tile_columns * BLOCK_WORDS * WORD + _round_up(tile_rows, 2 * W) * tile_columns * WORD
+    block_bytes = int(p[BLOCK]) // (1 if _CODE[kernel] == 0 else 2) * WORD
+    tile_bytes = BLOCK_BYTES + tile_columns * block_bytes + _round_up(tile_rows, 2 * W) * tile_columns * WORD + 8 * BLOCK_BYTES
     stride = _round_up(tile_bytes, 4096) + 64  # not a multiple of 4096: the workers' tiles spread over sets
     p[SCRATCH_STRIDE] = stride
     workers = max(1, min(workers, max(tiles, int(p[TASKS_A] + p[TASKS_B]))))
@@ -690,7 +770,8 @@ def _part(
     out_dtype = out.dtype if end is None and out is not None else a.dtype
     ready = isinstance(b, int)
     row_part, column_part = _cut(rows, columns, depth, kernel, ready)
-    direct = old is None and bias is None and end is None and out_dtype == torch.float32
+    # AMX would store its tiles faster than lines of C that are not in the caches arrive.
+    direct = kernel != TILES and old is None and bias is None and end is None and out_dtype == torch.float32
     for r0 in range(0, rows, row_part):
         for c0 in range(0, columns, column_part):
             plan = _block_plan(

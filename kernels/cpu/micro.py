@@ -10,6 +10,7 @@ A word is one float32, or two bfloat16 that follow each other along k. Addresses
 
 import ctypes
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -145,61 +146,150 @@ prefetch, prefetch_l1 = _make_prefetch(L2), _make_prefetch(L1)
 # ---- AMX -----------------------------------------------------------------------------------------------------------
 
 _TILE_BYTES = 1024  # 16 rows of 64 bytes
+_ROWS_A_STEP = 4  # that a writing micro-kernel writes beside one step: 8 steps for all
 
 
 def _tile_op(bld: Any, name: str, *args: Any) -> None:
     simd.call(bld, f"llvm.x86.{name}", ir.VoidType(), *args)
 
 
-def make_tile_micro(row_strips: int, column_strips: int) -> Any:
+def make_tile_micro(row_strips: int, column_strips: int, stream_b: bool = False) -> Any:
     """micro(a, a_strip, a_row, a_step, b, b_strip, old, old_row, out, out_row, steps): tiles of 16 x 16, 32 k a step; the
-    chain continues from old unless it is 0. A is packed (a_row 64, a_step 1024) or rows of bfloat16 in memory (a_step 64)."""
+    chain continues from old unless it is 0. A is packed (a_row 64, a_step 1024) or rows of bfloat16 in memory (a_step 64).
+    stream_b: what is read of B does not push A out of the L1 cache.
+    """
 
     @intrinsic
     def micro(tc, a, a_strip, a_row, a_step, b, b_strip, old, old_row, out, out_row, steps):
         def codegen(ctx, bld, sig, args):
-            a, a_strip, a_row, a_step, b, b_strip, old, old_row, out, out_row, steps = args
-            grid = [(i, j, I8(2 * i + j)) for i in range(row_strips) for j in range(column_strips)]
-
-            def place(base, row, i, j):
-                return _at(bld, _offset(bld, base, (row, 16 * i)), j * 64)
-
-            zero, resume, loop, end = (bld.append_basic_block(f"tile.{n}") for n in ("zero", "resume", "k", "end"))
-            start = bld.append_basic_block("tile.start")
-            bld.cbranch(bld.icmp_unsigned("!=", old, I64(0)), resume, zero)
-            bld.position_at_end(zero)
-            for _, _, tile in grid:
-                _tile_op(bld, "tilezero", tile)
-            bld.branch(start)
-            bld.position_at_end(resume)
-            for i, j, tile in grid:
-                _tile_op(bld, "tileloadd64", tile, place(old, old_row, i, j), old_row)
-            bld.branch(start)
-            bld.position_at_end(start)
-            bld.branch(loop)
-            bld.position_at_end(loop)
-            k = bld.phi(I64)
-            k.add_incoming(I64(0), start)
-            shift = bld.mul(k, I64(_TILE_BYTES))
-            for j in range(column_strips):
-                at = _at(bld, bld.add(_offset(bld, b, (b_strip, j)), shift))
-                _tile_op(bld, "tileloadd64", I8(6 + j), at, I64(64))
-            for i in range(row_strips):
-                at = _at(bld, bld.add(_offset(bld, a, (a_strip, i)), bld.mul(k, a_step)))
-                _tile_op(bld, "tileloadd64", I8(4 + i), at, a_row)
-                for j in range(column_strips):
-                    _tile_op(bld, "tdpbf16ps", I8(2 * i + j), I8(4 + i), I8(6 + j))
-            k_next = bld.add(k, I64(1))
-            k.add_incoming(k_next, loop)
-            bld.cbranch(bld.icmp_signed("<", k_next, steps), loop, end)
-            bld.position_at_end(end)
-            for i, j, tile in grid:
-                _tile_op(bld, "tilestored64", tile, place(out, out_row, i, j), out_row)
+            _emit_tiles(bld, row_strips, column_strips, stream_b, *args)
             return ctx.get_dummy_value()
 
-        return types.void(_I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I), codegen
+        return types.void(*[_I] * 11), codegen
 
     return micro
+
+
+def make_writing_micro() -> Any:
+    """micro(a .. steps as above, held, to, to_row, half, bias, next_to): 2 x 2 tiles, and between their steps the sums of the 2 x 2 tiles
+    before them, which `held` has in rows of 128 bytes, go to `to`: rounded to bfloat16 if `half`, `bias` added unless 0. The lines at
+    `next_to`, where these tiles will go, are fetched. held 0: there are none yet; steps 0: the sums of the last tiles are written.
+
+    Lines of a large C come from beyond the caches; one pass for a whole tile of C waited for them, a third of the time of such products.
+    """
+
+    @intrinsic
+    def micro(tc, a, a_strip, a_row, a_step, b, b_strip, old, old_row, out, out_row, steps, held, to, to_row, half, bias, next_to):
+        def codegen(ctx, bld, sig, args):
+            *product, held, to, to_row, half, bias, next_to = args
+            limit = bld.select(bld.icmp_unsigned("!=", held, I64(0)), I64(2 * W), I64(0))
+            lines = bld.select(bld.icmp_unsigned("!=", half, I64(0)), I64(0), I64(64))  # a second line where they are float32
+
+            def write(first):
+                for i in range(_ROWS_A_STEP):
+                    row = bld.add(first, I64(i))
+                    source, target = bld.add(held, bld.mul(row, I64(2 * W * WORD))), bld.add(to, bld.mul(row, to_row))
+                    v = [load(bld, _at(bld, source, j * W * WORD), VF) for j in range(2)]
+                    v = [bld.select(bld.icmp_unsigned("!=", bias, I64(0)), bld.fadd(x, biased), x) for x, biased in zip(v, biases)]
+                    with bld.if_else(bld.icmp_unsigned("!=", half, I64(0))) as (rounded, whole):
+                        with rounded:
+                            for j in range(2):
+                                store(bld, simd.round_bf16(bld, v[j]), _at(bld, target, j * W * 2), 2)
+                        with whole:
+                            for j in range(2):
+                                store(bld, v[j], _at(bld, target, j * W * WORD))
+
+            def meanwhile(k):
+                first = bld.mul(k, I64(_ROWS_A_STEP))
+                with bld.if_then(bld.icmp_signed("<", first, I64(2 * W))):
+                    for i in range(_ROWS_A_STEP):
+                        line = bld.add(next_to, bld.mul(bld.add(first, I64(i)), to_row))
+                        _emit_prefetch(bld, _at(bld, line), L1)
+                        _emit_prefetch(bld, _at(bld, bld.add(line, lines)), L1)
+                with bld.if_then(bld.icmp_signed("<", first, limit)):
+                    write(first)
+
+            readable = bld.select(bld.icmp_unsigned("!=", bias, I64(0)), bias, product[4])  # any address that can be read: b
+            biases = [load(bld, _at(bld, readable, j * W * WORD), VF) for j in range(2)]
+            with bld.if_then(bld.icmp_signed(">", product[-1], I64(0))):
+                _emit_tiles(bld, 2, 2, True, *product, meanwhile=meanwhile)
+            # Where there were fewer steps than it takes.
+            before = bld.block
+            check, body, done = (bld.append_basic_block(f"write.{n}") for n in ("check", "body", "done"))
+            bld.branch(check)
+            bld.position_at_end(check)
+            k = bld.phi(I64)
+            k.add_incoming(product[-1], before)
+            first = bld.mul(k, I64(_ROWS_A_STEP))
+            bld.cbranch(bld.icmp_signed("<", first, limit), body, done)
+            bld.position_at_end(body)
+            write(first)
+            k.add_incoming(bld.add(k, I64(1)), bld.block)
+            bld.branch(check)
+            bld.position_at_end(done)
+            return ctx.get_dummy_value()
+
+        return types.void(*[_I] * 17), codegen
+
+    return micro
+
+
+def _emit_tiles(
+    bld: Any, row_strips: int, column_strips: int, stream_b: bool, a: Any, a_strip: Any, a_row: Any, a_step: Any, b: Any, b_strip: Any, old: Any,
+    old_row: Any, out: Any, out_row: Any, steps: Any, meanwhile: Callable[[Any], None] = lambda k: None,
+) -> None:  # fmt: skip
+    """The product of `make_tile_micro`. Columns are taken in turn to the right and to the left, so that no tile is loaded in the place of one
+    that was just used; `meanwhile` adds instructions to step k."""
+    grid = [(i, j, I8(2 * i + j)) for i in range(row_strips) for j in range(column_strips)]
+
+    def place(base: Any, row: Any, i: int, j: int) -> Any:
+        return _at(bld, _offset(bld, base, (row, 16 * i)), j * 64)
+
+    def step(k: Any, turn: int) -> None:
+        """Each operand is loaded where it is first needed."""
+        there = set()
+        for i in range(row_strips):
+            at = _at(bld, bld.add(_offset(bld, a, (a_strip, i)), bld.mul(k, a_step)))
+            _tile_op(bld, "tileloadd64", I8(4 + i), at, a_row)
+            for j in reversed(range(column_strips)) if (i + turn) % 2 else range(column_strips):
+                if j not in there:
+                    at = _at(bld, bld.add(_offset(bld, b, (b_strip, j)), bld.mul(k, I64(_TILE_BYTES))))
+                    _tile_op(bld, "tileloaddt164" if stream_b else "tileloadd64", I8(6 + j), at, I64(64))
+                    there.add(j)
+                _tile_op(bld, "tdpbf16ps", I8(2 * i + j), I8(4 + i), I8(6 + j))
+        meanwhile(k)
+
+    zero, resume, start, loop, rest, last, end = (
+        bld.append_basic_block(f"tile.{n}") for n in ("zero", "resume", "start", "k", "rest", "last", "end")
+    )
+    bld.cbranch(bld.icmp_unsigned("!=", old, I64(0)), resume, zero)
+    bld.position_at_end(zero)
+    for _, _, tile in grid:
+        _tile_op(bld, "tilezero", tile)
+    bld.branch(start)
+    bld.position_at_end(resume)
+    for i, j, tile in grid:
+        _tile_op(bld, "tileloadd64", tile, place(old, old_row, i, j), old_row)
+    bld.branch(start)
+    bld.position_at_end(start)
+    pairs = bld.and_(steps, I64(-2))
+    bld.cbranch(bld.icmp_signed(">", pairs, I64(0)), loop, rest)
+    bld.position_at_end(loop)
+    k = bld.phi(I64)
+    k.add_incoming(I64(0), start)
+    step(k, 0)
+    step(bld.add(k, I64(1)), 1)
+    k_next = bld.add(k, I64(2))
+    k.add_incoming(k_next, bld.block)
+    bld.cbranch(bld.icmp_signed("<", k_next, pairs), loop, rest)
+    bld.position_at_end(rest)
+    bld.cbranch(bld.icmp_signed("<", pairs, steps), last, end)
+    bld.position_at_end(last)
+    step(pairs, 0)
+    bld.branch(end)
+    bld.position_at_end(end)
+    for i, j, tile in grid:
+        _tile_op(bld, "tilestored64", tile, place(out, out_row, i, j), out_row)
 
 
 @intrinsic
