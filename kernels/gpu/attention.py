@@ -20,30 +20,30 @@ SECTION = 512  # keys of one block then; from the shape alone, so that the bits 
 
 
 # BLOCK_M, BLOCK_N, warps, stages by kernel, then padded head size (64 stands for all below): the largest of those tried that compile without spills
-# for every mask and cap. Hopper's and Blackwell's matrix units take operands from shared memory, Ampere's and Ada's from registers.
+# for every mask and cap with Triton 3.6 and with 3.7. Hopper's and Blackwell's matrix units take operands from shared memory, others' from registers.
 _HALF: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
     "hopper": {
         "forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 64, 8, 1)},
-        "keys": {64: (64, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
+        "keys": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
         "queries": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 1)},
         "decode": {64: (16, 64, 4, 3), 128: (16, 32, 4, 2), 256: (16, 32, 4, 2)},
     },
     "blackwell": {
-        "forward": {64: (128, 64, 4, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 1)},
+        "forward": {64: (128, 64, 4, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
         "keys": {64: (64, 128, 8, 1), 128: (32, 128, 8, 1), 256: (32, 32, 8, 1)},
-        "queries": {64: (128, 64, 8, 1), 128: (128, 32, 8, 2), 256: (32, 32, 8, 1)},
+        "queries": {64: (128, 32, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 1)},
         "decode": {64: (16, 64, 4, 3), 128: (16, 64, 4, 2), 256: (16, 32, 4, 2)},
     },
     "other": {
         "forward": {64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (64, 64, 8, 1)},
-        "keys": {64: (32, 128, 8, 1), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
+        "keys": {64: (32, 128, 8, 1), 128: (32, 32, 8, 2), 256: (32, 32, 8, 1)},
         "queries": {64: (128, 64, 8, 2), 128: (64, 32, 4, 2), 256: (16, 32, 4, 1)},
         "decode": {64: (16, 64, 4, 3), 128: (16, 64, 4, 2), 256: (16, 32, 4, 2)},
     },
 }
 _FLOAT32: dict[str, dict[int, tuple[int, int, int, int]]] = {  # multiplied one by one, unless tf32 is allowed
     "forward": {64: (32, 32, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 4, 1)},
-    "keys": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
+    "keys": {64: (32, 32, 8, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
     "queries": {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
     "decode": {64: (16, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
 }

@@ -50,18 +50,20 @@ def query_steps(
     m = tl.arange(0, BLOCK_M)
     q_tile = m[:, None] * q_stride + d[None, :]  # 32 bits within a tile; 64 only for where it begins
     dout_tile = m[:, None] * dout_stride + d[None, :]
+    q_ptr += tl.cast(start, tl.int64) * q_stride  # pointers walk along: an offset in 64 bits would make every comparison of positions as wide
+    dout_ptr += tl.cast(start, tl.int64) * dout_stride
     for first in range(start, stop, BLOCK_M):
         t = first + m
         inside = t < num_queries
         here = inside[:, None] & ((d < head_dim)[None, :] if PADDED else True)
-        q = tl.load(q_ptr + tl.cast(first, tl.int64) * q_stride + q_tile, mask=here, other=0.0)
+        q = tl.load(q_ptr + q_tile, mask=here, other=0.0)
         scores = scores_of(k, tl.trans(q), factor, softcap, FLIP, SOFTCAP, PRECISION)
         lse = tl.load(lse_ptr + t, mask=inside, other=0.0) * LOG2_E
         p, slope = probabilities_and_slope(scores, lse[None, :], factor, softcap, SOFTCAP)
         if MASK:
             lo, hi = key_limits(t, num_queries, num_keys, window, first_ptr, end_ptr, CAUSAL, LOWER)
             p = tl.where((s[:, None] >= lo[None, :]) & (s[:, None] < hi[None, :]), p, 0.0)
-        dout = tl.load(dout_ptr + tl.cast(first, tl.int64) * dout_stride + dout_tile, mask=here, other=0.0)
+        dout = tl.load(dout_ptr + dout_tile, mask=here, other=0.0)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         ds = p * (dp - tl.load(delta_ptr + t, mask=inside, other=0.0)[None, :])
@@ -70,6 +72,8 @@ def query_steps(
             if MASK:  # a score without a bound, at a place that is not seen
                 ds = tl.where((s[:, None] >= lo[None, :]) & (s[:, None] < hi[None, :]), ds, 0.0)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        q_ptr += tl.cast(q_stride, tl.int64) * BLOCK_M
+        dout_ptr += tl.cast(dout_stride, tl.int64) * BLOCK_M
     return dk, dv
 
 

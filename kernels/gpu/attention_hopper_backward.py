@@ -190,12 +190,19 @@ def _feed_queries(
 
 
 @gluon.jit
+def _terms_before(block, QUERIES: gl.constexpr):
+    """How many numbers lie before the log-sum-exp of a block of queries: lines of LINE, of which every second is delta."""
+    return block * QUERIES + block * QUERIES // LINE * LINE
+
+
+@gluon.jit
 def _query_steps(
     start, stop, state, k, v, buffers, barriers, use, terms_ptr, first, last, numbers,
     QUERIES: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, LOWER: gl.constexpr, UPPER: gl.constexpr, SOFTCAP: gl.constexpr,
     SCORES: gl.constexpr, GRADS: gl.constexpr,
 ):  # fmt: skip
-    """Blocks start <= block < stop of one head's queries; the first of them is the use-th that this program takes."""
+    """Blocks start <= block < stop of one head's queries; the first of them is the use-th that this program takes. `terms_ptr` walks along: found
+    from the block, it would make the block's number, and with it every comparison of positions, 64 bits wide."""
     queries, keys, values, douts = buffers
     kv_full, full, empty, done = barriers
     DTYPE: gl.constexpr = keys.dtype
@@ -205,12 +212,9 @@ def _query_steps(
     for block in range(start, stop):
         slot, phase = ring(use, STAGES)
         column = gl.arange(0, QUERIES, layout=gl.SliceLayout(0, SCORES))
-        if QUERIES == LINE:
-            terms = (terms_ptr + block * (2 * LINE)) + column  # the scalar first: one address for all columns
-        else:
-            terms = (terms_ptr + block * QUERIES + block * QUERIES // LINE * LINE) + column
-        lse = gl.load(terms)
-        delta = gl.load(terms + LINE)
+        lse = gl.load(terms_ptr + column)
+        delta = gl.load(terms_ptr + LINE + column)
+        terms_ptr += _terms_before(block + 1, QUERIES) - _terms_before(block, QUERIES)
         q = matrix(queries.index(slot))
         dout = matrix(douts.index(slot))
         scores = _start(lse[None, :], [ROWS, QUERIES], SCORES, SOFTCAP)
@@ -228,7 +232,7 @@ def _query_steps(
         dk, dv = warpgroup_mma_wait(0, (dk, dv))
         mbarrier.arrive(empty.index(slot), count=1)
         use += 1
-    return (dk, dv), use
+    return (dk, dv), use, terms_ptr
 
 
 @gluon.jit
@@ -254,7 +258,8 @@ def _compute_keys(
     low = first_whole_query_block(row, ROWS, begin, end, shape, documents, QUERIES, CAUSAL, WINDOW, DOCUMENTS)
     rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
     first, last = query_limits(rows, shape, documents, CAUSAL, WINDOW, DOCUMENTS)
-    terms_ptr += gl.cast(place * group, gl.int64) * (2 * padded)
+    terms_ptr += gl.cast(place * group, gl.int64) * (2 * padded) + _terms_before(begin, QUERIES)
+    to_next_head = 2 * padded - _terms_before(end, QUERIES) + _terms_before(begin, QUERIES)
 
     k = matrix(keys.index(HALF))
     v = matrix(values.index(HALF))
@@ -264,21 +269,21 @@ def _compute_keys(
     use = 0
     for head in range(group):
         if UPPER:
-            state, use = _query_steps(
+            state, use, terms_ptr = _query_steps(
                 begin, end, state, k, v, buffers, barriers, use, terms_ptr, first, last, numbers,
                 QUERIES, STAGES, True, LOWER, UPPER, SOFTCAP, SCORES, GRADS,
             )  # fmt: skip
         else:
             if LOWER:
-                state, use = _query_steps(
+                state, use, terms_ptr = _query_steps(
                     begin, low, state, k, v, buffers, barriers, use, terms_ptr, first, last, numbers,
                     QUERIES, STAGES, True, LOWER, UPPER, SOFTCAP, SCORES, GRADS,
                 )  # fmt: skip
-            state, use = _query_steps(
+            state, use, terms_ptr = _query_steps(
                 low, end, state, k, v, buffers, barriers, use, terms_ptr, first, last, numbers,
                 QUERIES, STAGES, False, LOWER, UPPER, SOFTCAP, SCORES, GRADS,
             )  # fmt: skip
-        terms_ptr += 2 * padded
+        terms_ptr += to_next_head
     dk, dv = state
     # This half alone read its keys and values: their memory takes the gradients.
     k.store((dk * raw_scale(numbers, SOFTCAP)).to(DTYPE))

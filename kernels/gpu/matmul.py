@@ -38,7 +38,9 @@ def accumulate(
     k = tl.arange(0, BLOCK_K)
     a_at = a_ptr + row.to(tl.int64)[:, None] * a_row + k[None, :] * a_depth
     b_at = b_ptr + k[:, None] * b_depth + column.to(tl.int64)[None, :] * b_column
-    for first in range(0, depth, BLOCK_K):
+    # One step even where there is no depth, all of it masked: an accumulator that might skip the loop is copied behind it, and then Triton 3.6 has
+    # ptxas serialise wgmma (C7515).
+    for first in range(0, tl.maximum(depth, 1), BLOCK_K):
         left = depth - first
         a = tl.load(a_at, mask=(row < num_rows)[:, None] & (k < left)[None, :], other=0.0)
         b = tl.load(b_at, mask=(k < left)[:, None] & (column < num_columns)[None, :], other=0.0)

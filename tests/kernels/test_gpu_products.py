@@ -39,6 +39,12 @@ def test_a_second_pair_is_added_to_the_same_sums(oracle):
     oracle.check_rule("pair", found, (a @ b) + (c @ d), exact, slack=1)
 
 
+def test_a_product_over_nothing_is_its_bias():
+    a, b, bias = torch.randn(20, 0), torch.randn(0, 40), torch.randn(40)
+    assert torch.equal(matmul.product(a, b, None, torch.float32), torch.zeros(20, 40))
+    assert torch.equal(matmul.product(a, b, bias, torch.float32), bias.expand(20, 40))
+
+
 def test_sums_of_columns_over_many_groups_of_rows():
     x = torch.randn(70_000, 5, generator=torch.Generator().manual_seed(0))
     found = matmul.column_sums(x.T.contiguous().T, torch.float32)
