@@ -72,8 +72,8 @@ def rotary_kernel(
         tl.store(rstd_ptr + at, rstd, mask=here)
         weight_ptr += head[:, None] * weight_stride + d[None, :]
         weight_inside = (head < num_heads)[:, None] & (d < HALF)[None, :]
-        first *= rstd[:, :, None] * tl.load(weight_ptr, mask=weight_inside, other=0.0).to(tl.float32)[None, :, :]
-        second *= rstd[:, :, None] * tl.load(weight_ptr + HALF, mask=weight_inside, other=0.0).to(tl.float32)[None, :, :]
+        first = first * rstd[:, :, None] * tl.load(weight_ptr, mask=weight_inside, other=0.0).to(tl.float32)[None, :, :]
+        second = second * rstd[:, :, None] * tl.load(weight_ptr + HALF, mask=weight_inside, other=0.0).to(tl.float32)[None, :, :]
         first, second = first.to(x_first.dtype).to(tl.float32), second.to(x_first.dtype).to(tl.float32)  # as the norm alone would have stored it
     out = y_ptr + at[:, :, None] * (2 * HALF) + d[None, None, :]
     tl.store(out, first * cos - second * sin, mask=inside)
