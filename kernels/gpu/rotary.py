@@ -68,13 +68,14 @@ def rotary_kernel(
     first, second = x_first.to(tl.float32), x_second.to(tl.float32)
     at = row[:, None] * num_heads + head[None, :]
     if weight_ptr is not None:
-        rstd = tl.rsqrt(tl.sum(first * first + second * second, 2) / (2 * HALF) + eps)
-        tl.store(rstd_ptr + at, rstd, mask=here)
         weight_ptr += head[:, None] * weight_stride + d[None, :]
         weight_inside = (head < num_heads)[:, None] & (d < HALF)[None, :]
-        first = first * rstd[:, :, None] * tl.load(weight_ptr, mask=weight_inside, other=0.0).to(tl.float32)[None, :, :]
-        second = second * rstd[:, :, None] * tl.load(weight_ptr + HALF, mask=weight_inside, other=0.0).to(tl.float32)[None, :, :]
-        first, second = first.to(x_first.dtype).to(tl.float32), second.to(x_first.dtype).to(tl.float32)  # as the norm alone would have stored it
+        weight_first = tl.load(weight_ptr, mask=weight_inside, other=0.0).to(tl.float32)[None, :, :]
+        weight_second = tl.load(weight_ptr + HALF, mask=weight_inside, other=0.0).to(tl.float32)[None, :, :]
+        rstd = tl.rsqrt(tl.sum(first * first + second * second, 2) / (2 * HALF) + eps)
+        tl.store(rstd_ptr + at, rstd, mask=here)
+        first = (first * rstd[:, :, None] * weight_first).to(x_first.dtype).to(tl.float32)  # rounded as the norm alone would store it
+        second = (second * rstd[:, :, None] * weight_second).to(x_first.dtype).to(tl.float32)
     out = y_ptr + at[:, :, None] * (2 * HALF) + d[None, None, :]
     tl.store(out, first * cos - second * sin, mask=inside)
     tl.store(out + HALF, second * cos + first * sin, mask=inside)
