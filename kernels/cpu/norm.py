@@ -132,7 +132,7 @@ def clear(partial, columns):
 
 @inline
 def differentiate(dy, dh, h, dx, half, columns, centred, mean, rstd, weight, weight_half, partial, partial_bias):
-    """A row of dx, and what the row adds to the float32 rows at `partial` (dweight) and `partial_bias`. dx may be dy; dh and partial_bias may be 0."""
+    """A row of dx, and what it adds to the float32 rows at `partial` (dweight) and `partial_bias`. dx may be dy; dh and partial_bias may be 0."""
     m, r, whole = vset(mean), vset(rstd), columns - columns % W
     dot, total = vzero(), vzero()
     for c in range(0, whole, W):

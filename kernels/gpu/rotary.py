@@ -22,8 +22,10 @@ MOST_HEADS = 8
 
 
 @triton.jit
-def angles(row, num_rows, num_tokens, num_positions, positions_ptr, positions_batch_stride, positions_stride, cos_ptr, sin_ptr, cos_stride, sin_stride,
-           HALF: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def angles(
+    row, num_rows, num_tokens, num_positions, positions_ptr, positions_batch_stride, positions_stride, cos_ptr, sin_ptr, cos_stride, sin_stride,
+    HALF: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """cos and sin [TOKENS, 1, BLOCK] of tokens `row` of B T; NaN at positions outside the table."""
     batch = row // num_tokens
     position = row - batch * num_tokens
@@ -143,7 +145,7 @@ def _tile(num_heads: int, head_dim: int) -> Tile:
     return Tile(max(1, TILE_PAIRS // (block * heads)), heads, block)
 
 
-def _strides(cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[int, int, int, int]:
+def _strides(cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[int, ...]:
     return cos.stride(0), sin.stride(0), *((0, 0) if positions is None else (0, *positions.stride()) if positions.dim() == 1 else positions.stride())
 
 
