@@ -123,7 +123,7 @@ class LlamaAttention(nn.Module):
         q_norm = None if self.q_norm is None else self.q_norm.weight.expand(self.num_heads, -1)
         k_norm = None if self.k_norm is None else self.k_norm.weight.expand(self.num_kv_heads, -1)
         if torch.is_grad_enabled() and self.q_proj.quantized is None:
-            # One product and one rotation instead of five: the weights are copied side by side, which pays where there are many rows to
+            # One product and one rotation instead of five calls: the weights are copied side by side, which pays where there are many rows to
             # multiply. Each element of the result has the same bits either way.
             weight = torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
             biases: list[Tensor] = [each.bias for each in (self.q_proj, self.k_proj, self.v_proj) if each.bias is not None]
