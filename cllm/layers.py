@@ -120,20 +120,21 @@ class LlamaAttention(nn.Module):
         heads = (*x.shape[:-1], -1, self.head_dim)
         assert context.rotary_tables is not None
         cos, sin = context.rotary_tables
-        if torch.is_grad_enabled() and self.q_norm is None and self.q_proj.quantized is None:
-            # One product and one rotation instead of five: the weights are copied side by side, which pays where there are many rows to
+        q_norm = None if self.q_norm is None else self.q_norm.weight.expand(self.num_heads, -1)
+        k_norm = None if self.k_norm is None else self.k_norm.weight.expand(self.num_kv_heads, -1)
+        if torch.is_grad_enabled() and self.q_proj.quantized is None:
+            # One product and one rotation instead of five calls: the weights are copied side by side, which pays where there are many rows to
             # multiply. Each element of the result has the same bits either way.
             weight = torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
             biases: list[Tensor] = [each.bias for each in (self.q_proj, self.k_proj, self.v_proj) if each.bias is not None]
             product = kernels.matmul(x, weight.T, torch.cat(biases) if biases else None).view(heads)
             qk, v = product.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=-2)
-            q, k = kernels.rotary(qk, cos, sin, context.positions).split((self.num_heads, self.num_kv_heads), dim=-2)
+            norms = None if q_norm is None or k_norm is None else torch.cat((q_norm, k_norm))
+            q, k = kernels.rotary(qk, cos, sin, context.positions, norms, self.eps).split((self.num_heads, self.num_kv_heads), dim=-2)
             return q, k, v
         q, k, v = (linear(x, weights).view(heads) for weights in (self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None and self.k_norm is not None:
-            q = kernels.rms_norm(q, self.q_norm.weight, self.eps)
-            k = kernels.rms_norm(k, self.k_norm.weight, self.eps)
-        return kernels.rotary(q, cos, sin, context.positions), kernels.rotary(k, cos, sin, context.positions), v
+        q, k = (kernels.rotary(each, cos, sin, context.positions, norm, self.eps) for each, norm in ((q, q_norm), (k, k_norm)))
+        return q, k, v
 
 
 class LlamaMLP(nn.Module):

@@ -1,19 +1,26 @@
-"""Rotary position embedding, half-split convention of Llama. B batch, T tokens, H heads, D head dim, P table positions."""
+"""Rotary position embedding, half-split convention of Llama, alone or behind an RMSNorm of each head ("QK-norm").
+
+B batch, T tokens, H heads, D head dim, P table positions.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cllm.kernels._register import backend, check_floating, check_integer_range, operation
+from cllm.kernels._register import backend, check_floating, check_integer_range, check_weight, operation, stats_dtype
 from cllm.runtime.errors import UserError
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> Tensor:
+def rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, norm_weight: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:  # fmt: skip
     """Rotate the pairs (x[d], x[d + D/2]) by the angle of each token's position (Su et al. 2021, arXiv 2104.09864).
 
     x (B, T, H, D), cos and sin (P, D/2) float32, positions int64 (T,) or (B, T), by default 0 .. T-1 -> (B, T, H, D) in x's dtype.
-    The gradient goes to x only. Raises UserError for shapes, dtypes or positions that do not fit.
+    With norm_weight (H, D), float32 or of x's dtype, each head h is first normed over D as `rms_norm(x[:, :, h], norm_weight[h], eps)` does, in the
+    same pass over memory (query-key normalisation: Henry et al. 2020, arXiv 2010.04245, with the RMSNorm of Qwen3).
+    Gradients go to x and norm_weight. Raises UserError for shapes, dtypes or positions that do not fit.
     """
     if x.dim() != 4 or cos.dim() != 2 or cos.shape != sin.shape or 2 * cos.shape[1] != x.shape[3]:
         raise UserError(
@@ -33,7 +40,12 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None)
             f"rotary: positions must be int64 of shape (T,) or (B, T) for x {tuple(x.shape)}, "
             f"got {positions.dtype} {tuple(positions.shape)}."
         )
-    return _rotary(x, cos, sin, positions, False)
+    if norm_weight is None:
+        return _rotary(x, cos, sin, positions, False)
+    if norm_weight.shape != x.shape[2:]:
+        raise UserError(f"rotary: norm_weight must be (H, D) = {tuple(x.shape[2:])}, one row for each head of x, got {tuple(norm_weight.shape)}.")
+    check_weight("rotary", x, norm_weight=norm_weight)
+    return _norm_rotary(x, norm_weight, eps, cos, sin, positions)[0]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -53,7 +65,40 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     backward=_backward,
 )
 def _rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool) -> Tensor:
+    return _serving(x, cos, positions, 2).apply(x, cos, sin, positions, inverse)
+
+
+def _serving(x: Tensor, cos: Tensor, positions: Tensor | None, num_passes: int) -> Any:
     if positions is not None:
         check_integer_range("rotary", "positions", positions, cos.shape[0])
-    work = 2.0 * x.numel() * x.element_size()
-    return backend("rotary", (x.shape,), x.dtype, x.device.type, work).apply(x, cos, sin, positions, inverse)
+    return backend("rotary", (x.shape,), x.dtype, x.device.type, float(num_passes * x.numel() * x.element_size()))
+
+
+@operation("norm_rotary_backward", lambda dy, x, weight, *_: (x.new_empty(x.shape), weight.new_empty(weight.shape)))
+def _norm_rotary_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _serving(x, cos, positions, 3).norm_backward(dy.contiguous(), x, weight, rstd, cos, sin, positions)
+
+
+def _norm_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, cos, sin, positions = inputs
+    ctx.save_for_backward(x, weight, output[1], cos, sin, positions)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _norm_grad(ctx: Any, dy: Tensor, drstd: Tensor | None) -> tuple[Tensor | None, ...]:
+    dx, dweight = _norm_rotary_backward(dy, *ctx.saved_tensors)
+    return dx, dweight, None, None, None, None
+
+
+@operation(
+    "norm_rotary",
+    lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape[:3], dtype=stats_dtype(x.dtype))),
+    setup_context=_norm_save,
+    backward=_norm_grad,
+)
+def _norm_rotary(
+    x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, positions: Tensor | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _serving(x, cos, positions, 2).norm_forward(x, weight, eps, cos, sin, positions)

@@ -290,6 +290,13 @@ def row_benches(machine: Machine) -> Iterator[Bench]:
     plain_rotary = maybe(rotate_plain)
     calls = {"cllm": lambda: kernels.rotary(q, cos, sin), "compiled": lambda: plain_rotary(q)}
     yield Bench(f"rotary {batch}x{tokens}x{heads}x{dim}", calls, roofline.cost("rotary", 2, q.numel()), ">= 85 % of bandwidth", bandwidth)
+    head_weight = machine.normal(dim)
+    plain_norm_rotary = maybe(lambda x: rotate_plain(F.rms_norm(x, (dim,), head_weight, 1e-6)))
+    calls = {
+        "cllm": lambda: kernels.rotary(q, cos, sin, norm_weight=head_weight.expand(heads, dim)), "compiled": lambda: plain_norm_rotary(q),
+    }  # fmt: skip
+    cost = roofline.cost("norm_rotary", 2, q.numel())
+    yield Bench(f"QK-norm and rotary {batch}x{tokens}x{heads}x{dim}", calls, cost, ">= 85 % of bandwidth", bandwidth)
     vocabulary = 97 if machine.tiny else 50304
     logits = machine.normal(rows, vocabulary, grad=True)
     targets = torch.randint(vocabulary, (rows,), device=machine.device)

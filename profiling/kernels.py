@@ -96,6 +96,10 @@ def contests(dtype: torch.dtype, tiny: bool) -> list[Contest]:
 
     shape = f"4 x {length} x {heads} x {dim}"
     found.append(Contest("rotary", shape, cost("rotary", size, x.numel()), [x], lambda x: kernels.rotary(x, cos, sin), rotate))
+    found.append(Contest(
+        "norm_rotary", shape, cost("norm_rotary", size, x.numel()), [x, randn(dim)],
+        lambda x, w: kernels.rotary(x, cos, sin, norm_weight=w.expand(heads, dim)), lambda x, w: rotate(F.rms_norm(x, (dim,), w, 1e-6)),
+    ))
     return found
 
 

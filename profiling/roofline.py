@@ -42,6 +42,8 @@ def cost(op: str, size: int, *n: int) -> Cost:
         return Cost(4.0 * n[0] * n[1], 1.0 * size * n[0] * n[1], 3.0)
     if op == "rotary":  # elements
         return Cost(3.0 * n[0], 2.0 * size * n[0], 2.0)
+    if op == "norm_rotary":  # elements: a norm of each head and the rotation in one pass; the backward reads two and writes one
+        return Cost(11.0 * n[0], 2.0 * size * n[0], 2.5)
     if op == "adamw":  # parameters: the gradient twice (norm, update), weight and moments read and written
         return Cost(12.0 * n[0], (2 * size + 24.0) * n[0], 1.0)
     raise ValueError(f"no formula for {op!r}")
@@ -60,6 +62,7 @@ SHAPES: list[tuple[str, str, int, tuple[int, ...]]] = [
     ("embedding 16384x1024", "embedding", 2, (16384, 1024)),
     ("cross entropy 16384x50304", "cross_entropy", 2, (16384, 50304)),
     ("rotary 16x1024x16x128", "rotary", 2, (16 * 1024 * 16 * 128,)),
+    ("QK-norm and rotary 16x1024x16x128", "norm_rotary", 2, (16 * 1024 * 16 * 128,)),
     ("decoding attention, 8192 cached, 32 sequences, 64/8 heads D128", "decode", 2, (32, 8192, 64, 8, 128)),
     ("AdamW 124 M parameters, fp32 gradients", "adamw", 4, (124_000_000,)),
 ]

@@ -61,6 +61,10 @@ def work(event: profiler.Event) -> tuple[float, float] | None:
         case "embedding" if not backward:  # the backward also clears the rows of all other tokens
             tokens, weight = tensors
             found, factor = cost("embedding", weight.itemsize, tokens.numel, weight.shape[1]), 1.0
+        case "rotary" if event.function.startswith("norm"):
+            x = tensors[0]
+            found = cost("norm_rotary", x.itemsize, x.numel)
+            factor = found.with_backward - 1 if backward else 1.0
         case "rotary":
             found, factor = cost("rotary", tensors[0].itemsize, tensors[0].numel), 1.0
         case "adamw":

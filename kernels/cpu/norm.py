@@ -85,11 +85,32 @@ def _centred_squares(h, half, columns, mean):
     return vhsum(vadd(vadd(t0, t1), vadd(t2, t3)))
 
 
+@inline
+def inverse_rms(h, half, columns, mean, eps):
+    """1 / sqrt(mean((h - mean)^2) + eps) of a row."""
+    return np.float32(_ONE / math.sqrt(_centred_squares(h, half, columns, mean) / np.float32(columns) + np.float32(eps)))
+
+
+@inline
+def normalise(h, y, half, columns, mean, rstd, weight, weight_half, bias, bias_half):
+    """A row y = weight * (h - mean) * rstd + bias; no bias where its address is 0."""
+    m, r, whole = vset(mean), vset(rstd), columns - columns % W
+    for c in range(0, whole, W):
+        v = vmul(vmul(vsub(load_whole(h, half, c), m), r), load_whole(weight, weight_half, c))
+        if bias != 0:
+            v = vadd(v, load_whole(bias, bias_half, c))
+        store_whole(y, half, c, v)
+    if whole < columns:
+        n = columns - whole
+        v = vmul(vmul(vsub(load(h, half, whole, n), m), r), load(weight, weight_half, whole, n))
+        if bias != 0:
+            v = vadd(v, load(bias, bias_half, whole, n))
+        store(y, half, whole, v, n)
+
+
 def _forward(p, f, task, worker):
     """MEAN is 0 for RMSNorm."""
     half, columns = p[HALF], p[COLUMNS]
-    weight, weight_half, bias, bias_half = p[WEIGHT], p[WEIGHT_HALF], p[BIAS], p[BIAS_HALF]
-    size, whole = np.float32(columns), columns - columns % W
     for row in range(task * ROWS_PER_TASK, min((task + 1) * ROWS_PER_TASK, p[ROWS])):
         h = p[X] + row * p[X_ROW]
         if p[RESIDUAL] != 0:
@@ -97,75 +118,75 @@ def _forward(p, f, task, worker):
             _add_residual(p, row, h)
         mean = _ZERO
         if p[MEAN] != 0:
-            mean = _sum(h, half, columns) / size
+            mean = _sum(h, half, columns) / np.float32(columns)
             put_float32(p[MEAN], row, mean)
-        rstd = np.float32(_ONE / math.sqrt(_centred_squares(h, half, columns, mean) / size + np.float32(f[0])))
+        rstd = inverse_rms(h, half, columns, mean, f[0])
         put_float32(p[RSTD], row, rstd)
-        y, m, r = p[Y] + row * p[Y_ROW], vset(mean), vset(rstd)
-        for c in range(0, whole, W):
-            v = vmul(vmul(vsub(load_whole(h, half, c), m), r), load_whole(weight, weight_half, c))
-            if bias != 0:
-                v = vadd(v, load_whole(bias, bias_half, c))
-            store_whole(y, half, c, v)
-        if whole < columns:
-            n = columns - whole
-            v = vmul(vmul(vsub(load(h, half, whole, n), m), r), load(weight, weight_half, whole, n))
-            if bias != 0:
-                v = vadd(v, load(bias, bias_half, whole, n))
-            store(y, half, whole, v, n)
+        normalise(h, p[Y] + row * p[Y_ROW], half, columns, mean, rstd, p[WEIGHT], p[WEIGHT_HALF], p[BIAS], p[BIAS_HALF])
+
+
+@inline
+def clear(partial, columns):
+    for c in range(0, columns, W):
+        store(partial, False, c, vzero(), columns - c)
+
+
+@inline
+def differentiate(dy, dh, h, dx, half, columns, centred, mean, rstd, weight, weight_half, partial, partial_bias):
+    """A row of dx, and what it adds to the float32 rows at `partial` (dweight) and `partial_bias`. dx may be dy; dh and partial_bias may be 0."""
+    m, r, whole = vset(mean), vset(rstd), columns - columns % W
+    dot, total = vzero(), vzero()
+    for c in range(0, whole, W):
+        g, normed = load_once(dy, half, c), vmul(vsub(load_once(h, half, c), m), r)
+        scaled = vmul(g, load_whole(weight, weight_half, c))
+        dot, total = vfma(scaled, normed, dot), vadd(scaled, total)
+        vstore(partial, c, vfma(g, normed, vload(partial, c)))
+        if partial_bias != 0:
+            vstore(partial_bias, c, vadd(g, vload(partial_bias, c)))
+    if whole < columns:
+        n = columns - whole
+        g, normed = load(dy, half, whole, n), vmul(vsub(load(h, half, whole, n), m), r)
+        scaled = vmul(g, load(weight, weight_half, whole, n))
+        dot, total = vfma(scaled, vselect(vlanes_below(n), normed, vzero()), dot), vadd(scaled, total)
+        store(partial, False, whole, vfma(g, normed, load(partial, False, whole, n)), n)
+        if partial_bias != 0:
+            store(partial_bias, False, whole, vadd(g, load(partial_bias, False, whole, n)), n)
+    size = np.float32(columns)
+    along, offset = vset(vhsum(dot) / size), vzero()
+    if centred:
+        offset = vset(vhsum(total) / size)
+    for c in range(0, whole, W):
+        normed = vmul(vsub(load_whole(h, half, c), m), r)
+        scaled = vmul(load_whole(dy, half, c), load_whole(weight, weight_half, c))
+        v = vmul(r, vsub(vsub(scaled, offset), vmul(normed, along)))
+        if dh != 0:
+            v = vadd(v, load_whole(dh, half, c))
+        store_whole(dx, half, c, v)
+    if whole < columns:
+        n = columns - whole
+        normed = vmul(vsub(load(h, half, whole, n), m), r)
+        scaled = vmul(load(dy, half, whole, n), load(weight, weight_half, whole, n))
+        v = vmul(r, vsub(vsub(scaled, offset), vmul(normed, along)))
+        if dh != 0:
+            v = vadd(v, load(dh, half, whole, n))
+        store(dx, half, whole, v, n)
 
 
 def _backward(p, f, task, worker):
     """One block of rows: its rows of dx, and its part of dweight (and dbias)."""
-    half, columns = p[HALF_B], p[COLUMNS_B]
+    columns, centred = p[COLUMNS_B], p[MEAN_B] != 0
     partial, partial_bias = p[PARTIAL] + task * p[PARTIAL_ROW], 0
+    clear(partial, columns)
     if p[PARTIAL_BIAS] != 0:
         partial_bias = p[PARTIAL_BIAS] + task * p[PARTIAL_ROW]
-    for c in range(0, columns, W):
-        store(partial, False, c, vzero(), columns - c)
-        if partial_bias != 0:
-            store(partial_bias, False, c, vzero(), columns - c)
-    weight, weight_half, whole = p[WEIGHT_B], p[WEIGHT_HALF_B], columns - columns % W
+        clear(partial_bias, columns)
     for row in range(task * p[BLOCK_ROWS], min((task + 1) * p[BLOCK_ROWS], p[ROWS_B])):
-        dy, h, dx = p[DY] + row * p[DY_ROW], p[HB] + row * p[HB_ROW], p[DX] + row * p[DX_ROW]
         dh = p[DH] + row * p[DH_ROW] if p[DH] != 0 else 0
-        m = vset(float32_at(p[MEAN_B], row)) if p[MEAN_B] != 0 else vzero()
-        r = vset(float32_at(p[RSTD_B], row))
-        dot, total = vzero(), vzero()
-        for c in range(0, whole, W):
-            g, normed = load_once(dy, half, c), vmul(vsub(load_once(h, half, c), m), r)
-            scaled = vmul(g, load_whole(weight, weight_half, c))
-            dot, total = vfma(scaled, normed, dot), vadd(scaled, total)
-            vstore(partial, c, vfma(g, normed, vload(partial, c)))
-            if partial_bias != 0:
-                vstore(partial_bias, c, vadd(g, vload(partial_bias, c)))
-        if whole < columns:
-            n = columns - whole
-            g, normed = load(dy, half, whole, n), vmul(vsub(load(h, half, whole, n), m), r)
-            scaled = vmul(g, load(weight, weight_half, whole, n))
-            dot, total = vfma(scaled, vselect(vlanes_below(n), normed, vzero()), dot), vadd(scaled, total)
-            store(partial, False, whole, vfma(g, normed, load(partial, False, whole, n)), n)
-            if partial_bias != 0:
-                store(partial_bias, False, whole, vadd(g, load(partial_bias, False, whole, n)), n)
-        size = np.float32(columns)
-        along, offset = vset(vhsum(dot) / size), vzero()
-        if p[MEAN_B] != 0:
-            offset = vset(vhsum(total) / size)
-        for c in range(0, whole, W):
-            normed = vmul(vsub(load_whole(h, half, c), m), r)
-            scaled = vmul(load_whole(dy, half, c), load_whole(weight, weight_half, c))
-            v = vmul(r, vsub(vsub(scaled, offset), vmul(normed, along)))
-            if dh != 0:
-                v = vadd(v, load_whole(dh, half, c))
-            store_whole(dx, half, c, v)
-        if whole < columns:
-            n = columns - whole
-            normed = vmul(vsub(load(h, half, whole, n), m), r)
-            scaled = vmul(load(dy, half, whole, n), load(weight, weight_half, whole, n))
-            v = vmul(r, vsub(vsub(scaled, offset), vmul(normed, along)))
-            if dh != 0:
-                v = vadd(v, load(dh, half, whole, n))
-            store(dx, half, whole, v, n)
+        mean = float32_at(p[MEAN_B], row) if centred else _ZERO
+        differentiate(
+            p[DY] + row * p[DY_ROW], dh, p[HB] + row * p[HB_ROW], p[DX] + row * p[DX_ROW], p[HALF_B], columns, centred, mean,
+            float32_at(p[RSTD_B], row), p[WEIGHT_B], p[WEIGHT_HALF_B], partial, partial_bias,
+        )  # fmt: skip
 
 
 _forward_kernel, _backward_kernel = Kernel(_forward), Kernel(_backward)

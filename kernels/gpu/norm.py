@@ -276,7 +276,7 @@ def layer_norm_backward(
     return _backward(dy, dh, h, weight, has_bias, mean, rstd)
 
 
-def _group_rows(num_rows: int, tile_rows: int) -> int:
+def group_rows(num_rows: int, tile_rows: int) -> int:
     """Rows whose sums of dweight one block keeps: 256 groups or more where there are rows enough to keep all multiprocessors busy, but 32 rows in
     each, so that writing and reading the sums is some hundredth of the traffic, and no more than 1024 groups."""
     rows = max(1, min(32, -(-num_rows // 256)), -(-num_rows // 1024))
@@ -296,15 +296,15 @@ def _backward(
     rows, block, num_warps = row_tile(num_columns) if fused else (8, 512, 8)
     if fused and block * h.element_size() >= 16384:  # more values of each column to hold than forward has: fewer columns for each thread
         num_warps = 16
-    group_rows = _group_rows(num_rows, rows)
-    num_groups = triton.cdiv(num_rows, group_rows)
+    rows_of_group = group_rows(num_rows, rows)
+    num_groups = triton.cdiv(num_rows, rows_of_group)
     dweight_groups = torch.empty((num_groups, num_columns), dtype=torch.float32, device=h.device)
     dbias_groups = torch.empty((num_groups, num_columns), dtype=torch.float32, device=h.device) if has_bias else None
     centre, what, contiguous_weight = mean is not None, rows_of(h), weight.contiguous()
     if fused:
         launch(
             norm_backward_kernel, (num_groups,), dy, dh, *what, contiguous_weight, mean, rstd, dx, dweight_groups, dbias_groups, num_rows,
-            num_columns, group_rows, CENTRE=centre, ROWS=rows, BLOCK=block, num_warps=num_warps,
+            num_columns, rows_of_group, CENTRE=centre, ROWS=rows, BLOCK=block, num_warps=num_warps,
         )  # fmt: skip
     else:
         row_warps = long_row_warps(2 * num_columns * h.element_size(), gpu_of(h.device).warp_size)
@@ -314,13 +314,19 @@ def _backward(
         )  # fmt: skip
         launch(
             group_sums_kernel, (num_groups, triton.cdiv(num_columns, block)), dy, *what, mean, rstd, dweight_groups, dbias_groups, num_rows,
-            num_columns, group_rows, CENTRE=centre, ROWS=rows, COLUMNS=block, num_warps=num_warps,
+            num_columns, rows_of_group, CENTRE=centre, ROWS=rows, COLUMNS=block, num_warps=num_warps,
         )  # fmt: skip
+    add_up_groups(dweight_groups, dbias_groups, dweight, dbias)
+    return dx, dweight, dbias
+
+
+def add_up_groups(dweight_groups: Tensor, dbias_groups: Tensor | None, dweight: Tensor, dbias: Tensor | None) -> None:
+    """Sums of groups, float32 (groups, columns), in a fixed order -> dweight and dbias, contiguous and of as many elements as columns."""
+    num_groups, num_columns = dweight_groups.shape
     launch(
         column_sums_kernel, (triton.cdiv(num_columns, 32),), dweight_groups, dbias_groups, dweight, dbias, num_groups, num_columns,
         GROUPS=128, COLUMNS=32, num_warps=8,
     )  # fmt: skip
-    return dx, dweight, dbias
 
 
 def launches(gpu: GPU, dtype: torch.dtype) -> Calls:

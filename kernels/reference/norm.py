@@ -20,7 +20,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | N
 
 
 def rms_norm_backward(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of what was normed (`h`, which is x when there was no residual) and of the weight."""
+    """Gradients of what was normed (`h`, which is x when there was no residual) and of the weight, (E,) or one row for each head, (H, E)."""
     wide = accumulate_dtype(h.dtype)
     dy = dy.to(wide)
     normed = h.to(wide) * rstd.unsqueeze(-1)
@@ -28,7 +28,7 @@ def rms_norm_backward(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, 
     dx = rstd.unsqueeze(-1) * (dnormed - normed * (dnormed * normed).mean(dim=-1, keepdim=True))
     if dh is not None:
         dx = dx + dh.to(wide)
-    dweight = as_rows(dy * normed).sum(dim=0)
+    dweight = (dy * normed).sum_to_size(weight.shape)
     return dx.to(h.dtype).contiguous(), dweight.to(weight.dtype)
 
 

@@ -155,6 +155,27 @@ def test_training_forward_prefill_and_decoding_give_the_same_logits(name):
     torch.testing.assert_close(stepwise, whole, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])  # without and with a norm of queries and keys
+def test_a_layer_multiplies_and_rotates_once_in_training_and_gives_the_bits_of_generation(name, dtype):
+    model, tokens = make(name), random_tokens(2, 24)
+    model.compute_dtype = dtype
+
+    def calls(*operations):
+        return [sum(event.operation == each for event in recording.kernels()) for each in operations]
+
+    with runtime.profiler.record() as recording:
+        training = model(tokens)
+    assert training.requires_grad
+    assert calls("rotary", "matmul", "rms_norm") == [2, 2 * 2 + 1, 2 * 2 + 1]  # of two layers; the products of attention and of the logits
+    with torch.no_grad(), runtime.profiler.record() as recording:
+        generation = model(tokens)
+    assert calls("rotary", "matmul", "rms_norm") == [2 * 2, 2 * 4 + 1, 2 * 2 + 1]
+    if recording.kernels()[0].backend == "cpu":
+        assert torch.equal(training, generation)
+    torch.testing.assert_close(training, generation, rtol=0.05, atol=0.05)
+
+
 def test_cache_rows_can_be_repeated_dropped_and_are_refused_when_they_do_not_fit():
     model = make("llama")
     tokens = random_tokens(3, 6)

@@ -77,6 +77,23 @@ def test_a_trace_holds_our_kernels_inside_their_stages_and_says_their_rate(tmp_p
     assert str(Path.home()) not in trace.read_text()
 
 
+NORM_AND_ROTARY = """
+import trace, torch
+from cllm import kernels
+from cllm.runtime import profiler
+x, weight, table = torch.ones(2, 3, 4, 8, requires_grad=True), torch.ones(4, 8, requires_grad=True), torch.ones(3, 4)
+with profiler.record() as recording:
+    kernels.rotary(x, table, table, norm_weight=weight).sum().backward()
+print({event.name: trace.work(event) for event in recording.kernels()})
+"""
+
+
+def test_a_trace_counts_the_norm_of_queries_and_keys_with_their_rotation():
+    elements = 2 * 3 * 4 * 8
+    forward, backward = (11.0 * elements, 2.0 * 4 * elements), (1.5 * 11.0 * elements, 3.0 * 4 * elements)
+    assert run("-c", NORM_AND_ROTARY).stdout.strip() == str({"rotary norm forward": forward, "rotary norm backward": backward})
+
+
 def test_a_picture_without_matplotlib_is_refused_before_anything_is_measured(monkeypatch, tmp_path):
     plots = module("plots")
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -44,6 +44,7 @@ def test_the_backward_of_attention_gives_the_same_bits_a_thousand_times():
 def test_the_operators_are_registered_rightly_on_a_gpu():
     """opcheck: shapes of the fakes, no aliasing, gradients registered, and what torch.compile asks for."""
     q = normal(1, 40, 4, 64, grad=True)
+    angles, head_weight = torch.randn(40, 32, device="cuda"), torch.randn(4, 64, device="cuda", requires_grad=True)
     k = normal(1, 40, 2, 64, grad=True)
     x, weight = normal(6, 64, grad=True), normal(64, grad=True)
     logits, targets = normal(6, 97, grad=True), torch.tensor([0, 96, -100, 3, 3, 1], device="cuda")
@@ -51,7 +52,7 @@ def test_the_operators_are_registered_rightly_on_a_gpu():
         "attention": (q, k, k, True, 0.125, 0, 0.0, None), "rms_norm": (x, weight, 1e-6), "layer_norm": (x, weight, None, 1e-5), "softmax": (x,),
         "cross_entropy": (logits, targets, -100, 0.1, 1e-3, 5.0, "mean"),
         "feed_forward": (x, normal(96, 64, grad=True), normal(96, 64, grad=True), normal(64, 96, grad=True), "silu", None, None, True),
-        "matmul": (x, normal(64, 48, grad=True), None),
+        "matmul": (x, normal(64, 48, grad=True), None), "norm_rotary": (q, head_weight, 1e-6, angles.cos(), angles.sin(), None),
     }  # fmt: skip
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     for name, arguments in calls.items():

@@ -229,14 +229,20 @@ NORM = [
 ]
 
 
-def _rotary_plain(x, cos, sin, positions=None):
+def _rotary_plain(x, cos, sin, positions=None, norm_weight=None):
+    if norm_weight is not None:
+        heads = zip(x.unbind(2), norm_weight.to(x.dtype), strict=True)
+        x = torch.stack([F.rms_norm(head, head.shape[-1:], weight, 1e-6) for head, weight in heads], 2)
     index = torch.arange(x.shape[1]) if positions is None else positions
     cos, sin = cos[index].unsqueeze(-2).to(x.dtype), sin[index].unsqueeze(-2).to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-def rotary_case(name: str, shape: tuple[int, ...], view: Callable[[Tensor], Tensor] = lambda x: x, positions: str = "none") -> Case:
+def rotary_case(
+    name: str, shape: tuple[int, ...], view: Callable[[Tensor], Tensor] = lambda x: x, positions: str = "none",
+    norm: Callable[[Inputs, int, int], Tensor] | None = None,
+) -> Case:  # fmt: skip
     def make(i: Inputs) -> dict[str, Any]:
         x = view(i.normal(*shape))
         angles = torch.randn(64, x.shape[-1] // 2, generator=torch.Generator().manual_seed(3))
@@ -245,6 +251,8 @@ def rotary_case(name: str, shape: tuple[int, ...], view: Callable[[Tensor], Tens
             tensors["positions"] = i.integers(64, x.shape[1])
         elif positions == "per_batch":
             tensors["positions"] = i.integers(64, x.shape[0], x.shape[1])
+        if norm is not None:
+            tensors["norm_weight"] = norm(i, *x.shape[2:])
         return tensors
 
     return Case("rotary", name, make, lambda **t: kernels.rotary(**t), _rotary_plain, constants=("cos", "sin"))
@@ -274,6 +282,14 @@ POINTWISE = [
     rotary_case("odd_half", (1, 9, 2, 10), positions="per_token"),
     rotary_case("positions_per_batch_strided", (3, 8, 7, 64), lambda x: x.transpose(1, 2)[..., 16:48], "per_batch"),
     rotary_case("no_tokens", (2, 0, 3, 8)),
+    rotary_case("norm", (2, 13, 3, 32), norm=Inputs.normal),
+    rotary_case("norm_odd_half_float32_weight", (1, 9, 2, 10), positions="per_token", norm=Inputs.master),
+    rotary_case("norm_one_weight_for_all_heads", (2, 21, 5, 64), norm=lambda i, heads, dim: i.master(dim).expand(heads, dim)),
+    rotary_case(
+        "norm_strided", (3, 8, 7, 64), lambda x: x.transpose(1, 2)[..., 16:48], "per_batch", lambda i, heads, dim: i.normal(dim, 2 * heads).T[::2]
+    ),
+    rotary_case("norm_many_tokens", (2, 300, 2, 16), positions="per_token", norm=Inputs.master),
+    rotary_case("norm_no_tokens", (2, 0, 3, 8), norm=Inputs.normal),
     softmax_case("odd_width", lambda i: i.normal(7, 33, scale=3)),
     softmax_case("wide", lambda i: i.normal(5, 1003, scale=3)),
     softmax_case("one_column", lambda i: i.normal(6, 1)),

@@ -36,6 +36,8 @@ LONG = torch.long
         (lambda: kernels.rotary(z(1, 4, 2, 8), z(3, 4), z(3, 4)), "table holds 3 positions"),
         (lambda: kernels.rotary(z(1, 2, 2, 8), z(3, 4), z(3, 4), torch.tensor([0, 3])), "0 <= positions < 3"),
         (lambda: kernels.rotary(z(1, 2, 2, 8), z(3, 4), z(3, 4), torch.tensor([0])), "positions must be int64"),
+        (lambda: kernels.rotary(z(1, 2, 3, 8), z(3, 4), z(3, 4), None, z(8)), r"norm_weight must be \(H, D\) = \(3, 8\).*got \(8,\)"),
+        (lambda: kernels.rotary(z(1, 2, 3, 8), z(3, 4), z(3, 4), None, z(3, 8).double()), "norm_weight is torch.float64"),
         (lambda: kernels.softmax(z(3, 4), 2), "dim 2 does not exist"),
         (lambda: kernels.embedding(torch.tensor([0, 5]), z(5, 4)), "0 <= tokens < 5"),
         (lambda: kernels.embedding(torch.tensor([-1]), z(5, 4)), "tokens holds -1"),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cllm import runtime
+from cllm import kernels, runtime
 from cllm.kernels.cpu import adamw, cross_entropy, embedding, norm, rotary, softmax
 from cllm.kernels.reference import adamw as reference_adamw
 from cllm.kernels.reference import cross_entropy as reference_cross_entropy
@@ -77,6 +77,22 @@ def test_rotary_follows_the_oracle_and_its_inverse_undoes_it(dtype, oracle):
             compare("rotary", oracle, rotary.apply, reference_rotary.apply, x, cos, sin, positions, inverse)
     back = rotary.apply(rotary.apply(x.float(), cos, sin, None, False), cos, sin, None, True)
     torch.testing.assert_close(back, x.float())
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype"), [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize("head_dim", [2, 10, 64, 136])  # less than a vector, ragged, whole, and more than four vectors
+def test_rotary_with_a_norm_gives_the_bits_of_the_norm_and_then_the_rotary(head_dim, weight_dtype, dtype):
+    x, weight = normal(2, 281, 5, head_dim, dtype=dtype)[:, :, 1:4].requires_grad_(), normal(3, head_dim, dtype=weight_dtype).requires_grad_()
+    angles = normal(300, head_dim // 2)
+    tables = angles.cos(), angles.sin()
+    dy = normal(2, 281, 3, head_dim, dtype=dtype, seed=1)
+    for positions in (None, torch.randint(0, 300, (2, 281), generator=torch.Generator().manual_seed(0))):
+        fused = kernels.rotary(x, *tables, positions, weight, 1e-5)
+        normed = torch.stack([kernels.rms_norm(head, each, 1e-5) for head, each in zip(x.unbind(2), weight.unbind(0))], 2)
+        composed = kernels.rotary(normed, *tables, positions)
+        assert torch.equal(fused, composed)
+        for ours, theirs in zip(torch.autograd.grad(fused, (x, weight), dy), torch.autograd.grad(composed, (x, weight), dy)):
+            assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

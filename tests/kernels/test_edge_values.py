@@ -63,6 +63,8 @@ def test_nan_in_a_row_reaches_that_row_and_no_other(backend_name, serve):
     for name, found in results.items():
         assert torch.isnan(found).any(-1).tolist() == [False, False, True, False, False, False], name
     assert torch.isnan(kernels.rotary(x.view(1, 6, 1, 32), _x(6, 16), _x(6, 16))).sum() == 2
+    normed = kernels.rotary(x.view(1, 3, 2, 32), _x(3, 16), _x(3, 16), None, torch.ones(2, 32)).view(6, 32)
+    assert torch.isnan(normed).any(-1).tolist() == [False, False, True, False, False, False]
     key = _x(1, 6, 1, 32)
     key[0, 3, 0, 1] = NAN
     out = kernels.attention(_x(1, 6, 1, 32), key, _x(1, 6, 1, 32), causal=True)
@@ -118,10 +120,11 @@ def test_norm_of_a_constant_or_zero_row_is_finite(backend_name, serve):
     serve(backend_name, "rms_norm")
     x = torch.tensor([0.0, 1e4, 1e-20]).unsqueeze(1).expand(3, 40).clone().requires_grad_()
     weight = torch.ones(40)
-    results = kernels.rms_norm(x, weight), kernels.layer_norm(x, weight)
+    rotated = kernels.rotary(x[None, None], _x(1, 20), _x(1, 20), None, weight.expand(3, 40))
+    results = kernels.rms_norm(x, weight), kernels.layer_norm(x, weight), rotated
     for result in results:
         assert torch.isfinite(result).all()
-    (results[0].sum() + results[1].sum()).backward()
+    sum(result.sum() for result in results).backward()
     assert torch.isfinite(x.grad).all()
 
 

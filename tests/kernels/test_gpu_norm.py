@@ -25,15 +25,15 @@ def _draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale:
     return values.to(dtype).to(DEVICE)
 
 
-def _close(found, expected, dtype):
-    """To a few roundings of the largest value: both compute in float32, in another order."""
+def _close(found, expected, dtype, roundings=1):
+    """To a few roundings of the largest value: both compute in float32, in another order, and round to `dtype` that many times."""
     for index, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         if theirs is None:
             assert ours is None
             continue
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, index
         largest = theirs.double().abs().max().item() if theirs.numel() else 0.0
-        tolerance = 16 * torch.finfo(torch.float32).eps + (torch.finfo(dtype).eps if ours.dtype == dtype else 0.0)
+        tolerance = 16 * torch.finfo(torch.float32).eps + (roundings * torch.finfo(dtype).eps if ours.dtype == dtype else 0.0)
         torch.testing.assert_close(ours.double(), theirs.double(), atol=tolerance * largest, rtol=0, msg=lambda text, i=index: f"result {i}: {text}")
 
 
@@ -162,7 +162,7 @@ def test_long_softmax_rows_of_infinities_and_nan_are_those_of_torch():
     batch=st.integers(0, 3), tokens=st.integers(1, 40), heads=st.integers(1, 18), half=st.integers(1, 66), kind=st.integers(0, 2),
     inverse=st.booleans(), layout=st.integers(0, 2), dtype=st.sampled_from(HALVES),
 )  # fmt: skip
-def test_rotary_of_any_shape(batch, tokens, heads, half, kind, inverse, layout, dtype):
+def test_rotary_of_any_shape_with_and_without_a_norm(batch, tokens, heads, half, kind, inverse, layout, dtype):
     if layout == 0:
         x = _draw(batch, tokens, heads + 3, 2 * half, dtype=dtype)[:, :, 2 : 2 + heads]  # one part of a fused projection
     elif layout == 1:
@@ -177,6 +177,32 @@ def test_rotary_of_any_shape(batch, tokens, heads, half, kind, inverse, layout, 
     found, expected = rotary.apply(x, cos, sin, positions, inverse), plain_rotary.apply(x, cos, sin, positions, inverse)
     assert found.is_contiguous()
     _close([found], [expected], dtype)
+    weight = _draw(heads, 2 * half, seed=4) if inverse else _draw(1, 2 * half, dtype=dtype, seed=4).expand(heads, 2 * half)
+    dy, tables = _draw(*x.shape, dtype=dtype, seed=5), (cos, sin, positions)
+    expected = plain_rotary.norm_forward(x, weight, 1e-6, *tables)
+    _close(rotary.norm_forward(x, weight, 1e-6, *tables), expected, dtype, roundings=2)
+    saved = x, weight, expected[1]
+    _close(rotary.norm_backward(dy, *saved, *tables), plain_rotary.norm_backward(dy, *saved, *tables), dtype, roundings=2)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_head_behind_a_norm_has_the_same_bits_among_any_others_and_sums_run_over_many_groups_of_tokens(dtype):
+    x, weight, dy = _draw(2, 700, 11, 24, dtype=dtype), _draw(11, 24, seed=1), _draw(2, 700, 11, 24, dtype=dtype, seed=2)
+    angles = _draw(700, 12, seed=3)
+    tables = angles.cos(), angles.sin(), None
+    y, rstd = rotary.norm_forward(x, weight, 1e-6, *tables)
+    dx, dweight = rotary.norm_backward(dy, x, weight, rstd, *tables)
+    _close((dx, dweight), plain_rotary.norm_backward(dy, x, weight, rstd, *tables), dtype, roundings=2)
+    for heads in (slice(0, 8), slice(8, 11), slice(4, 5)):  # queries and keys of one call in training, of two in generation
+        part = rotary.norm_forward(x[:1, :90, heads], weight[heads], 1e-6, *tables)
+        assert torch.equal(part[0], y[:1, :90, heads]) and torch.equal(part[1], rstd[:1, :90, heads])
+        dy_part, rstd_part = dy[:, :, heads].contiguous(), rstd[:, :, heads].contiguous()
+        dx_part, dweight_part = rotary.norm_backward(dy_part, x[:, :, heads], weight[heads], rstd_part, *tables)
+        assert torch.equal(dx_part, dx[:, :, heads])
+        torch.testing.assert_close(dweight_part, dweight[heads], rtol=1e-5, atol=1e-4)
+    with runtime.gpu.described(ONE_MULTIPROCESSOR):
+        again = rotary.norm_backward(dy, x, weight, rstd, *tables)
+    assert torch.equal(again[0], dx) and torch.equal(again[1], dweight)
 
 
 def test_rotary_at_a_position_outside_the_table_is_nan():

@@ -19,6 +19,7 @@ def _wide_cases(oracle):
         "rms_norm": oracle.rms_norm_case("wide", lambda i: {"x": i.normal(700, 200), "weight": i.normal(200), "residual": i.normal(700, 200)}),
         "layer_norm": oracle.layer_norm_case("wide", lambda i: {"x": i.normal(700, 200), "weight": i.normal(200), "bias": i.normal(200)}),
         "rotary": oracle.rotary_case("wide", (40, 64, 4, 32)),
+        "rotary_norm": oracle.rotary_case("wide", (40, 64, 4, 32), norm=oracle.Inputs.master),
         "softmax": oracle.softmax_case("wide", lambda i: i.normal(500, 300)),
         "embedding": oracle.embedding_case("wide", lambda i: i.integers(90, 3000), lambda i: i.normal(90, 100)),
         "cross_entropy": oracle.cross_entropy_case(
@@ -38,8 +39,8 @@ def _wide_cases(oracle):
 @pytest.mark.parametrize(
     "name",
     [
-        "attention", "attention_packed", "feed_forward", "feed_forward_plain", "rms_norm", "layer_norm", "rotary", "softmax", "embedding",
-        "cross_entropy", "linear_cross_entropy", "linear_cross_entropy_rows", "matmul",
+        "attention", "attention_packed", "feed_forward", "feed_forward_plain", "rms_norm", "layer_norm", "rotary", "rotary_norm", "softmax",
+        "embedding", "cross_entropy", "linear_cross_entropy", "linear_cross_entropy_rows", "matmul",
     ],
 )  # fmt: skip
 def test_any_number_of_threads_gives_the_same_bits(name, dtype, oracle, serve):
@@ -67,6 +68,21 @@ def test_loss_over_many_rows_does_not_depend_on_torch_threads(oracle):
     finally:
         torch.set_num_threads(before)
     assert len(sums) == 1
+
+
+def test_the_gradient_of_a_norms_weight_repeated_for_many_heads_does_not_depend_on_torch_threads(oracle):
+    """A model repeats one weight for all query heads and one for all key heads; autograd leaves the sum over the heads to torch."""
+    i = oracle.Inputs(torch.float32, torch.float32)
+    q_norm, k_norm, gradient = i.normal(256).requires_grad_(), i.normal(256).requires_grad_(), i.normal(320, 256)
+    before, sums = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            repeated = torch.cat((q_norm.expand(256, -1), k_norm.expand(64, -1)))
+            sums.append(torch.autograd.grad(repeated, (q_norm, k_norm), gradient))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in sums[1:] for a, b in zip(sums[0], other))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -103,10 +119,11 @@ def test_prefill_and_decoding_give_the_same_bits(dtype, window, oracle, serve):
 def test_rows_of_the_other_operations_do_not_see_each_other(dtype, oracle, serve):
     i = oracle.Inputs(dtype, dtype)
     x, weight, gate, down = i.normal(50, 48), i.normal(48), i.normal(96, 48, scale=0.2), i.normal(48, 96, scale=0.2)
-    vocabulary, targets = i.master(333, 48), i.integers(333, 50)
+    vocabulary, targets, table = i.master(333, 48), i.integers(333, 50), i.master(1, 4)
     computed = {
         "rms_norm": lambda rows: kernels.rms_norm(x[rows], weight),
         "layer_norm": lambda rows: kernels.layer_norm(x[rows], weight),
+        "rotary": lambda rows: kernels.rotary(x[rows].view(-1, 1, 6, 8), table, table, None, weight.view(6, 8)),
         "softmax": lambda rows: kernels.softmax(x[rows]),
         "feed_forward": lambda rows: kernels.feed_forward(x[rows], gate, gate, down),
         "cross_entropy": lambda rows: kernels.cross_entropy(x[rows], targets[rows] % 48, reduction="none"),

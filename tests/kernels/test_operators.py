@@ -19,7 +19,7 @@ def _operator_calls() -> dict[str, list[tuple]]:
     w_gate, w_up, w_down = _normal(16, 8), _normal(16, 8), _normal(8, 16)
     logits, targets = _normal(2, 3, 9), torch.tensor([[0, 8, -100], [3, 3, 1]])
     vocabulary, tokens = _normal(9, 8), torch.tensor([[1, 0], [8, 1]])
-    cos, sin = _normal(7, 4, grad=False), _normal(7, 4, grad=False)
+    cos, sin, head_weight = _normal(7, 4, grad=False), _normal(7, 4, grad=False), _normal(4, 8)
     loss_options = (-100, 0.1, 1e-3, 5.0)
     flat = [t.detach() for t in (x, w_gate, w_up, w_down, weight, logits, vocabulary)]
     x_, gate_, up_, down_, weight_, logits_, vocabulary_ = flat
@@ -51,6 +51,8 @@ def _operator_calls() -> dict[str, list[tuple]]:
         "layer_norm_residual": [(x, x_, weight, bias, 1e-5)],
         "layer_norm_backward": [(x_, x_, x_, weight_, True, torch.zeros(2, 3), torch.ones(2, 3))],
         "rotary": [(q, cos, sin, None, False), (q, cos, sin, torch.tensor([[0, 3, 6, 1, 1]]), True)],
+        "norm_rotary": [(q, head_weight, 1e-6, cos, sin, None), (q, head_weight, 1e-6, cos, sin, torch.tensor([[0, 3, 6, 1, 1]]))],
+        "norm_rotary_backward": [(q.detach(), q.detach(), head_weight.detach(), torch.ones(1, 5, 4), cos, sin, None)],
         "softmax": [(x,)],
         "softmax_backward": [(x_, torch.softmax(x_, -1))],
         "embedding": [(tokens, vocabulary, torch.float32)],
@@ -82,7 +84,7 @@ def test_opcheck(name):
 def _layer(x, norm, w_qkv, cos, sin, gate, up, down, table, targets):
     h = kernels.matmul(kernels.rms_norm(x, norm), w_qkv.T)
     q, k, v = h.view(*h.shape[:2], 4, 8).split([2, 1, 1], dim=2)
-    out = kernels.attention(kernels.rotary(q, cos, sin), kernels.rotary(k, cos, sin), v, causal=True)
+    out = kernels.attention(kernels.rotary(q, cos, sin, None, norm.view(2, 8)), kernels.rotary(k, cos, sin), v, causal=True)
     y, x = kernels.rms_norm(out.flatten(2), norm, residual=x)
     x = x + kernels.feed_forward(y, gate, up, down)
     x = kernels.layer_norm(x, norm) + kernels.embedding(targets.clamp(min=0), table) + kernels.softmax(x)
@@ -146,6 +148,7 @@ def _gradcheck_calls():
         "rms_norm": (lambda x, w, r: kernels.rms_norm(x, w, residual=r), (normal(3, 4), normal(4), normal(3, 4))),
         "layer_norm": (lambda x, w, b, r: kernels.layer_norm(x, w, b, residual=r), (normal(3, 4), normal(4), normal(4), normal(3, 4))),
         "rotary": (lambda x: kernels.rotary(x, cos, sin), (normal(1, 4, 2, 4),)),
+        "rotary_norm": (lambda x, w: kernels.rotary(x, cos, sin, None, w, 1e-3), (normal(1, 4, 2, 4), normal(2, 4))),
         "softmax": (lambda x: kernels.softmax(x, 0), (normal(3, 4),)),
         "embedding": (lambda w: kernels.embedding(torch.tensor([0, 2, 2]), w), (normal(3, 4),)),
         "cross_entropy": (lambda x: kernels.cross_entropy(x, targets, **loss_options), (normal(4, 5),)),
