@@ -10,7 +10,7 @@ A word is one float32, or two bfloat16 that follow each other along k. Addresses
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -162,7 +162,7 @@ def make_tile_micro(row_strips: int, column_strips: int, stream_b: bool = False)
     @intrinsic
     def micro(tc, a, a_strip, a_row, a_step, b, b_strip, old, old_row, out, out_row, steps):
         def codegen(ctx, bld, sig, args):
-            _emit_tiles(bld, row_strips, column_strips, stream_b, *args)
+            _emit_tiles(bld, row_strips, column_strips, stream_b, args)
             return ctx.get_dummy_value()
 
         return types.void(*[_I] * 11), codegen
@@ -212,7 +212,7 @@ def make_writing_micro() -> Any:
             readable = bld.select(bld.icmp_unsigned("!=", bias, I64(0)), bias, product[4])  # any address that can be read: b
             biases = [load(bld, _at(bld, readable, j * W * WORD), VF) for j in range(2)]
             with bld.if_then(bld.icmp_signed(">", product[-1], I64(0))):
-                _emit_tiles(bld, 2, 2, True, *product, meanwhile=meanwhile)
+                _emit_tiles(bld, 2, 2, True, product, meanwhile)
             # Where there were fewer steps than it takes.
             before = bld.block
             check, body, done = (bld.append_basic_block(f"write.{n}") for n in ("check", "body", "done"))
@@ -235,11 +235,11 @@ def make_writing_micro() -> Any:
 
 
 def _emit_tiles(
-    bld: Any, row_strips: int, column_strips: int, stream_b: bool, a: Any, a_strip: Any, a_row: Any, a_step: Any, b: Any, b_strip: Any, old: Any,
-    old_row: Any, out: Any, out_row: Any, steps: Any, meanwhile: Callable[[Any], None] = lambda k: None,
-) -> None:  # fmt: skip
+    bld: Any, row_strips: int, column_strips: int, stream_b: bool, product: Sequence[Any], meanwhile: Callable[[Any], None] = lambda k: None
+) -> None:
     """The product of `make_tile_micro`. Columns are taken in turn to the right and to the left, so that no tile is loaded in the place of one
     that was just used; `meanwhile` adds instructions to step k."""
+    a, a_strip, a_row, a_step, b, b_strip, old, old_row, out, out_row, steps = product
     grid = [(i, j, I8(2 * i + j)) for i in range(row_strips) for j in range(column_strips)]
 
     def place(base: Any, row: Any, i: int, j: int) -> Any:

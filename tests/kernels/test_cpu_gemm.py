@@ -109,6 +109,20 @@ def test_an_element_depends_on_its_row_and_column_only(kernel):
     assert torch.equal(gemm.gemm(a, b, out_dtype=BF16), expected.to(BF16))
 
 
+@pytest.mark.parametrize("depth", [1, 33, 256, 600, 1100, 5000])
+@pytest.mark.parametrize("out_dtype", [F32, BF16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_whole_and_ragged_tiles_have_the_same_bits(kernel, depth, out_dtype, biased):
+    """Whole tiles are written in another way on AMX: while the next ones are computed."""
+    rows, columns, dtype = 96, 128, _dtype(kernel)
+    a, b, bias = _random(rows + 1, depth).to(dtype), _random(depth, columns + 1, seed=1).to(dtype), _random(columns + 1, seed=2)
+    bias = bias if biased else None
+    ragged = gemm.gemm(a, b, out_dtype=out_dtype, bias=bias)
+    whole = gemm.gemm(a[:rows], b[:, :columns], out_dtype=out_dtype, bias=bias[:columns] if biased else None)
+    assert torch.equal(whole, ragged[:rows, :columns])
+    _assert_close(whole, a[:rows], b[:, :columns], dtype, None if bias is None else bias[:columns].expand(rows, -1))
+
+
 def test_adding_to_what_is_there(kernel):
     dtype = _dtype(kernel)
     a, b, start = _random(33, 4100).to(dtype), _random(4100, 40, seed=1).to(dtype), _random(33, 40, seed=2)
