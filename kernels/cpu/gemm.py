@@ -314,20 +314,23 @@ def _pack_b(p, column, lanes, k, num_k, words, target, strip_bytes, spare):
 
 def _last_tiles_py(p, a, a_strip, a_row, a_step, b, sums, sums_row, first, piece, words, r, c, columns):
     """The last block of K for two strips of rows, all whole: each 2 x 2 tiles are written to C while the next are computed."""
-    half, row = p[OUT_HALF], p[OUT_ROW]
-    at_c = p[OUT] + r * row + c * (2 if half else 4)
-    step, held, here, bias = 2 * W * (2 if half else 4), 0, piece, 0
-    for s in range(0, columns // W, 2):
+    half, row, old_row, width = p[OUT_HALF], p[OUT_ROW], p[OLD_ROW], 2 * W * WORD
+    step = width // 2 if half else width
+    to = p[OUT] + r * row + c // (2 * W) * step - step  # where the tiles before go
+    old = p[OLD] + r * old_row + c * WORD - width if p[OLD] != 0 else 0
+    bias = p[BIAS] + c * WORD - width if p[BIAS] != 0 else 0
+    held, here = 0, piece
+    for s in range(0, columns // W + 2, 2):
+        steps = words // W if s < columns // W else 0
         at_old = 0 if first else sums + s * (W * WORD)
-        bias = p[BIAS] + (c + (s - 2) * W) * 4 if p[BIAS] != 0 and s > 0 else 0
         _tile_writing(
-            a, a_strip, a_row, a_step, b + s * p[B_STRIP], p[B_STRIP], at_old, sums_row, here, 2 * W * WORD, words // W, held, at_c - step,
-            row, half, bias, at_c,
+            a, a_strip, a_row, a_step, b + s * p[B_STRIP], p[B_STRIP], at_old, sums_row, here, width, steps, held, to, row, half, old, old_row,
+            bias, to + step,
         )  # fmt: skip
         held, here = here, piece + 4 * BLOCK_BYTES if here == piece else piece
-        at_c += step
-    bias = p[BIAS] + (c + columns - 2 * W) * 4 if p[BIAS] != 0 else 0
-    _tile_writing(a, a_strip, a_row, a_step, b, p[B_STRIP], 0, sums_row, here, 0, 0, held, at_c - step, row, half, bias, at_c)
+        to += step
+        old += width if old != 0 else 0
+        bias += width if bias != 0 else 0
 
 
 def _absent_last_tiles(p, a, a_strip, a_row, a_step, b, sums, sums_row, first, piece, words, r, c, columns):
@@ -344,7 +347,7 @@ def _multiply_tiles(p, r0, c0, rows, columns, sums, sums_row):
     piece = sums + (p[TILE_R] + 2 * W - 1) // (2 * W) * (2 * W) * sums_row
     for r in range(0, rows, 2 * W):
         now = min(2 * W, rows - r)
-        plain = now == 2 * W and columns % (2 * W) == 0 and p[WHAT] == activation.NONE and p[OLD] == 0
+        plain = now == 2 * W and columns % (2 * W) == 0 and p[WHAT] == activation.NONE
         for k in range(0, p[DEPTH], p[BLOCK]):
             padded = ((min(p[BLOCK], p[DEPTH] - k) + 1) // 2 + W - 1) // W * W
             offset = k // 2 * (W * WORD)

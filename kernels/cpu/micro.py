@@ -171,17 +171,19 @@ def make_tile_micro(row_strips: int, column_strips: int, stream_b: bool = False)
 
 
 def make_writing_micro() -> Any:
-    """micro(a .. steps as above, held, to, to_row, half, bias, next_to): 2 x 2 tiles, and between their steps the sums of the 2 x 2 tiles
-    before them, which `held` has in rows of 128 bytes, go to `to`: rounded to bfloat16 if `half`, `bias` added unless 0. The lines at
-    `next_to`, where these tiles will go, are fetched. held 0: there are none yet; steps 0: the sums of the last tiles are written.
+    """micro(a .. steps as above, held, to, to_row, half, add, add_row, bias, next_to): 2 x 2 tiles, and between their steps the sums of the
+    2 x 2 tiles before them, which `held` has in rows of 128 bytes, go to `to`: rows of float32 at `add` and `bias` added unless 0, rounded
+    to bfloat16 if `half`. The lines at `next_to`, where these tiles will go, are fetched. held 0: there are none yet; steps 0: the sums of
+    the last tiles are written.
 
     Lines of a large C come from beyond the caches; one pass for a whole tile of C waited for them, a third of the time of such products.
     """
 
     @intrinsic
-    def micro(tc, a, a_strip, a_row, a_step, b, b_strip, old, old_row, out, out_row, steps, held, to, to_row, half, bias, next_to):
+    def micro(tc, a, a_strip, a_row, a_step, b, b_strip, old, old_row, out, out_row, steps, held, to, to_row, half, add, add_row, bias, next_to):
         def codegen(ctx, bld, sig, args):
-            *product, held, to, to_row, half, bias, next_to = args
+            *product, held, to, to_row, half, add, add_row, bias, next_to = args
+            adding, biased = (bld.icmp_unsigned("!=", each, I64(0)) for each in (add, bias))
             limit = bld.select(bld.icmp_unsigned("!=", held, I64(0)), I64(2 * W), I64(0))
             lines = bld.select(bld.icmp_unsigned("!=", half, I64(0)), I64(0), I64(64))  # a second line where they are float32
 
@@ -190,7 +192,9 @@ def make_writing_micro() -> Any:
                     row = bld.add(first, I64(i))
                     source, target = bld.add(held, bld.mul(row, I64(2 * W * WORD))), bld.add(to, bld.mul(row, to_row))
                     v = [load(bld, _at(bld, source, j * W * WORD), VF) for j in range(2)]
-                    v = [bld.select(bld.icmp_unsigned("!=", bias, I64(0)), bld.fadd(x, biased), x) for x, biased in zip(v, biases)]
+                    beside = bld.select(adding, bld.add(add, bld.mul(row, add_row)), source)
+                    v = [bld.select(adding, bld.fadd(load(bld, _at(bld, beside, j * W * WORD), VF), x), x) for j, x in enumerate(v)]
+                    v = [bld.select(biased, bld.fadd(x, each), x) for x, each in zip(v, biases)]
                     with bld.if_else(bld.icmp_unsigned("!=", half, I64(0))) as (rounded, whole):
                         with rounded:
                             for j in range(2):
@@ -209,7 +213,7 @@ def make_writing_micro() -> Any:
                 with bld.if_then(bld.icmp_signed("<", first, limit)):
                     write(first)
 
-            readable = bld.select(bld.icmp_unsigned("!=", bias, I64(0)), bias, product[4])  # any address that can be read: b
+            readable = bld.select(biased, bias, product[4])  # any address that can be read: b
             biases = [load(bld, _at(bld, readable, j * W * WORD), VF) for j in range(2)]
             with bld.if_then(bld.icmp_signed(">", product[-1], I64(0))):
                 _emit_tiles(bld, 2, 2, True, product, meanwhile)
@@ -229,7 +233,7 @@ def make_writing_micro() -> Any:
             bld.position_at_end(done)
             return ctx.get_dummy_value()
 
-        return types.void(*[_I] * 17), codegen
+        return types.void(*[_I] * 19), codegen
 
     return micro
 

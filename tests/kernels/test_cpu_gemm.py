@@ -111,16 +111,18 @@ def test_an_element_depends_on_its_row_and_column_only(kernel):
 
 @pytest.mark.parametrize("depth", [1, 33, 256, 600, 1100, 5000])
 @pytest.mark.parametrize("out_dtype", [F32, BF16])
-@pytest.mark.parametrize("biased", [False, True])
-def test_whole_and_ragged_tiles_have_the_same_bits(kernel, depth, out_dtype, biased):
+@pytest.mark.parametrize(("biased", "adding"), [(False, False), (True, False), (False, True), (True, True)])
+def test_whole_and_ragged_tiles_have_the_same_bits(kernel, depth, out_dtype, biased, adding):
     """Whole tiles are written in another way on AMX: while the next ones are computed."""
     rows, columns, dtype = 96, 128, _dtype(kernel)
     a, b, bias = _random(rows + 1, depth).to(dtype), _random(depth, columns + 1, seed=1).to(dtype), _random(columns + 1, seed=2)
-    bias = bias if biased else None
-    ragged = gemm.gemm(a, b, out_dtype=out_dtype, bias=bias)
-    whole = gemm.gemm(a[:rows], b[:, :columns], out_dtype=out_dtype, bias=bias[:columns] if biased else None)
+    add = _random(rows + 1, columns + 1, seed=3)
+    ragged = gemm.gemm(a, b, out_dtype=out_dtype, bias=bias if biased else None, add=add if adding else None)
+    a, b, bias, add = a[:rows], b[:, :columns], bias[:columns], add[:rows, :columns].contiguous()
+    whole = gemm.gemm(a, b, out_dtype=out_dtype, bias=bias if biased else None, add=add if adding else None)
     assert torch.equal(whole, ragged[:rows, :columns])
-    _assert_close(whole, a[:rows], b[:, :columns], dtype, None if bias is None else bias[:columns].expand(rows, -1))
+    if not (biased and adding):  # two roundings more
+        _assert_close(whole, a, b, dtype, add * adding + bias * biased)
 
 
 def test_adding_to_what_is_there(kernel):
