@@ -188,12 +188,20 @@ def make_writing_micro() -> Any:
             lines = bld.select(bld.icmp_unsigned("!=", half, I64(0)), I64(0), I64(64))  # a second line where they are float32
 
             def write(first):
+                with bld.if_else(adding) as (with_rows, without):
+                    with with_rows:
+                        write_rows(first, True)
+                    with without:
+                        write_rows(first, False)
+
+            def write_rows(first, with_rows):
                 for i in range(_ROWS_A_STEP):
                     row = bld.add(first, I64(i))
                     source, target = bld.add(held, bld.mul(row, I64(2 * W * WORD))), bld.add(to, bld.mul(row, to_row))
                     v = [load(bld, _at(bld, source, j * W * WORD), VF) for j in range(2)]
-                    beside = bld.select(adding, bld.add(add, bld.mul(row, add_row)), source)
-                    v = [bld.select(adding, bld.fadd(load(bld, _at(bld, beside, j * W * WORD), VF), x), x) for j, x in enumerate(v)]
+                    if with_rows:
+                        beside = bld.add(add, bld.mul(row, add_row))
+                        v = [bld.fadd(load(bld, _at(bld, beside, j * W * WORD), VF), x) for j, x in enumerate(v)]
                     v = [bld.select(biased, bld.fadd(x, each), x) for x, each in zip(v, biases)]
                     with bld.if_else(bld.icmp_unsigned("!=", half, I64(0))) as (rounded, whole):
                         with rounded:
