@@ -782,8 +782,9 @@ def _part(
                 None if isinstance(b, int) else b.stride(), None if isinstance(b, int) else b.dtype, out_dtype, direct, c0 == 0,
             )  # fmt: skip
             p = plan.fields.copy()
-            p[SCRATCH] = _aligned(_buffers.take("scratch", plan.scratch_bytes))
-            p[A_PACKED] = _aligned(_buffers.take("a", plan.a_bytes))
+            # Held until the workers are done: the largest are not kept beyond this call.
+            held = [_buffers.take("scratch", plan.scratch_bytes), _buffers.take("a", plan.a_bytes)]
+            p[SCRATCH], p[A_PACKED] = map(_aligned, held)
             p[CONFIG] = _buffers.config_address
             p[A] = a.data_ptr() + r0 * a.stride(0) * a.element_size()
             if isinstance(b, int):
@@ -791,7 +792,8 @@ def _part(
             else:
                 p[B] = b.data_ptr() + c0 * b.stride(1) * b.element_size()
                 if plan.b_bytes:
-                    p[B_PACKED] = _aligned(_buffers.take("b", plan.b_bytes))
+                    held.append(_buffers.take("b", plan.b_bytes))
+                    p[B_PACKED] = _aligned(held[-1])
             if out is not None:
                 _place(p, OUT, OUT_ROW, out, r0, c0)
             if end is not None:
@@ -804,6 +806,7 @@ def _part(
             if bias is not None:
                 p[BIAS] = bias.data_ptr() + c0 * 4
             _run(p, plan.workers)
+            del held
 
 
 def _place(p: np.ndarray, address: int, row: int, t: torch.Tensor, r0: int, c0: int) -> None:

@@ -24,8 +24,8 @@ SECTION = 512  # keys of one block then; from the shape alone, so that the bits 
 _HALF: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
     "hopper": {
         "forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 64, 8, 1)},
-        "keys": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
-        "queries": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 1)},
+        "keys": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 64, 8, 1)},
+        "queries": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 4, 1)},
         "decode": {64: (16, 64, 4, 3), 128: (16, 32, 4, 2), 256: (16, 32, 4, 2)},
     },
     "blackwell": {
@@ -80,10 +80,16 @@ def _options(q: Tensor, causal: bool, scale: float, window: int, softcap: float,
     return [window, max(abs(scale), 1e-30), softcap], constants
 
 
-def _ordered(constants: dict[str, Any], tiles: dict[str, int]) -> dict[str, Any]:
-    names = ("CAUSAL", "LOWER", "FLIP", "SOFTCAP", "BLOCK_M", "BLOCK_N", "BLOCK_D", "PADDED", "PRECISION", "num_warps", "num_stages")
-    both = {**constants, **tiles}
-    return {name: both[name] for name in names}
+def _ordered(constants: dict[str, Any], tiles: dict[str, int], split: int = 0) -> dict[str, Any]:
+    """The constants in the order of the kernels' signatures; the backward's have SPLIT as well."""
+    names = ("CAUSAL", "LOWER", "FLIP", "SOFTCAP", "BLOCK_M", "BLOCK_N", "BLOCK_D", "SPLIT", "PADDED", "PRECISION", "num_warps", "num_stages")
+    both = {**constants, **tiles, **({"SPLIT": split} if split else {})}
+    return {name: both[name] for name in names if name in both}
+
+
+def _split(width: int, dtype: torch.dtype, gpu: GPU) -> int:
+    """Parts of the head that the backward's blocks share: Hopper's wgmma on heads of 256 leaves no registers for accumulators of 256."""
+    return 2 if width == 256 and gpu.is_hopper and dtype != torch.float32 else 1
 
 
 def forward(
@@ -145,15 +151,16 @@ def backward(
         ROWS=32, BLOCK_D=width,
     )  # fmt: skip
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    split = _split(width, q.dtype, gpu)
     tiles = _tiles("keys", width, q.dtype, gpu)
     launch(
-        attention_keys_kernel, (-(-num_keys // tiles["BLOCK_N"]), batch * num_kv_heads), q, k, v, dout, lse, delta, dk, dv, first, end, *strides,
-        num_queries, num_keys, num_kv_heads, group, *numbers, float(scale), head_dim, **_ordered(constants, tiles),
+        attention_keys_kernel, (-(-num_keys // tiles["BLOCK_N"]), batch * num_kv_heads, split), q, k, v, dout, lse, delta, dk, dv, first, end,
+        *strides, num_queries, num_keys, num_kv_heads, group, *numbers, float(scale), head_dim, **_ordered(constants, tiles, split),
     )  # fmt: skip
     tiles = _tiles("queries", width, q.dtype, gpu)
     launch(
-        attention_queries_kernel, (-(-num_queries // tiles["BLOCK_M"]), batch * num_heads), q, k, v, dout, lse, delta, dq, first, end, *strides,
-        num_queries, num_keys, num_heads, group, *numbers, float(scale), head_dim, **_ordered(constants, tiles),
+        attention_queries_kernel, (-(-num_queries // tiles["BLOCK_M"]), batch * num_heads, split), q, k, v, dout, lse, delta, dq, first, end,
+        *strides, num_queries, num_keys, num_heads, group, *numbers, float(scale), head_dim, **_ordered(constants, tiles, split),
     )  # fmt: skip
     return dq, dk, dv
 

@@ -43,10 +43,10 @@ def probabilities_and_slope(s, lse_2, factor, softcap, SOFTCAP: tl.constexpr):
 @triton.jit
 def query_steps(
     dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_stride, dout_stride, s, start, stop, num_queries, num_keys, window, first_ptr, end_ptr,
-    factor, softcap, d, head_dim, MASK: tl.constexpr, CAUSAL: tl.constexpr, LOWER: tl.constexpr, FLIP: tl.constexpr, SOFTCAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    factor, softcap, d, own, head_dim, MASK: tl.constexpr, CAUSAL: tl.constexpr, LOWER: tl.constexpr, FLIP: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Queries start <= t < stop, a block at a time."""
+    """Queries start <= t < stop, a block at a time. `own`: the columns of dk and dv, where they are not all."""
     m = tl.arange(0, BLOCK_M)
     q_tile = m[:, None] * q_stride + d[None, :]  # 32 bits within a tile; 64 only for where it begins
     dout_tile = m[:, None] * dout_stride + d[None, :]
@@ -64,14 +64,19 @@ def query_steps(
             lo, hi = key_limits(t, num_queries, num_keys, window, first_ptr, end_ptr, CAUSAL, LOWER)
             p = tl.where((s[:, None] >= lo[None, :]) & (s[:, None] < hi[None, :]), p, 0.0)
         dout = tl.load(dout_ptr + dout_tile, mask=here, other=0.0)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        q_own, dout_own = q, dout
+        if SPLIT > 1:
+            here = inside[:, None] & ((own < head_dim)[None, :] if PADDED else True)
+            q_own = tl.load(q_ptr + (m[:, None] * q_stride + own[None, :]), mask=here, other=0.0)
+            dout_own = tl.load(dout_ptr + (m[:, None] * dout_stride + own[None, :]), mask=here, other=0.0)
+        dv = tl.dot(p.to(dout.dtype), dout_own, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         ds = p * (dp - tl.load(delta_ptr + t, mask=inside, other=0.0)[None, :])
         if SOFTCAP:
             ds = ds * slope
             if MASK:  # a score without a bound, at a place that is not seen
                 ds = tl.where((s[:, None] >= lo[None, :]) & (s[:, None] < hi[None, :]), ds, 0.0)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        dk = tl.dot(ds.to(q.dtype), q_own, dk, input_precision=PRECISION)
         q_ptr += tl.cast(q_stride, tl.int64) * BLOCK_M
         dout_ptr += tl.cast(dout_stride, tl.int64) * BLOCK_M
     return dk, dv
@@ -82,14 +87,16 @@ def attention_keys_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, first_ptr, end_ptr, q_batch, q_token, q_head, k_batch, k_token, k_head,
     v_batch, v_token, v_head, num_queries, num_keys, num_kv_heads, group, window, factor, softcap, scale, head_dim, CAUSAL: tl.constexpr,
     LOWER: tl.constexpr, FLIP: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """With SPLIT 2 a block makes half of the columns of dK and dV, from scores over all of them: accumulators that fit beside wgmma's tiles."""
     batch = (tl.program_id(1) // num_kv_heads).to(tl.int64)
     kv_head = (tl.program_id(1) % num_kv_heads).to(tl.int64)
     low = tl.program_id(0) * BLOCK_N
     last = tl.minimum(low + BLOCK_N, num_keys) - 1
     s = low + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
+    own = tl.program_id(2) * (BLOCK_D // SPLIT) + tl.arange(0, BLOCK_D // SPLIT)
     here = (s < num_keys)[:, None] & ((d < head_dim)[None, :] if PADDED else True)
     n = tl.arange(0, BLOCK_N)[:, None]
     low_64 = low.to(tl.int64)
@@ -113,8 +120,8 @@ def attention_keys_kernel(
         full_begin = end
     begin = begin // BLOCK_M * BLOCK_M
     full_begin = tl.minimum(full_begin, end)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dk = tl.zeros([BLOCK_N, BLOCK_D // SPLIT], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D // SPLIT], tl.float32)
     num_heads = num_kv_heads * group
     for member in range(group):
         head = kv_head * group + member
@@ -125,23 +132,27 @@ def attention_keys_kernel(
         if CAUSAL or LOWER:
             dk, dv = query_steps(
                 dk, dv, k, v, q_here, dout_here, lse_ptr + rows, delta_ptr + rows, q_token, dout_stride, s, begin, full_begin, num_queries,
-                num_keys, window, first_ptr, end_ptr, factor, softcap, d, head_dim, True, CAUSAL, LOWER, FLIP, SOFTCAP, BLOCK_M, PADDED, PRECISION,
+                num_keys, window, first_ptr, end_ptr, factor, softcap, d, own, head_dim, True, CAUSAL, LOWER, FLIP, SOFTCAP, BLOCK_M, SPLIT, PADDED,
+                PRECISION,
             )  # fmt: skip
         if not LOWER:
             dk, dv = query_steps(
                 dk, dv, k, v, q_here, dout_here, lse_ptr + rows, delta_ptr + rows, q_token, dout_stride, s, full_begin, end, num_queries,
-                num_keys, window, first_ptr, end_ptr, factor, softcap, d, head_dim, False, CAUSAL, LOWER, FLIP, SOFTCAP, BLOCK_M, PADDED, PRECISION,
+                num_keys, window, first_ptr, end_ptr, factor, softcap, d, own, head_dim, False, CAUSAL, LOWER, FLIP, SOFTCAP, BLOCK_M, SPLIT, PADDED,
+                PRECISION,
             )  # fmt: skip
     place = ((batch * num_keys + low_64) * num_kv_heads + kv_head) * head_dim
-    tile = n * (num_kv_heads * head_dim) + d[None, :]
+    tile = n * (num_kv_heads * head_dim) + own[None, :]
+    here = (s < num_keys)[:, None] & ((own < head_dim)[None, :] if PADDED else True)
     tl.store(dk_ptr + place + tile, dk * scale, mask=here)
     tl.store(dv_ptr + place + tile, dv, mask=here)
 
 
 @triton.jit
 def key_steps(
-    dq, q, dout, lse, delta, k_ptr, v_ptr, k_stride, v_stride, lo, hi, start, stop, num_keys, factor, softcap, d, head_dim, MASK: tl.constexpr,
-    FLIP: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    dq, q, dout, lse, delta, k_ptr, v_ptr, k_stride, v_stride, lo, hi, start, stop, num_keys, factor, softcap, d, own, head_dim,
+    MASK: tl.constexpr, FLIP: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     for first in range(start, stop, BLOCK_N):
         s = first + tl.arange(0, BLOCK_N)
@@ -157,7 +168,11 @@ def key_steps(
             ds = ds * slope
         if MASK:
             ds = tl.where((s[None, :] >= lo[:, None]) & (s[None, :] < hi[:, None]), ds, 0.0)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        k_own = k
+        if SPLIT > 1:
+            here = (s < num_keys)[:, None] & ((own < head_dim)[None, :] if PADDED else True)
+            k_own = tl.load(k_ptr + row[:, None] * k_stride + own[None, :], mask=here, other=0.0)
+        dq = tl.dot(ds.to(k.dtype), k_own, dq, input_precision=PRECISION)
     return dq
 
 
@@ -165,14 +180,15 @@ def key_steps(
 def attention_queries_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, first_ptr, end_ptr, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch,
     v_token, v_head, num_queries, num_keys, num_heads, group, window, factor, softcap, scale, head_dim, CAUSAL: tl.constexpr, LOWER: tl.constexpr,
-    FLIP: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FLIP: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
+    PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = (tl.program_id(1) // num_heads).to(tl.int64)
     head = (tl.program_id(1) % num_heads).to(tl.int64)
     t = block * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
+    own = tl.program_id(2) * (BLOCK_D // SPLIT) + tl.arange(0, BLOCK_D // SPLIT)
     inside = t < num_queries
     row = t.to(tl.int64)
     here = inside[:, None] & ((d < head_dim)[None, :] if PADDED else True)
@@ -186,15 +202,16 @@ def attention_queries_kernel(
     v_ptr += batch * v_batch + head // group * v_head
     lo, hi = key_limits(t, num_queries, num_keys, window, first_ptr, end_ptr, CAUSAL, LOWER)
     begin, full_end, end = key_blocks(lo, hi, inside, num_keys, BLOCK_N)
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dq = tl.zeros([BLOCK_M, BLOCK_D // SPLIT], tl.float32)
     if not LOWER:
         dq = key_steps(
-            dq, q, dout, lse, delta, k_ptr, v_ptr, k_token, v_token, lo, hi, 0, full_end, num_keys, factor, softcap, d, head_dim, False, FLIP,
-            SOFTCAP, BLOCK_N, PADDED, PRECISION,
+            dq, q, dout, lse, delta, k_ptr, v_ptr, k_token, v_token, lo, hi, 0, full_end, num_keys, factor, softcap, d, own, head_dim, False,
+            FLIP, SOFTCAP, BLOCK_N, SPLIT, PADDED, PRECISION,
         )  # fmt: skip
         begin = full_end
     dq = key_steps(
-        dq, q, dout, lse, delta, k_ptr, v_ptr, k_token, v_token, lo, hi, begin, end, num_keys, factor, softcap, d, head_dim, True, FLIP,
-        SOFTCAP, BLOCK_N, PADDED, PRECISION,
+        dq, q, dout, lse, delta, k_ptr, v_ptr, k_token, v_token, lo, hi, begin, end, num_keys, factor, softcap, d, own, head_dim, True, FLIP,
+        SOFTCAP, BLOCK_N, SPLIT, PADDED, PRECISION,
     )  # fmt: skip
-    tl.store(dq_ptr + at, dq * scale, mask=here)
+    at = ((batch * num_queries + row) * num_heads + head)[:, None] * head_dim + own[None, :]
+    tl.store(dq_ptr + at, dq * scale, mask=inside[:, None] & ((own < head_dim)[None, :] if PADDED else True))

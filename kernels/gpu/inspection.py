@@ -33,8 +33,8 @@ MODULES = (
     "softmax", "norm", "rotary", "embedding", "cross_entropy", "linear_cross_entropy", "matmul", "feed_forward", "attention", "attention_hopper",
     "adamw",
 )  # fmt: skip
-# Tiles of fewer rows than wgmma's 64: a decoding step has no more, and the sums of a backward for heads of 256 spill with more.
-SMALL_TILES = (("attention_decode_kernel", ""), ("attention_keys_kernel", "BLOCK_D=256"), ("attention_queries_kernel", "BLOCK_D=256"))
+# Tiles of fewer rows than wgmma's 64: a decoding step has no more.
+SMALL_TILES = ("attention_decode_kernel",)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -166,13 +166,9 @@ def complaints(build: Build, gpu: GPU) -> list[str]:
         wrong.append(f"{build.shared_bytes} bytes of shared memory, a block has {gpu.shared_bytes}")
     if not build.occupancy:
         wrong.append("not one block fits on a multiprocessor")
-    if gpu.is_hopper and build.mma and "ieee" not in build.options and not _is_small(build):
+    if gpu.is_hopper and build.mma and "ieee" not in build.options and build.kernel not in SMALL_TILES:
         wrong.append("a matrix product that is not wgmma")
     return wrong + list(build.warnings)
-
-
-def _is_small(build: Build) -> bool:
-    return any(build.kernel == kernel and option in build.options for kernel, option in SMALL_TILES)
 
 
 def _one(arguments: tuple[str, int, GPU, tuple[str, ...], tuple[torch.dtype, ...]]) -> list[dict[str, Any]]:

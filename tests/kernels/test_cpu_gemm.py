@@ -1,5 +1,7 @@
 """The matrix product of kernels/cpu/gemm.py and what is composed from it: exactness, strides, and bits that never move."""
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -142,6 +144,25 @@ def test_packing_large_operands_in_pieces_does_not_change_a_bit(kernel, monkeypa
     expected = gemm.gemm(a, b, out_dtype=F32)
     monkeypatch.setattr(gemm, "PACK_BYTES", 1 << 14)
     assert torch.equal(gemm.gemm(a, b, out_dtype=F32), expected)
+
+
+def test_the_work_space_lives_until_the_workers_are_done(monkeypatch):
+    """That of very many workers is too large to be kept between calls."""
+    taken, run = [], gemm._run
+
+    def take(name, size):
+        space = torch.empty(size, dtype=torch.uint8)
+        taken.append(weakref.ref(space))
+        return space
+
+    def checked(p, workers):
+        assert taken and all(space() is not None for space in taken)
+        run(p, workers)
+
+    monkeypatch.setattr(gemm._buffers, "take", take)
+    monkeypatch.setattr(gemm, "_run", checked)
+    a, b = _random(100, 70), _random(70, 90, seed=1)
+    _assert_close(gemm.gemm(a, b), a, b, F32)
 
 
 def test_empty_and_non_finite_inputs(kernel):

@@ -31,9 +31,15 @@ def check(oracle, dtype, shape, slack=2.0, **options):
         oracle.check_rule(f"{name} {dtype} {shape} {options}", ours[name], plain[name], expected, slack, 8.0 if name.startswith("d_") else 0.0)
 
 
-@pytest.mark.parametrize("dim", [16, 80, 96, 128, 256])
+@pytest.mark.parametrize("dim", [16, 80, 96, 128, 200, 256])
 def test_head_sizes(oracle, dim):
     check(oracle, torch.bfloat16, (1, 70, 70, 2, 1, dim), causal=True)
+
+
+@pytest.mark.parametrize(("dim", "options"), [(256, {"causal": True}), (200, {"causal": True, "softcap": 5.0, "window": 40})])
+def test_large_heads_whose_gradients_are_made_in_halves(oracle, dim, options):
+    with gpu.described(gpu.DESCRIBED["h200"]):
+        check(oracle, torch.bfloat16, (1, 70, 90, 2, 1, dim), **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
