@@ -161,12 +161,14 @@ def _needs_gradient(args: tuple[Any, ...]) -> bool:
 
 
 def _is_observed(args: tuple[Any, ...]) -> bool:
-    """Whether anything but the implementation has to see this call: a compiler, a dispatch mode, a transform, a tensor subclass.
+    """Whether anything but the implementation has to see this call: a compiler, a dispatch mode, a transform, a profiler, a tensor subclass.
 
     Where no gradient is wanted nothing else does, as in the backward pass and in generation; going past the dispatcher then halves the cost of
     a small call.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    if torch.autograd._profiler_enabled():  # which shows operators by their names
         return True
     return any(type(arg) not in _PLAIN_TYPES or (isinstance(arg, Tensor) and arg.is_meta) for arg in args)
 

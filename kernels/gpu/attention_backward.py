@@ -96,7 +96,9 @@ def attention_keys_kernel(
     last = tl.minimum(low + BLOCK_N, num_keys) - 1
     s = low + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    own = tl.program_id(2) * (BLOCK_D // SPLIT) + tl.arange(0, BLOCK_D // SPLIT)
+    own = d
+    if SPLIT > 1:
+        own = tl.program_id(2) * (BLOCK_D // SPLIT) + tl.arange(0, BLOCK_D // SPLIT)
     here = (s < num_keys)[:, None] & ((d < head_dim)[None, :] if PADDED else True)
     n = tl.arange(0, BLOCK_N)[:, None]
     low_64 = low.to(tl.int64)
@@ -143,7 +145,8 @@ def attention_keys_kernel(
             )  # fmt: skip
     place = ((batch * num_keys + low_64) * num_kv_heads + kv_head) * head_dim
     tile = n * (num_kv_heads * head_dim) + own[None, :]
-    here = (s < num_keys)[:, None] & ((own < head_dim)[None, :] if PADDED else True)
+    if SPLIT > 1:
+        here = (s < num_keys)[:, None] & ((own < head_dim)[None, :] if PADDED else True)
     tl.store(dk_ptr + place + tile, dk * scale, mask=here)
     tl.store(dv_ptr + place + tile, dv, mask=here)
 
@@ -188,7 +191,9 @@ def attention_queries_kernel(
     head = (tl.program_id(1) % num_heads).to(tl.int64)
     t = block * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
-    own = tl.program_id(2) * (BLOCK_D // SPLIT) + tl.arange(0, BLOCK_D // SPLIT)
+    own = d
+    if SPLIT > 1:
+        own = tl.program_id(2) * (BLOCK_D // SPLIT) + tl.arange(0, BLOCK_D // SPLIT)
     inside = t < num_queries
     row = t.to(tl.int64)
     here = inside[:, None] & ((d < head_dim)[None, :] if PADDED else True)
@@ -213,5 +218,7 @@ def attention_queries_kernel(
         dq, q, dout, lse, delta, k_ptr, v_ptr, k_token, v_token, lo, hi, begin, end, num_keys, factor, softcap, d, own, head_dim, True, FLIP,
         SOFTCAP, BLOCK_N, SPLIT, PADDED, PRECISION,
     )  # fmt: skip
-    at = ((batch * num_queries + row) * num_heads + head)[:, None] * head_dim + own[None, :]
-    tl.store(dq_ptr + at, dq * scale, mask=inside[:, None] & ((own < head_dim)[None, :] if PADDED else True))
+    if SPLIT > 1:
+        at = ((batch * num_queries + row) * num_heads + head)[:, None] * head_dim + own[None, :]
+        here = inside[:, None] & ((own < head_dim)[None, :] if PADDED else True)
+    tl.store(dq_ptr + at, dq * scale, mask=here)
