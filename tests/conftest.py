@@ -11,11 +11,11 @@ if not torch.cuda.is_available():  # read by Triton when a kernel is defined, an
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="how often the fault campaign kills a training (default 3)")
-    parser.addoption("--slow", action="store_true", help="also the tests that take a minute or more")
+    parser.addoption("--slow", action="store_true", help="also the compile lint of every dtype and GPU, which takes minutes of all cores")
 
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="takes a minute or more: --slow"))
+                item.add_marker(pytest.mark.skip(reason="the compile lint of every dtype and GPU takes minutes of all cores: --slow"))

@@ -74,7 +74,6 @@ def bits(out):
     return newest.step, digest.hexdigest()
 
 
-@pytest.mark.slow
 def test_killed_processes_are_restarted_and_the_bits_are_those_of_one_undisturbed_process(text, tmp_path):
     steps = 120
     run = Torchrun(text, tmp_path / "run", tmp_path / "log", steps=steps, launcher=("--max-restarts", 2))
