@@ -76,24 +76,25 @@ def state_bytes(world, data, parallel):
 
 
 def tcp_bytes_sent():
-    """Bytes that this process's TCP connections have sent, as the kernel counts them (struct tcp_info, tcpi_bytes_sent)."""
+    """Bytes that each of this process's TCP connections has sent, as the kernel counts them (struct tcp_info, tcpi_bytes_sent)."""
     import os
     import socket
     import struct
 
-    total = 0
+    sent = {}
     for name in os.listdir("/proc/self/fd"):
         try:
-            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+            connection = os.readlink(f"/proc/self/fd/{name}")
+            if not connection.startswith("socket:"):
                 continue
             with socket.socket(fileno=os.dup(int(name))) as each:
                 if each.family not in (socket.AF_INET, socket.AF_INET6) or each.type != socket.SOCK_STREAM:
                     continue
                 info = each.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                total += struct.unpack_from("Q", info, 200)[0]
+                sent[connection] = struct.unpack_from("Q", info, 200)[0]
         except OSError:
             continue
-    return total
+    return sent
 
 
 def update_bytes(world, data, parallel, deterministic=False, shard_size=None):
@@ -107,4 +108,6 @@ def update_bytes(world, data, parallel, deterministic=False, shard_size=None):
     for _ in range(4):
         step.run(microbatches)
     world.sums([0.0])
-    return (tcp_bytes_sent() - before) / 4, sum(each.numel() for each in step.model.parameters()), block, len(blocks)
+    # Connections of an earlier job may be closed at any time: only those that are open at the end count.
+    sent = sum(count - before.get(connection, 0) for connection, count in tcp_bytes_sent().items())
+    return sent / 4, sum(each.numel() for each in step.model.parameters()), block, len(blocks)
