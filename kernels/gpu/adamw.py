@@ -385,9 +385,8 @@ def launches(gpu: GPU, dtype: torch.dtype) -> Calls:
 
     tensors = [empty(1000, 64), empty(64)]
     grads = [torch.empty_like(t, dtype=dtype) for t in tensors]
-    if dtype == torch.float32:
-        yield "adamw step", partial(step, tensors, grads, tensors, tensors, 1e-3, 0.9, 0.95, 1e-8, [0.1, 0.0], 1, 1.0, True)
-        unaligned = [empty(math.prod(t.shape) + 1)[1:].view(t.shape) for t in tensors]
-        yield "adamw step, unaligned", partial(step, unaligned, grads, tensors, tensors, 1e-3, 0.9, 0.95, 1e-8, [0.1, 0.0], 1, 1.0, True)
-        fused = Fused(tensors, tensors, tensors, [0.1, 0.0])
-        yield "adamw Fused.step", partial(fused.step, grads, empty(len(HYPER)), empty(3))
+    yield "adamw step", partial(step, tensors, grads, tensors, tensors, 1e-3, 0.9, 0.95, 1e-8, [0.1, 0.0], 1, 1.0, True)
+    unaligned = [empty(math.prod(t.shape) + 1)[1:].view(t.shape) for t in tensors]
+    yield "adamw step, unaligned", partial(step, unaligned, grads, tensors, tensors, 1e-3, 0.9, 0.95, 1e-8, [0.1, 0.0], 1, 1.0, True)
+    fused = Fused(tensors, tensors, tensors, [0.1, 0.0])
+    yield "adamw Fused.step", partial(fused.step, grads, empty(len(HYPER)), empty(3))
