@@ -1,7 +1,10 @@
 """What the processes of the pool are asked to do."""
 
 import hashlib
+import time
 from pathlib import Path
+
+import torch.distributed as dist
 
 from cllm.config import ModelConfig
 from cllm.data import Dataset
@@ -111,3 +114,21 @@ def update_bytes(world, data, parallel, deterministic=False, shard_size=None):
     # Connections of an earlier job may be closed at any time: only those that are open at the end count.
     sent = sum(count - before.get(connection, 0) for connection, count in tcp_bytes_sent().items())
     return sent / 4, sum(each.numel() for each in step.model.parameters()), block, len(blocks)
+
+
+def hang_up(world):
+    """Seconds that the first process waited for the second, which hangs up at once and stays with all its references."""
+    from cllm.distributed import session
+
+    group = dist.group.WORLD
+    world.sums([0.0])
+    if world.rank == 1:
+        session._hang_up()
+        time.sleep(5.0)
+        return group is not None
+    began = time.monotonic()
+    try:
+        world.sums([0.0])
+    except RuntimeError:
+        return time.monotonic() - began
+    return None

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -212,6 +213,21 @@ def _leave() -> None:
             dist.destroy_process_group()
 
 
+def _hang_up() -> None:
+    """Closes the connections to the other processes, so that whoever waits for this one wakes up.
+
+    gloo closes them only once nothing refers to a group any more, and an error on its way refers to much. The store's connection stays.
+    """
+    import psutil
+
+    store = _number("MASTER_PORT", 0)
+    with contextlib.suppress(psutil.Error, OSError):
+        for each in psutil.Process().net_connections("tcp"):
+            if each.status == psutil.CONN_ESTABLISHED and store not in (each.laddr.port, each.raddr.port):
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(each.fd)) as connection:
+                    connection.shutdown(socket.SHUT_RDWR)
+
+
 # -- the end of a run that failed ------------------------------------------------------------------------------------------
 
 
@@ -235,7 +251,8 @@ def _end(world: World | None, error: BaseException, loud: TextIO) -> None:
         with contextlib.suppress(Exception):
             if world.store.compare_set(FAILED, "", json.dumps(own)).decode() != json.dumps(own):
                 said = _said(world)  # another was first; an error that all meet alike is told once
-    _leave()  # closes the connections: whoever waits for this process wakes up
+    _hang_up()
+    _leave()
     status = (said or own)["status"]
     if world.leads:
         if not _claim(world):

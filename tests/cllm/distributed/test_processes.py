@@ -128,3 +128,8 @@ def test_each_process_holds_its_share_of_the_state(pool, data):
         shares = pool.run(processes, jobs.state_bytes, data, "fsdp")
         assert sum(shares) == whole
         assert max(shares) <= whole / processes * 1.15
+
+
+def test_a_process_that_hangs_up_wakes_the_others_though_something_still_refers_to_their_group(pool):
+    waited, refers = pool.run(2, jobs.hang_up)
+    assert refers and waited is not None and waited < 3.0
