@@ -14,7 +14,24 @@ import numpy as np
 import torch
 
 from cllm.kernels.cpu.launch import inline, load, store
-from cllm.kernels.cpu.simd import W, vadd, vdiv, verf, vexp, vfma, vmax, vmul, vneg, vround_bf16, vset, vsub, vtanh, vzero
+from cllm.kernels.cpu.simd import (
+    W,
+    vadd,
+    verf,
+    vexp,
+    vexp2_normal,
+    vflush_bf16,
+    vfma,
+    vmax,
+    vmin,
+    vmul,
+    vneg,
+    vreciprocal,
+    vset,
+    vstore_flushed,
+    vsub,
+    vzero,
+)
 
 CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3}
 NONE, ACTIVATE, DIFFERENTIATE = range(3)
@@ -24,6 +41,10 @@ _SQRT_HALF = np.float32(math.sqrt(0.5))
 _INV_SQRT_2PI = np.float32(1.0 / math.sqrt(2.0 * math.pi))
 _SQRT_2_OVER_PI = np.float32(math.sqrt(2.0 / math.pi))
 _CUBIC = np.float32(0.044715)
+_MINUS_LOG2_E = np.float32(-1.0 / math.log(2.0))
+_GELU_LINEAR = np.float32(-2.0 * math.sqrt(2.0 / math.pi) / math.log(2.0))
+_GELU_CUBIC = np.float32(-2.0 * math.sqrt(2.0 / math.pi) * 0.044715 / math.log(2.0))
+_LARGEST_POWER = np.float32(126.0)
 
 
 class Epilogue(NamedTuple):
@@ -39,15 +60,26 @@ class Epilogue(NamedTuple):
 
 
 @inline
+def _sigmoid_of_power(t):
+    """1 / (1 + 2^t); below 2^-126 the sigmoid stays there, so that all is finite."""
+    return vreciprocal(vadd(vset(_ONE), vexp2_normal(vmin(vset(_LARGEST_POWER), t))))
+
+
+@inline
+def _gelu_power(z, square):
+    """log2 of exp(-2 u), u what tanh's GELU is tanh of: 1/2 (1 + tanh(u)) = 1 / (1 + exp(-2 u)), without the cancellation."""
+    return vmul(z, vfma(square, vset(_GELU_CUBIC), vset(_GELU_LINEAR)))
+
+
+@inline
 def _value(code, z):
     one = vset(_ONE)
     if code == 0:
-        return vdiv(z, vadd(one, vexp(vneg(z))))
+        return vmul(z, _sigmoid_of_power(vmul(z, vset(_MINUS_LOG2_E))))
     if code == 1:
         return vmul(vmul(vset(_HALF), z), vadd(one, verf(vmul(z, vset(_SQRT_HALF)))))
     if code == 2:
-        inner = vmul(vset(_SQRT_2_OVER_PI), vfma(vmul(vmul(vset(_CUBIC), z), z), z, z))
-        return vmul(vmul(vset(_HALF), z), vadd(one, vtanh(inner)))
+        return vmul(z, _sigmoid_of_power(_gelu_power(z, vmul(z, z))))
     h = vmax(vzero(), z)
     return vmul(h, h)
 
@@ -56,18 +88,19 @@ def _value(code, z):
 def _value_and_slope(code, z):
     one = vset(_ONE)
     if code == 0:
-        s = vdiv(one, vadd(one, vexp(vneg(z))))
-        return vmul(z, s), vmul(s, vfma(z, vsub(one, s), one))
+        s = _sigmoid_of_power(vmul(z, vset(_MINUS_LOG2_E)))
+        h = vmul(z, s)
+        return h, vfma(h, vsub(one, s), s)
     if code == 1:
         share = vmul(vset(_HALF), vadd(one, verf(vmul(z, vset(_SQRT_HALF)))))
         density = vmul(vexp(vmul(vmul(z, z), vneg(vset(_HALF)))), vset(_INV_SQRT_2PI))
         return vmul(z, share), vfma(z, density, share)
     if code == 2:
         square = vmul(z, z)
-        t = vtanh(vmul(vset(_SQRT_2_OVER_PI), vfma(vmul(vset(_CUBIC), square), z, z)))
-        share = vmul(vset(_HALF), vadd(one, t))
-        inner = vmul(vset(_SQRT_2_OVER_PI), vfma(vset(np.float32(3.0) * _CUBIC), square, one))
-        return vmul(z, share), vfma(vmul(vmul(vset(_HALF), z), vfma(vneg(t), t, one)), inner, share)
+        s = _sigmoid_of_power(_gelu_power(z, square))
+        h = vmul(z, s)
+        inner = vfma(square, vset(np.float32(6.0) * _SQRT_2_OVER_PI * _CUBIC), vset(_TWO * _SQRT_2_OVER_PI))
+        return h, vfma(vmul(h, vsub(one, s)), inner, s)
     r = vmax(vzero(), z)
     return vmul(r, r), vmul(vset(_TWO), r)
 
@@ -83,17 +116,25 @@ def _sums(sums, old, bias, i, n):
 
 
 @inline
+def _put(address, half, i, v, n):
+    if half and n >= W:
+        vstore_flushed(address, i, v)
+    else:
+        store(address, half, i, v, n)
+
+
+@inline
 def _activate(code, half, v, z, out, hidden, i, n):
     """v: W sums at place i of a row, n of them valid. z 0: not gated; out 0: what goes into the activation is not kept."""
     if half:
-        v = vround_bf16(v)
+        v = vflush_bf16(v)
     if out != 0:
-        store(out, half, i, v, n)
+        _put(out, half, i, v, n)
     if z != 0:
         h = vmul(_value(code, load(z, half, i, n)), v)
     else:
         h = _value(code, v)
-    store(hidden, half, i, h, n)
+    _put(hidden, half, i, h, n)
 
 
 @inline
@@ -102,11 +143,11 @@ def _differentiate(code, half, dh, z, up, hidden, dz, dup, i, n):
     h, slope = _value_and_slope(code, load(z, half, i, n))
     if up != 0:
         gate = load(up, half, i, n)
-        store(dup, half, i, vmul(dh, h), n)
+        _put(dup, half, i, vmul(dh, h), n)
         h = vmul(h, gate)
         dh = vmul(dh, gate)
-    store(hidden, half, i, h, n)
-    store(dz, half, i, vmul(dh, slope), n)
+    _put(hidden, half, i, h, n)
+    _put(dz, half, i, vmul(dh, slope), n)
 
 
 @inline

@@ -4,7 +4,6 @@ Dao 2023, FlashAttention-2, arXiv 2307.08691. B batch, T queries, S keys, H head
 bits in a long prefill and in the decoding of one token, for any batch and any number of workers (see attention_tile.py).
 """
 
-import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,127 +16,124 @@ from cllm.kernels.cpu import attention_tile as at
 from cllm.kernels.cpu.attention_tile import KEYS, WORD
 from cllm.kernels.cpu.gemm import TILES as TILES_KERNEL
 from cllm.kernels.cpu.gemm import bf16_kernel
-from cllm.kernels.cpu.launch import Kernel, float32_at, inline, int64_at, is_half, jit, num_workers, put_float32, scratch, store
+from cllm.kernels.cpu.launch import Kernel, float32_at, inline, int64_at, is_half, jit, num_workers, put_float32, scratch
 from cllm.kernels.cpu.simd import (
     W,
     vadd,
     vdiv,
     veq,
+    vexp2_normal,
     vfma,
-    vhsum,
     vlanes_below,
     vload,
+    vlog,
     vmax,
     vmul,
     vneg,
     vselect,
     vset,
     vstore,
+    vstore_flushed,
     vsub,
     vtanh,
     vzero,
 )
 
-ROWS = 48  # query rows of a tile: a multiple of at.MR and of amx.LANES
+ROWS = 64  # query rows of a tile: a multiple of at.MR and of amx.LANES
 
 TILES, CONFIGURATION = range(at.NUM_SHARED, at.NUM_SHARED + 2)  # whether AMX multiplies
 
 ROWS_STEP = 16  # rows are filled in groups that both ways of multiplying can read
-_ZERO, _ONE, _LOWEST = np.float32(0.0), np.float32(1.0), np.float32(-np.inf)
+_ONE, _INFINITY, _LOWEST = np.float32(1.0), np.float32(np.inf), np.float32(-np.inf)
 _FORWARD_ROW = 3 * WORD + W * WORD  # running maximum, its new value, correction; W partial sums of the exponentials
 
 
 @inline
 def _row_sizes(width):
-    """Bytes of Q (or O) rows, of scores, of the K strips or V rows of one block."""
-    return ROWS * width * WORD, ROWS * KEYS * WORD, KEYS * width * WORD
-
-
-@inline
-def _open_row(row, scale, shift, tiles, total):
-    """Exponentials of a row that sees the whole block, in the place of its scores; the sum grows by them."""
-    for c in range(0, KEYS, W):
-        e = at.exp2_of_difference(vfma(vload(row, c), scale, shift))
-        if tiles:
-            amx.store_half(row, c, e)  # half as wide as the scores that were there
-        else:
-            vstore(row, c, e)
-        total = vadd(total, e)
-    return total
+    """Bytes of Q (or O) rows, and of scores."""
+    return ROWS * width * WORD, ROWS * KEYS * WORD
 
 
 @jit
-def _maxima(p, f, scores, shift, rows, num_queries, t0, queries, num_keys, key, columns, masked, factor):
-    """Largest score of every row, in log2 units; applies softcap and mask to the scores."""
-    lowest, scale, cap = vset(_LOWEST), vset(factor), vset(np.float32(f[at.SOFTCAP]))
+def _limit(p, f, scores, rows, num_queries, t0, queries, num_keys, key, columns, masked):
+    """Softcap and mask, in the place of the scores."""
+    lowest, cap = vset(_LOWEST), vset(np.float32(f[at.SOFTCAP]))
     capped = f[at.SOFTCAP] != 0.0
     inner = vset(np.float32(abs(f[at.SCALE]) / f[at.SOFTCAP] if capped else 1.0))
     for r in range(rows):
-        row, top = scores + r * (KEYS * WORD), lowest
+        row = scores + r * (KEYS * WORD)
         if capped:
             for c in range(0, columns, W):
                 vstore(row, c, vmul(vtanh(vmul(vload(row, c), inner)), cap))
         if masked:
             t = t0 + r % num_queries
-            first, end = at.first_key(p, t, queries, num_keys) - key, at.end_key(p, t, queries, num_keys) - key
+            seen_from, seen_to = at.first_key(p, t, queries, num_keys) - key, at.end_key(p, t, queries, num_keys) - key
             for c in range(0, columns, W):
-                vstore(row, c, vselect(vlanes_below(end - c), vselect(vlanes_below(first - c), lowest, vload(row, c)), lowest))
-        if columns == KEYS:
-            for c in range(0, KEYS, W):
-                top = vmax(vload(row, c), top)  # drops NaN, which reaches the sum instead
-        else:
-            for c in range(0, columns, W):
-                top = vmax(vload(row, c), top)
-        put_float32(shift, r, at.largest_lane(vmul(top, scale)))
+                vstore(row, c, vselect(vlanes_below(seen_to - c), vselect(vlanes_below(seen_from - c), lowest, vload(row, c)), lowest))
 
 
 @jit
-def _softmax(p, f, scores, state, out, width, rows, num_queries, t0, queries, num_keys, key, columns, masked):
-    """Scores of one key block -> exponentials; brings the running maximum, sums and output up to date."""
-    largest, shift, correction, sums = state, state + ROWS * WORD, state + 2 * ROWS * WORD, state + 3 * ROWS * WORD
-    tiles = p[TILES]
-    factor = np.float32(at.log2_factor(f))
-    _maxima(p, f, scores, shift, rows, num_queries, t0, queries, num_keys, key, columns, masked, factor)
+def _maxima(scores, state, rows, columns, factor):
+    """Brings the running maximum of every row up to date, in log2 units, and finds what the sums so far are to be multiplied by."""
+    largest, shift, correction = state, state + ROWS * WORD, state + 2 * ROWS * WORD
     lowest, scale = vset(_LOWEST), vset(factor)
     for r in range(0, rows, W):
         before = vload(largest, r)
-        new = vmax(vload(shift, r), before)
+        new = vmax(vmul(at.largest_of_rows(scores + r * (KEYS * WORD), KEYS * WORD, columns // W), scale), before)
         safe = vselect(veq(new, lowest), vzero(), new)  # nothing seen yet: exp2(-inf - 0) = 0
-        vstore(correction, r, at.exp2_of_difference(vsub(before, safe)))
+        vstore(correction, r, vexp2_normal(vsub(before, safe)))
         vstore(largest, r, new)
         vstore(shift, r, vneg(safe))
+
+
+@inline
+def _row_of_exponentials(row, columns, scale, minus, total, tiles):
+    for c in range(0, columns, W):
+        if tiles:
+            e = vexp2_normal(vfma(vload(row, c), scale, minus))
+            vstore_flushed(row, c, e)  # half as wide as the scores that were there
+        else:
+            e = vexp2_normal(vfma(vload(row, c), scale, minus))
+            vstore(row, c, e)
+        total = vadd(total, e)
+    return total
+
+
+@inline
+def _exponentials(scores, state, out, width, rows, columns, factor, tiles, begins):
+    """Scores -> exponentials in their place, which their sums grow by; corrects the sums, and the output unless it begins."""
+    shift, correction, sums = state + ROWS * WORD, state + 2 * ROWS * WORD, state + 3 * ROWS * WORD
+    scale = vset(factor)
     for r in range(rows):
-        row, minus = scores + r * (KEYS * WORD), vset(float32_at(shift, r))
-        by = float32_at(correction, r)
+        row, minus, by = scores + r * (KEYS * WORD), vset(float32_at(shift, r)), float32_at(correction, r)
         total = vmul(vload(sums, r * W), vset(by))
         if columns == KEYS:
-            total = _open_row(row, scale, minus, tiles, total)
+            total = _row_of_exponentials(row, KEYS, scale, minus, total, tiles)
         else:
-            for c in range(0, columns, W):
-                e = at.exp2_of_difference(vfma(vload(row, c), scale, minus))
-                if tiles:
-                    amx.store_half(row, c, e)
-                else:
-                    vstore(row, c, e)
-                total = vadd(total, e)
+            total = _row_of_exponentials(row, columns, scale, minus, total, tiles)
         vstore(sums, r * W, total)
-        if by != _ONE:
+        if by != _ONE and not begins:
             for c in range(0, width, W):
                 vstore(out + r * width * WORD, c, vmul(vload(out + r * width * WORD, c), vset(by)))
 
 
 @jit
-def _finish(p, state, out, width, row, b, t, h):
-    """Divide a row by its sum and write it, with its log-sum-exp."""
-    size = 2 if p[at.HALF] else 4
-    total = vhsum(vload(state + 3 * ROWS * WORD, row * W))
-    to = p[at.OUT] + ((b * p[at.TOKENS] + t) * p[at.HEADS] + h) * p[at.DIM] * size
-    nothing, by = total == _ZERO, vset(total)
-    for c in range(0, p[at.DIM], W):
-        v = vzero() if nothing else vdiv(vload(out + row * width * WORD, c), by)
-        store(to, p[at.HALF], c, v, p[at.DIM] - c)
-    lse = np.float32(np.float64(float32_at(state, row)) * at.LN_2 + math.log(np.float64(total)))
-    put_float32(p[at.LSE], (b * p[at.HEADS] + h) * p[at.TOKENS] + t, lse)
+def _finish(p, state, out, width, rows, num_queries, b, t0, head):
+    """Divide rows by their sums and write them, with their log-sum-exps."""
+    largest, inverse, lse, sums = state, state + ROWS * WORD, state + 2 * ROWS * WORD, state + 3 * ROWS * WORD
+    for r in range(0, rows, W):
+        total = at.sums_of_rows(sums + r * (W * WORD))
+        vstore(inverse, r, vdiv(vset(_ONE), total))
+        vstore(lse, r, vfma(vload(largest, r), vset(np.float32(at.LN_2)), vlog(total)))
+    size, dim = 2 if p[at.HALF] else 4, p[at.DIM]
+    for r in range(rows):
+        t, h, by = t0 + r % num_queries, head + r // num_queries, float32_at(inverse, r)
+        to = p[at.OUT] + ((b * p[at.TOKENS] + t) * p[at.HEADS] + h) * dim * size
+        nothing, times = by == _INFINITY, vset(by)
+        for c in range(0, dim, W):
+            v = vzero() if nothing else vmul(vload(out + r * width * WORD, c), times)
+            amx.store_row(to, p[at.HALF], p[TILES], c, v, dim - c)
+        put_float32(p[at.LSE], (b * p[at.HEADS] + h) * p[at.TOKENS] + t, float32_at(lse, r))
 
 
 @inline
@@ -171,23 +167,81 @@ def _pack(p, f, task, worker):
     _pack_block(p, int64_at(segment, at.BATCH), token, kv, min(KEYS, num_keys - key), target, width, spare)
 
 
+@jit
+def _block_of_keys(p, segment, kv, block, valid, own_block):
+    """Where a block of keys lies packed: for all tiles, or now for this one."""
+    width, num_keys = at.padded_dim(p[at.DIM]), int64_at(segment, at.NUM_KEYS)
+    size = 2 * KEYS * width * WORD
+    if p[at.PACKED] != 0:
+        return p[at.PACKED] + (int64_at(segment, at.BLOCKS) + kv * ((num_keys + KEYS - 1) // KEYS) + block) * size
+    token = int64_at(segment, at.START) + block * KEYS
+    _pack_block(p, int64_at(segment, at.BATCH), token, kv, valid, own_block, width, own_block + size)
+    return own_block
+
+
+@jit
+def _walk(p, f, segment, kv, q, out, scores, state, own_block, rows, num_queries, t0):
+    """All blocks of keys that a tile of queries sees, one after the other."""
+    queries, num_keys, width = int64_at(segment, at.QUERIES), int64_at(segment, at.NUM_KEYS), at.padded_dim(p[at.DIM])
+    factor, row, scores_row, tiles = np.float32(at.log2_factor(f)), width * WORD, KEYS * WORD, p[TILES]
+    last = t0 + num_queries - 1
+    end = at.end_key(p, last, queries, num_keys)
+    open_from, open_to = at.first_key(p, last, queries, num_keys), at.end_key(p, t0, queries, num_keys)
+    first_block = at.first_key(p, t0, queries, num_keys) // KEYS
+    for block in range(first_block, (end + KEYS - 1) // KEYS):
+        key = block * KEYS
+        valid, begins = min(KEYS, end - key), block == first_block
+        packed = _block_of_keys(p, segment, kv, block, valid, own_block)
+        if tiles:
+            columns = (valid + amx.STEP - 1) // amx.STEP * amx.STEP
+            _tile_scores(p, q, packed, scores, rows, columns)
+        else:
+            columns = (valid + W - 1) // W * W
+            at.multiply(q, row, packed, W * WORD, row * W, scores, scores_row, rows, p[at.DIM], columns // W, True)
+        masked = key < open_from or key + columns > open_to
+        if masked or f[at.SOFTCAP] != 0.0:
+            _limit(p, f, scores, rows, num_queries, t0, queries, num_keys, key, columns, masked)
+        _maxima(scores, state, rows, columns, factor)
+        if tiles:
+            _exponentials(scores, state, out, width, rows, columns, factor, True, begins)
+            _tile_outputs(p, scores, packed + KEYS * row, out, rows, columns, begins)
+        else:
+            _exponentials(scores, state, out, width, rows, columns, factor, False, begins)
+            at.multiply(scores, scores_row, packed + KEYS * row, row, W * WORD, out, row, rows, valid, width // W, begins)
+
+
+@inline
+def _tile_scores(p, q, packed, scores, rows, columns):
+    half_row, row_strips = (p[at.DIM] + amx.STEP - 1) // amx.STEP * amx.STEP_BYTES, (rows + amx.LANES - 1) // amx.LANES
+    strip = half_row * amx.LANES
+    amx.multiply(q, strip, half_row, amx.STEP_BYTES, packed, strip, scores, KEYS * WORD, row_strips, columns // amx.LANES,
+                 half_row // amx.STEP_BYTES, True)  # fmt: skip
+
+
+@inline
+def _tile_outputs(p, scores, values, out, rows, columns, begins):
+    row, row_strips, strips = KEYS * WORD, (rows + amx.LANES - 1) // amx.LANES, (p[at.DIM] + amx.LANES - 1) // amx.LANES
+    amx.multiply(scores, row * amx.LANES, row, amx.STEP_BYTES, values, KEYS // 2 * amx.STEP_BYTES, out, at.padded_dim(p[at.DIM]) * WORD, row_strips,
+                 strips, columns // amx.STEP, begins)  # fmt: skip
+
+
 def _forward(p, f, task, worker):
     """One tile: rows are num_queries queries of each of num_heads heads that share a key-value head."""
     segment = at.find_segment(p, task, at.TASKS)
     b, start = int64_at(segment, at.BATCH), int64_at(segment, at.START)
-    queries, num_keys = int64_at(segment, at.QUERIES), int64_at(segment, at.NUM_KEYS)
+    queries = int64_at(segment, at.QUERIES)
     local = task - int64_at(segment, at.TASKS)
     group = p[at.HEADS] // p[at.KV_HEADS]
     tile_queries = min(queries, ROWS)
     tile_heads = min(group, ROWS // tile_queries)
     tiles, parts = (queries + tile_queries - 1) // tile_queries, (group + tile_heads - 1) // tile_heads
-    kv, head = local // tiles // parts, (local // tiles % parts) * tile_heads
-    t0 = (local % tiles) * tile_queries
+    row, tile = at.dealt(local, tiles)
+    kv, head, t0 = row // parts, row % parts * tile_heads, tile * tile_queries
     num_queries, num_heads = min(tile_queries, queries - t0), min(tile_heads, group - head)
     rows, head = num_queries * num_heads, head + kv * group
 
     width = at.padded_dim(p[at.DIM])
-    q_size, scores_size, block_size = _row_sizes(width)
+    q_size, scores_size = _row_sizes(width)
     q = p[at.SCRATCH] + worker * p[at.SCRATCH_SIZE]
     out, scores = q + q_size, q + 2 * q_size
     state = scores + scores_size
@@ -205,43 +259,15 @@ def _forward(p, f, task, worker):
             at.fill_rows(source, p[at.HALF], p[at.Q_TOKEN], num_queries, p[at.DIM], target, sign, filled)
     if p[TILES]:
         amx.start(p[CONFIGURATION])
-    for c in range(0, ROWS * width, W):
-        vstore(out, c, vzero())
     for r in range(0, ROWS, W):
         vstore(state, r, vset(_LOWEST))
     for r in range(ROWS):
         vstore(state + 3 * ROWS * WORD, r * W, vzero())
 
-    last = t0 + num_queries - 1
-    end = at.end_key(p, last, queries, num_keys)
-    open_from, open_to = at.first_key(p, last, queries, num_keys), at.end_key(p, t0, queries, num_keys)
-    blocks = (num_keys + KEYS - 1) // KEYS
-    for block in range(at.first_key(p, t0, queries, num_keys) // KEYS, (end + KEYS - 1) // KEYS):
-        key = block * KEYS
-        valid = min(KEYS, end - key)
-        strips = (valid + W - 1) // W
-        if p[at.PACKED] != 0:
-            packed = p[at.PACKED] + (int64_at(segment, at.BLOCKS) + kv * blocks + block) * (2 * block_size)
-        else:
-            packed = own_block
-            _pack_block(p, b, start + key, kv, valid, packed, width, own_block + 2 * block_size)
-        if p[TILES]:
-            strips = _pair_strips(valid)
-            amx.multiply(q, half_row, packed, half_row * amx.LANES, scores, KEYS * WORD, all_rows // amx.LANES, strips,
-                         half_row // amx.STEP_BYTES, True)  # fmt: skip
-            masked = key < open_from or key + strips * W > open_to
-            _softmax(p, f, scores, state, out, width, rows, num_queries, t0, queries, num_keys, key, strips * W, masked)
-            amx.multiply(scores, KEYS * WORD, packed + block_size, KEYS // 2 * amx.STEP_BYTES, out, width * WORD, all_rows // amx.LANES,
-                         (p[at.DIM] + amx.LANES - 1) // amx.LANES, strips // 2, False)  # fmt: skip
-            continue
-        at.multiply(q, width * WORD, packed, W * WORD, width * W * WORD, scores, KEYS * WORD, rows, p[at.DIM], strips, True)
-        masked = key < open_from or key + strips * W > open_to
-        _softmax(p, f, scores, state, out, width, rows, num_queries, t0, queries, num_keys, key, strips * W, masked)
-        at.multiply(scores, KEYS * WORD, packed + block_size, width * WORD, W * WORD, out, width * WORD, rows, valid, width // W, False)
+    _walk(p, f, segment, kv, q, out, scores, state, own_block, rows, num_queries, t0)
     if p[TILES]:
         amx.stop()
-    for r in range(rows):
-        _finish(p, state, out, width, r, b, start + t0 + r % num_queries, head + r // num_queries)
+    _finish(p, state, out, width, rows, num_queries, b, start + t0, head)
 
 
 def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

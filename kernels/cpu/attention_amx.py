@@ -2,7 +2,7 @@
 
 A operands are rows of bfloat16 with any row stride (a multiple of 32 elements wide); B operands are strips of 16 columns, two k
 to a word, as pack.py makes them. An element is one chain over k in order, so its bits depend on its own row and column only.
-On a CPU without AMX every function here is empty and never called: LLVM could not compile the instructions.
+On a CPU without AMX what multiplies and packs here does nothing and is never called: LLVM could not compile the instructions.
 """
 
 import numpy as np
@@ -10,10 +10,9 @@ from numba import types
 
 from cllm.kernels.cpu import simd
 from cllm.kernels.cpu.launch import inline, jit, load, store
-from cllm.kernels.cpu.micro import HAS_PAIRS, HAS_TILES, tile_configuration, tile_configure, tile_release
-from cllm.kernels.cpu.micro import _BFloat as BFloat
+from cllm.kernels.cpu.micro import HAS_TILES, tile_configuration, tile_configure, tile_release
 from cllm.kernels.cpu.pack import BF16_PAIRS, pack_strip
-from cllm.kernels.cpu.simd import I8, I64, W, intrinsic, vec, vstore_bf16, vzero
+from cllm.kernels.cpu.simd import HAS_PAIRS, I8, I64, VF, BFloat, W, intrinsic, vec, vload, vstore, vstore_flushed, vzero
 
 LANES = 16  # rows and columns of a tile
 STEP = 32  # k of one instruction
@@ -21,12 +20,12 @@ STEP_BYTES = 64
 
 
 def _make_tiles(row_strips: int, column_strips: int):
-    """C tiles = or += A B: a at its first row and k, stride a_row; b strips of [k/2][16][2], b_strip apart."""
+    """C tiles = or += A B: a at its first row and k, rows a_row and steps of 32 k a_step apart; b strips of [k/2][16][2], b_strip apart."""
 
     @intrinsic
-    def tiles(tc, a, a_row, b, b_strip, c, c_row, steps, first):
+    def tiles(tc, a, a_strip, a_row, a_step, b, b_strip, c, c_row, steps, first):
         def codegen(ctx, bld, sig, args):
-            a, a_row, b, b_strip, c, c_row, steps, first = args
+            a, a_strip, a_row, a_step, b, b_strip, c, c_row, steps, first = args
 
             def op(name, *operands):
                 simd.call(bld, f"llvm.x86.{name}", simd.ir.VoidType(), *operands)
@@ -55,7 +54,7 @@ def _make_tiles(row_strips: int, column_strips: int):
                 address = bld.add(b, bld.add(bld.mul(b_strip, I64(j)), bld.mul(k, I64(LANES * STEP_BYTES))))
                 op("tileloadd64", I8(6 + j), at(address), I64(STEP_BYTES))
             for i in range(row_strips):
-                address = bld.add(a, bld.add(bld.mul(a_row, I64(LANES * i)), bld.mul(k, I64(STEP_BYTES))))
+                address = bld.add(a, bld.add(bld.mul(a_strip, I64(i)), bld.mul(k, a_step)))
                 op("tileloadd64", I8(4 + i), at(address), a_row)
                 for j in range(column_strips):
                     op("tdpbf16ps", I8(2 * i + j), I8(4 + i), I8(6 + j))
@@ -67,7 +66,7 @@ def _make_tiles(row_strips: int, column_strips: int):
                 op("tilestored64", tile, at(address), c_row)
             return ctx.get_dummy_value()
 
-        return types.void(*[types.intp] * 7, types.boolean), codegen
+        return types.void(*[types.intp] * 9, types.boolean), codegen
 
     return tiles
 
@@ -75,19 +74,19 @@ def _make_tiles(row_strips: int, column_strips: int):
 _11, _12, _21, _22 = (_make_tiles(rows, columns) for rows in (1, 2) for columns in (1, 2))
 
 
-def _multiply(a, a_row, b, b_strip, c, c_row, row_strips, column_strips, steps, first):
+def _multiply(a, a_strip, a_row, a_step, b, b_strip, c, c_row, row_strips, column_strips, steps, first):
     for s in range(0, column_strips, 2):
         for r in range(0, row_strips, 2):
-            at_a, at_b, at_c = a + r * LANES * a_row, b + s * b_strip, c + r * LANES * c_row + s * STEP_BYTES
+            at_a, at_b, at_c = a + r * a_strip, b + s * b_strip, c + r * LANES * c_row + s * STEP_BYTES
             if r + 1 < row_strips:
                 if s + 1 < column_strips:
-                    _22(at_a, a_row, at_b, b_strip, at_c, c_row, steps, first)
+                    _22(at_a, a_strip, a_row, a_step, at_b, b_strip, at_c, c_row, steps, first)
                 else:
-                    _21(at_a, a_row, at_b, b_strip, at_c, c_row, steps, first)
+                    _21(at_a, a_strip, a_row, a_step, at_b, b_strip, at_c, c_row, steps, first)
             elif s + 1 < column_strips:
-                _12(at_a, a_row, at_b, b_strip, at_c, c_row, steps, first)
+                _12(at_a, a_strip, a_row, a_step, at_b, b_strip, at_c, c_row, steps, first)
             else:
-                _11(at_a, a_row, at_b, b_strip, at_c, c_row, steps, first)
+                _11(at_a, a_strip, a_row, a_step, at_b, b_strip, at_c, c_row, steps, first)
 
 
 def _start(configuration):
@@ -98,7 +97,7 @@ def _stop():
     tile_release()
 
 
-def _no_multiply(a, a_row, b, b_strip, c, c_row, row_strips, column_strips, steps, first):
+def _no_multiply(a, a_strip, a_row, a_step, b, b_strip, c, c_row, row_strips, column_strips, steps, first):
     pass
 
 
@@ -118,10 +117,16 @@ stop = jit(_stop if HAS_TILES else _no_stop)
 @jit
 def fill_rows(source, row_bytes, rows, dim, target, target_row, all_rows):
     """Rows of bfloat16, copied and padded with 0 to target_row bytes; rows from `rows` on are 0."""
-    for r in range(all_rows):
-        for c in range(0, target_row // 2, W):
-            v = load(source + r * row_bytes, True, c, dim - c) if r < rows else vzero()
-            store(target + r * target_row, True, c, v, W)
+    whole = dim // STEP * STEP
+    for r in range(rows):
+        at, to = source + r * row_bytes, target + r * target_row
+        for c in range(0, whole, STEP):
+            vstore(to + 2 * c, 0, vload(at + 2 * c, 0))  # 32 of them as bits
+        for c in range(whole, target_row // 2, W):
+            store(to, True, c, load(at, True, c, dim - c), W)
+    for r in range(rows, all_rows):
+        for c in range(0, target_row, STEP_BYTES):
+            vstore(target + r * target_row + c, 0, vzero())
 
 
 @jit
@@ -142,27 +147,61 @@ def fill_strips_of_columns(source, row_bytes, rows, dim, words, target, spare):
                    target + s * words * STEP_BYTES, spare, False)  # fmt: skip
 
 
+@jit
+def fill_turned(source, row_bytes, rows, dim, words, target, spare):
+    """A with a row for each element and k along the rows of a block: strips of 16 elements, words * 64 bytes, in steps of [element][32 k]."""
+    for s in range((dim + LANES - 1) // LANES):
+        pack_strip(BF16_PAIRS, source + s * LANES * 2, 1, row_bytes // 2, min(LANES, dim - s * LANES), rows, words,
+                   target + s * words * STEP_BYTES, spare, True)  # fmt: skip
+
+
+@inline
+def store_row(address, half, tiles, c, v, n):
+    """As launch.store; of what AMX has multiplied denormal numbers are 0."""
+    if tiles and n >= W:
+        vstore_flushed(address, c, v)
+    else:
+        store(address, half, c, v, n)
+
+
 @intrinsic
-def _store_half(tc, address, i, v):
+def halves(tc, low, high):
+    """Two vectors, rounded to bfloat16, side by side as the bits of one."""
+
     def codegen(ctx, bld, sig, args):
-        address, i, v = args
-        half = simd.call(bld, "llvm.x86.avx512bf16.cvtneps2bf16.512", simd.ir.VectorType(BFloat(), W), v)
-        simd.store(bld, half, simd.pointer(ctx, bld, types.intp, address, i, simd.I16), 2)
-        return ctx.get_dummy_value()
+        low, high = args
+        if not HAS_TILES:
+            return low
+        if HAS_PAIRS:
+            both = simd.call(bld, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", simd.ir.VectorType(BFloat(), 2 * W), high, low)
+        else:
+            lanes = simd.ir.Constant(simd.ir.VectorType(simd.I32, 2 * W), list(range(2 * W)))
+            both = bld.shuffle_vector(simd.round_bf16(bld, low), simd.round_bf16(bld, high), lanes)
+        return bld.bitcast(both, VF)
 
-    return types.void(types.intp, types.intp, vec), codegen
-
-
-def _with_instruction(address, i, v):
-    """A vector, rounded to bfloat16 by the CPU's own instruction (denormal numbers become 0), at element i of an address."""
-    _store_half(address, i, v)
-
-
-def _without_instruction(address, i, v):
-    vstore_bf16(address, i, v)
+    return vec(vec, vec), codegen
 
 
-store_half = inline(_with_instruction if HAS_PAIRS else _without_instruction)
+def _make_interleave(part: int):
+    """Words of two neighbours along k, from their `halves`: columns 8 l + i (low) or 8 l + 4 + i (high) for l and i < 4, in this order. It is
+    the order of x86's unpack instructions; others cost three times as much."""
+
+    @intrinsic
+    def interleave(tc, first, second):
+        def codegen(ctx, bld, sig, args):
+            if not HAS_TILES:
+                return args[0]
+            words = simd.ir.VectorType(simd.I16, 2 * W)
+            columns = [8 * (c // 4) + 4 * part + c % 4 for c in range(LANES)]
+            lanes = simd.ir.Constant(simd.ir.VectorType(simd.I32, 2 * W), [lane for c in columns for lane in (c, 2 * W + c)])
+            return bld.bitcast(bld.shuffle_vector(bld.bitcast(args[0], words), bld.bitcast(args[1], words), lanes), VF)
+
+        return vec(vec, vec), codegen
+
+    return interleave
+
+
+interleave_low, interleave_high = _make_interleave(0), _make_interleave(1)
 
 
 def _aligned_configuration() -> tuple[np.ndarray, int]:

@@ -14,12 +14,14 @@ from cllm.kernels.cpu import attention_amx as amx
 from cllm.kernels.cpu import attention_tile as at
 from cllm.kernels.cpu.attention_tile import KEYS, WORD
 from cllm.kernels.cpu.gemm import TILES as TILES_KERNEL
-from cllm.kernels.cpu.gemm import bf16_kernel, block_tiles
-from cllm.kernels.cpu.launch import Kernel, float32_at, int64_at, is_half, jit, load, num_workers, put_float32, scratch, store
+from cllm.kernels.cpu.gemm import bf16_kernel, l2_bytes
+from cllm.kernels.cpu.launch import Kernel, float32_at, inline, int64_at, is_half, jit, load, num_workers, put_float32, scratch
 from cllm.kernels.cpu.micro import BLOCK_BYTES
-from cllm.kernels.cpu.pack import F32_ROUNDED_PAIRS, pack_strip
+from cllm.kernels.cpu.pack import transpose
 from cllm.kernels.cpu.simd import (
     W,
+    vexp2_coarse,
+    vexp2_normal,
     vfma,
     vhsum,
     vlanes_below,
@@ -34,10 +36,11 @@ from cllm.kernels.cpu.simd import (
 )
 
 ROWS = 64  # queries of a block: a multiple of at.MR
-MAX_GATHERED_BYTES = 64 << 20  # of dq in the scratch of one worker
+PART_ROW = 128  # bytes of a row of 32 x 32 scores
+MAX_GATHERED_BYTES = 64 << 20  # of dq (of dk and dv on AMX) in the scratch of one worker
 
-(DOUT, DOUT_BATCH, DOUT_TOKEN, DOUT_HEAD, DLSE, DELTA, DQ, DK, DV, TOGETHER, KEY_TASKS, KEY_TOKENS, TILES, CONFIGURATION) = range(
-    at.NUM_SHARED, at.NUM_SHARED + 14
+(DOUT, DOUT_BATCH, DOUT_TOKEN, DOUT_HEAD, DLSE, DELTA, DQ, DK, DV, TOGETHER, KEY_TASKS, KEY_TOKENS, TILES, RESIDENT, CONFIGURATION) = range(
+    at.NUM_SHARED, at.NUM_SHARED + 15
 )  # fmt: skip
 
 _ZERO, _ONE, _LOWEST = np.float32(0.0), np.float32(1.0), np.float32(-np.inf)
@@ -116,7 +119,7 @@ def _probabilities(p, f, s_tile, dp_tile, row_index, rows, t0, queries, num_keys
                 s = vmul(s, cap)
             if masked:
                 s = vselect(vlanes_below(end - c), vselect(vlanes_below(first - c), lowest, s), lowest)
-            e = at.exp2_of_difference(vfma(s, scale, shift))
+            e = vexp2_normal(vfma(s, scale, shift))
             ds = vmul(e, vsub(vload(dp_row, c), delta))
             if capped:
                 ds = vmul(ds, slope)
@@ -143,11 +146,11 @@ def _visible(p, t0, rows, queries, num_keys, key):
 
 
 @jit
-def _write_rows(source, width, to, half, row_bytes, rows, dim, scale):
+def _write_rows(source, width, to, half, tiles, row_bytes, rows, dim, scale):
     s = vset(scale)
     for r in range(rows):
         for c in range(0, dim, W):
-            store(to + r * row_bytes, half, c, vmul(vload(source + r * width * WORD, c), s), dim - c)
+            amx.store_row(to + r * row_bytes, half, tiles, c, vmul(vload(source + r * width * WORD, c), s), dim - c)
 
 
 @jit
@@ -156,146 +159,282 @@ def _clear(address, words):
         vstore(address, c, vzero())
 
 
-# ---- the same on AMX tiles: bfloat16 operands, rounded from float32 probabilities and their gradients -----------------
-
-
 @jit
+def _write_keys(p, f, segment, kv, key, dk, dv):
+    b, start, width = int64_at(segment, at.BATCH), int64_at(segment, at.START), at.padded_dim(p[at.DIM])
+    rows, head_bytes = min(KEYS, int64_at(segment, at.NUM_KEYS) - key), p[at.DIM] * (2 if p[at.HALF] else 4)
+    back = np.float32(abs(f[at.SCALE]))  # the sign is in the queries
+    to = ((b * p[KEY_TOKENS] + start + key) * p[at.KV_HEADS] + kv) * head_bytes
+    _write_rows(dk, width, p[DK] + to, p[at.HALF], p[TILES], p[at.KV_HEADS] * head_bytes, rows, p[at.DIM], back)
+    _write_rows(dv, width, p[DV] + to, p[at.HALF], p[TILES], p[at.KV_HEADS] * head_bytes, rows, p[at.DIM], _ONE)
+
+
+# ---- the same on AMX tiles: bfloat16 operands, rounded from float32 probabilities and their gradients ----------------
+#
+# Scores are computed with a row for each key, so that probabilities and their gradients need not be transposed: row by row they are the left
+# operands of dv and dk, and two rows interleaved are the right operand of dq, which gathers with a row for each element of the head.
+
+
+@inline
 def _half_row(p):
     """Bytes of a row of bfloat16 that fills whole AMX steps."""
     return (p[at.DIM] + amx.STEP - 1) // amx.STEP * amx.STEP_BYTES
 
 
-@jit
-def _words(k):
-    """Words of a strip that holds k rows or columns."""
-    return (k + amx.STEP - 1) // amx.STEP * amx.LANES
+@inline
+def _whole_steps(k):
+    return (k + amx.STEP - 1) // amx.STEP * amx.STEP
 
 
-@jit
-def _tile_scratch(p, worker, width):
-    """Addresses in a worker's scratch, in the order of _tile_scratch_bytes."""
-    rows, tile, half_tile = ROWS * _half_row(p), ROWS * KEYS * WORD, ROWS * KEYS * 2
-    q = p[at.SCRATCH] + worker * p[at.SCRATCH_SIZE]
-    s = q + 4 * rows
-    turned = s + 2 * tile
-    keys = turned + 3 * half_tile
-    dk = keys + 3 * (KEYS * _half_row(p))
-    dv = dk + KEYS * width * WORD
-    spare = dv + KEYS * width * WORD
-    return (q, q + rows, q + 2 * rows, q + 3 * rows, s, s + tile, turned, turned + half_tile, turned + 2 * half_tile,
-            keys, keys + KEYS * _half_row(p), keys + 2 * KEYS * _half_row(p), dk, dv, spare, spare + W * W * WORD)  # fmt: skip
+def _query_block_bytes_py(dim, width):
+    """Q and dO as right operands over elements, then over queries; the shifts and deltas of the rows; dQ turned."""
+    return ROWS * (4 * ((dim + amx.STEP - 1) // amx.STEP * amx.STEP_BYTES) + 2 * WORD + width * WORD)
 
 
-def _tile_scratch_bytes(dim: int, width: int, gathered: int) -> int:
-    """Q and dO as rows and as columns; S, dP; P^T, dS^T, dS; K and V as columns of S, K as rows of dQ; dK, dV; a pack block; dQ."""
+_query_block_bytes = inline(_query_block_bytes_py)
+
+
+@inline
+def _tile_scratch(p, worker):
+    """Addresses in a worker's scratch: K and V; K turned; a part of S and of dP; P, dS, dS in pairs; room for one pack block; query blocks, and
+    after them dK and dV."""
+    keys, part, tile = KEYS * _half_row(p), amx.STEP * PART_ROW, KEYS * ROWS * 2
+    k_rows = p[at.SCRATCH] + worker * p[at.SCRATCH_SIZE]
+    s_part = k_rows + 3 * keys
+    p_rows = s_part + 2 * part
+    spare = p_rows + 3 * tile
+    blocks = spare + W * W * WORD
+    sums = blocks + p[RESIDENT] * _query_block_bytes(p[at.DIM], at.padded_dim(p[at.DIM]))
+    return (k_rows, k_rows + keys, k_rows + 2 * keys), (s_part, s_part + part, p_rows, p_rows + tile, p_rows + 2 * tile), spare, blocks, sums
+
+
+@inline
+def _block_of_queries(p, blocks, index):
+    """Addresses of the parts of a query block."""
+    rows = ROWS * _half_row(p)
+    q = blocks + index * _query_block_bytes(p[at.DIM], at.padded_dim(p[at.DIM]))
+    shift = q + 4 * rows
+    return q, q + rows, q + 2 * rows, q + 3 * rows, shift, shift + ROWS * WORD, shift + 2 * ROWS * WORD
+
+
+def _tile_scratch_bytes(dim: int, width: int, resident: int, key_blocks: int) -> int:
     half_row = -(-dim // amx.STEP) * amx.STEP_BYTES
-    fixed = 4 * ROWS * half_row + 2 * ROWS * KEYS * WORD + 3 * ROWS * KEYS * 2 + 3 * KEYS * half_row + 2 * KEYS * width * WORD
-    return -(-(fixed + W * W * WORD + gathered) // 4096) * 4096
+    fixed = 3 * KEYS * half_row + 2 * amx.STEP * PART_ROW + 3 * KEYS * ROWS * 2 + W * W * WORD
+    return -(-(fixed + resident * _query_block_bytes_py(dim, width) + 2 * key_blocks * KEYS * width * WORD) // 4096) * 4096
 
 
 @jit
-def _tile_keys(p, b, token, kv, rows, k_turned, v_turned, k_rows, spare):
+def _fill_tile_keys(p, b, token, kv, rows, operands, spare):
+    k_rows, v_rows, k_turned = operands
     k = p[at.K] + b * p[at.K_BATCH] + token * p[at.K_TOKEN] + kv * p[at.K_HEAD]
     v = p[at.V] + b * p[at.V_BATCH] + token * p[at.V_TOKEN] + kv * p[at.V_HEAD]
-    strips = (rows + amx.LANES - 1) // amx.LANES
-    amx.fill_strips_of_rows(k, p[at.K_TOKEN], rows, p[at.DIM], strips, k_turned, spare)
-    amx.fill_strips_of_rows(v, p[at.V_TOKEN], rows, p[at.DIM], strips, v_turned, spare)
-    amx.fill_strips_of_columns(k, p[at.K_TOKEN], rows, p[at.DIM], KEYS // 2, k_rows, spare)
+    amx.fill_rows(k, p[at.K_TOKEN], rows, p[at.DIM], k_rows, _half_row(p), KEYS)
+    amx.fill_rows(v, p[at.V_TOKEN], rows, p[at.DIM], v_rows, _half_row(p), KEYS)
+    amx.fill_turned(k, p[at.K_TOKEN], rows, p[at.DIM], KEYS // 2, k_turned, spare)
 
 
 @jit
-def _tile_queries(p, b, token, h, rows, q_rows, q_columns, dout_rows, dout_columns, spare):
+def _fill_tile_queries(p, b, token, h, rows, block, spare):
     q = p[at.Q] + b * p[at.Q_BATCH] + token * p[at.Q_TOKEN] + h * p[at.Q_HEAD]
     dout = p[DOUT] + b * p[DOUT_BATCH] + token * p[DOUT_TOKEN] + h * p[DOUT_HEAD]
-    padded = (rows + amx.LANES - 1) // amx.LANES * amx.LANES
-    amx.fill_rows(q, p[at.Q_TOKEN], rows, p[at.DIM], q_rows, _half_row(p), padded)
-    amx.fill_rows(dout, p[DOUT_TOKEN], rows, p[at.DIM], dout_rows, _half_row(p), padded)
-    amx.fill_strips_of_columns(q, p[at.Q_TOKEN], rows, p[at.DIM], _words(rows), q_columns, spare)
-    amx.fill_strips_of_columns(dout, p[DOUT_TOKEN], rows, p[at.DIM], _words(rows), dout_columns, spare)
+    q_strips, dout_strips, q_columns, dout_columns, shift, delta, dq = block
+    amx.fill_strips_of_rows(q, p[at.Q_TOKEN], rows, p[at.DIM], ROWS // amx.LANES, q_strips, spare)
+    amx.fill_strips_of_rows(dout, p[DOUT_TOKEN], rows, p[at.DIM], ROWS // amx.LANES, dout_strips, spare)
+    amx.fill_strips_of_columns(q, p[at.Q_TOKEN], rows, p[at.DIM], ROWS // 2, q_columns, spare)
+    amx.fill_strips_of_columns(dout, p[DOUT_TOKEN], rows, p[at.DIM], ROWS // 2, dout_columns, spare)
+    first = (b * p[at.HEADS] + h) * p[at.TOKENS] + token
+    for r in range(ROWS):
+        lse = float32_at(p[at.LSE], first + r) if r < rows else -_LOWEST  # no probability where there is no query
+        put_float32(shift, r, _ZERO if lse == _LOWEST else np.float32(-np.float64(lse) * at.LOG2_E))
+        put_float32(delta, r, float32_at(p[DELTA], first + r) if r < rows else _ZERO)
+    _clear(dq, ROWS * at.padded_dim(p[at.DIM]))
+
+
+@inline
+def _probability(p, f, s_row, dp_row, i, shift, delta, c, scale, seen_from, seen_to, masked):
+    """W probabilities of one key for queries from c on, and the gradients of their scaled (uncapped) scores."""
+    s, capped = vload(s_row, i), f[at.SOFTCAP] != 0.0
+    slope = vset(_ONE)
+    if capped:
+        cap = np.float32(f[at.SOFTCAP])
+        s = vtanh(vmul(s, vset(np.float32(abs(f[at.SCALE])) / cap)))
+        slope = vsub(slope, vmul(s, s))
+        s = vmul(s, vset(cap))
+    if masked:
+        lowest = vset(_LOWEST)
+        s = vselect(vlanes_below(seen_to - c), vselect(vlanes_below(seen_from - c), lowest, s), lowest)
+    e = vexp2_coarse(vfma(s, scale, vload(shift, c)))
+    ds = vmul(e, vsub(vload(dp_row, i), vload(delta, c)))
+    if capped:
+        ds = vmul(ds, slope)
+    return e, ds
 
 
 @jit
-def _tile_pair(p, f, q_rows, dout_rows, k_turned, v_turned, s_tile, dp_tile, row_index, rows, t0, queries, num_keys, key, valid):
+def _tile_probabilities(p, f, tiles, shift, delta, t0, queries, num_keys, key, valid, first, first_column, masked):
+    """32 keys from `first` of the block and 32 queries: S and dP -> P, dS, and dS in pairs."""
+    s_part, dp_part, p_rows, ds_rows, ds_pairs = tiles
+    scale, c = vset(np.float32(at.log2_factor(f))), first_column
+    for r in range(first, first + amx.STEP, 2):
+        # A key is seen by the queries from itself on, as far as the window reaches.
+        itself = key + r - (num_keys - queries) - t0
+        from0, from1 = (itself, itself + 1) if p[at.CAUSAL] else (0, 0)
+        to0, to1 = (itself + p[at.WINDOW], itself + p[at.WINDOW] + 1) if p[at.WINDOW] > 0 else (ROWS, ROWS)
+        to0, to1 = to0 if r < valid else 0, to1 if r + 1 < valid else 0
+        s0, dp0, out = s_part + (r - first) * PART_ROW, dp_part + (r - first) * PART_ROW, r * (ROWS * 2) + 2 * c
+        s1, dp1 = s0 + PART_ROW, dp0 + PART_ROW
+        e0, ds0 = _probability(p, f, s0, dp0, 0, shift, delta, c, scale, from0, to0, masked)
+        e1, ds1 = _probability(p, f, s0, dp0, W, shift, delta, c + W, scale, from0, to0, masked)
+        even = amx.halves(ds0, ds1)
+        vstore(p_rows + out, 0, amx.halves(e0, e1))
+        vstore(ds_rows + out, 0, even)
+        e0, ds0 = _probability(p, f, s1, dp1, 0, shift, delta, c, scale, from1, to1, masked)
+        e1, ds1 = _probability(p, f, s1, dp1, W, shift, delta, c + W, scale, from1, to1, masked)
+        odd = amx.halves(ds0, ds1)
+        vstore(p_rows + ROWS * 2 + out, 0, amx.halves(e0, e1))
+        vstore(ds_rows + ROWS * 2 + out, 0, odd)
+        strip = ds_pairs + c // W * (KEYS // 2 * amx.STEP_BYTES)
+        vstore(strip, r // 2 * W, amx.interleave_low(even, odd))
+        vstore(strip + KEYS // 2 * amx.STEP_BYTES, r // 2 * W, amx.interleave_high(even, odd))
+
+
+@jit
+def _no_probabilities(tiles, first, first_column):
+    """Where no query sees a key."""
+    _, _, p_rows, ds_rows, ds_pairs = tiles
+    strip = ds_pairs + first_column // W * (KEYS // 2 * amx.STEP_BYTES)
+    for r in range(first, first + amx.STEP):
+        vstore(p_rows + r * (ROWS * 2) + 2 * first_column, 0, vzero())
+        vstore(ds_rows + r * (ROWS * 2) + 2 * first_column, 0, vzero())
+    for r in range(first // 2, (first + amx.STEP) // 2):
+        vstore(strip, r * W, vzero())
+        vstore(strip + KEYS // 2 * amx.STEP_BYTES, r * W, vzero())
+
+
+@jit
+def _tile_pair(p, f, operands, tiles, block, rows, t0, queries, num_keys, key, valid):
+    """Probabilities and score gradients of one block of keys for one block of queries, 32 x 32 at a time: those stay in the L1 cache."""
+    k_rows, v_rows, _ = operands
+    q_strips, dout_strips, _, _, shift, delta, _ = block
     half_row = _half_row(p)
-    row_strips, strips, steps = (rows + amx.LANES - 1) // amx.LANES, (valid + W - 1) // W, half_row // amx.STEP_BYTES
-    amx.multiply(q_rows, half_row, k_turned, half_row * amx.LANES, s_tile, KEYS * WORD, row_strips, strips, steps, True)
-    amx.multiply(dout_rows, half_row, v_turned, half_row * amx.LANES, dp_tile, KEYS * WORD, row_strips, strips, steps, True)
-    masked = key < at.first_key(p, t0 + rows - 1, queries, num_keys) or key + strips * W > at.end_key(p, t0, queries, num_keys)
-    _probabilities(p, f, s_tile, dp_tile, row_index, rows, t0, queries, num_keys, key, strips * W, masked)
+    steps, strip = half_row // amx.STEP_BYTES, half_row * amx.LANES
+    for r in range(0, _whole_steps(valid), amx.STEP):
+        for c in range(0, rows, amx.STEP):
+            t, last, first_key, end_key = t0 + c, min(t0 + c + amx.STEP, t0 + rows) - 1, key + r, key + r + amx.STEP
+            if first_key >= at.end_key(p, last, queries, num_keys) or end_key <= at.first_key(p, t, queries, num_keys):
+                _no_probabilities(tiles, r, c)
+                continue
+            from_k, from_c = r * half_row, c // amx.LANES * strip
+            amx.multiply(k_rows + from_k, strip, half_row, amx.STEP_BYTES, q_strips + from_c, strip, tiles[0], PART_ROW, 2, 2, steps, True)
+            amx.multiply(v_rows + from_k, strip, half_row, amx.STEP_BYTES, dout_strips + from_c, strip, tiles[1], PART_ROW, 2, 2, steps, True)
+            masked = end_key > at.end_key(p, t, queries, num_keys) or first_key < at.first_key(p, last, queries, num_keys)
+            _tile_probabilities(p, f, tiles, shift, delta, t0, queries, num_keys, key, valid, r, c, masked)
 
 
 @jit
-def _tile_turned(tile, rows, valid, target, spare):
-    """A tile of float32 [rows][KEYS] -> A operand with a row for each key and k along the queries."""
-    words = _words(rows)
-    for s in range(0, valid, amx.LANES):
-        to = target + s // amx.LANES * words * amx.STEP_BYTES
-        pack_strip(F32_ROUNDED_PAIRS, tile + s * WORD, 1, KEYS, min(amx.LANES, valid - s), rows, words, to, spare, True)
+def _tile_add_dq(p, k_turned, ds_pairs, dq, rows, valid):
+    """dQ turned += K turned times dS"""
+    strip = KEYS // 2 * amx.STEP_BYTES
+    amx.multiply(k_turned, strip, amx.STEP_BYTES, BLOCK_BYTES, ds_pairs, strip, dq, ROWS * WORD, (p[at.DIM] + amx.LANES - 1) // amx.LANES,
+                 _whole_steps(rows) // amx.LANES, _whole_steps(valid) // amx.STEP, False)  # fmt: skip
 
 
 @jit
-def _tile_add(a, b, b_strip, c, c_row, rows, k, columns):
-    """C[rows, columns] += A B with A as _tile_turned leaves it, k of the inner dimension."""
-    block_tiles(a, _words(k) * amx.STEP_BYTES, amx.STEP_BYTES, BLOCK_BYTES, b, b_strip, c, c_row, False, c, c_row, _words(k), rows, columns)
+def _write_turned(p, f, dq, b, token, h, rows, spare):
+    """A block of dQ, turned back; its columns lie in the order of `interleave_low` and `interleave_high`."""
+    scale, row_bytes = vset(np.float32(f[at.SCALE])), p[at.HEADS] * p[at.DIM] * 2
+    to = p[DQ] + (b * p[at.TOKENS] + token) * row_bytes + h * p[at.DIM] * 2
+    for strip in range(0, ROWS // W):
+        for d in range(0, p[at.DIM], W):
+            transpose(dq + d * (ROWS * WORD) + strip * (W * WORD), ROWS * WORD, spare)
+            for c in range(W):
+                r = strip // 2 * (2 * W) + c // 4 * 8 + strip % 2 * 4 + c % 4
+                if r < rows:
+                    amx.store_row(to + r * row_bytes, True, True, d, vmul(vload(spare, c * W), scale), p[at.DIM] - d)
 
 
 @jit
-def _tile_add_dq(p, dp_tile, ds, k_rows, dq, row, rows, valid, spare):
-    words = _words(valid)
-    for r in range(0, rows, amx.LANES):
-        to = ds + r // amx.LANES * words * amx.STEP_BYTES
-        pack_strip(F32_ROUNDED_PAIRS, dp_tile + r * (KEYS * WORD), KEYS, 1, min(amx.LANES, rows - r), valid, words, to, spare, True)
-    _tile_add(ds, k_rows, KEYS // 2 * amx.STEP_BYTES, dq, row, rows, valid, p[at.DIM])
+def _tile_add(p, f, operands, tiles, block, dk, dv, rows, t0, queries, num_keys, key, valid):
+    """What a block of queries adds to dK and dV of a block of keys; P and dS are left in their tiles."""
+    _tile_pair(p, f, operands, tiles, block, rows, t0, queries, num_keys, key, valid)
+    _, _, p_rows, ds_rows, _ = tiles
+    _, _, q_columns, dout_columns, _, _, _ = block
+    half, row, strip, steps = ROWS * 2, at.padded_dim(p[at.DIM]) * WORD, ROWS // 2 * amx.STEP_BYTES, _whole_steps(rows) // amx.STEP
+    row_strips, column_strips = (valid + amx.LANES - 1) // amx.LANES, (p[at.DIM] + amx.LANES - 1) // amx.LANES
+    amx.multiply(p_rows, half * amx.LANES, half, amx.STEP_BYTES, dout_columns, strip, dv, row, row_strips, column_strips, steps, False)
+    amx.multiply(ds_rows, half * amx.LANES, half, amx.STEP_BYTES, q_columns, strip, dk, row, row_strips, column_strips, steps, False)
 
 
 @jit
-def _tile_key_block(p, f, worker, segment, kv, key, width):
+def _tile_key_block(p, f, worker, segment, kv, key):
     b, start = int64_at(segment, at.BATCH), int64_at(segment, at.START)
     queries, num_keys = int64_at(segment, at.QUERIES), int64_at(segment, at.NUM_KEYS)
-    group, row = p[at.HEADS] // p[at.KV_HEADS], width * WORD
-    (q_rows, q_columns, dout_rows, dout_columns, s_tile, dp_tile, p_turned, ds_turned, ds, k_turned, v_turned, k_rows, dk, dv, spare,
-     dq) = _tile_scratch(p, worker, width)  # fmt: skip
-    _tile_keys(p, b, start + key, kv, min(KEYS, num_keys - key), k_turned, v_turned, k_rows, spare)
-    _clear(dk, KEYS * width)
-    _clear(dv, KEYS * width)
+    group, size = p[at.HEADS] // p[at.KV_HEADS], KEYS * at.padded_dim(p[at.DIM])
+    operands, tiles, spare, blocks, dk = _tile_scratch(p, worker)
+    dv, block = dk + size * WORD, _block_of_queries(p, blocks, 0)
+    _fill_tile_keys(p, b, start + key, kv, min(KEYS, num_keys - key), operands, spare)
+    _clear(dk, 2 * size)
     for g in range(group):
-        h = kv * group + g
         for t0 in range(0, queries, ROWS):
             rows = min(ROWS, queries - t0)
             valid = _visible(p, t0, rows, queries, num_keys, key)
-            if valid <= 0:
-                continue
-            _tile_queries(p, b, start + t0, h, rows, q_rows, q_columns, dout_rows, dout_columns, spare)
-            row_index = (b * p[at.HEADS] + h) * p[at.TOKENS] + start + t0
-            _tile_pair(p, f, q_rows, dout_rows, k_turned, v_turned, s_tile, dp_tile, row_index, rows, t0, queries, num_keys, key, valid)
-            _tile_turned(s_tile, rows, valid, p_turned, spare)
-            _tile_turned(dp_tile, rows, valid, ds_turned, spare)
-            strip = _words(rows) * amx.STEP_BYTES
-            _tile_add(p_turned, dout_columns, strip, dv, row, valid, rows, p[at.DIM])
-            _tile_add(ds_turned, q_columns, strip, dk, row, valid, rows, p[at.DIM])
-            if p[TOGETHER]:
-                target = dq + (g * ((queries + ROWS - 1) // ROWS * ROWS) + t0) * row
-                _tile_add_dq(p, dp_tile, ds, k_rows, target, row, rows, valid, spare)
+            if valid > 0:
+                _fill_tile_queries(p, b, start + t0, kv * group + g, rows, block, spare)
+                _tile_add(p, f, operands, tiles, block, dk, dv, rows, t0, queries, num_keys, key, valid)
     return dk, dv
 
 
 @jit
-def _tile_query_block(p, f, worker, segment, h, t0, width):
+def _tile_query_block(p, f, worker, segment, h, t0):
     b, start = int64_at(segment, at.BATCH), int64_at(segment, at.START)
     queries, num_keys = int64_at(segment, at.QUERIES), int64_at(segment, at.NUM_KEYS)
     kv, rows = h // (p[at.HEADS] // p[at.KV_HEADS]), min(ROWS, queries - t0)
-    (q_rows, q_columns, dout_rows, dout_columns, s_tile, dp_tile, _, _, ds, k_turned, v_turned, k_rows, _, _, spare,
-     dq) = _tile_scratch(p, worker, width)  # fmt: skip
-    _tile_queries(p, b, start + t0, h, rows, q_rows, q_columns, dout_rows, dout_columns, spare)
-    _clear(dq, ROWS * width)
-    row_index = (b * p[at.HEADS] + h) * p[at.TOKENS] + start + t0
+    operands, tiles, spare, blocks, _ = _tile_scratch(p, worker)
+    block = _block_of_queries(p, blocks, 0)
+    _fill_tile_queries(p, b, start + t0, h, rows, block, spare)
     for key in range(0, num_keys, KEYS):
         valid = _visible(p, t0, rows, queries, num_keys, key)
         if valid > 0:
-            _tile_keys(p, b, start + key, kv, valid, k_turned, v_turned, k_rows, spare)
-            _tile_pair(p, f, q_rows, dout_rows, k_turned, v_turned, s_tile, dp_tile, row_index, rows, t0, queries, num_keys, key, valid)
-            _tile_add_dq(p, dp_tile, ds, k_rows, dq, width * WORD, rows, valid, spare)
-    return dq
+            _fill_tile_keys(p, b, start + key, kv, valid, operands, spare)
+            _tile_pair(p, f, operands, tiles, block, rows, t0, queries, num_keys, key, valid)
+            _tile_add_dq(p, operands[2], tiles[4], block[6], rows, valid)
+    return block[6]
+
+
+@jit
+def _tile_together(p, f, worker, segment, kv):
+    """As many blocks of queries at a time as stay in the cache, against all blocks of keys, whose dK and dV are all kept."""
+    b, start = int64_at(segment, at.BATCH), int64_at(segment, at.START)
+    queries, num_keys = int64_at(segment, at.QUERIES), int64_at(segment, at.NUM_KEYS)
+    group, size = p[at.HEADS] // p[at.KV_HEADS], KEYS * at.padded_dim(p[at.DIM])
+    operands, tiles, spare, blocks, sums = _tile_scratch(p, worker)
+    each = (queries + ROWS - 1) // ROWS
+    _clear(sums, (num_keys + KEYS - 1) // KEYS * (2 * size))
+    for first in range(0, group * each, p[RESIDENT]):
+        end = min(group * each, first + p[RESIDENT])
+        for i in range(first, end):
+            t0 = i % each * ROWS
+            _fill_tile_queries(p, b, start + t0, kv * group + i // each, min(ROWS, queries - t0), _block_of_queries(p, blocks, i - first), spare)
+        for key in range(0, num_keys, KEYS):
+            dk, filled = sums + key // KEYS * (2 * size * WORD), False
+            for i in range(first, end):
+                t0 = i % each * ROWS
+                rows = min(ROWS, queries - t0)
+                valid = _visible(p, t0, rows, queries, num_keys, key)
+                if valid <= 0:
+                    continue
+                if not filled:
+                    _fill_tile_keys(p, b, start + key, kv, min(KEYS, num_keys - key), operands, spare)
+                    filled = True
+                block = _block_of_queries(p, blocks, i - first)
+                _tile_add(p, f, operands, tiles, block, dk, dk + size * WORD, rows, t0, queries, num_keys, key, valid)
+                _tile_add_dq(p, operands[2], tiles[4], block[6], rows, valid)
+        for i in range(first, end):
+            t0 = i % each * ROWS
+            _write_turned(p, f, _block_of_queries(p, blocks, i - first)[6], b, start + t0, kv * group + i // each, min(ROWS, queries - t0), spare)
+    for key in range(0, num_keys, KEYS):
+        dk = sums + key // KEYS * (2 * size * WORD)
+        _write_keys(p, f, segment, kv, key, dk, dk + size * WORD)
 
 
 # ---- blocks, either way ------------------------------------------------------------------------------------------------
@@ -331,24 +470,18 @@ def _vector_key_block(p, f, worker, segment, kv, key, width):
 @jit
 def _key_block(p, f, worker, segment, kv, key):
     """dk and dv of one block of keys; adds to the gathered dq when TOGETHER."""
-    b, start, width = int64_at(segment, at.BATCH), int64_at(segment, at.START), at.padded_dim(p[at.DIM])
-    rows = min(KEYS, int64_at(segment, at.NUM_KEYS) - key)
     if p[TILES]:
-        dk, dv = _tile_key_block(p, f, worker, segment, kv, key, width)
+        dk, dv = _tile_key_block(p, f, worker, segment, kv, key)
     else:
-        dk, dv = _vector_key_block(p, f, worker, segment, kv, key, width)
-    back = np.float32(abs(f[at.SCALE]))  # the sign is in the queries
-    head_bytes = p[at.DIM] * (2 if p[at.HALF] else 4)
-    to = ((b * p[KEY_TOKENS] + start + key) * p[at.KV_HEADS] + kv) * head_bytes
-    _write_rows(dk, width, p[DK] + to, p[at.HALF], p[at.KV_HEADS] * head_bytes, rows, p[at.DIM], back)
-    _write_rows(dv, width, p[DV] + to, p[at.HALF], p[at.KV_HEADS] * head_bytes, rows, p[at.DIM], _ONE)
+        dk, dv = _vector_key_block(p, f, worker, segment, kv, key, at.padded_dim(p[at.DIM]))
+    _write_keys(p, f, segment, kv, key, dk, dv)
 
 
 @jit
 def _write_queries(p, f, dq, width, b, token, h, rows):
     head_bytes = p[at.DIM] * (2 if p[at.HALF] else 4)
     to = p[DQ] + ((b * p[at.TOKENS] + token) * p[at.HEADS] + h) * head_bytes
-    _write_rows(dq, width, to, p[at.HALF], p[at.HEADS] * head_bytes, rows, p[at.DIM], np.float32(f[at.SCALE]))
+    _write_rows(dq, width, to, p[at.HALF], 0, p[at.HEADS] * head_bytes, rows, p[at.DIM], np.float32(f[at.SCALE]))
 
 
 @jit
@@ -372,30 +505,31 @@ def _vector_query_block(p, f, worker, segment, h, t0, width):
 @jit
 def _query_block(p, f, worker, segment, h, t0):
     """dq of one block of queries."""
-    width, rows = at.padded_dim(p[at.DIM]), min(ROWS, int64_at(segment, at.QUERIES) - t0)
+    rows, b, token = min(ROWS, int64_at(segment, at.QUERIES) - t0), int64_at(segment, at.BATCH), int64_at(segment, at.START) + t0
     if p[TILES]:
-        dq = _tile_query_block(p, f, worker, segment, h, t0, width)
+        dq = _tile_query_block(p, f, worker, segment, h, t0)
+        _write_turned(p, f, dq, b, token, h, rows, _tile_scratch(p, worker)[2])
     else:
-        dq = _vector_query_block(p, f, worker, segment, h, t0, width)
-    _write_queries(p, f, dq, width, int64_at(segment, at.BATCH), int64_at(segment, at.START) + t0, h, rows)
+        width = at.padded_dim(p[at.DIM])
+        _write_queries(p, f, _vector_query_block(p, f, worker, segment, h, t0, width), width, b, token, h, rows)
 
 
 def _together(p, f, task, worker):
     segment, kv = p[at.SEGMENTS] + (task // p[at.KV_HEADS]) * (at.SEGMENT_FIELDS * 8), task % p[at.KV_HEADS]
-    queries, num_keys = int64_at(segment, at.QUERIES), int64_at(segment, at.NUM_KEYS)
-    group, width = p[at.HEADS] // p[at.KV_HEADS], at.padded_dim(p[at.DIM])
-    dq = _tile_scratch(p, worker, width)[15] if p[TILES] else _scratch(p, worker, width)[10]
     if p[TILES]:
         amx.start(p[CONFIGURATION])
-    padded = (queries + ROWS - 1) // ROWS * ROWS
+        _tile_together(p, f, worker, segment, kv)
+        amx.stop()
+        return
+    queries, num_keys = int64_at(segment, at.QUERIES), int64_at(segment, at.NUM_KEYS)
+    group, width = p[at.HEADS] // p[at.KV_HEADS], at.padded_dim(p[at.DIM])
+    dq, padded = _scratch(p, worker, width)[10], (queries + ROWS - 1) // ROWS * ROWS
     _clear(dq, group * padded * width)
     for key in range(0, num_keys, KEYS):
         _key_block(p, f, worker, segment, kv, key)
     for g in range(group):
-        token, h = int64_at(segment, at.START), kv * group + g
-        _write_queries(p, f, dq + g * padded * width * WORD, width, int64_at(segment, at.BATCH), token, h, queries)
-    if p[TILES]:
-        amx.stop()
+        b, token, h = int64_at(segment, at.BATCH), int64_at(segment, at.START), kv * group + g
+        _write_queries(p, f, dq + g * padded * width * WORD, width, b, token, h, queries)
 
 
 def _apart(p, f, task, worker):
@@ -406,17 +540,24 @@ def _apart(p, f, task, worker):
         segment = at.find_segment(p, task, at.TASKS)
         local = task - int64_at(segment, at.TASKS)
         blocks = (int64_at(segment, at.NUM_KEYS) + KEYS - 1) // KEYS
-        _key_block(p, f, worker, segment, local // blocks, (local % blocks) * KEYS)
+        kv, block = at.dealt(local, blocks)
+        _key_block(p, f, worker, segment, kv, block * KEYS)
     else:
         segment = at.find_segment(p, task - p[KEY_TASKS], at.BLOCKS)
         local = task - p[KEY_TASKS] - int64_at(segment, at.BLOCKS)
         blocks = (int64_at(segment, at.QUERIES) + ROWS - 1) // ROWS
-        _query_block(p, f, worker, segment, local // blocks, (local % blocks) * ROWS)
+        h, block = at.dealt(local, blocks)
+        _query_block(p, f, worker, segment, h, block * ROWS)
     if p[TILES]:
         amx.stop()
 
 
 _prepare_kernel, _together_kernel, _apart_kernel = Kernel(_prepare), Kernel(_together), Kernel(_apart)
+
+
+def _resident_bytes() -> int:
+    """Of query blocks: half of what lies nearest behind the L1 cache."""
+    return l2_bytes() // 2
 
 
 def backward(
@@ -441,20 +582,22 @@ def backward(
     work = (5.0 if causal else 10.0) * heads * dim * float((queries * num_keys).sum())
     workers = num_workers("attention", shapes, dtype, work)
     width = -(-dim // W) * W
-    gathered = heads // kv_heads * -(-int(queries.max()) // ROWS) * ROWS * width * WORD
+    query_blocks, key_blocks = heads // kv_heads * -(-int(queries.max()) // ROWS), -(-int(num_keys.max()) // KEYS)
+    tiles = int(dtype == torch.bfloat16 and scale > 0 and bf16_kernel() == TILES_KERNEL)
     units = len(table) * kv_heads
+    gathered = 2 * key_blocks * KEYS * width * WORD if tiles else query_blocks * ROWS * width * WORD
     together = int(gathered <= MAX_GATHERED_BYTES and (units >= 4 * workers or units % workers == 0))
     tasks = units if together else key_tasks + query_tasks
     workers = min(workers, tasks)
-    tiles = int(dtype == torch.bfloat16 and scale > 0 and bf16_kernel() == TILES_KERNEL)
     if not together:
-        gathered = ROWS * width * WORD
-    size = _tile_scratch_bytes(dim, width, gathered) if tiles else _scratch_bytes(width, gathered)
+        query_blocks = key_blocks = 1
+    resident = min(query_blocks, max(1, _resident_bytes() // _query_block_bytes_py(dim, width)))
+    size = _tile_scratch_bytes(dim, width, resident, key_blocks) if tiles else _scratch_bytes(width, query_blocks * ROWS * width * WORD)
     owner, address = scratch("attention", size * workers)
     ints = [*at.describe(q), *at.describe(k), *at.describe(v), out.data_ptr(), lse.data_ptr(), is_half(q), heads, kv_heads, dim,
             tokens, int(causal), window, table.ctypes.data, len(table), address, size, 0,
             *at.describe(dout), 0 if dlse is None else dlse.data_ptr(), delta.data_ptr(), dq.data_ptr(), dk.data_ptr(),
-            dv.data_ptr(), together, key_tasks, key_tokens, tiles, amx.CONFIGURATION]  # fmt: skip
+            dv.data_ptr(), together, key_tasks, key_tokens, tiles, resident, amx.CONFIGURATION]  # fmt: skip
     _prepare_kernel(batch * heads * -(-tokens // ROWS), workers, ints)
     (_together_kernel if together else _apart_kernel)(tasks, workers, ints, (scale, softcap))
     del owner

@@ -7,17 +7,20 @@ beside it, the batch, or how many queries came in one call. Every kind of mask i
 Everything is computed in float32 on tiles in a worker's scratch; bfloat16 is widened while a tile is filled.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import types
 from torch import Tensor
 
 from cllm.kernels.cpu import simd
 from cllm.kernels.cpu.launch import inline, int64_at, jit, load, store
 from cllm.kernels.cpu.pack import BF16_WIDENED, F32_AS_IS, pack_strip
-from cllm.kernels.cpu.simd import F32, FEATURES, I8, I64, VF, W, const, intrinsic, splat, vec, vmul, vset, vzero
+from cllm.kernels.cpu.simd import F32, FEATURES, I8, I64, VF, VI, W, const, intrinsic, splat, vec, vmul, vset, vzero
 
-KEYS = 64  # keys of a block
+KEYS = 128  # keys of a block
 WORD = 4
 MR, NV = (8, 2) if W == 16 or "neon" in FEATURES else (4, 2)  # accumulators that fit 32 or 16 registers
 
@@ -133,33 +136,55 @@ def multiply_turned(a, a_k, b, b_row, c, c_row, rows, num_k, strips, first):
 
 # ---- vectors ---------------------------------------------------------------------------------------------------------
 
-# 2^r = 1 + r p(r) for |r| <= 1/2, relative error 5e-9: a fit at Chebyshev points.
-_EXP2 = [1.54614475e-4, 1.33908674e-3, 9.61805667e-3, 5.55035710e-2, 2.40226509e-1, 6.93147188e-1, 1.0]
+def _fold_rows(bld: Any, rows: list[Any], combine: Any) -> Any:
+    """W vectors -> one whose lane i is vector i reduced: lane j of what is left is combined with lane j + half of it, as `simd.vhsum` does."""
+    size = W
+    while size > 1:  # two vectors become one: their groups of lanes, halved, in turn
+        half = size // 2
+        lanes = [v * W + group + lane for group in range(0, W, size) for v in (0, 1) for lane in range(half)]
+        first, second = (ir.Constant(VI, [lane + part for lane in lanes]) for part in (0, half))
+        pairs = zip(rows[:half], rows[half:])
+        rows = [combine(bld.shuffle_vector(a, b, first), bld.shuffle_vector(a, b, second)) for a, b in pairs]
+        size = half
+    return rows[0]
 
 
 @intrinsic
-def exp2_of_difference(tc, x):
-    """2^x for x <= 0 and a little above, as arises below a maximum or a log-sum-exp; NaN is kept, below 2^-126 it is 0."""
+def largest_of_rows(tc, address, row_bytes, vectors):
+    """Lane i: the largest of vectors * W elements of row i, for W rows. NaN is dropped."""
 
     def codegen(ctx, bld, sig, args):
-        # Denormal results would cost a hundred cycles each, and every hidden key has one.
-        lowest = const(-126.0)
-        x = simd._greater(bld, lowest, args[0])
-        n = simd.call(bld, f"llvm.rint.v{W}f32", VF, x)
-        power = simd._scale_by_power(bld, simd._horner(bld, bld.fsub(x, n), _EXP2), n)
-        return bld.select(bld.fcmp_ordered("<", args[0], lowest), const(0.0), power)
+        address, row_bytes, vectors = args
+        pre = bld.block
+        loop, done = (bld.append_basic_block(f"largest.{n}") for n in ("loop", "done"))
+        bld.branch(loop)
+        bld.position_at_end(loop)
+        n, tops = bld.phi(I64), [bld.phi(VF) for _ in range(W)]
+        offset = bld.add(address, bld.mul(n, I64(W * WORD)))
+        rows = [simd.load(bld, bld.inttoptr(bld.add(offset, bld.mul(row_bytes, I64(i))), I8.as_pointer()), VF) for i in range(W)]
+        new = [simd._greater(bld, row, top) for row, top in zip(rows, tops)]
+        after = bld.add(n, I64(1))
+        n.add_incoming(I64(0), pre)
+        n.add_incoming(after, loop)
+        for top, value in zip(tops, new):
+            top.add_incoming(const(float("-inf")), pre)
+            top.add_incoming(value, loop)
+        bld.cbranch(bld.icmp_signed("<", after, vectors), loop, done)
+        bld.position_at_end(done)
+        return _fold_rows(bld, new, lambda a, b: simd._greater(bld, a, b))
 
-    return vec(vec), codegen
+    return vec(types.intp, types.intp, types.intp), codegen
 
 
 @intrinsic
-def largest_lane(tc, x):
-    """As vhmax for a vector without NaN, at half the cost."""
+def sums_of_rows(tc, address):
+    """Lane i: the sum of the W elements of row i, for W rows that follow each other."""
 
     def codegen(ctx, bld, sig, args):
-        return simd._halving(bld, args[0], lambda a, b: simd._greater(bld, a, b))
+        rows = [simd.load(bld, bld.inttoptr(bld.add(args[0], I64(i * W * WORD)), I8.as_pointer()), VF) for i in range(W)]
+        return _fold_rows(bld, rows, bld.fadd)
 
-    return types.float32(vec), codegen
+    return vec(types.intp), codegen
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -181,6 +206,13 @@ def find_segment(p, task, field):
         else:
             high = middle - 1
     return p[SEGMENTS] + low * (SEGMENT_FIELDS * 8)
+
+
+@inline
+def dealt(local, blocks):
+    """(row, block) of a task. Causal blocks grow along a row: every other row is dealt backwards, or one worker of two got all the longer ones."""
+    row, block = local // blocks, local % blocks
+    return row, blocks - 1 - block if row % 2 else block
 
 
 @inline

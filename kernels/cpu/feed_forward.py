@@ -12,12 +12,12 @@ from cllm.kernels.cpu.activation import ACTIVATE, DIFFERENTIATE, Epilogue
 from cllm.kernels.cpu.gemm import Packed, gemm, gemm_activated, workers_for
 from cllm.kernels.cpu.sums import column_sums
 
-_HIDDEN_BYTES = 16 << 20  # float32 hidden values of one row block
+_HIDDEN_BYTES = 32 << 20  # float32 hidden values of one row block
 
 
 def _row_blocks(rows: int, hidden: int) -> list[slice]:
     # From the shape alone: the gradient of a weight is a sum over these blocks, in this order.
-    step = max(256, min(2048, _HIDDEN_BYTES // (4 * max(1, hidden)) // 128 * 128))
+    step = max(256, min(8192, _HIDDEN_BYTES // (4 * max(1, hidden)) // 128 * 128))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from cllm.kernels.cpu import activation, micro, pack
-from cllm.kernels.cpu.micro import BLOCK_BYTES, HAS_PAIRS, HAS_TILES, MR, NV, WORD, make_micro, make_tile_micro, make_writing_micro, prefetch
+from cllm.kernels.cpu.micro import BLOCK_BYTES, HAS_TILES, MR, NV, WORD, make_micro, make_tile_micro, make_writing_micro, prefetch
 from cllm.kernels.cpu.pack import pack_lines, pack_strip
-from cllm.kernels.cpu.simd import W, vadd, vload, vload_masked, vstore, vstore_bf16, vstore_bf16_masked, vstore_masked
+from cllm.kernels.cpu.simd import HAS_PAIRS, W, vadd, vload, vload_masked, vstore, vstore_bf16, vstore_bf16_masked, vstore_masked
 from cllm.runtime import threads
 from cllm.runtime.device import cpu
 from cllm.runtime.errors import BackendError
@@ -584,7 +584,7 @@ def _even(length: int, largest: int, step: int) -> int:
 
 
 @functools.cache
-def _l2_bytes() -> int:
+def l2_bytes() -> int:
     return dict(cpu().cache_bytes).get("L2", 1 << 20)
 
 
@@ -592,7 +592,7 @@ def _largest_tile(kernel: str, depth: int) -> tuple[int, int]:
     """(rows, columns)."""
     if kernel != TILES:
         return TILE_ROWS, TILE_COLUMNS
-    return AMX_ROWS, max(4 * W, min(AMX_COLUMNS, _l2_bytes() // (4 * depth) // (2 * W) * (2 * W)))
+    return AMX_ROWS, max(4 * W, min(AMX_COLUMNS, l2_bytes() // (4 * depth) // (2 * W) * (2 * W)))
 
 
 def _tile_shape(rows: int, columns: int, depth: int, kernel: str, workers: int) -> tuple[int, int]:

@@ -19,10 +19,9 @@ from torch import Tensor
 from cllm.kernels.cpu import activation, gemm, int8, pack, simd
 from cllm.kernels.cpu.int8 import GROUP_ROWS, HAS_INTEGERS, INTEGER_ROWS, LINE, STRIPS, TILE_BYTES
 from cllm.kernels.cpu.launch import Kernel, int64_at, is_half, load, scratch, store
-from cllm.kernels.cpu.micro import HAS_PAIRS, HAS_TILES, WORD, make_micro, make_tile_micro
-from cllm.kernels.cpu.micro import _BFloat as BFloat
+from cllm.kernels.cpu.micro import HAS_TILES, WORD, make_micro, make_tile_micro
 from cllm.kernels.cpu.pack import pack_strip
-from cllm.kernels.cpu.simd import F32, I64, VF, VI, W, intrinsic, vadd, vload, vstore
+from cllm.kernels.cpu.simd import F32, HAS_PAIRS, I64, VF, VI, BFloat, W, intrinsic, vadd, vload, vstore
 from cllm.kernels.quantized import SCALE_BLOCK, STRIP, Quantized
 
 MOST_ROWS = W  # rows of one strip
@@ -234,7 +233,7 @@ def _part(job, scratch, c, columns, k0, num_k, sums):
             _chain_block(x, b, sums, rows, words, strips, k == 0)
     if kernel == TILES:
         for s in range(strips):
-            pack._transpose(turned + s * (W * W * WORD), spare)
+            pack.transpose(turned + s * (W * W * WORD), W * WORD, spare)
             for m in range(rows):
                 vstore(sums + m * _SUMS_ROW, s * W, vload(spare, m * W))
 

@@ -17,7 +17,7 @@ from llvmlite import ir
 from numba import types
 
 from cllm.kernels.cpu import simd
-from cllm.kernels.cpu.simd import F32, FEATURES, I8, I32, I64, VF, VI, W, const, intrinsic, load, splat, store
+from cllm.kernels.cpu.simd import F32, FEATURES, I8, I32, I64, VF, VI, BFloat, W, const, intrinsic, load, splat, store
 
 _I = types.intp
 WORD = 4
@@ -25,21 +25,6 @@ BLOCK_BYTES = W * W * WORD
 
 # Accumulators must fit the registers: 32 with AVX-512 and NEON, 16 otherwise. Rows of a strip: MR at a time.
 MR, NV = {16: (8, 3), 8: (4, 3), 4: (4, 6 if "neon" in FEATURES else 3)}[W]
-
-
-class _BFloat(ir.Type):
-    """llvmlite has no bfloat type; this one prints as LLVM's."""
-
-    intrinsic_name = "bf16"
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash("bfloat")
 
 
 def _offset(bld: Any, address: Any, *terms: tuple[Any, int]) -> Any:
@@ -66,7 +51,7 @@ def make_micro(rows: int, strips: int, pairs: bool = False) -> Any:
 
     Every element is one fma chain from 0 over the words, added to old in one addition; old 0: there is none.
     """
-    vb = ir.VectorType(_BFloat(), 2 * W)
+    vb = ir.VectorType(BFloat(), 2 * W)
 
     @intrinsic
     def micro(tc, a, b, b_strip, old, old_row, out, out_row, words):
@@ -346,4 +331,3 @@ def _request_tiles() -> bool:
 
 
 HAS_TILES = _request_tiles()
-HAS_PAIRS = W == 16 and "avx512bf16" in FEATURES

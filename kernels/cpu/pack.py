@@ -12,7 +12,7 @@ from numba.core import cgutils
 
 from cllm.kernels.cpu import simd
 from cllm.kernels.cpu.micro import WORD, prefetch_l1
-from cllm.kernels.cpu.simd import F32, I16, I32, I64, VF, VH, VI, W, const, intrinsic, load, store, vstore, vzero
+from cllm.kernels.cpu.simd import F32, I16, I32, I64, VF, VH, VI, W, const, const_int, intrinsic, load, store, vstore, vzero
 
 F32_AS_IS, BF16_WIDENED, F32_ROUNDED_WIDENED, BF16_PAIRS, F32_ROUNDED_PAIRS = range(5)
 MODES = range(5)
@@ -23,17 +23,23 @@ _I = types.intp
 
 def _vector(bld: Any, address: Any, lanes: Any, half: bool, masked: bool) -> Any:
     """W elements as float32; lanes from `lanes` on are 0 when masked."""
-    ptr = bld.inttoptr(address, (I16 if half else F32).as_pointer())
-    ty = VH if half else VF
-    value = simd._masked_load(bld, ptr, ty, lanes) if masked else load(bld, ptr, ty, 2 if half else 4)
-    return simd.widen_bf16(bld, value) if half else value
+    if half:
+        return simd.widen_bf16(bld, _halves(bld, address, lanes, masked))
+    ptr = bld.inttoptr(address, F32.as_pointer())
+    return simd._masked_load(bld, ptr, VF, lanes) if masked else load(bld, ptr, VF)
+
+
+def _halves(bld: Any, address: Any, lanes: Any, masked: bool) -> Any:
+    """W bfloat16, as bits."""
+    ptr = bld.inttoptr(address, I16.as_pointer())
+    return simd._masked_load(bld, ptr, VH, lanes) if masked else load(bld, ptr, VH, 2)
 
 
 def _pairs(bld: Any, low: Any, high: Any) -> Any:
     """Two vectors of k and k+1, already representable in bfloat16 or to be rounded -> words, as bits in a vec."""
     low, high = simd.round_bf16_bits(bld, low), simd.round_bf16_bits(bld, high)
-    low = bld.and_(low, simd.const_int(0xFFFF))
-    return bld.bitcast(bld.or_(low, bld.shl(high, simd.const_int(16))), VF)
+    low = bld.and_(low, const_int(0xFFFF))
+    return bld.bitcast(bld.or_(low, bld.shl(high, const_int(16))), VF)
 
 
 def _even_odd(bld: Any, first: Any, second: Any) -> tuple[Any, Any]:
@@ -58,17 +64,21 @@ def _emit_along_k(bld: Any, mode: int, address: Any, count: Any, masked: bool) -
 def _emit_across(bld: Any, mode: int, address: Any, count: Any, second: Any, masked: bool) -> Any:
     """W words of one k (or of k and the k after it, at address + second), panel elements side by side."""
     half = mode in (BF16_WIDENED, BF16_PAIRS)
-    first = _vector(bld, address, count, half, masked)
     if mode in (BF16_PAIRS, F32_ROUNDED_PAIRS):
         # NO_SECOND means that there is no k + 1: the address stays readable and the value becomes 0. (0 is the stride of an expanded operand.)
         exists = bld.icmp_signed("!=", second, I64(NO_SECOND))
-        other = _vector(bld, bld.add(address, bld.select(exists, second, I64(0))), count, half, masked)
+        addresses = address, bld.add(address, bld.select(exists, second, I64(0)))
+        if half:  # nothing to round
+            low, high = (bld.zext(_halves(bld, each, count, masked), VI) for each in addresses)
+            return bld.bitcast(bld.or_(low, bld.shl(bld.select(exists, high, const_int(0)), const_int(16))), VF)
+        first, other = (_vector(bld, each, count, half, masked) for each in addresses)
         return _pairs(bld, first, bld.select(exists, other, const(0.0)))
+    first = _vector(bld, address, count, half, masked)
     return _rounded(bld, first) if mode == F32_ROUNDED_WIDENED else first
 
 
 def _rounded(bld: Any, x: Any) -> Any:
-    return bld.bitcast(bld.shl(simd.round_bf16_bits(bld, x), simd.const_int(16)), VF)
+    return bld.bitcast(bld.shl(simd.round_bf16_bits(bld, x), const_int(16)), VF)
 
 
 def _by_mode(bld: Any, mode: Any, whole: Any, emit: Any) -> Any:
@@ -124,14 +134,16 @@ def _word(tc, mode, address, second, target):
 
 
 @intrinsic
-def _transpose(tc, source, target):
-    """W x W words, both contiguous: log2(W) rounds that swap off-diagonal blocks of growing size."""
+def transpose(tc, source, source_row, target):
+    """W x W words, contiguous at the target: log2(W) rounds that swap off-diagonal blocks of growing size."""
 
     def codegen(ctx, bld, sig, args):
-        def row(base, i):
-            return bld.inttoptr(bld.add(base, I64(i * W * WORD)), F32.as_pointer())
+        source, source_row, target = args
 
-        v = [load(bld, row(args[0], i), VF) for i in range(W)]
+        def row(base, stride, i):
+            return bld.inttoptr(bld.add(base, bld.mul(stride, I64(i))), F32.as_pointer())
+
+        v = [load(bld, row(source, source_row, i), VF) for i in range(W)]
         size = 1
         while size < W:
             upper = ir.Constant(VI, [j if not j & size else W + j - size for j in range(W)])
@@ -142,10 +154,10 @@ def _transpose(tc, source, target):
                     v[i], v[i + size] = bld.shuffle_vector(x, y, upper), bld.shuffle_vector(x, y, lower)
             size *= 2
         for i in range(W):
-            store(bld, v[i], row(args[1], i))
+            store(bld, v[i], row(target, I64(W * WORD), i))
         return ctx.get_dummy_value()
 
-    return types.void(_I, _I), codegen
+    return types.void(_I, _I, _I), codegen
 
 
 @numba.njit(cache=True, nogil=True)
@@ -168,7 +180,7 @@ def pack_strip(mode, source, panel_stride, k_stride, lanes, num_k, num_words, ta
             for p in range(lanes, W):
                 vstore(to, p * W, vzero())
             if not rows_first:
-                _transpose(spare, block)
+                transpose(spare, W * WORD, block)
         else:
             to = spare if rows_first else block
             valid = min(W, (num_k - k + per_word - 1) // per_word)
@@ -184,7 +196,7 @@ def pack_strip(mode, source, panel_stride, k_stride, lanes, num_k, num_words, ta
             for r in range(max(valid, 0), W):
                 vstore(to, r * W, vzero())
             if rows_first:
-                _transpose(spare, block)
+                transpose(spare, W * WORD, block)
 
 
 @numba.njit(cache=True, nogil=True)

@@ -55,6 +55,37 @@ def test_elementary_functions_are_within_two_units_in_the_last_place(name, low, 
     assert _ulps(run(special), exact(special)).max() <= 2.0
 
 
+def test_powers_within_the_normal_range_and_reciprocals():
+    """What attention and the activations are made of: shorter ways, on the range that they need."""
+    x = np.linspace(-126.0, 126.9, 300_003).astype(np.float32)
+    exact = np.exp2(x.astype(np.float64))
+    assert _ulps(_mapped(simd.vexp2_normal)(x), exact).max() <= 3.0
+    assert np.abs(_mapped(simd.vexp2_coarse)(x) / exact - 1.0).max() < 4e-6
+    for op in (simd.vexp2_normal, simd.vexp2_coarse):
+        found = _mapped(op)(np.array([np.nan, -np.inf, -126.5, -1e30, 0.0, -1.0, 3.0], np.float32))
+        assert np.isnan(found[0]) and found[1:].tolist() == [0.0, 0.0, 0.0, 1.0, 0.5, 8.0]
+    x = np.concatenate([np.exp2(x), -np.exp2(x[::7])]).astype(np.float32)
+    assert _ulps(_mapped(simd.vreciprocal)(x), 1.0 / x.astype(np.float64)).max() <= 1.0
+
+
+def test_rounding_by_the_cpus_own_instruction_differs_in_denormal_numbers_alone():
+    @njit
+    def run(x, to):
+        for i in range(0, x.size, W):
+            simd.vstore_flushed(to.ctypes.data, i, vload(x, i))
+
+    generator = np.random.default_rng(0)
+    x = generator.integers(0, 1 << 32, 64 * W * 16, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    x[:4] = np.inf, -np.inf, 1e-40, -1e-40
+    found = np.zeros(x.size, np.uint16)
+    run(x, found)
+    expected = torch.from_numpy(x).bfloat16().view(torch.uint16).numpy()
+    normal = ~(np.abs(x) < 1.2e-38) & ~np.isnan(x)
+    np.testing.assert_array_equal(found[normal], expected[normal])
+    values = torch.from_numpy(found).view(torch.bfloat16)
+    assert values[torch.from_numpy(np.isnan(x))].isnan().all() and (values[torch.from_numpy(np.abs(x) < 1.1e-38)].abs() < 1.2e-38).all()
+
+
 def test_maximum_and_minimum_say_what_they_do_with_nan():
     @njit
     def run(a, b, out):
@@ -159,6 +190,6 @@ def test_narrower_vectors_pass_the_same_tests(tmp_path):
         "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+popcnt,+sse4.2",
     }
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", "not narrower",
-               str(here / "test_cpu_simd.py"), str(here / "test_cpu_gemm.py")]  # fmt: skip
+               *(str(here / f"test_cpu_{name}.py") for name in ("simd", "gemm", "attention"))]  # fmt: skip
     done = subprocess.run(command, cwd=here.parent.parent, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
