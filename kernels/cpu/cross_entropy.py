@@ -27,7 +27,7 @@ from cllm.kernels.cpu.simd import (
     vadd,
     vany,
     veq,
-    vexp,
+    vexp_normal,
     vfma,
     vhmax,
     vhsum,
@@ -77,7 +77,7 @@ def _forward(p, f, task, worker):
         for c in range(0, columns, W):
             n = columns - c
             z, inside = _capped(x, half, c, n, cap), vlanes_below(n)
-            exps = vadd(exps, vselect(inside, vexp(vsub(z, m)), vzero()))
+            exps = vadd(exps, vselect(inside, vexp_normal(vsub(z, m)), vzero()))
             total = vadd(total, vselect(inside, vsub(z, m), vzero()))
         # Losses from differences to the maximum: through lse they would lose the digits of an offset that all logits share.
         log_mass = np.float32(math.log(vhsum(exps)))
@@ -125,7 +125,7 @@ def _backward(p, f, task, worker):
                 c = target
                 n = 1
             z = _capped(x, half, c, n, cap)
-            dz = vfma(vexp(vadd(z, minus_lse)), weight, minus_even)
+            dz = vfma(vexp_normal(vadd(z, minus_lse)), weight, minus_even)
             if last:
                 dz = vadd(dz, vset(scale * (smoothing - _ONE)))
             if cap != _ZERO:

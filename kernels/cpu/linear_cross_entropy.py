@@ -16,7 +16,7 @@ from cllm.kernels.cpu.launch import scratch
 from cllm.kernels.cpu.simd import (
     W,
     vadd,
-    vexp,
+    vexp_normal,
     vfma,
     vhmax,
     vhsum,
@@ -82,10 +82,10 @@ def _row_statistics(row, size):
     shift = vset(base)
     t0, t1, t2, t3 = vzero(), vzero(), vzero(), vzero()
     for i in range(0, whole, 4 * W):
-        t0, t1 = vadd(t0, vexp(vsub(vload(row, i), shift))), vadd(t1, vexp(vsub(vload(row, i + W), shift)))
-        t2, t3 = vadd(t2, vexp(vsub(vload(row, i + 2 * W), shift))), vadd(t3, vexp(vsub(vload(row, i + 3 * W), shift)))
+        t0, t1 = vadd(t0, vexp_normal(vsub(vload(row, i), shift))), vadd(t1, vexp_normal(vsub(vload(row, i + W), shift)))
+        t2, t3 = vadd(t2, vexp_normal(vsub(vload(row, i + 2 * W), shift))), vadd(t3, vexp_normal(vsub(vload(row, i + 3 * W), shift)))
     for i in range(whole, size, W):
-        e = vexp(vsub(vload_masked(row, i, size - i), shift))
+        e = vexp_normal(vsub(vload_masked(row, i, size - i), shift))
         t0 = vadd(t0, vselect(vlanes_below(size - i), e, vzero()))
     mass = np.float64(vhsum(vadd(vadd(t0, t1), vadd(t2, t3))))
     return top, np.float64(base) + (math.log(mass) if mass > 0.0 else (-np.inf if mass == 0.0 else np.nan))
@@ -93,7 +93,7 @@ def _row_statistics(row, size):
 
 @numba.njit(cache=True, nogil=True)
 def _gradient_at(z, shift, weight, uniform, shrink, capped, last):
-    dz = vfma(vexp(vsub(z, shift)), weight, uniform)
+    dz = vfma(vexp_normal(vsub(z, shift)), weight, uniform)
     if capped:
         part = vmul(z, shrink)
         dz = vmul(dz, vfma(vneg(part), part, vset(np.float32(1.0))))
@@ -114,7 +114,7 @@ def _row_gradient(row, size, half, target, lse, upstream, label_smoothing, z_los
     hit = vselect(vlanes_below(target - block), vzero(), hit)
     part = vmul(z, shrink)
     slope = vfma(vneg(part), part, vset(np.float32(1.0)))
-    special = vmul(vmul(vadd(vfma(vexp(vsub(z, shift)), weight, uniform), hit), slope), last)
+    special = vmul(vmul(vadd(vfma(vexp_normal(vsub(z, shift)), weight, uniform), hit), slope), last)
     whole = size - size % W
     if half:
         for i in range(0, whole, W):

@@ -587,6 +587,8 @@ def emit_reciprocal(bld: Any, x: Any) -> Any:
 vexp = _elementwise(1, emit_exp)
 vexp2_normal = _elementwise(1, _emit_exp2_normal(_EXP2_NORMAL))
 vexp2_coarse = _elementwise(1, _emit_exp2_normal(_EXP2_COARSE))
+# e^x for x < 88, to about |x| units in the last place: for what is a share of the largest, e^0. Below the normal range it is 0.
+vexp_normal = _elementwise(1, lambda bld, x: _emit_exp2_normal(_EXP2_NORMAL)(bld, bld.fmul(x, const(1.44269504088896341))))
 vreciprocal = _elementwise(1, emit_reciprocal)
 vexp2 = _elementwise(1, emit_exp2)
 vlog = _elementwise(1, emit_log)

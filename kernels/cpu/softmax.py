@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from cllm.kernels.cpu.launch import Kernel, as_rows, is_half, load, load_once, load_whole, num_workers, row_bytes, scratch, store, store_whole
-from cllm.kernels.cpu.simd import W, vadd, vexp, vfma, vhmax, vhsum, vlanes_below, vload, vmax, vmul, vselect, vset, vstore, vsub, vzero
+from cllm.kernels.cpu.simd import W, vadd, vexp_normal, vfma, vhmax, vhsum, vlanes_below, vload, vmax, vmul, vselect, vset, vstore, vsub, vzero
 
 ELEMENTS_PER_TASK = 8192  # a task is at least one row
 
@@ -35,8 +35,8 @@ def _forward(p, f, task, worker):
         m = vset(vhmax(vmax(vmax(m0, m1), vmax(m2, m3))))
         t0, t1, t2, t3 = vzero(), vzero(), vzero(), vzero()
         for c in range(0, whole, 4 * W):
-            e0, e1 = vexp(vsub(load_whole(x, half, c), m)), vexp(vsub(load_whole(x, half, c + W), m))
-            e2, e3 = vexp(vsub(load_whole(x, half, c + 2 * W), m)), vexp(vsub(load_whole(x, half, c + 3 * W), m))
+            e0, e1 = vexp_normal(vsub(load_whole(x, half, c), m)), vexp_normal(vsub(load_whole(x, half, c + W), m))
+            e2, e3 = vexp_normal(vsub(load_whole(x, half, c + 2 * W), m)), vexp_normal(vsub(load_whole(x, half, c + 3 * W), m))
             vstore(e, c, e0)
             vstore(e, c + W, e1)
             vstore(e, c + 2 * W, e2)
@@ -44,7 +44,7 @@ def _forward(p, f, task, worker):
             t0, t1, t2, t3 = vadd(t0, e0), vadd(t1, e1), vadd(t2, e2), vadd(t3, e3)
         for c in range(whole, columns, W):
             n = columns - c
-            e0 = vselect(vlanes_below(n), vexp(vsub(load(x, half, c, n), m)), vzero())
+            e0 = vselect(vlanes_below(n), vexp_normal(vsub(load(x, half, c, n), m)), vzero())
             vstore(e, c, e0)
             t0 = vadd(t0, e0)
         scale = vset(_ONE / vhsum(vadd(vadd(t0, t1), vadd(t2, t3))))

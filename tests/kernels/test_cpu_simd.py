@@ -64,6 +64,9 @@ def test_powers_within_the_normal_range_and_reciprocals():
     for op in (simd.vexp2_normal, simd.vexp2_coarse):
         found = _mapped(op)(np.array([np.nan, -np.inf, -126.5, -1e30, 0.0, -1.0, 3.0], np.float32))
         assert np.isnan(found[0]) and found[1:].tolist() == [0.0, 0.0, 0.0, 1.0, 0.5, 8.0]
+    negative = np.linspace(-87.0, 1.0, 200_003).astype(np.float32)
+    exact = np.exp(negative.astype(np.float64))
+    assert (_ulps(_mapped(simd.vexp_normal)(negative), exact) <= 3.0 + 1.25 * np.abs(negative)).all()
     x = np.concatenate([np.exp2(x), -np.exp2(x[::7])]).astype(np.float32)
     assert _ulps(_mapped(simd.vreciprocal)(x), 1.0 / x.astype(np.float64)).max() <= 1.0
 
