@@ -37,6 +37,7 @@ from cllm.kernels.cpu.simd import (
 
 ROWS = 64  # queries of a block: a multiple of at.MR
 PART_ROW = 128  # bytes of a row of 32 x 32 scores
+MOST_WAITING = 1.4  # times the work, where workers wait for the last heads: apart makes 7 products instead of 5
 MAX_GATHERED_BYTES = 64 << 20  # of dq (of dk and dv on AMX) in the scratch of one worker
 
 (DOUT, DOUT_BATCH, DOUT_TOKEN, DOUT_HEAD, DLSE, DELTA, DQ, DK, DV, TOGETHER, KEY_TASKS, KEY_TOKENS, TILES, RESIDENT, CONFIGURATION) = range(
@@ -586,7 +587,7 @@ def backward(
     tiles = int(dtype == torch.bfloat16 and scale > 0 and bf16_kernel() == TILES_KERNEL)
     units = len(table) * kv_heads
     gathered = 2 * key_blocks * KEYS * width * WORD if tiles else query_blocks * ROWS * width * WORD
-    together = int(gathered <= MAX_GATHERED_BYTES and (units >= 4 * workers or units % workers == 0))
+    together = int(gathered <= MAX_GATHERED_BYTES and -(-units // workers) * workers <= MOST_WAITING * units)
     tasks = units if together else key_tasks + query_tasks
     workers = min(workers, tasks)
     if not together:
