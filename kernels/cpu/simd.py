@@ -371,8 +371,7 @@ vge = _elementwise(2, lambda bld, a, b: bld.fcmp_ordered(">=", a, b), mask)
 vlt = _elementwise(2, lambda bld, a, b: bld.fcmp_ordered("<", a, b), mask)
 vle = _elementwise(2, lambda bld, a, b: bld.fcmp_ordered("<=", a, b), mask)
 veq = _elementwise(2, lambda bld, a, b: bld.fcmp_ordered("==", a, b), mask)
-vround_bf16 = _elementwise(1, lambda bld, x: widen_bf16(bld, round_bf16(bld, x)))  # to the nearest bfloat16, kept as float32
-vflush_bf16 = _elementwise(1, lambda bld, x: widen_bf16(bld, flush_bf16(bld, x)))
+vflush_bf16 = _elementwise(1, lambda bld, x: widen_bf16(bld, flush_bf16(bld, x)))  # to the nearest bfloat16, kept as float32
 visnan = _elementwise(1, lambda bld, a: bld.fcmp_unordered("uno", a, a), mask)
 
 
