@@ -39,7 +39,7 @@ Json = Annotated[bool, typer.Option("--json", help="Progress to stderr; the last
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Threads = Annotated[int | None, typer.Option(help="Upper limit of worker threads; any number gives the same bits.")]
 Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="A run, a checkpoint folder, a .cllm file or a Hugging Face folder.")]
-Weights = Annotated[str | None, typer.Option(help="fp32, bf16 or int8 in memory, whatever is stored; bf16 and int8 write faster.")]
+Weights = Annotated[str | None, typer.Option(help="fp32, bf16 or int8 in memory; bf16 evaluates faster, bf16 and int8 write faster.")]
 
 _UsageError: Any = typer.BadParameter.__base__  # wrong options; typer exports only this child of it
 
