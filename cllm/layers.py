@@ -7,6 +7,7 @@ Blocks are pre-norm and pass (x, h) along: h the residual stream before the last
 to be added. The next norm adds and normalises in one pass over memory.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from cllm import kernels
 from cllm.cache import KVCache
 from cllm.config import ModelConfig
 from cllm.kernels.decoding import Layer, Linear, Norm
+from cllm.kernels.embedding import tied_embedding
 from cllm.kernels.quantized import Quantized, quantize, quantized_feed_forward, quantized_matmul
 
 
@@ -31,8 +33,11 @@ class Context:
         cache: KVCache | None,
         window: int | None,
         recompute: str = "none",
+        tied: bool = False,
     ) -> None:
         self.recompute = recompute
+        self.tied = tied  # the loss goes on with `output_weight`, which is the token embedding
+        self.output_weight: Tensor | None = None
         self.positions = positions
         self.rotary_tables = rotary_tables
         self.cu_seqlens = cu_seqlens
@@ -45,6 +50,12 @@ class Context:
             k, v = self.cache.extend(layer, k, v)
         return kernels.attention(q, k, v, causal=True, window=self.window, cu_seqlens=self.cu_seqlens)
 
+    def look_up(self, tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """tokens (B, T) in the token embedding (V, E) -> (B, T, E)."""
+        if not self.tied:
+            return kernels.embedding(tokens, weight, dtype)
+        x, self.output_weight = tied_embedding(tokens, weight, dtype)
+        return x
 
     def through(self, blocks: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x through all blocks, keeping inside them what `recompute` says."""
@@ -195,12 +206,12 @@ class LlamaBackbone(nn.Module):
     def decoding_norm(self) -> Norm:
         return Norm(self.norm.weight)
 
-    def embed(self, tokens: Tensor, positions: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def embed(self, tokens: Tensor, positions: Tensor | None, dtype: torch.dtype, look_up: Callable[..., Tensor] = kernels.embedding) -> Tensor:
         """tokens (B, T) -> (B, T, E)."""
-        return kernels.embedding(tokens, self.embed_tokens.weight, dtype)
+        return look_up(tokens, self.embed_tokens.weight, dtype)
 
     def forward(self, tokens: Tensor, context: Context, dtype: torch.dtype) -> Tensor:
-        x, h = context.through(self.layers, self.embed(tokens, context.positions, dtype))
+        x, h = context.through(self.layers, self.embed(tokens, context.positions, dtype, context.look_up))
         return _rms_norm(x, h, self.norm, self.eps)[0]
 
 
@@ -278,17 +289,17 @@ class GPT2Backbone(nn.Module):
     def decoding_norm(self) -> Norm:
         return Norm(self.ln_f.weight, self.ln_f.bias)
 
-    def embed(self, tokens: Tensor, positions: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def embed(self, tokens: Tensor, positions: Tensor | None, dtype: torch.dtype, look_up: Callable[..., Tensor] = kernels.embedding) -> Tensor:
         """tokens (B, T) at positions (T,), from 0 on where None -> (B, T, E)."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         # Expanded before the lookup: its backward then sums over the batch in the kernel's fixed order.
-        return kernels.embedding(tokens, self.wte.weight, dtype) + kernels.embedding(
+        return look_up(tokens, self.wte.weight, dtype) + kernels.embedding(
             positions.expand(tokens.shape), self.wpe.weight, dtype
         )
 
     def forward(self, tokens: Tensor, context: Context, dtype: torch.dtype) -> Tensor:
-        x, h = context.through(self.h, self.embed(tokens, context.positions, dtype))
+        x, h = context.through(self.h, self.embed(tokens, context.positions, dtype, context.look_up))
         return _layer_norm(x, h, self.ln_f, self.eps)[0]
 
 

@@ -139,6 +139,12 @@ class Model(nn.Module):
         (B * T,) are those of `document_positions` where the caller has them already, and the bounds are then not checked.
         A cache and cu_seqlens exclude each other.
         """
+        return self._hidden(tokens, cache, cu_seqlens, positions)[0]
+
+    def _hidden(
+        self, tokens: Tensor, cache: KVCache | None, cu_seqlens: Tensor | None, positions: Tensor | None, tied: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `hidden` returns, and with `tied` the output matrix that `tied_embedding` hands on."""
         if tokens.dim() != 2 or not tokens.numel():
             raise UserError(f"tokens must be (batch, tokens) and not empty, got the shape {tuple(tokens.shape)}.")
         batch, length = tokens.shape
@@ -160,12 +166,12 @@ class Model(nn.Module):
             if start:
                 positions = torch.arange(start, start + length, device=tokens.device)
         tables = self.rotary_tables(tokens.device) if self.config.position == "rotary" else None
-        context = Context(positions, tables, cu_seqlens, cache, self.config.window_or_none, self.recompute)
+        context = Context(positions, tables, cu_seqlens, cache, self.config.window_or_none, self.recompute, tied)
         with _gradients_unless(cache):
             x = self.backbone(tokens, context, self.compute_dtype)
         if cache is not None:
             cache.advance(length)
-        return x.view(batch, length, -1)
+        return x.view(batch, length, -1), context.output_weight
 
     def forward(
         self, tokens: Tensor, *, cache: KVCache | None = None, cu_seqlens: Tensor | None = None, last_only: bool = False
@@ -223,9 +229,10 @@ class Model(nn.Module):
         adds a `LossStats` (per-token losses, correct, log-sum-exp). Logits exist only in chunks."""
         if targets.shape != tokens.shape:
             raise UserError(f"targets must have the shape of tokens {tuple(tokens.shape)}, got {tuple(targets.shape)}.")
+        x, output_weight = self._hidden(tokens, None, cu_seqlens, positions, tied=self.lm_head is None and not self.is_quantized)
         return kernels.linear_cross_entropy(
-            self.hidden(tokens, cu_seqlens=cu_seqlens, positions=positions),
-            self.output_weight,
+            x,
+            self.output_weight if output_weight is None else output_weight,
             targets,
             softcap=self.config.softcap,
             divisor=divisor,

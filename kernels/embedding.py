@@ -23,6 +23,41 @@ def embedding(tokens: Tensor, weight: Tensor, dtype: torch.dtype | None = None) 
     return _embedding(tokens, weight, weight.dtype if dtype is None else dtype)
 
 
+def tied_embedding(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(`embedding`, the weight again) for a weight that is the output projection as well: what is returned must go into one
+    `linear_cross_entropy` and nowhere else.
+
+    On a CPU the gradient of that projection takes in the gradients of the rows that were looked up, in place. Autograd would make a second
+    matrix (V, E) of zeros and a few rows, and add the two.
+    """
+    eager = weight.device.type == "cpu" and torch.is_grad_enabled() and weight.requires_grad and not torch.compiler.is_compiling()
+    if not eager or type(weight.detach()) is not Tensor:
+        return embedding(tokens, weight, dtype), weight
+    found: tuple[Tensor, Tensor] = _Tied.apply(tokens, weight, dtype)
+    return found
+
+
+class _Tied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        ctx.num_rows, ctx.weight_dtype = weight.shape[0], weight.dtype
+        ctx.save_for_backward(tokens)
+        ctx.set_materialize_grads(False)
+        return embedding(tokens, weight, dtype), weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dweight: Tensor | None) -> tuple[Tensor | None, ...]:
+        (tokens,) = ctx.saved_tensors
+        if dy is None:
+            return None, dweight, None
+        if dweight is None or torch.is_grad_enabled() or not dweight.is_contiguous():
+            dense = _embedding_backward(dy, tokens, ctx.num_rows, ctx.weight_dtype)
+            return None, dense if dweight is None else dense + dweight, None
+        serving = _serving((ctx.num_rows, dy.shape[-1]), tokens, ctx.weight_dtype, dy.dtype)
+        rows, values = serving.backward_rows(dy.contiguous(), tokens.long(), ctx.num_rows, ctx.weight_dtype)
+        return None, dweight.index_add_(0, rows, values), None  # each row once: in no order
+
+
 def _serving(weight_shape: tuple[int, int], tokens: Tensor, weight_dtype: torch.dtype, dtype: torch.dtype) -> Any:
     work = 2.0 * tokens.numel() * weight_shape[1] * dtype.itemsize
     # Rows are stored and returned in two dtypes: a backend must know both, and is asked for the less common one.

@@ -80,18 +80,38 @@ def forward(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return out.view(*tokens.shape, table.shape[1])
 
 
+def _sum_rows(dy: Tensor, order: Tensor, starts: Tensor, most_rows: int, dtype: torch.dtype) -> Tensor:
+    """dy (..., E) -> (rows, E) in dtype: row i is the sum of the rows order[starts[i]:starts[i + 1]] of dy. Planned for `most_rows`, which does
+    not change from batch to batch."""
+    source, columns = as_rows(dy), dy.shape[-1]
+    sums = torch.empty((starts.numel() - 1, columns), dtype=dtype)
+    if sums.numel():
+        work = float(source.numel() * source.element_size() + most_rows * columns * sums.element_size())
+        _backward_kernel(
+            -(-sums.shape[0] // ROWS_PER_TASK),
+            num_workers("embedding", ((order.numel(),), (most_rows, columns)), dy.dtype, work),
+            (source.data_ptr(), row_bytes(source), is_half(source), order.data_ptr(), starts.data_ptr(), sums.data_ptr(),
+             row_bytes(sums), is_half(sums), sums.shape[0], columns),
+        )  # fmt: skip
+    return sums
+
+
+def _grouped(tokens: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """(starts (V + 1,), order (N,)) of `_group_by_row`."""
+    flat = tokens.reshape(-1).contiguous()
+    starts, order = torch.empty(num_rows + 1, dtype=torch.int64), torch.empty(flat.numel(), dtype=torch.int64)
+    _group_by_row(as_flat(flat), as_flat(starts), as_flat(order))
+    return starts, order
+
+
 def backward(dy: Tensor, tokens: Tensor, num_rows: int, weight_dtype: torch.dtype) -> Tensor:
     """dy (..., E), tokens int64 (...) -> (V, E) in weight_dtype."""
-    rows, flat = as_rows(dy), tokens.reshape(-1).contiguous()
-    dweight = torch.empty((num_rows, dy.shape[-1]), dtype=weight_dtype)
-    if dweight.numel():
-        starts, order = torch.empty(num_rows + 1, dtype=torch.int64), torch.empty(flat.numel(), dtype=torch.int64)
-        _group_by_row(as_flat(flat), as_flat(starts), as_flat(order))
-        work = float(rows.numel() * rows.element_size() + dweight.numel() * dweight.element_size())
-        _backward_kernel(
-            -(-num_rows // ROWS_PER_TASK),
-            num_workers("embedding", (tuple(tokens.shape), tuple(dweight.shape)), dy.dtype, work),
-            (rows.data_ptr(), row_bytes(rows), is_half(rows), order.data_ptr(), starts.data_ptr(), dweight.data_ptr(),
-             row_bytes(dweight), is_half(dweight), num_rows, dweight.shape[1]),
-        )  # fmt: skip
-    return dweight
+    starts, order = _grouped(tokens, num_rows)
+    return _sum_rows(dy, order, starts, num_rows, weight_dtype)
+
+
+def backward_rows(dy: Tensor, tokens: Tensor, num_rows: int, weight_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(rows (U,) that were looked up, rising; their gradients (U, E)): what is not zero of `backward`."""
+    starts, order = _grouped(tokens, num_rows)
+    rows = starts.diff().nonzero().flatten()
+    return rows, _sum_rows(dy, order, torch.cat((starts[rows], starts[-1:])), min(num_rows, tokens.numel()), weight_dtype)

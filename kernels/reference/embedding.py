@@ -19,3 +19,9 @@ def backward(dy: Tensor, tokens: Tensor, num_rows: int, weight_dtype: torch.dtyp
         return torch.zeros((num_rows, dy.shape[-1]), dtype=weight_dtype, device=dy.device)
     dweight = torch.ops.aten.embedding_dense_backward(rows, tokens.reshape(-1), num_rows, -1, False)
     return dweight.to(weight_dtype)
+
+
+def backward_rows(dy: Tensor, tokens: Tensor, num_rows: int, weight_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(rows (U,) that were looked up, rising; their gradients (U, E)): what is not zero of `backward`."""
+    rows, places = torch.unique(tokens.reshape(-1), return_inverse=True)
+    return rows, backward(dy, places, rows.numel(), weight_dtype)

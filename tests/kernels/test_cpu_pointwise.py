@@ -7,6 +7,7 @@ import torch
 
 from cllm import kernels, runtime
 from cllm.kernels.cpu import adamw, cross_entropy, embedding, norm, rotary, softmax
+from cllm.kernels.embedding import tied_embedding
 from cllm.kernels.reference import adamw as reference_adamw
 from cllm.kernels.reference import cross_entropy as reference_cross_entropy
 from cllm.kernels.reference import embedding as reference_embedding
@@ -124,6 +125,44 @@ def test_embedding_sums_each_row_in_the_order_of_the_tokens(dtype, oracle):
         for workers in WORKERS:
             with runtime.use(threads=workers):
                 assert torch.equal(embedding.backward(dy, tokens, 50, weight_dtype), dweight)
+        for module in (embedding, reference_embedding):
+            rows, values = module.backward_rows(dy, tokens, 50, weight_dtype)
+            assert torch.equal(rows, tokens.unique()) and values.dtype == weight_dtype
+            assert torch.equal(torch.zeros_like(dweight).index_copy(0, rows, values), module.backward(dy, tokens, 50, weight_dtype))
+
+
+def test_an_embedding_of_no_tokens_has_a_sparse_gradient_of_no_rows():
+    for module in (embedding, reference_embedding):
+        rows, values = module.backward_rows(normal(0, 8), torch.zeros(0, dtype=torch.int64), 5, torch.float32)
+        assert rows.shape == (0,) and values.shape == (0, 8)
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_a_tied_weight_gets_the_gradient_of_its_two_uses(backend):
+    tokens = torch.randint(0, 40, (2, 33), generator=torch.Generator().manual_seed(0))
+    upstream = normal(2, 33, 24)
+
+    def gradient(tied, use):
+        weight = normal(50, 24).requires_grad_()
+        x, again = tied_embedding(tokens, weight, torch.float32) if tied else (kernels.embedding(tokens, weight), weight)
+        loss = use(x, again)
+        loss.backward(retain_graph=True)
+        loss.backward()  # what is added in place is nobody else's
+        return weight.grad
+
+    with runtime.use(backend=backend):
+        for use in (
+            lambda x, w: kernels.linear_cross_entropy(x, w, tokens),
+            lambda x, w: 2 * kernels.linear_cross_entropy(x, w, tokens, reduction="none").sum(),
+            lambda x, w: (x * upstream).sum(),
+            lambda x, w: kernels.linear_cross_entropy(upstream, w, tokens),
+            lambda x, w: (x * upstream).sum() + w.sum(),  # a gradient that is no matrix of its own
+        ):
+            found, expected = gradient(True, use), gradient(False, use)
+            assert found.layout == torch.strided and torch.equal(found, expected)
+        with torch.no_grad():
+            weight = normal(50, 24)
+            assert tied_embedding(tokens, weight, torch.float32)[1] is weight
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
