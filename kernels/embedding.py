@@ -50,11 +50,12 @@ class _Tied(torch.autograd.Function):
         (tokens,) = ctx.saved_tensors
         if dy is None:
             return None, dweight, None
-        if dweight is None or torch.is_grad_enabled() or not dweight.is_contiguous():
+        serving = _serving((ctx.num_rows, dy.shape[-1]), tokens, ctx.weight_dtype, dy.dtype)
+        backward_rows = getattr(serving, "backward_rows", None)  # Triton's kernels, interpreted, have none
+        if dweight is None or torch.is_grad_enabled() or not dweight.is_contiguous() or backward_rows is None:
             dense = _embedding_backward(dy, tokens, ctx.num_rows, ctx.weight_dtype)
             return None, dense if dweight is None else dense + dweight, None
-        serving = _serving((ctx.num_rows, dy.shape[-1]), tokens, ctx.weight_dtype, dy.dtype)
-        rows, values = serving.backward_rows(dy.contiguous(), tokens.long(), ctx.num_rows, ctx.weight_dtype)
+        rows, values = backward_rows(dy.contiguous(), tokens.long(), ctx.num_rows, ctx.weight_dtype)
         return None, dweight.index_add_(0, rows, values), None  # each row once: in no order
 
 

@@ -3,6 +3,7 @@
     python profiling/scaling.py                                      # 1..N cores, then 2 N, 64 and 1,741 threads
     python profiling/scaling.py --shapes gpt2 --precision bf16 --plot scaling.png
     python profiling/scaling.py --threads 1 2 --rounds 21
+    python profiling/scaling.py --parts                              # also: how each kernel of a step grows, and what lies outside of kernels
 
 For every number of threads a new model takes `--steps` steps; "same bits" says whether the SHA-256 of all its losses and weights is that of the
 first number. It ends with status 1 where one differs. Up to 2 N threads are timed interleaved; more are far slower than they could ever be useful, so
@@ -11,8 +12,10 @@ they are timed once, in the last of those steps.
 
 import argparse
 import hashlib
+import statistics
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from report import add_output_options, finish, interleaved, print_table, run
 from train import our_config
 
 from cllm import Model, TrainStep, runtime
+from cllm.runtime import profiler
 from cllm.runtime.errors import UserError
 
 OVERSUBSCRIBED = (64, 1741)
@@ -66,10 +70,41 @@ def timings(shape: Shape, precision: str, counts: list[int], rounds: int, batch:
     return interleaved({str(n): lambda n=n: timed(n) for n in counts}, rounds)
 
 
-def measure(shape: Shape, precision: str, counts: list[int], steps: int, rounds: int) -> list[dict[str, Any]]:
-    cores = runtime.device.usable_cores()
+OUTSIDE = "outside kernels"  # Python, autograd, and what torch itself computes
+
+
+def time_parts(shape: Shape, precision: str, counts: list[int], rounds: int) -> list[dict[str, Any]]:
+    """One row for each kernel, largest first, and one for what is outside: median seconds a step on each number of threads, interleaved."""
+    step, batch = new_step(shape, precision), make_batch(shape)
+    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    with runtime.progress.Stage(f"{shape.name} {precision}: timing the kernels of a step on {', '.join(map(str, counts))} threads"):
+        for turn in range(rounds + 1):
+            for threads in counts:
+                with runtime.use(threads=threads), profiler.record() as recording:
+                    start = time.perf_counter()
+                    step(*batch)
+                    whole = time.perf_counter() - start
+                if turn:  # the first is a warm-up
+                    seconds: dict[str, float] = defaultdict(float)
+                    for event in recording.kernels():
+                        seconds[event.name] += event.seconds
+                    seconds[OUTSIDE] = whole - sum(seconds.values())
+                    for name, value in seconds.items():
+                        found[name][threads].append(value)
+    medians = {name: {n: statistics.median(values[n]) for n in counts} for name, values in found.items()}
+    ordered = sorted(medians, key=lambda name: (name == OUTSIDE, -medians[name][counts[0]]))
+    return [{"shape": shape.name, "precision": precision, "part": name, "seconds": medians[name]} for name in ordered]
+
+
+def make_batch(shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     tokens, targets = (torch.randint(shape.vocab_size, (shape.batch_size, shape.seq_len), generator=generator) for _ in range(2))
+    return tokens, targets
+
+
+def measure(shape: Shape, precision: str, counts: list[int], steps: int, rounds: int) -> list[dict[str, Any]]:
+    cores = runtime.device.usable_cores()
+    tokens, targets = make_batch(shape)
     few = [n for n in counts if n <= 2 * cores]
     with runtime.progress.Stage(f"{shape.name} {precision}: timing {', '.join(map(str, few))} threads"):
         seconds = timings(shape, precision, few, rounds, (tokens, targets))
@@ -113,6 +148,7 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, help="these numbers of threads; the first is what the others are compared with")
     parser.add_argument("--steps", type=int, default=3, help="steps whose losses and weights are compared")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--parts", action="store_true", help="also time each kernel of a step on 1..N cores")
     add_output_options(parser)
     options = parser.parse_args()
     plots.check(options.plot)
@@ -122,15 +158,25 @@ def main() -> None:
     for count in counts:
         runtime.threads.checked(count, "--threads")
     rows: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []
+    few = [count for count in counts if count <= runtime.device.usable_cores()]
     for name in options.shapes:
         for precision in options.precision:
             rows += measure(SHAPES[name], precision, counts, options.steps, options.rounds)
+            if options.parts and few:
+                parts += time_parts(SHAPES[name], precision, few, options.rounds)
     print_table(
         ("shape", "precision", "threads", "ms a step", "tok/s", "speed-up", "efficiency", "same bits"),
         [(r["shape"], r["precision"], f"{r['threads']:,}", f"{1e3 * r['seconds']:.1f}", f"{r['tokens_per_second']:,.0f}", f"{r['speed_up']:.2f}",
           f"{100 * r['efficiency']:.0f} %", "yes" if r["same_bits"] else "NO") for r in rows],
     )
-    finish(options, rows, lambda path: draw(path, rows), threads=max(counts))
+    if parts:
+        print_table(
+            ("shape", "precision", "part", *(f"ms on {n}" for n in few), "speed-up"),
+            [(p["shape"], p["precision"], p["part"], *(f"{1e3 * p['seconds'][n]:.1f}" for n in few),
+              f"{p['seconds'][few[0]] / p['seconds'][few[-1]]:.2f}") for p in parts],
+        )
+    finish(options, rows + parts, lambda path: draw(path, rows), threads=max(counts))
     if not all(row["same_bits"] for row in rows):
         print("error: the number of threads changed the result; the rows marked NO have another SHA-256.", file=sys.stderr)
         sys.exit(1)

@@ -100,6 +100,17 @@ def tcp_bytes_sent():
     return sent
 
 
+def settled(read):
+    """What `read` gives once it gives the same twice, a little apart: on a busy machine what was handed to the kernel waits to be sent."""
+    found = read()
+    for _ in range(100):
+        time.sleep(0.05)
+        last, found = found, read()
+        if found == last:
+            break
+    return found
+
+
 def update_bytes(world, data, parallel, deterministic=False, shard_size=None):
     """Bytes that one update sends, and the sizes of the model: (bytes, parameters, parameters of a block, blocks)."""
     step, microbatches = step_of(world, data, parallel, deterministic, embed_dim=96, batch_size=8, shard_size=shard_size)
@@ -107,12 +118,13 @@ def update_bytes(world, data, parallel, deterministic=False, shard_size=None):
     block = sum(each.numel() for each in blocks[0].parameters())
     step.run(microbatches)
     world.sums([0.0])
-    before = tcp_bytes_sent()
+    before = settled(tcp_bytes_sent)
+    world.sums([0.0])
     for _ in range(4):
         step.run(microbatches)
     world.sums([0.0])
     # Connections of an earlier job may be closed at any time: only those that are open at the end count.
-    sent = sum(count - before.get(connection, 0) for connection, count in tcp_bytes_sent().items())
+    sent = sum(count - before.get(connection, 0) for connection, count in settled(tcp_bytes_sent).items())
     return sent / 4, sum(each.numel() for each in step.model.parameters()), block, len(blocks)
 
 

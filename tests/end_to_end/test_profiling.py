@@ -53,8 +53,11 @@ def test_a_script_prints_a_table_and_an_object(script, arguments, keys):
 def test_scaling_compares_the_bits_of_every_number_of_threads(tmp_path):
     pytest.importorskip("matplotlib", reason="the pictures need the extra [plot]")
     picture = tmp_path / "scaling.png"
-    done = run("scaling.py", "--shapes", "tiny", "--precision", "fp32", "--threads", "1", "3", "70", "--rounds", "1", "--plot", picture, "--json")
-    rows = json.loads(done.stdout.splitlines()[-1])
+    done = run("scaling.py", "--shapes", "tiny", "--precision", "fp32", "--threads", "1", "3", "70", "--rounds", "1", "--parts", "--plot", picture,
+               "--json")
+    found = json.loads(done.stdout.splitlines()[-1])
+    rows, parts = found[:3], {row["part"]: row["seconds"] for row in found[3:]}
+    assert {"matmul", "attention backward", "adamw", "outside kernels"} <= parts.keys() and all(each["1"] > 0 for each in parts.values())
     assert [row["threads"] for row in rows] == [1, 3, 70] and all(row.keys() >= SCALING for row in rows)
     assert len({row["sha256"] for row in rows}) == 1 and all(row["same_bits"] for row in rows)
     assert picture.read_bytes().startswith(b"\x89PNG")
