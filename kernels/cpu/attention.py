@@ -277,7 +277,7 @@ def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return attention_backward.backward(*args)
 
 
-_pack_kernel, _forward_kernel = Kernel(_pack), Kernel(_forward)
+_pack_kernel, _forward_kernel = Kernel(_pack), Kernel(_forward, dealt=True)
 
 
 class _Grid(NamedTuple):

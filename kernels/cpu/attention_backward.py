@@ -553,7 +553,7 @@ def _apart(p, f, task, worker):
         amx.stop()
 
 
-_prepare_kernel, _together_kernel, _apart_kernel = Kernel(_prepare), Kernel(_together), Kernel(_apart)
+_prepare_kernel, _together_kernel, _apart_kernel = Kernel(_prepare), Kernel(_together, dealt=True), Kernel(_apart, dealt=True)
 
 
 def _resident_bytes() -> int:

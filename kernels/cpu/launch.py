@@ -1,4 +1,4 @@
-"""One parallel loop for every CPU kernel: tasks of a fixed grid, dealt to any number of workers.
+"""One parallel loop for every CPU kernel: tasks of a fixed grid, shared out to any number of workers.
 
 A kernel is a function body(p, f, task, worker): it computes one task of the grid, reading integers (addresses, sizes,
 strides) from p and scalars from f. It is compiled once for all dtypes: whether an address holds float32 or bfloat16 is
@@ -110,18 +110,25 @@ def _run_alone(entry, p, f, tasks):
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
-def _run_workers(entry, p, f, tasks, workers):
+def _run_workers(entry, p, f, tasks, workers, dealt):
     ints, floats = p.ctypes.data, f.ctypes.data
     for worker in numba.prange(workers):
-        for task in range(worker, tasks, workers):
+        first, end, step = worker * tasks // workers, (worker + 1) * tasks // workers, 1
+        if dealt:
+            first, end, step = worker, tasks, workers
+        for task in range(first, end, step):
             _call(entry, ints, floats, task, worker)
 
 
 class Kernel:
-    """A task function, compiled (or read from the cache on disk) at its first launch."""
+    """A task function, compiled (or read from the cache on disk) at its first launch.
 
-    def __init__(self, body: Callable[..., None]):
-        self.body = body
+    Each worker gets its tasks in one piece, so that it reads and writes memory in order and what it prefetches is its own; `dealt` shares them
+    out in turn, where some are longer than others.
+    """
+
+    def __init__(self, body: Callable[..., None], dealt: bool = False):
+        self.body, self.dealt = body, dealt
         self._entry = 0
         self._compiled: Any = None
         self._lock = threading.Lock()
@@ -144,7 +151,7 @@ class Kernel:
             _run_alone(self.entry(), p, f, tasks)
         else:
             threads.numba_workers(workers)
-            _run_workers(self.entry(), p, f, tasks, workers)
+            _run_workers(self.entry(), p, f, tasks, workers, self.dealt)
 
 
 def num_workers(op: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, work: float) -> int:

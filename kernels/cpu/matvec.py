@@ -324,7 +324,7 @@ def _launch(p, f, task, worker):
         gemm.tiles_off()
 
 
-kernel = Kernel(_launch)
+kernel = Kernel(_launch, dealt=True)
 
 
 # ---- on the Python side ----------------------------------------------------------------------------------------------
