@@ -81,6 +81,10 @@ class Weights(nn.Module):
         """The weight as (out, in)."""
         return self.weight
 
+    def inputs_first(self) -> Tensor:
+        """The weight as (in, out)."""
+        return self.weight.T
+
     def quantize_(self) -> None:
         """The weight becomes int8; it cannot be trained or saved any more."""
         self.quantized = quantize(self.outputs_first())
@@ -100,12 +104,15 @@ class Conv1D(Weights):
     def outputs_first(self) -> Tensor:
         return self.weight.T
 
+    def inputs_first(self) -> Tensor:
+        return self.weight
+
 
 def linear(x: Tensor, weights: Weights) -> Tensor:
     """x (..., in) -> (..., out)."""
     if weights.quantized is not None:
         return quantized_matmul(x, weights.quantized, weights.bias)
-    return kernels.matmul(x, weights.outputs_first().T, weights.bias)
+    return kernels.matmul(x, weights.inputs_first(), weights.bias)
 
 
 class LlamaAttention(nn.Module):

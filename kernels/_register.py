@@ -146,31 +146,33 @@ def operation(
             return operator
 
         def call(*args: Any) -> Any:
-            return operator(*args) if _needs_gradient(args) or _is_observed(args) else function(*args)
+            return operator(*args) if _is_observed(args) else function(*args)
 
         return call
 
     return make
 
 
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype))
-
-
-def _needs_gradient(args: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN_TYPES = _TENSORS | {type(None), bool, int, float, str, torch.dtype}
 
 
 def _is_observed(args: tuple[Any, ...]) -> bool:
-    """Whether anything but the implementation has to see this call: a compiler, a dispatch mode, a transform, a profiler, a tensor subclass.
+    """Whether anything but the implementation has to see this call: autograd, a compiler, a dispatch mode, a transform, a profiler, a tensor
+    subclass.
 
-    Where no gradient is wanted nothing else does, as in the backward pass and in generation; going past the dispatcher then halves the cost of
-    a small call.
+    In the backward pass and in generation nothing else does; going past the dispatcher then halves the cost of a small call.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     if torch.autograd._profiler_enabled():  # which shows operators by their names
         return True
-    return any(type(arg) not in _PLAIN_TYPES or (isinstance(arg, Tensor) and arg.is_meta) for arg in args)
+    differentiated = torch.is_grad_enabled()
+    for arg in args:
+        kind = type(arg)
+        if kind not in _PLAIN_TYPES or (kind in _TENSORS and (arg.is_meta or (differentiated and arg.requires_grad))):
+            return True
+    return False
 
 
 def tensor_or_empty(value: Tensor | None, like: Tensor) -> Tensor:

@@ -182,7 +182,7 @@ class _Table:
 
 def _dense(t: Tensor) -> Tensor:
     """The elements in memory order, or a contiguous copy where there are holes."""
-    return t.detach().contiguous()
+    return t if t.is_contiguous() else t.detach().contiguous()
 
 
 def statistics(grads: list[Tensor]) -> Tensor:
@@ -227,6 +227,6 @@ def step(
     _update_kernel(blocks, workers, ints, (clip, learning_rate / correction1, beta1, beta2, eps, root_correction2))
     for originals, updated in zip((params, exp_avgs, exp_avg_sqs), states):
         for original, dense in zip(originals, updated):
-            if original.data_ptr() != dense.data_ptr():
+            if original is not dense:
                 original.detach().copy_(dense)
     return stats

@@ -56,6 +56,11 @@ class _Weights:
             gemm_activated(rows, self.up, Epilogue(ACTIVATE, activation, hidden, z), keep=up, bias=self.b_up, workers=self.workers)
 
 
+def _piece(t: torch.Tensor, block: slice) -> torch.Tensor:
+    """A block of rows; all of them without a view, which costs microseconds."""
+    return t if block.stop - block.start == t.shape[0] else t[block]
+
+
 def forward(
     x: torch.Tensor, w_gate: torch.Tensor | None, w_up: torch.Tensor, w_down: torch.Tensor, activation: str,
     b_up: torch.Tensor | None, b_down: torch.Tensor | None, keep: bool,
@@ -72,9 +77,9 @@ def forward(
     all_up = torch.empty_like(all_z) if all_z is not None and w_gate is not None else None
     for block in blocks:
         hidden = torch.empty((block.stop - block.start, hidden_size), dtype=x.dtype)
-        z = all_z[block] if all_z is not None else None if w_gate is None else torch.empty_like(hidden)
-        weights.activate(rows[block], activation, hidden, z, None if all_up is None else all_up[block])
-        gemm(hidden, down, out=y[block], bias=b_down, compute=x.dtype, workers=workers)
+        z = _piece(all_z, block) if all_z is not None else None if w_gate is None else torch.empty_like(hidden)
+        weights.activate(_piece(rows, block), activation, hidden, z, None if all_up is None else _piece(all_up, block))
+        gemm(hidden, down, out=_piece(y, block), bias=b_down, compute=x.dtype, workers=workers)
     return y.view(*x.shape[:-1], w_down.shape[0]), all_z, all_up
 
 
@@ -123,21 +128,21 @@ def backward(
         if bias is not None:
             sums[name] = _Sum(bias, count)
     for block in blocks:
-        part, dpart = rows[block], drows[block]
+        part, dpart = _piece(rows, block), _piece(drows, block)
         hidden, dz = (torch.empty((part.shape[0], hidden_size), dtype=dtype) for _ in range(2))
         dup = None if w_gate is None else torch.empty_like(hidden)
         if kept_z is None:
             z, up = torch.empty_like(hidden), None if w_gate is None else torch.empty_like(hidden)
             weights.activate(part, activation, hidden, z, up)
         else:
-            z, up = kept_z[block], None if kept_up is None else kept_up[block]
+            z, up = _piece(kept_z, block), None if kept_up is None else _piece(kept_up, block)
         gemm_activated(dpart, down_back, Epilogue(DIFFERENTIATE, activation, hidden, z, up, dz, dup), workers=workers)
         if dup is None:
             dup = dz
-            gemm(dup, up_back, out=dx[block], compute=dtype, workers=workers)
+            gemm(dup, up_back, out=_piece(dx, block), compute=dtype, workers=workers)
         else:
             by_up = gemm(dup, up_back, out_dtype=torch.float32, compute=dtype, workers=workers)
-            gemm(dz, gate_back, out=dx[block], add=by_up, compute=dtype, workers=workers)
+            gemm(dz, gate_back, out=_piece(dx, block), add=by_up, compute=dtype, workers=workers)
             sums["gate"].add(dz.t(), part, workers)
         sums["up"].add(dup.t(), part, workers)
         sums["down"].add(dpart.t(), hidden, workers)

@@ -683,9 +683,10 @@ def _sum_parts(
         bias = bias.to(torch.float32).contiguous()
     for index, (k0, num_k) in enumerate(parts):
         last = index == len(parts) - 1
+        whole = len(parts) == 1  # a view costs microseconds
         _part(
-            a[:, k0 : k0 + num_k],
-            b.address(index) if isinstance(b, Packed) else b[k0 : k0 + num_k],
+            a if whole else a[:, k0 : k0 + num_k],
+            b.address(index) if isinstance(b, Packed) else b if whole else b[k0 : k0 + num_k],
             b.shape[1],
             out if last else total,
             total if index > 0 else add,

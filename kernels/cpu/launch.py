@@ -120,6 +120,9 @@ def _run_workers(entry, p, f, tasks, workers, dealt):
             _call(entry, ints, floats, task, worker)
 
 
+_NO_FLOATS = np.zeros(1)
+
+
 class Kernel:
     """A task function, compiled (or read from the cache on disk) at its first launch.
 
@@ -141,11 +144,11 @@ class Kernel:
                     self._entry = self._compiled.address
         return self._entry
 
-    def __call__(self, tasks: int, workers: int, ints: Sequence[int], floats: Sequence[float] = (0.0,)) -> None:
+    def __call__(self, tasks: int, workers: int, ints: Sequence[int], floats: Sequence[float] = ()) -> None:
         """Run body(p, f, task, worker) for every task < tasks; the caller keeps the memory behind addresses alive."""
         if tasks <= 0:
             return
-        p, f = np.array(ints, np.int64), np.array(floats, np.float64)
+        p, f = np.array(ints, np.int64), np.array(floats, np.float64) if floats else _NO_FLOATS
         workers = min(workers, tasks)
         if workers <= 1:
             _run_alone(self.entry(), p, f, tasks)
@@ -185,8 +188,16 @@ def is_half(t: torch.Tensor) -> int:
 
 def as_rows(t: torch.Tensor) -> torch.Tensor:
     """(..., E) -> (N, E) with the last dimension contiguous; a copy only where no view can do it."""
-    rows = t.detach().reshape(-1, t.shape[-1]) if t.numel() else t.detach().new_empty((0, t.shape[-1]))
+    if t.dim() == 2:
+        rows = t
+    else:
+        rows = t.detach().reshape(-1, t.shape[-1]) if t.numel() else t.detach().new_empty((0, t.shape[-1]))
     return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
+
+
+def dense(t: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where it is contiguous: even a view that changes nothing costs a microsecond."""
+    return t if t.is_contiguous() else t.detach().contiguous()
 
 
 def row_bytes(rows: torch.Tensor) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from cllm.kernels.cpu.launch import (
     Kernel,
     as_rows,
+    dense,
     float32_at,
     inline,
     is_half,
@@ -210,8 +211,8 @@ def _norm(
     mean = torch.empty_like(rstd) if op == "layer_norm" else None
     if x.numel():
         rows, added = as_rows(x), None if residual is None else as_rows(residual)
-        weight = weight.detach().contiguous()
-        bias = None if bias is None else bias.detach().contiguous()
+        weight = dense(weight)
+        bias = None if bias is None else dense(bias)
         row = rows.shape[1] * y.element_size()  # of y and h
         _forward_kernel(
             -(-rows.shape[0] // ROWS_PER_TASK),
@@ -233,8 +234,8 @@ def _norm_backward(
     if not h.numel():
         return dx, dweight, dbias
     g, rows, also = as_rows(dy), as_rows(h), None if dh is None else as_rows(dh)
-    weight = weight.detach().contiguous()
-    rstd, mean = rstd.contiguous(), None if mean is None else mean.contiguous()
+    weight, rstd = dense(weight), dense(rstd)
+    mean = None if mean is None else dense(mean)
     num_rows, columns = rows.shape
     block_rows = rows_per_block(num_rows, ROWS_PER_TASK)
     num_blocks = -(-num_rows // block_rows)
