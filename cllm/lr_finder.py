@@ -21,6 +21,7 @@ NUM_UPDATES, LOWEST, HIGHEST = 100, 1e-6, 1.0
 SMOOTHING = 0.9  # weight of the past in the smoothed loss: batches differ more than one update changes
 DIVERGED = 1.3  # times the lowest smoothed loss
 SLOPE = 5  # updates to each side between which a slope is taken
+MARGIN = 4.0  # how far below the rate of the lowest loss the suggestion lies at least
 _TABLE_ROWS, _BAR = 24, 40
 
 
@@ -40,11 +41,12 @@ class LearningRates:
 
     @property
     def suggestion(self) -> float:
-        """A learning rate to begin with, to two digits: that at which the smoothed loss fell fastest. Not a part of that of the lowest loss: with
-        clipped gradients a ruined model still learns how frequent each token is, and its loss may fall up to the highest rate tried."""
+        """A learning rate to begin with, to two digits: that at which the smoothed loss fell fastest, and at most a quarter of that of the lowest
+        loss. The latter alone is no guide: with clipped gradients a ruined model still learns how frequent each token is, and its loss may fall up
+        to the highest rate tried."""
         last = len(self.rates) - 1
         falls = [self.smoothed[max(0, i - SLOPE)] - self.smoothed[min(last, i + SLOPE)] for i in range(last + 1)]
-        return float(f"{self.rates[falls.index(max(falls))]:.1e}")
+        return float(f"{min(self.rates[falls.index(max(falls))], self.lowest / MARGIN):.1e}")
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -8,7 +8,7 @@ import pytest
 
 from cllm.config import ModelConfig
 from cllm.data import prepare
-from cllm.lr_finder import HIGHEST, LOWEST, NUM_UPDATES, LearningRates, as_rows, draw, find_learning_rate
+from cllm.lr_finder import HIGHEST, LOWEST, MARGIN, NUM_UPDATES, LearningRates, as_rows, draw, find_learning_rate
 from cllm.model import Model
 from cllm.runtime.errors import UserError
 from cllm.train_config import TrainConfig
@@ -34,7 +34,7 @@ def test_a_rate_from_the_falling_part_is_suggested(dataset, optimizer):
     found = find(dataset, optimizer=optimizer)
     assert found.rates[0] == LOWEST and all(b / a == pytest.approx(10 ** (6 / 99)) for a, b in zip(found.rates, found.rates[1:]))
     assert len(found.rates) == len(found.losses) == len(found.smoothed) <= NUM_UPDATES
-    assert LOWEST < found.suggestion < found.lowest < HIGHEST
+    assert LOWEST < found.suggestion < found.lowest < HIGHEST and found.suggestion <= found.lowest / MARGIN * 1.05
     assert found.losses[0] == pytest.approx(math.log(dataset.tokenizer.vocab_size), rel=0.1)  # nats of an untrained model
     at = [found.smoothed[min(range(len(found.rates)), key=lambda i: abs(math.log(found.rates[i] / rate)))] for rate in (LOWEST, found.suggestion)]
     assert at[1] < 0.9 * at[0]  # it has learnt by then
