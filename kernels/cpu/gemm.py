@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from cllm.kernels.cpu import activation, micro, pack
+from cllm.kernels.cpu.launch import share
 from cllm.kernels.cpu.micro import BLOCK_BYTES, HAS_TILES, MR, NV, WORD, make_micro, make_tile_micro, make_writing_micro, prefetch
 from cllm.kernels.cpu.pack import pack_lines, pack_strip
 from cllm.kernels.cpu.simd import HAS_PAIRS, W, vadd, vload, vload_masked, vstore, vstore_bf16, vstore_bf16_masked, vstore_masked
@@ -448,8 +449,11 @@ def _run_alone(p):
 def _run_workers(p, workers):
     for stage in range(2):  # one loop for both, so that what it calls is compiled once
         tasks = _tasks(stage, p)
+        # Tiles in one piece: a worker's rows of A stay in its caches. In turn where A is read as it lies, and for packing (both measured).
+        dealt = stage == PACK or p[A_IN_PLACE] != 0
         for worker in numba.prange(workers):
-            for task in range(worker, tasks, workers):
+            first, end, step = share(tasks, worker, workers, dealt)
+            for task in range(first, end, step):
                 _task(stage, p, task, worker)
 
 

@@ -103,6 +103,14 @@ def copy_bytes(tc, target, source, count):
     return types.void(types.int64, types.int64, types.int64), codegen
 
 
+@inline
+def share(tasks, worker, workers, dealt):
+    """(first, end, step) of a worker's tasks: one piece, or dealt in turn."""
+    if dealt:
+        return worker, tasks, workers
+    return worker * tasks // workers, (worker + 1) * tasks // workers, 1
+
+
 @numba.njit(cache=True, nogil=True)
 def _run_alone(entry, p, f, tasks):
     for task in range(tasks):
@@ -113,9 +121,7 @@ def _run_alone(entry, p, f, tasks):
 def _run_workers(entry, p, f, tasks, workers, dealt):
     ints, floats = p.ctypes.data, f.ctypes.data
     for worker in numba.prange(workers):
-        first, end, step = worker * tasks // workers, (worker + 1) * tasks // workers, 1
-        if dealt:
-            first, end, step = worker, tasks, workers
+        first, end, step = share(tasks, worker, workers, dealt)
         for task in range(first, end, step):
             _call(entry, ints, floats, task, worker)
 
