@@ -44,8 +44,8 @@ PACK_BYTES = 32 << 20  # packed copies of A and of B are kept below this, each
 # Fields of the parameter block that the kernels read (int64; addresses and strides in bytes unless said).
 (KERNEL, ROWS, COLUMNS, DEPTH, BLOCK, A, A_STRIP, A_ROW, A_K, A_MODE, A_PACKED, B, B_STRIP, B_COLUMN, B_K, B_MODE,
  B_PACKED, B_READY, OUT, OUT_ROW, OUT_HALF, OLD, OLD_ROW, BIAS, DIRECT, TILE_R, TILE_C, SCRATCH,
- SCRATCH_STRIDE, CONFIG, GROUP_A, GROUP_B, TASKS_A, TASKS_B, NUM_TILES, A_IN_PLACE,
- WHAT, ACTIVATION, HIDDEN, Z, UP, DZ, DUP, HIDDEN_ROW, NUM_FIELDS) = range(45)  # fmt: skip
+ SCRATCH_STRIDE, CONFIG, GROUP_A, GROUP_B, TASKS_A, TASKS_B, NUM_TILES, A_IN_PLACE, DEALT,
+ WHAT, ACTIVATION, HIDDEN, Z, UP, DZ, DUP, HIDDEN_ROW, NUM_FIELDS) = range(46)  # fmt: skip
 _CODE = {FP32: 0, WIDENED: 0, PAIRS: 1, TILES: 2}
 
 _micro_1, _micro_2, _micro_n = make_micro(MR, 1), make_micro(MR, min(2, NV)), make_micro(MR, NV)
@@ -449,8 +449,7 @@ def _run_alone(p):
 def _run_workers(p, workers):
     for stage in range(2):  # one loop for both, so that what it calls is compiled once
         tasks = _tasks(stage, p)
-        # Tiles in one piece: a worker's rows of A stay in its caches. In turn where A is read as it lies, and for packing (both measured).
-        dealt = stage == PACK or p[A_IN_PLACE] != 0
+        dealt = stage == PACK or p[DEALT] != 0
         for worker in numba.prange(workers):
             first, end, step = share(tasks, worker, workers, dealt)
             for task in range(first, end, step):
@@ -742,6 +741,8 @@ def _block_plan(
     p[TILE_R], p[TILE_C], p[NUM_TILES] = tile_rows, tile_columns, tiles
     # Whole tiles of bfloat16 rows are loaded from where they lie.
     p[A_IN_PLACE] = kernel == TILES and a_dtype == torch.bfloat16 and a_stride[1] == 1 and rows % W == 0 and depth % (2 * W) == 0
+    # Tiles in one piece, so that a worker's rows of A stay in its caches; in turn where A is read as it lies, and where B is large: both measured.
+    p[DEALT] = p[A_IN_PLACE] or -(-columns // W) * strip > PACK_BYTES
     if pack_a and not p[A_IN_PLACE]:
         p[GROUP_A] = group = _group(rows, workers)
         p[TASKS_A] = -(-rows // (group * W))
