@@ -30,8 +30,8 @@ def tied_embedding(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[
     On a CPU the gradient of that projection takes in the gradients of the rows that were looked up, in place. Autograd would make a second
     matrix (V, E) of zeros and a few rows, and add the two.
     """
-    eager = weight.device.type == "cpu" and torch.is_grad_enabled() and weight.requires_grad and not torch.compiler.is_compiling()
-    if not eager or type(weight.detach()) is not Tensor:
+    eager = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None and type(weight.detach()) is Tensor
+    if not eager or weight.device.type != "cpu" or not torch.is_grad_enabled() or not weight.requires_grad:
         return embedding(tokens, weight, dtype), weight
     found: tuple[Tensor, Tensor] = _Tied.apply(tokens, weight, dtype)
     return found

@@ -13,7 +13,7 @@ from numba import types
 from numba.extending import models, register_model
 from torch import Tensor
 
-from cllm.kernels.cpu.launch import FANOUT, Kernel, float32_at, int64_at, is_half, load, load_whole, num_workers, store
+from cllm.kernels.cpu.launch import FANOUT, Kernel, dense, float32_at, int64_at, is_half, load, load_whole, num_workers, store
 from cllm.kernels.cpu.micro import prefetch_l1
 from cllm.kernels.cpu.simd import (
     W,
@@ -180,14 +180,9 @@ class _Table:
         self.block_tensor = np.repeat(np.arange(len(params), dtype=np.int64), counts)
 
 
-def _dense(t: Tensor) -> Tensor:
-    """The elements in memory order, or a contiguous copy where there are holes."""
-    return t if t.is_contiguous() else t.detach().contiguous()
-
-
 def statistics(grads: list[Tensor]) -> Tensor:
     """float32 [norm, max |g|, count of non-finite]."""
-    gradients = [_dense(t) for t in grads]
+    gradients = [dense(t) for t in grads]
     table = _Table(gradients, gradients, gradients, gradients)
     squares, largest, nonfinite = (np.zeros(table.num_blocks) for _ in range(3))
     ints = (table.rows.ctypes.data, table.block_tensor.ctypes.data, squares.ctypes.data, largest.ctypes.data, nonfinite.ctypes.data)
@@ -203,8 +198,8 @@ def step(
     max_norm: float, skip_nonfinite: bool,
 ) -> Tensor:  # fmt: skip
     """Update all tensors in place; returns float32 [gradient norm before clipping, max |g|, count of non-finite]."""
-    states = [[_dense(t) for t in tensors] for tensors in (params, exp_avgs, exp_avg_sqs)]
-    gradients = [_dense(t) for t in grads]
+    states = [[dense(t) for t in tensors] for tensors in (params, exp_avgs, exp_avg_sqs)]
+    gradients = [dense(t) for t in grads]
     table = _Table(states[0], gradients, states[1], states[2])
     blocks = table.num_blocks
     squares, largest, nonfinite = np.zeros(blocks), np.zeros(blocks), np.zeros(blocks)
@@ -226,7 +221,7 @@ def step(
     correction1, root_correction2 = 1.0 - beta1**step, math.sqrt(1.0 - beta2**step)
     _update_kernel(blocks, workers, ints, (clip, learning_rate / correction1, beta1, beta2, eps, root_correction2))
     for originals, updated in zip((params, exp_avgs, exp_avg_sqs), states):
-        for original, dense in zip(originals, updated):
-            if original is not dense:
-                original.detach().copy_(dense)
+        for original, copied in zip(originals, updated):
+            if original is not copied:
+                original.detach().copy_(copied)
     return stats
