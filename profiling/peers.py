@@ -35,6 +35,13 @@ class Shape:
         return self.batch_size * self.seq_len
 
 
+def make_batch(shape: Shape) -> tuple[Tensor, Tensor]:
+    """Random tokens and targets (B, T), the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, targets = (torch.randint(shape.vocab_size, (shape.batch_size, shape.seq_len), generator=generator) for _ in range(2))
+    return tokens, targets
+
+
 SHAPES = {
     shape.name: shape
     for shape in (

@@ -21,7 +21,7 @@ from typing import Any
 
 import plots
 import torch
-from peers import SHAPES, Shape
+from peers import SHAPES, Shape, make_batch
 from report import add_output_options, finish, interleaved, print_table, run
 from train import our_config
 
@@ -94,12 +94,6 @@ def time_parts(shape: Shape, precision: str, counts: list[int], rounds: int) -> 
     medians = {name: {n: statistics.median(values[n]) for n in counts} for name, values in found.items()}
     ordered = sorted(medians, key=lambda name: (name == OUTSIDE, -medians[name][counts[0]]))
     return [{"shape": shape.name, "precision": precision, "part": name, "seconds": medians[name]} for name in ordered]
-
-
-def make_batch(shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    tokens, targets = (torch.randint(shape.vocab_size, (shape.batch_size, shape.seq_len), generator=generator) for _ in range(2))
-    return tokens, targets
 
 
 def measure(shape: Shape, precision: str, counts: list[int], steps: int, rounds: int) -> list[dict[str, Any]]:

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import plots
-import torch
-from peers import SHAPES, Shape
+from peers import SHAPES, Shape, make_batch
 from report import add_output_options, finish, percent, print_table, provenance, run
 from roofline import cost
 from train import our_config
@@ -93,8 +92,7 @@ def mark_stages(step: TrainStep) -> None:
 
 
 def record(shape: Shape, precision: str, steps: int) -> profiler.Recording:
-    generator = torch.Generator().manual_seed(0)
-    tokens, targets = (torch.randint(shape.vocab_size, (shape.batch_size, shape.seq_len), generator=generator) for _ in range(2))
+    tokens, targets = make_batch(shape)
     step = TrainStep(Model(our_config(shape), seed=0), precision=precision, learning_rate=1e-3, grad_clip=1.0)
     with runtime.progress.Stage(f"{shape.name} {precision}: warming up"):
         for _ in range(2):
