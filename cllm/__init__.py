@@ -3,38 +3,32 @@
 Names are loaded on first use, so that `import cllm` compiles nothing and starts nothing.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cllm._lazy import exports
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Model": "cllm.model",
-    "ModelConfig": "cllm.config",
-    "Tokenizer": "cllm.tokenizer",
-    "Trainer": "cllm.train",
-    "TrainConfig": "cllm.train_config",
-    "TrainStep": "cllm.step",
-    "load": "cllm.checkpoint",
-    "save": "cllm.checkpoint",
+    "Model": "cllm.model.model",
+    "ModelConfig": "cllm.config.model",
+    "Tokenizer": "cllm.data.tokens.tokenizer",
+    "Trainer": "cllm.train.trainer",
+    "TrainConfig": "cllm.config.train",
+    "TrainStep": "cllm.train.step",
+    "load": "cllm.checkpoint.store",
+    "save": "cllm.checkpoint.store",
 }
 __all__ = ["Model", "ModelConfig", "Tokenizer", "TrainConfig", "TrainStep", "Trainer", "load", "save"]
 
 if TYPE_CHECKING:
-    from cllm.checkpoint import load, save
-    from cllm.config import ModelConfig
-    from cllm.model import Model
-    from cllm.step import TrainStep
-    from cllm.tokenizer import Tokenizer
-    from cllm.train import Trainer
-    from cllm.train_config import TrainConfig
+    from cllm.checkpoint.store import load, save
+    from cllm.config.model import ModelConfig
+    from cllm.config.train import TrainConfig
+    from cllm.data.tokens.tokenizer import Tokenizer
+    from cllm.model.model import Model
+    from cllm.train.step import TrainStep
+    from cllm.train.trainer import Trainer
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'cllm' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+__getattr__, __dir__ = exports(__name__, _HOME)

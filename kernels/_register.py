@@ -45,11 +45,11 @@ class _Backend(NamedTuple):
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _BACKENDS = {
-    "numba": _Backend("cllm.kernels.cpu", ("cpu",), 100),
-    "triton": _Backend("cllm.kernels.gpu", ("cuda",), 100),
-    "gluon": _Backend("cllm.kernels.gpu.hopper", ("cuda",), 90),
-    "sdpa": _Backend("cllm.kernels.gpu.library", ("cuda",), 80),
-    "torch": _Backend("cllm.kernels.reference", ("cpu", "cuda", "mps", "xpu"), 0),
+    "numba": _Backend("cllm.kernels.numba", ("cpu",), 100),
+    "triton": _Backend("cllm.kernels.triton", ("cuda",), 100),
+    "gluon": _Backend("cllm.kernels.gluon", ("cuda",), 90),
+    "sdpa": _Backend("cllm.kernels.sdpa", ("cuda",), 80),
+    "torch": _Backend("cllm.kernels.torch", ("cpu", "cuda", "mps", "xpu"), 0),
 }
 
 if _INTERPRETED:  # Triton then runs on the CPU, for whoever asks for it by name: slow, and exact enough to test every kernel

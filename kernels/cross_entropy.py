@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cllm.kernels._register import backend, check_floating, check_integer_range, operation, stats_dtype
-from cllm.kernels.reference import as_rows, fixed_order_sum
+from cllm.kernels.torch import as_rows, fixed_order_sum
 from cllm.runtime.errors import UserError
 
 REDUCTIONS = ("mean", "sum", "none")

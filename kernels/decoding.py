@@ -78,6 +78,6 @@ def make_decoder(stack: Stack, keys: Sequence[Tensor], values: Sequence[Tensor],
     shapes = ((batch, 1, heads, stack.head_dim), (batch, num_keys, keys[0].shape[2], stack.head_dim))
     if runtime.plan("attention", shapes, dtype, keys[0].device.type, 1.0).backend != "numba":
         return None
-    from cllm.kernels.cpu import decoding
+    from cllm.kernels.numba import decoding
 
     return decoding.Decoder(stack, keys, values, dtype) if batch <= decoding.MOST_ROWS else None

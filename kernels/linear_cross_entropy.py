@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cllm.kernels._register import backend, check_floating, check_integer_range, check_weight, operation, stats_dtype
 from cllm.kernels.cross_entropy import check_loss, num_valid, reduced, row_gradients
-from cllm.kernels.reference import as_rows
+from cllm.kernels.torch import as_rows
 from cllm.runtime.errors import UserError
 
 

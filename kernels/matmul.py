@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from cllm.kernels._register import backend, check_floating, check_weight, operation
-from cllm.kernels.reference import as_rows
+from cllm.kernels.torch import as_rows
 from cllm.runtime.errors import UserError
 
 

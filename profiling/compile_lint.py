@@ -17,11 +17,11 @@ import report
 
 def main() -> None:
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
-    from cllm.kernels.gpu import inspection
+    from cllm.kernels.triton import inspection
     from cllm.runtime.gpu import DESCRIBED
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modules", nargs="*", help=f"files of kernels/gpu: {', '.join(inspection.MODULES)} (default: all)")
+    parser.add_argument("modules", nargs="*", help=f"files of kernels/triton: {', '.join(inspection.MODULES)} (default: all)")
     parser.add_argument("--gpu", action="append", choices=list(DESCRIBED), help="may be given again (default: all)")
     names = [str(dtype).removeprefix("torch.") for dtype in inspection.DTYPES]
     parser.add_argument("--dtype", action="append", choices=names, help="may be given again (default: all)")

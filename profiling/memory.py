@@ -101,7 +101,7 @@ def measure(name: str, precision: str, threads: int | None) -> dict[str, Any]:
     from peers import SHAPES
     from train import our_config
 
-    from cllm.memory import predict
+    from cllm.model.memory import predict
 
     shape = SHAPES[name]
     ours, peer = (in_own_process(who, name, precision, threads) for who in ("cllm", "pytorch"))

@@ -54,8 +54,8 @@ def _l1_loops(threads: int) -> dict[str, tuple[dict[str, int], float]]:
     """For each micro-kernel: (instructions of its loop, GFLOP/s on `threads` cores out of the L1 cache)."""
     import numba
 
-    from cllm.kernels.cpu import gemm, micro
-    from cllm.kernels.cpu.simd import W
+    from cllm.kernels.numba import gemm, micro
+    from cllm.kernels.numba.simd import W
 
     mr, nv, words = micro.MR, micro.NV, gemm.BLOCK_WORDS
     micro_n, tile_22 = gemm._micro_n, gemm._tile_22 if micro.HAS_TILES else None
@@ -110,7 +110,7 @@ def main() -> None:
     options = parser.parse_args()
     plots.check(options.plot)
     from cllm import runtime
-    from cllm.kernels.cpu.gemm import Packed, gemm, kernel_for
+    from cllm.kernels.numba.gemm import Packed, gemm, kernel_for
     from cllm.runtime.plan import use
 
     threads = options.threads or runtime.device.usable_cores()

@@ -21,12 +21,12 @@ from report import add_output_options, finish, print_table, run
 from train import our_config
 
 from cllm import Model, TrainStep, runtime
-from cllm.checkpoint import CheckpointStore, weights_of
-from cllm.checkpoint_writer import CheckpointWriter
-from cllm.layer_stats import LayerStats
-from cllm.metrics import BOARD_EVERY, Metrics
-from cllm.microbatch import Microbatch
-from cllm.train_config import TrainConfig
+from cllm.checkpoint.store import CheckpointStore, weights_of
+from cllm.checkpoint.writer import CheckpointWriter
+from cllm.config.train import TrainConfig
+from cllm.data.tokens.batch import Microbatch
+from cllm.monitor.layers import LayerStats
+from cllm.monitor.metrics import BOARD_EVERY, Metrics
 
 
 class Stepper:

@@ -18,7 +18,7 @@ import itertools
 import json
 from dataclasses import asdict, dataclass
 
-from cllm.config import ModelConfig
+from cllm.config.model import ModelConfig
 from cllm.runtime import tree
 
 FLOAT = 4  # bytes
@@ -37,7 +37,7 @@ class Sizes:
     def of(cls, config: ModelConfig) -> Sizes:
         import torch
 
-        from cllm.model import Model
+        from cllm.model.model import Model
 
         with torch.device("meta"):
             model = Model(config)

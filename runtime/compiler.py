@@ -72,7 +72,7 @@ def _version(name: str) -> str:
 @lru_cache(maxsize=1)
 def _kernel_sources() -> str:
     """A digest of the CPU kernels' sources: numba itself watches only the file of the function that it loads, not those that it calls."""
-    folder = Path(__file__).resolve().parents[1] / "kernels" / "cpu"
+    folder = Path(__file__).resolve().parents[1] / "kernels" / "numba"
     return tuning.digest(*(path.read_text("utf-8") for path in sorted(folder.glob("*.py"))))
 
 

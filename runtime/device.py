@@ -1,12 +1,20 @@
 """What this machine has. Every number is read from the machine, none is assumed; what cannot be read is None or 0 and said so."""
 
+from __future__ import annotations
+
+import importlib.util
 import os
 import platform
 import sys
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from cllm.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,7 @@ def gpus() -> list[Device]:
     """GPUs that torch can use; none where torch was built without them."""
     import torch
 
+
     if not torch.cuda.is_available():
         return []
     found = []
@@ -141,3 +150,49 @@ def available_memory() -> int:
 
 def operating_system() -> str:
     return f"{platform.system()} {platform.release()} ({platform.machine()}), Python {sys.version.split()[0]}"
+
+
+# -- where a model runs ----------------------------------------------------------------------------------------------------
+
+CHOICES = ("auto", "cpu", "cuda")
+
+
+def resolve(asked: str) -> tuple[torch.device, str]:
+    """The device for "auto", "cpu" or "cuda", and why. Of several GPUs the one with the most free memory; CUDA_VISIBLE_DEVICES narrows the choice.
+
+    Raises UserError for a GPU that is asked for and cannot be used.
+    """
+    if asked not in CHOICES:
+        raise UserError(f"device must be one of {', '.join(CHOICES)}, got {asked!r}. Choose among GPUs with CUDA_VISIBLE_DEVICES.")
+    import torch
+
+    if asked == "cpu":
+        return torch.device("cpu"), "asked for"
+    obstacle = _obstacle()
+    if obstacle:
+        if asked == "cuda":
+            raise UserError(f"--device cuda: {obstacle}. Use --device cpu, or install what is missing.")
+        return torch.device("cpu"), obstacle
+    free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
+    index = max(range(len(free)), key=free.__getitem__)
+    name = torch.cuda.get_device_name(index)
+    return torch.device("cuda", index), f"{name}, {free[index] / 2**30:.0f} GiB free" + (f", the most of {len(free)} GPUs" if len(free) > 1 else "")
+
+
+def _obstacle() -> str:
+    """Why no GPU can be used; empty where one can."""
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        return "no GPU is visible to PyTorch" if built else "this PyTorch was built without GPU support"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton, which the GPU kernels need, is not installed (pip install triton)"
+    return ""
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on `device` now."""
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()

@@ -144,7 +144,7 @@ class Recording:
 class _Watched:
     def __init__(self, recording: Recording, operation: str, module: ModuleType) -> None:
         self._recording, self._operation, self._module = recording, operation, module
-        self._backend = module.__name__.rpartition(".")[0].rpartition(".")[2]  # cllm.kernels.cpu.attention: "cpu"
+        self._backend = module.__name__.rpartition(".")[0].rpartition(".")[2]  # cllm.kernels.numba.attention: "numba"
 
     def __getattr__(self, function: str) -> Any:
         target = getattr(self._module, function)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from cllm.config import ModelConfig
+from cllm.config.model import ModelConfig
+from cllm.config.train import TrainConfig
 from cllm.data import Dataset
-from cllm.model import Model
-from cllm.train import Trainer
-from cllm.train_config import TrainConfig
+from cllm.model.model import Model
+from cllm.train.trainer import Trainer
 
 SETTINGS = {"steps": 6, "seq_len": 16, "batch_size": 3, "grad_accum": 4, "learning_rate": 1e-2, "eval_every": 3, "checkpoint_every": 2,
             "precision": "fp32", "threads": 1, "tensorboard": False, "classes": False, "layers_every": 0,
@@ -62,7 +62,7 @@ def model_of(data, embed_dim=32, num_layers=2):
 def step_of(world, data, parallel, deterministic=False, embed_dim=32, batch_size=8, shard_size=None):
     """A step as the Trainer makes it, and the microbatches of its first update."""
     from cllm.data import Batches
-    from cllm.distributed.roles import Roles
+    from cllm.train.roles import Roles
 
     dataset, model = model_of(data, embed_dim)
     config = TrainConfig(**{**SETTINGS, "batch_size": batch_size, "grad_accum": 1, "parallel": parallel, "deterministic": deterministic,

@@ -1,8 +1,29 @@
-"""From files to batches: documents (files to text), corpus (which and on which side), prepare (tokenizer and packing), shards, loader."""
+"""From files to batches: documents (files to text), pipeline (tokenizer and packing), tokens (shards and batches)."""
 
-from cllm.data.dataset import Dataset, is_packed
-from cllm.data.loader import IGNORE, Batch, Batches, Windows
-from cllm.data.prepare import prepare, stream_texts, train_tokenizer
-from cllm.data.shards import TokenSplit
+from typing import TYPE_CHECKING
+
+from cllm._lazy import exports
 
 __all__ = ["IGNORE", "Batch", "Batches", "Dataset", "TokenSplit", "Windows", "is_packed", "prepare", "stream_texts", "train_tokenizer"]
+
+if TYPE_CHECKING:
+    from cllm.data.pipeline import prepare, stream_texts, train_tokenizer
+    from cllm.data.tokens.dataset import Dataset, is_packed
+    from cllm.data.tokens.loader import IGNORE, Batch, Batches, Windows
+    from cllm.data.tokens.shards import TokenSplit
+
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "Dataset": "cllm.data.tokens.dataset",
+        "is_packed": "cllm.data.tokens.dataset",
+        "IGNORE": "cllm.data.tokens.loader",
+        "Batch": "cllm.data.tokens.loader",
+        "Batches": "cllm.data.tokens.loader",
+        "Windows": "cllm.data.tokens.loader",
+        "prepare": "cllm.data.pipeline",
+        "stream_texts": "cllm.data.pipeline",
+        "train_tokenizer": "cllm.data.pipeline",
+        "TokenSplit": "cllm.data.tokens.shards",
+    },
+)

@@ -193,7 +193,7 @@ def _join(device: str, timeout: float) -> World:
 def _place(device: str, local_rank: int, local_size: int) -> tuple[torch.device, str]:
     import torch
 
-    from cllm.device import resolve
+    from cllm.runtime.device import resolve
 
     place, _ = resolve(device)
     if place.type == "cpu":

@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cllm.microbatch import Microbatch
+from cllm.data.tokens.batch import Microbatch
 from cllm.runtime.errors import UserError
 
 if TYPE_CHECKING:
+    from cllm.config.train import TrainConfig
     from cllm.data import Batches
-    from cllm.data.chat import ChatBatches
+    from cllm.data.tokens.chat import ChatBatches
     from cllm.distributed.session import World
-    from cllm.train_config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cllm.rope import frequencies, plain_frequencies
+from cllm.model.rope import frequencies, plain_frequencies
 from cllm.runtime.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
-    from cllm.config import ModelConfig
-    from cllm.model import Model
-    from cllm.tokenizer import Tokenizer
+    from cllm.config.model import ModelConfig
+    from cllm.data.tokens.tokenizer import Tokenizer
+    from cllm.model.model import Model
 
 TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 Q8_0_BLOCK = 32  # values that share one scale
@@ -207,7 +207,7 @@ def _vocabulary(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
 def _characters(tokenizer: Tokenizer) -> tuple[dict[str, int], list[str], str]:
     """A character as a byte-level token, and the merges that put its bytes together: in UTF-8 the bytes of one character never join those
     of its neighbour, so that nothing else is merged."""
-    from cllm.tokenizer import byte_level_name
+    from cllm.data.tokens.tokenizer import byte_level_name
 
     special = set(tokenizer.special_tokens.values())
     names = {byte_level_name(tokenizer.token_bytes(i)): i for i in range(tokenizer.vocab_size) if i not in special and tokenizer.token_bytes(i)}
@@ -223,7 +223,7 @@ def _merges(content: dict[str, Any]) -> list[str]:
 
 
 def _pre_tokenizer(content: dict[str, Any]) -> str:
-    from cllm.tokenizer import LLAMA_BPE_PATTERN
+    from cllm.data.tokens.tokenizer import LLAMA_BPE_PATTERN
 
     steps = content.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])

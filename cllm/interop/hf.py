@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cllm.config import ModelConfig
+from cllm.config.model import ModelConfig
 from cllm.interop.hf_config import config_from_hf, config_to_hf
-from cllm.model import Model
+from cllm.model.model import Model
 from cllm.runtime.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
-    from cllm.tokenizer import Tokenizer
+    from cllm.data.tokens.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -53,7 +53,7 @@ def load_hf(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) ->
         parameter.requires_grad_(True)
     tokenizer = None
     if (folder / "tokenizer.json").is_file():
-        from cllm.tokenizer import Tokenizer
+        from cllm.data.tokens.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
     return model, tokenizer
@@ -111,7 +111,7 @@ def save_hf(
 
 def _ends(tokenizer: "Tokenizer | None") -> int | list[int] | None:
     """Where generation stops: the end of text and, for a model that chats, the end of an answer."""
-    from cllm.chat import end_of_turn
+    from cllm.data.tokens.chat_template import end_of_turn
 
     if tokenizer is None:
         return None

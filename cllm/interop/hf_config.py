@@ -11,7 +11,7 @@ as far as the model goes here. longrope and any other kind are refused, as are p
 import math
 from typing import Any
 
-from cllm.config import ROPE_SCALINGS, ModelConfig
+from cllm.config.model import ROPE_SCALINGS, ModelConfig
 from cllm.runtime.errors import CheckpointError, UserError
 
 # Hugging Face's names of activations -> ours.

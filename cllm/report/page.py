@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cllm import __version__
+from cllm.checkpoint.safetensors import write_atomic
 from cllm.report.charts import Series, heat_map, line_chart, share_bar, short, smoothed
 from cllm.report.layers import layer_values
 from cllm.report.markup import Html, element, join, table
@@ -17,7 +18,6 @@ from cllm.report.style import STYLE
 from cllm.report.timing import time_split
 from cllm.runtime.errors import UserError
 from cllm.runtime.progress import duration
-from cllm.storage import write_atomic
 
 # key, title, unit, logarithmic; train rows as a line, eval rows as dots
 CURVES = (

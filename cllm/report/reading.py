@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cllm.config.train import FIELDS
 from cllm.runtime.errors import UserError
-from cllm.train_config import FIELDS
 
 SAMPLES_BYTES = 200_000  # of the end of samples.txt
 _NUMBER_NAMES = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "infinity": math.inf, "-infinity": -math.inf}
@@ -76,7 +76,7 @@ class RunData:
 
     @property
     def num_parameters(self) -> int | None:
-        from cllm.config import ModelConfig
+        from cllm.config.model import ModelConfig
 
         try:
             return ModelConfig.from_dict(self.state["model"]).num_parameters()

@@ -22,7 +22,7 @@ FLAGS_OF_TRAIN = {
 
 def test_the_flags_of_train_are_frozen():
     """Further settings go through --set; a flag is for what most users change."""
-    from cllm.cli import train
+    from cllm.cli.app import train
 
     assert set(inspect.signature(train).parameters) == FLAGS_OF_TRAIN
 

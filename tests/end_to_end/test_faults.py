@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from command import TINY, cllm
 
-from cllm.checkpoint import CheckpointStore
-from cllm.metrics import TIME_FIELDS, read_metrics
-from cllm.storage import sha256_of
+from cllm.checkpoint.safetensors import sha256_of
+from cllm.checkpoint.store import CheckpointStore
+from cllm.monitor.metrics import TIME_FIELDS, read_metrics
 
 STEPS = 120
 SETTINGS = (*TINY[:-2], "--steps", STEPS, "--grad-accum", 2, "--checkpoint-every", 9, "--eval-every", 30, "--set", "log.tensorboard=false")

@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from cllm.kernels.gpu import inspection
-from cllm.kernels.gpu.inspection import Build, complaints
+from cllm.kernels.triton import inspection
+from cllm.kernels.triton.inspection import Build, complaints
 from cllm.runtime.gpu import DESCRIBED
 
 SCRIPT = Path(__file__).resolve().parents[2] / "profiling" / "compile_lint.py"
@@ -40,7 +40,7 @@ def test_every_launch_compiles_without_complaints(gpus, dtypes):
     builds = json.loads(done.stdout.splitlines()[-1])
     for module in inspection.MODULES:
         for gpu in (DESCRIBED[name] for name in gpus):
-            if module == "attention_hopper" and not gpu.is_hopper:
+            if module == "gluon.attention_forward" and not gpu.is_hopper:
                 continue
             targets = {build["target"] for build in builds if build["call"].startswith(f"{module}:")}
             assert f"sm_{gpu.arch}" in targets, f"{module} launches nothing on {gpu.name}"

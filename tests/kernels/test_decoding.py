@@ -9,8 +9,8 @@ from cllm import runtime
 from cllm.kernels.quantized import SCALE_BLOCK, quantize, quantized_feed_forward, quantized_matmul
 from cllm.runtime.errors import UserError
 
-gemm = pytest.importorskip("cllm.kernels.cpu.gemm").gemm
-from cllm.kernels.cpu import matvec  # noqa: E402
+gemm = pytest.importorskip("cllm.kernels.numba.gemm").gemm
+from cllm.kernels.numba import matvec  # noqa: E402
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 

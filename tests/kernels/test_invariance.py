@@ -58,7 +58,7 @@ def test_any_number_of_threads_gives_the_same_bits(name, dtype, oracle, serve):
 def test_loss_over_many_rows_does_not_depend_on_torch_threads(oracle):
     """torch splits one long sum over its threads: the reduction must not be left to it."""
     losses = oracle.Inputs(torch.float32, torch.float32).normal(200_000)
-    from cllm.kernels.reference import fixed_order_sum
+    from cllm.kernels.torch import fixed_order_sum
 
     before, sums = torch.get_num_threads(), set()
     try:

@@ -7,9 +7,9 @@ import process_jobs as jobs
 import pytest
 from processes import Pool
 
-from cllm.checkpoint import CheckpointStore, load
-from cllm.data import prepare
-from cllm.metrics import TIME_FIELDS, read_metrics
+from cllm.checkpoint.store import CheckpointStore, load
+from cllm.data.pipeline import prepare
+from cllm.monitor.metrics import TIME_FIELDS, read_metrics
 from cllm.runtime.errors import CheckpointError
 
 GPT2 = {"norm": "layer", "position": "learned", "activation": "gelu", "bias": True, "tie_embeddings": True, "num_kv_heads": 2}

@@ -11,7 +11,7 @@ import process_jobs as jobs
 import pytest
 from processes import Pool
 
-from cllm.data import prepare
+from cllm.data.pipeline import prepare
 
 SCRIPT = Path(__file__).parents[3] / "profiling" / "scale_plan.py"
 TOLERANCE = 0.03  # norms, losses, and the frames around messages are not in the formulae

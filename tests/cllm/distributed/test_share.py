@@ -5,11 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cllm.data import Batches, prepare
+from cllm.config.train import TrainConfig
+from cllm.data import Batches
+from cllm.data.pipeline import prepare
 from cllm.distributed.reduce import clip_, norm_of, row_squares
 from cllm.distributed.share import Share
 from cllm.runtime.errors import UserError
-from cllm.train_config import TrainConfig
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 8), st.booleans(), st.booleans())

@@ -1,0 +1,139 @@
+"""`cllm evaluate`: a model on text of any kind, or on tasks of lm-evaluation-harness; what comes out in words and for programs."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cllm import runtime
+from cllm.cli.console import Console, table
+from cllm.data.tokens.chat import is_chat, prepare_chat
+from cllm.evaluate.documents import FEW_DOCUMENTS, RESAMPLES, DocumentScores, Group, Interval, score_documents
+from cllm.evaluate.loss import evaluate
+from cllm.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from cllm.data import TokenSplit
+    from cllm.data.tokens.tokenizer import Tokenizer
+    from cllm.model.model import Model
+
+SHOWN_SOURCES = 20
+
+
+def evaluate_run(
+    console: Console, model: Model, tokenizer: Tokenizer, data: str, *, seq_len: int | None, stride: int | None, batch_size: int,
+    confidence: float, by: str, worst: int,
+) -> dict[str, Any]:
+    """Scores all documents of `data`, prints the tables, and returns everything as plain values."""
+    if worst < 0:
+        raise UserError(f"--worst must be at least 0, got {worst}.")
+    if not 0.0 < confidence < 1.0:  # before the long part
+        raise UserError(f"--confidence must be between 0 and 1, got {confidence}. Use a value like 0.95.")
+    length = min(seq_len or model.config.max_seq_len, model.config.max_seq_len)
+    if is_chat(data):
+        return _evaluate_chats(console, model, tokenizer, data, length, batch_size)
+    with tempfile.TemporaryDirectory(prefix="cllm-evaluate-") as scratch:
+        split = _split(console, tokenizer, data, scratch)
+        with runtime.progress.Progress(None, "evaluating") as line:
+
+            def report(done: int, total: int) -> None:
+                line.total = total
+                line.update(done, f"{done:,} of {total:,} windows")
+
+            scores = score_documents(model, split, tokenizer, length, batch_size, stride=stride, progress=report)
+    with runtime.progress.stage(f"resampling {scores.num_documents:,} documents"):
+        total, interval = scores.total(), scores.interval(confidence)
+        sources, poorest = scores.by_source(by, confidence), scores.worst(worst)
+    console.print(total)
+    console.print(_interval_words(scores, interval, confidence))
+    if len(sources) > 1:
+        more = f" (the {SHOWN_SOURCES} largest of {len(sources):,})" if len(sources) > SHOWN_SOURCES else ""
+        console.print(f"\nby source{more}:\n{_group_table(sources[:SHOWN_SOURCES], confidence)}")
+    if poorest and scores.num_documents > 1:
+        console.print(f"\ndocuments with the highest loss:\n{_group_table(poorest, None)}")
+    return plain({
+        **total.to_dict(), "seq_len": length, "stride": stride or length, "num_documents": scores.num_documents,
+        "num_bytes": int(scores.num_bytes.sum()), "confidence": confidence, "resamples": RESAMPLES,
+        "interval": None if interval is None else asdict(interval),
+        "sources": [group.to_dict() for group in sources], "worst_documents": [group.to_dict() for group in poorest],
+    })
+
+
+def _evaluate_chats(console: Console, model: Model, tokenizer: Tokenizer, data: str, seq_len: int, batch_size: int) -> dict[str, Any]:
+    """The answers alone are predicted; conversations are packed whole, so that there is nothing to slide over."""
+    with tempfile.TemporaryDirectory(prefix="cllm-evaluate-") as scratch, runtime.progress.stage("evaluating"):
+        split = prepare_chat(data, scratch, tokenizer, val_fraction=0.0, log=console.print).train
+        result = evaluate(model, split, seq_len=seq_len, batch_size=batch_size)
+    console.print(result)
+    return {**plain(result.to_dict()), "seq_len": seq_len, "num_conversations": split.num_documents}
+
+
+def tasks_run(console: Console, model: Model, tokenizer: Tokenizer, tasks: list[str], task_path: Path | None, batch_size: int) -> dict[str, Any]:
+    """Runs tasks of lm-evaluation-harness, prints a row for each figure, and returns them: {"results": {task: {metric: value}}}."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the harness imports huggingface_hub; HF_HUB_OFFLINE=0 from outside wins
+    from cllm.evaluate.harness import run_tasks
+
+    results = run_tasks(model, tokenizer, tasks, task_path, batch_size)
+    rows = [("task", "metric", "value", "standard error")]
+    for name, figures in results.items():
+        for key, value in figures.items():
+            metric, _, rest = key.partition(",")
+            if isinstance(value, int | float) and not metric.endswith("_stderr"):
+                error = figures.get(f"{metric}_stderr,{rest}")
+                rows.append((name, metric, f"{value:.4f}", f"{error:.4f}" if isinstance(error, int | float) else ""))
+    console.print(table(rows))
+    return {"results": plain(results)}
+
+
+def _split(console: Console, tokenizer: Tokenizer, data: str, scratch: str) -> TokenSplit:
+    """All of the text, or of packed tokens the validation split where there is one."""
+    from cllm.data import Dataset, is_packed
+    from cllm.data.pipeline import prepare
+
+    if is_packed(data):
+        dataset = Dataset.open(data, tokenizer_hash=tokenizer.hash)
+        return dataset.val if dataset.val.num_tokens > 1 else dataset.train
+    return prepare(data, scratch, tokenizer=tokenizer, val_fraction=0.0, log=console.print).train
+
+
+def _interval_words(scores: DocumentScores, interval: Interval | None, confidence: float) -> str:
+    if interval is None:
+        return "No confidence interval: the text is a single document, and how documents differ cannot be seen in one."
+    loss, perplexity, bits, accuracy = interval.loss, interval.perplexity, interval.bits_per_byte, interval.accuracy
+    few = scores.num_documents < FEW_DOCUMENTS
+    return (
+        f"{100 * confidence:g} % confidence over {scores.num_documents:,} documents: loss {loss[0]:.4f} to {loss[1]:.4f}, perplexity "
+        f"{perplexity[0]:,.2f} to {perplexity[1]:,.2f}, bits per byte {bits[0]:.4f} to {bits[1]:.4f}, "
+        f"accuracy {100 * accuracy[0]:.2f} to {100 * accuracy[1]:.2f} %"
+        + (f" (fewer than {FEW_DOCUMENTS} documents: the true interval is wider)" if few else "")
+    )
+
+
+def _group_table(groups: list[Group], confidence: float | None) -> str:
+    """A row for each group; with `confidence`, its interval of the loss and its number of documents."""
+    with_interval = confidence is not None
+    rows = [("name", *(("documents",) if with_interval else ()), "tokens", "loss", "perplexity", "bits/byte", "accuracy")]
+    rows[0] += (f"{100 * confidence:g} % of loss",) if confidence is not None else ()
+    for group in groups:
+        figures = group.evaluation
+        row = (
+            group.name, *((f"{group.num_documents:,}",) if with_interval else ()), f"{figures.num_targets:,}", f"{figures.loss:.4f}",
+            f"{figures.perplexity:,.2f}", f"{figures.bits_per_byte:.4f}", f"{100 * figures.accuracy:.2f} %",
+        )
+        if with_interval:
+            row += ("one document" if group.interval is None else f"{group.interval.loss[0]:.4f} to {group.interval.loss[1]:.4f}",)
+        rows.append(row)
+    return table(rows)
+
+
+def plain(value: Any) -> Any:
+    """The same with what JSON cannot hold, as metrics.jsonl writes it: nan and inf become their names."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

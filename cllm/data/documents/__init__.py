@@ -1,0 +1,1 @@
+"""Files to text: which files, in which charset, which documents on which side of the split."""

@@ -1,0 +1,369 @@
+"""From a folder of anything to packed tokens: read, split, train a tokenizer, pack. Each step is cached by the content it depends on.
+
+    OUT/sources.json, sources.bin      what each file holds                         depends on the files' sizes, times and inodes
+        tokenizer.json, training.json  the tokenizer that was trained, and on what  depends on the training documents and its settings
+        tokens/                        the packed data set (see dataset.py)         depends on all documents, the split and the tokenizer
+
+Memory stays bounded: text is read, tokenized and written in pieces, whatever the size of the files.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cllm.data.documents.corpus import TRAIN, VAL, Corpus, Report, Segment, SplitPlan, load_corpus, plan_split
+from cllm.data.tokens.dataset import FORMAT, VERSION, Dataset, is_packed, read_info
+from cllm.data.tokens.shards import ShardWriter, folder_written_atomically, write_atomically
+from cllm.data.tokens.tokenizer import END_OF_TEXT, KINDS, Tokenizer, default_vocab_size, pieces
+from cllm.runtime import progress as progress_line
+from cllm.runtime.errors import DataError, UserError
+
+PACK_VERSION = 1
+SAMPLE_BYTES = 1_000_000_000  # the trainer of the tokenizers library counts pairs in 32 bits; more text than this can overflow them
+_BATCH_CHARS = 1 << 21  # characters of text that are tokenized together, and
+_BATCH_PIECES = 1 << 12  # pieces at most
+
+Log = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+
+
+def prepare(
+    path: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
+    vocab_size: int | None = None,
+    val_fraction: float = 0.1,
+    *,
+    pre_tokenizer: str = "gpt-2",
+    sample_bytes: int = SAMPLE_BYTES,
+    exclude: Iterable[str | os.PathLike[str]] = (),
+    log: Log | None = None,
+    progress: Progress | None = None,
+) -> Dataset:
+    """The packed data set of a folder, file or JSONL of text; of a packed folder, itself. What `out_dir` already holds is used again.
+
+    tokenizer: "bpe" (None) or "char" trains one; a Tokenizer or the path of a tokenizer.json is used as it is.
+    vocab_size: of a new BPE tokenizer; None chooses by the amount of text (`default_vocab_size`).
+    exclude: places below `path` that are not data; out_dir never is.
+    log gets a sentence for each step; progress(step, bytes done, bytes in all) replaces the progress line.
+    Raises DataError when there is no usable text, or it does not give both splits something.
+    """
+    tell = log or (lambda line: None)
+    if is_packed(path):
+        return _use_packed(path, tokenizer, tell)
+    out = Path(out_dir)
+    with _Progress(progress) as bar:
+        corpus = load_corpus(path, out, [out, *exclude], bar)
+        bar.end()
+        plan = plan_split(corpus.rows, val_fraction)
+        steps = [_describe(corpus, plan, tell)]
+        if corpus.num_chars < 2 or (val_fraction and plan.sides is None and plan.cut(corpus.num_chars) < 1):
+            raise DataError(f"{path} holds {corpus.num_chars} character of text, too little to learn anything from. Give it more text.")
+        chosen, step = _tokenizer(corpus, plan, out, tokenizer, vocab_size, pre_tokenizer, sample_bytes, bar)
+        tell(f"tokenizer: {step[2]} ({step[1]})")
+        dataset, packed = _packed(corpus, plan, out, chosen, bar)
+        bar.end()
+        tell(f"tokens: {packed[2]} ({packed[1]})")
+    return Dataset(dataset.folder, dataset.train, dataset.val, dataset.tokenizer, dataset.info, [*steps, step, packed])
+
+
+def train_tokenizer(
+    path: str | os.PathLike[str],
+    vocab_size: int | None = None,
+    kind: str = "bpe",
+    *,
+    pre_tokenizer: str = "gpt-2",
+    sample_bytes: int = SAMPLE_BYTES,
+    log: Log | None = None,
+    progress: Progress | None = None,
+) -> Tokenizer:
+    """A tokenizer trained on all text at a path, without anything else being written."""
+    with _Progress(progress) as bar:
+        corpus = _measure_only(path, bar, log)
+        plan = plan_split(corpus.rows, 0.0)
+        return _train(corpus, plan, kind, vocab_size, pre_tokenizer, sample_bytes, bar)[0]
+
+
+def stream_texts(path: str | os.PathLike[str], *, log: Log | None = None, progress: Progress | None = None) -> Iterator[str]:
+    """All text at a path as a stream of pieces, documents not marked; for statistics."""
+    with _Progress(progress) as bar:
+        corpus = _measure_only(path, bar, log)
+        for segment in corpus.segments(plan_split(corpus.rows, 0.0), bar.step("Reading text", corpus.num_bytes)):
+            yield from pieces(segment.chunks)
+
+
+def _measure_only(path: str | os.PathLike[str], bar: "_Progress", log: Log | None) -> Corpus:
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="cllm-") as scratch:
+        corpus = load_corpus(path, Path(scratch), (), bar)
+    _describe(corpus, plan_split(corpus.rows, 0.0), log or (lambda line: None))
+    return corpus
+
+
+def _use_packed(path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | Tokenizer | None, tell: Log) -> Dataset:
+    given = _given_tokenizer(tokenizer)
+    dataset = Dataset.open(path, None if given is None else given.hash)
+    words = _token_words(dataset)
+    tell(f"tokens: {words}, packed before (cached)")
+    return Dataset(dataset.folder, dataset.train, dataset.val, dataset.tokenizer, dataset.info, [("tokens", "cached", words)])
+
+
+def _given_tokenizer(tokenizer: str | os.PathLike[str] | Tokenizer | None) -> Tokenizer | None:
+    """The tokenizer itself when one was given, None when one is to be trained."""
+    if tokenizer is None or isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if isinstance(tokenizer, str) and tokenizer in KINDS:
+        return None
+    if isinstance(tokenizer, str) and not os.path.exists(tokenizer) and os.sep not in tokenizer and not tokenizer.endswith(".json"):
+        raise UserError(f'tokenizer must be {", ".join(KINDS)} or the path of a tokenizer.json, got "{tokenizer}".')
+    return Tokenizer.load(tokenizer)
+
+
+def _describe(corpus: Corpus, plan: SplitPlan, tell: Log) -> tuple[str, str, str]:
+    files, documents = len(corpus.files), len(corpus.rows)
+    words = f"{files:,} file{'s' * (files != 1)}, {documents:,} document{'s' * (documents != 1)}, {corpus.num_bytes / 1e6:,.2f} MB of text"
+    state = "cached" if not corpus.files_read else "done" if corpus.files_read >= files else f"{corpus.files_read:,} read, the others cached"
+    tell(f"files: {words} ({state})")
+    others = sorted({info.charset.codec for _, info in corpus.files} - {"utf-8", "utf-8-sig"})
+    if others:
+        tell(f"  decoded from {', '.join(others)}")
+    if corpus.skipped.total:
+        lines = corpus.skipped.lines()
+        tell(f"  left out {corpus.skipped.total:,}:")
+        for line in lines[:8]:
+            tell(f"    {line}")
+        if len(lines) > 8:
+            tell(f"    and for {len(lines) - 8} other reasons (dataset.json lists them)")
+    if plan.val_fraction:
+        how = "the end of each document, because the documents are few" if documents > 1 else "the end of the text"
+        tell(f"  validation: {how if plan.sides is None else f'{int((plan.sides == VAL).sum()):,} documents, chosen by the hash of their text'}")
+    return "files", "cached" if not corpus.files_read else "done", words
+
+
+# -- tokenizer ------------------------------------------------------------------------------------------------------------------------
+
+
+def _tokenizer(
+    corpus: Corpus,
+    plan: SplitPlan,
+    out: Path,
+    wanted: str | os.PathLike[str] | Tokenizer | None,
+    vocab_size: int | None,
+    pre_tokenizer: str,
+    sample_bytes: int,
+    bar: "_Progress",
+) -> tuple[Tokenizer, tuple[str, str, str]]:
+    given = _given_tokenizer(wanted)
+    if given is not None:
+        return given, ("tokenizer", "given", f"{given.kind}, {given.vocab_size:,} tokens")
+    kind = wanted if isinstance(wanted, str) else "bpe"
+    settings = [PACK_VERSION, kind, vocab_size, pre_tokenizer, sample_bytes] if kind == "bpe" else [PACK_VERSION, kind]
+    learned_from = _digest(settings, corpus.digest(), [plan.method, plan.val_fraction] if kind == "bpe" else [])
+    try:
+        record = json.loads((out / "training.json").read_text("utf-8"))
+        if record["key"] == learned_from:
+            tokenizer = Tokenizer.load(out / "tokenizer.json")
+            if tokenizer.hash == record["tokenizer"]:
+                return tokenizer, ("tokenizer", "cached", f"{kind}, {tokenizer.vocab_size:,} tokens")
+    except (OSError, ValueError, KeyError, TypeError, DataError):
+        pass  # never trained, or damaged: train
+    tokenizer, sample = _train(corpus, plan, kind, vocab_size, pre_tokenizer, sample_bytes, bar)
+    tokenizer.save(out / "tokenizer.json")
+    record = {"key": learned_from, "tokenizer": tokenizer.hash, "settings": settings, "sample": sample}
+    write_atomically(out / "training.json", json.dumps(record, indent=1).encode("utf-8"))
+    return tokenizer, ("tokenizer", "done", f"{kind}, {tokenizer.vocab_size:,} tokens, learned from {sample['bytes'] / 1e6:,.2f} MB")
+
+
+def _train(
+    corpus: Corpus, plan: SplitPlan, kind: str, vocab_size: int | None, pre_tokenizer: str, sample_bytes: int, bar: "_Progress"
+) -> tuple[Tokenizer, dict[str, Any]]:
+    """BPE learns from the training documents, or from a sample of their pieces when they are too many; characters are taken from all text."""
+    sample: dict[str, Any] = {
+        "bytes": 0,
+        "of_bytes": corpus.num_bytes if kind == "char" else plan.train_bytes(corpus.rows),
+        "pieces": 0,
+        "share": 1.0,
+    }
+    if kind == "bpe":
+        sample["share"] = min(1.0, sample_bytes / max(sample["of_bytes"], 1))
+    texts = _sampled(corpus, plan, kind, sample, bar)
+    specials = (END_OF_TEXT,) if kind == "char" and len(corpus.rows) > 1 else None
+    size = default_vocab_size(sample["of_bytes"]) if vocab_size is None else vocab_size
+    tokenizer = Tokenizer.train(texts, size, kind, pre_tokenizer=pre_tokenizer, specials=specials)
+    bar.end()
+    return tokenizer, sample
+
+
+def _sampled(corpus: Corpus, plan: SplitPlan, kind: str, sample: dict[str, Any], bar: "_Progress") -> Iterator[str]:
+    report = bar.step("Reading text for the tokenizer", corpus.num_bytes)
+    threshold = int(sample["share"] * 2**64)
+    for segment in corpus.segments(plan, report):
+        if kind == "bpe" and segment.side != TRAIN:
+            for _ in segment.chunks:
+                pass
+            continue
+        for number, piece in enumerate(pieces(segment.chunks)):
+            if sample["share"] < 1.0 and _number(segment.key, number) >= threshold:
+                continue
+            sample["bytes"] += len(piece.encode("utf-8"))
+            sample["pieces"] += 1
+            yield piece
+    bar.heartbeat("Learning the vocabulary")
+
+
+def _number(key: int, number: int) -> int:
+    """A hash as an even 64-bit number: which pieces are sampled depends on the documents alone."""
+    return int.from_bytes(hashlib.blake2b(f"{key}:{number}".encode(), digest_size=8).digest(), "little")
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.blake2b(json.dumps(parts).encode("utf-8"), digest_size=16).hexdigest()
+
+
+# -- packing --------------------------------------------------------------------------------------------------------------------------
+
+
+def _packed(corpus: Corpus, plan: SplitPlan, out: Path, tokenizer: Tokenizer, bar: "_Progress") -> tuple[Dataset, tuple[str, str, str]]:
+    key = _digest(PACK_VERSION, corpus.digest(), plan.method, plan.val_fraction, tokenizer.hash)
+    folder = out / "tokens"
+    try:
+        if read_info(folder)["key"] == key:
+            dataset = Dataset.open(folder, tokenizer.hash)
+            return dataset, ("tokens", "cached", _token_words(dataset))
+    except DataError:
+        pass  # never packed, of other data, or damaged: pack
+    info = {
+        "format": FORMAT,
+        "version": VERSION,
+        "key": key,
+        "tokenizer": tokenizer.hash,
+        "split": {"method": plan.method, "val_fraction": plan.val_fraction},
+        "num_files": len(corpus.files),
+        "num_documents": len(corpus.rows),
+        "skipped": corpus.skipped.to_dict(),
+    }
+    with folder_written_atomically(folder) as temporary:
+        writers = []
+        for name in ("train", "val"):
+            (temporary / name).mkdir()
+            writers.append(ShardWriter(temporary / name, tokenizer.vocab_size, tokenizer.hash, tokenizer.eot_id))
+        try:
+            _pack(corpus.segments(plan, bar.step("Packing tokens", corpus.num_bytes)), tokenizer, writers)
+            for writer in writers:
+                writer.close()
+        except BaseException:
+            for writer in writers:
+                writer.abandon()
+            raise
+        tokenizer.save(temporary / "tokenizer.json")
+        write_atomically(temporary / "dataset.json", json.dumps(info, indent=1).encode("utf-8"))
+    dataset = Dataset.open(folder, tokenizer.hash)
+    return dataset, ("tokens", "done", _token_words(dataset))
+
+
+def _pack(segments: Iterator[Segment], tokenizer: Tokenizer, writers: list[ShardWriter]) -> None:
+    """Tokenize and write all segments; each ends with the end-of-text token where the tokenizer has one."""
+    end = np.array([] if tokenizer.eot_id is None else [tokenizer.eot_id], dtype=np.int64)
+    waiting: list[tuple[Segment, str, bool]] = []  # piece of a segment, and whether it is its last
+    num_waiting = 0  # characters in it
+    sizes = [0, 0]  # characters and bytes of the segment so far
+
+    def put(segment: Segment, piece: str, last: bool) -> None:
+        nonlocal num_waiting
+        waiting.append((segment, piece, last))
+        num_waiting += len(piece)
+        if num_waiting >= _BATCH_CHARS or len(waiting) >= _BATCH_PIECES:
+            flush()
+
+    def flush() -> None:
+        nonlocal num_waiting
+        encoded = tokenizer.encode_arrays([piece for _, piece, _ in waiting])
+        for (segment, piece, last), ids in zip(waiting, encoded):
+            writer = writers[segment.side]
+            writer.append(ids)
+            sizes[0] += len(piece)
+            sizes[1] += len(piece.encode("utf-8"))
+            if last:
+                writer.append(end)
+                writer.end_document(segment.name, *sizes)
+                sizes[:] = 0, 0
+        waiting.clear()
+        num_waiting = 0
+
+    for segment in segments:
+        previous = None  # a piece is put when it is known whether another follows; an empty segment has none
+        for piece in pieces(segment.chunks):
+            if previous is not None:
+                put(segment, previous, False)
+            previous = piece
+        if previous is not None:
+            put(segment, previous, True)
+    flush()
+
+
+def _token_words(dataset: Dataset) -> str:
+    def side(split: Any) -> str:
+        return f"{split.num_tokens:,} in {split.num_documents:,} document{'s' * (split.num_documents != 1)}"
+
+    num_bytes, num_tokens = dataset.train.num_bytes + dataset.val.num_bytes, dataset.train.num_tokens + dataset.val.num_tokens
+    return f"train {side(dataset.train)}, val {side(dataset.val)}, {num_bytes / max(num_tokens, 1):.2f} bytes a token"
+
+
+class _Progress:
+    """Passes progress on: to the caller's function, or to a progress line for each step that takes long enough to need one."""
+
+    def __init__(self, function: Progress | None):
+        self._function = function
+        self._label = ""
+        self._started = 0.0
+        self._shown: Any = None  # the progress line or heartbeat that is running
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.end()
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        if self._function is not None:
+            self._function(label, done, total)
+            return
+        if label != self._label:
+            self.end()
+            self._label, self._started = label, time.monotonic()
+        if self._shown is None and time.monotonic() - self._started > 1.0:
+            self._shown = progress_line.Progress(total, label)
+            self._shown.__enter__()
+        if self._shown is not None:
+            self._shown.update(done, f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
+
+    def step(self, label: str, total: int) -> Report:
+        """A function that counts the bytes of one step."""
+        done = 0
+
+        def report(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            self(label, min(done, total), total)
+
+        return report
+
+    def heartbeat(self, label: str) -> None:
+        """From here to the end of the step there is nothing to count."""
+        self.end()
+        if self._function is None:
+            self._shown = progress_line.stage(label)
+            self._shown.__enter__()
+
+    def end(self) -> None:
+        """The step is over."""
+        shown, self._shown, self._label = self._shown, None, ""
+        if shown is not None:
+            shown.__exit__(None, None, None)

@@ -1,0 +1,1 @@
+"""Text to batches: tokenizer, shards of tokens, the windows of each training step."""

@@ -1,0 +1,137 @@
+"""Conversations as tokens: chat templates in Jinja, as Hugging Face's, and what of a conversation is an answer.
+
+    parts = render(tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}])
+
+Words in a message are never read as a special token: a user who writes "<|end|>" has written seven characters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cllm.runtime.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from cllm.data.tokens.tokenizer import Tokenizer
+
+ROLES = ("system", "user", "assistant", "tool")
+# For tokenizers made here, which have a token for each role.
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}{{ message['content'] }}{{ '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+_NEEDED = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+_NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode keeps them for a program's own use
+
+
+class Part(NamedTuple):
+    """A piece of a rendered conversation: its ids, and whether the assistant wrote it."""
+
+    ids: list[int]
+    is_answer: bool
+
+
+def with_template(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with a chat template: its own, or ours where it has the tokens for it; UserError otherwise."""
+    if tokenizer.chat_template is not None:
+        return tokenizer
+    if not all(name in tokenizer.special_tokens for name in _NEEDED):
+        raise UserError(
+            f"this tokenizer has no chat template and lacks the tokens of ours ({', '.join(_NEEDED)}). "
+            "Start from a model with a BPE tokenizer made here, or one whose tokenizer_config.json has a chat_template."
+        )
+    return tokenizer.with_chat_template(TEMPLATE)
+
+
+def check_messages(messages: Any) -> list[dict[str, str]]:
+    """The messages of one conversation, or a DataError that says what is wrong with them."""
+    if not isinstance(messages, list) or not messages:
+        raise DataError("messages must be a list that is not empty")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or message.get("role") not in ROLES:
+            raise DataError(f"each message needs a role ({', '.join(ROLES)}) and its content as text")
+    if messages[-1]["role"] != "assistant":
+        raise DataError("the last message is not the assistant's, so there is nothing to learn after it")
+    return messages
+
+
+def encode_conversation(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> list[Part]:
+    """A conversation cut where the assistant begins and ends, each piece encoded by itself, as it is when the model is asked.
+
+    The template must write a conversation so that each further message only adds to it; DataError where it does not.
+    """
+    render = _renderer(tokenizer, messages)
+    parts, done = [], ""
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, after = render(messages[:number], True), render(messages[: number + 1], False)
+        if not before.startswith(done) or not after.startswith(before):
+            raise DataError("the chat template rewrites earlier messages when later ones come, so answers cannot be told apart")
+        parts += [Part(_encode(tokenizer, before[len(done) :]), False), Part(_encode(tokenizer, after[len(before) :]), True)]
+        done = after
+    return parts
+
+
+def encode_prompt(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
+    """The ids after which the assistant answers."""
+    return _encode(tokenizer, _renderer(tokenizer, messages)(messages, True))
+
+
+def end_of_turn(tokenizer: Tokenizer) -> str | None:
+    """The special token that the template writes after an answer; None where there is none."""
+    if tokenizer.chat_template is None or not tokenizer.special_tokens:
+        return None
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    render = _renderer(tokenizer, messages)
+    rest = render(messages, False)[len(render(messages[:1], True)) :].partition("b")[2]
+    found = re.search("|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True))), rest)
+    return None if found is None else found[0]
+
+
+def _renderer(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> Callable[[Sequence[dict[str, str]], bool], str]:
+    """render(messages, ask for an answer) -> text in which names of special tokens that stood in a message are broken by a character that
+    `_encode` takes out again."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    assert tokenizer.chat_template is not None
+    mark = _NONCHARACTERS[0]
+    names = "|".join(re.escape(name) for name in sorted(tokenizer.special_tokens, key=len, reverse=True))
+
+    def refuse(message: str) -> str:
+        raise TemplateError(message)
+
+    def guarded(content: str) -> str:
+        content = content.replace(mark, "\ufffd")
+        return re.sub(names, lambda found: found[0][0] + mark + found[0][1:], content) if names else content
+
+    try:
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.globals["raise_exception"] = refuse
+        template = environment.from_string(tokenizer.chat_template)
+    except TemplateError as error:
+        raise DataError(f"the chat template is not valid Jinja: {error}.") from error
+    end = tokenizer.eot_token or ""
+
+    def render(some: Sequence[dict[str, str]], ask: bool) -> str:
+        safe = [{**message, "content": guarded(message["content"])} for message in some]
+        try:
+            return template.render(messages=safe, add_generation_prompt=ask, bos_token=end, eos_token=end)
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            raise DataError(f"the chat template refuses this conversation: {error}") from error
+
+    return render
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of rendered text, its special tokens read as such; the marks in names that stood in a message are taken out before encoding."""
+    mark = _NONCHARACTERS[0]
+    names = "|".join(re.escape(name) for name in sorted(tokenizer.special_tokens, key=len, reverse=True))
+    ids: list[int] = []
+    for piece in re.split(f"({names})", text) if names else [text]:
+        if piece:
+            ids += [tokenizer.special_tokens[piece]] if piece in tokenizer.special_tokens else tokenizer.encode(piece.replace(mark, ""))
+    return ids

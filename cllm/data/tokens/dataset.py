@@ -1,0 +1,83 @@
+"""A packed data set on disk: two splits of tokens, the tokenizer they were made with, and where they came from.
+
+    FOLDER/tokens/train/   tokens/val/   tokens/tokenizer.json   tokens/dataset.json (written last)
+
+`tokens` alone can be moved anywhere; `Dataset.open` takes it or the folder that holds it.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cllm.data.tokens.shards import TokenSplit
+from cllm.data.tokens.tokenizer import Tokenizer
+from cllm.runtime.errors import DataError
+
+FORMAT = "cllm-dataset"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What training reads. `info` says how it was made; `steps` what `prepare` did for it: (step, "done" or "cached", in words)."""
+
+    folder: Path
+    train: TokenSplit
+    val: TokenSplit
+    tokenizer: Tokenizer
+    info: dict[str, Any]
+    steps: list[tuple[str, str, str]] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], tokenizer_hash: str | None = None) -> "Dataset":
+        """The data set at `path`; DataError when it is missing, damaged, or packed with another tokenizer than `tokenizer_hash`."""
+        folder = _folder(Path(path))
+        if folder is None:
+            raise DataError(f"{path} holds no packed tokens (no dataset.json). Make some with `cllm pack DATA --tokenizer T --out {path}`.")
+        info = read_info(folder)
+        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        if tokenizer.hash != info["tokenizer"]:
+            raise DataError(f"{folder / 'tokenizer.json'} is not the tokenizer of these tokens. Pack the data again (`cllm pack`).")
+        wanted = tokenizer.hash if tokenizer_hash is None else tokenizer_hash
+        kind = TokenSplit
+        if info.get("kind") == "chat":  # only the answers are predicted
+            from cllm.data.tokens.chat import ChatSplit
+
+            kind = ChatSplit
+        return cls(folder, kind(folder / "train", wanted), kind(folder / "val", wanted), tokenizer, info)
+
+    def verify(self) -> None:
+        """Compare every byte of both splits with the checksums; DataError names the damaged file."""
+        self.train.verify()
+        self.val.verify()
+
+    def unigram_nats(self) -> float:
+        """The baseline of the validation split: nats per token when only the token frequencies of the training split are known."""
+        return self.val.unigram_nats(self.train) if self.val.num_tokens else self.train.unigram_nats()
+
+
+def is_packed(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a packed data set at this path."""
+    return _folder(Path(path)) is not None
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """The content of dataset.json; DataError when it is damaged, foreign or newer than this program."""
+    path = folder / "dataset.json"
+    try:
+        info = json.loads(path.read_text("utf-8"))
+        if not isinstance(info, dict) or info.get("format") != FORMAT:
+            raise ValueError(f'format must be "{FORMAT}"')
+        if not isinstance(info.get("version"), int) or info["version"] > VERSION:
+            raise ValueError(f"version {info.get('version')} is not one that this program reads (up to {VERSION})")
+        if not isinstance(info.get("tokenizer"), str) or not isinstance(info.get("key"), str):
+            raise ValueError("the tokenizer hash or the key is missing")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as a data set: {error}. Pack the data again (`cllm pack`).") from None
+    return info
+
+
+def _folder(path: Path) -> Path | None:
+    return next((folder for folder in (path, path / "tokens") if (folder / "dataset.json").is_file()), None)

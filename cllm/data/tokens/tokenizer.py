@@ -1,0 +1,502 @@
+"""Text to token ids and back: byte-level BPE trained on your own text, or one id per character.
+
+Both kinds are kept as a Hugging Face `tokenizer.json`, so that transformers reads the same file. The BPE uses the pre-tokenizer pattern
+of GPT-2 (or of Llama 3) unchanged, because llama.cpp accepts only the patterns that it knows.
+
+`bpe`   ids 0..15 are special (0 is <|endoftext|>, the end of every document), then 256 bytes, then merges; any text can be encoded and
+        comes back unchanged. The vocabulary is a multiple of 64: what training leaves free is filled with reserved tokens at the end.
+`char`  ids are the characters of the data in code point order, as in nanoGPT; special tokens, if asked for, come after them, so that one
+        file of text gives exactly as many ids as it has characters. Other characters cannot be encoded: that is an error that names them.
+
+Text is never read as a special token: a document that contains the words "<|endoftext|>" stays what it was (see `allow_special`).
+"""
+
+import codecs
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cllm.runtime.errors import DataError, UserError
+
+END_OF_TEXT = "<|endoftext|>"
+NAMED_SPECIALS = (END_OF_TEXT, "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
+BPE_SPECIALS = (*NAMED_SPECIALS, *(f"<|reserved_{i}|>" for i in range(len(NAMED_SPECIALS), 16)))
+VOCAB_MULTIPLE = 64  # the output layer's rows come in whole tiles
+MIN_BPE_VOCAB = 320  # 16 special tokens and 256 bytes, rounded up to the multiple
+KINDS = ("bpe", "char")
+SETTINGS = "tokenizer_config.json"
+
+# Verbatim from Llama 3 (known to llama.cpp as "llama-bpe"); the one of GPT-2 is built into the ByteLevel pre-tokenizer.
+LLAMA_BPE_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PRE_TOKENIZERS = ("gpt-2", "llama-bpe")
+_CHAR_PATTERN = r"[\s\S]"
+# Names of the end of a document in tokenizers trained elsewhere, most specific first.
+_END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "[SEP]")
+
+TRAIN_PIECE_CHARS = 1 << 15  # the trainer buffers 256 items, so items are small
+_SAFE_CUT = re.compile(r"(?<=[^\W_])(?=[ \n])")
+
+
+class Tokenizer:
+    """Encodes and decodes; made by `train`, `load` or `from_json`, and never changed after that."""
+
+    def __init__(self, content: dict[str, Any], settings: dict[str, Any] | None = None):
+        model = content.get("model")
+        if not isinstance(model, dict) or "vocab" not in model:
+            raise DataError("This is not a tokenizer: a Hugging Face tokenizer.json with a model and its vocabulary was expected.")
+        self._content = content
+        self.kind: str = "char" if _is_char(content) else "bpe"
+        added = content.get("added_tokens") or []
+        self.special_tokens: dict[str, int] = {t["content"]: int(t["id"]) for t in added if t.get("special")}
+        if isinstance(model["vocab"], dict):
+            ids = {str(token): int(i) for token, i in model["vocab"].items()}
+        else:  # unigram models list [token, score] pairs
+            ids = {str(entry[0]): i for i, entry in enumerate(model["vocab"])}
+        ids.update({t["content"]: int(t["id"]) for t in added})
+        self._ids = ids
+        self.vocab_size: int = max(ids.values()) + 1 if ids else 0
+        # What Hugging Face keeps in tokenizer_config.json, beside the tokenizer: no part of its hash, because no token changes.
+        template, end = _chat_template(settings or {}), _name((settings or {}).get("eos_token"))
+        self.chat_template: str | None = template
+        self.eot_token: str | None = end if end in ids else next((name for name in _END_NAMES if name in ids), None)
+        self.eot_id: int | None = None if self.eot_token is None else ids[self.eot_token]
+
+    # -- making one -------------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def train(
+        cls,
+        texts: "str | os.PathLike[str] | Iterable[str | os.PathLike[str]]",
+        vocab_size: int = 4096,
+        kind: str = "bpe",
+        *,
+        pre_tokenizer: str = "gpt-2",
+        specials: Sequence[str] | None = None,
+    ) -> "Tokenizer":
+        """Learn a tokenizer from a folder or file (one str or Path: all that `cllm train` takes), or from a stream of texts (str) and files (Path).
+
+        vocab_size: for "bpe", rounded up to a multiple of 64; ignored by "char", which has what the text has.
+        specials: "char" only; the special tokens to put after the characters, none by default.
+        Raises UserError on an unknown kind, a vocabulary too small for the bytes, or text without a single character.
+        """
+        if kind not in KINDS:
+            raise UserError(f'Tokenizer kind must be one of {", ".join(KINDS)}, got "{kind}".')
+        if isinstance(texts, (str, os.PathLike)) and specials is None:  # with its bounded sample, and an end token where there are documents to end
+            from cllm.data.pipeline import train_tokenizer
+
+            return train_tokenizer(_place(texts), vocab_size, kind, pre_tokenizer=pre_tokenizer)
+        stream = _texts(texts)
+        if kind == "char":
+            return cls(_train_char(stream, tuple(specials or ())))
+        if specials is not None:
+            raise UserError('The special tokens of a "bpe" tokenizer have fixed ids; `specials` is for kind="char".')
+        return cls(_train_bpe(stream, vocab_size, pre_tokenizer))
+
+    def with_end(self, name: str) -> "Tokenizer":
+        """The same tokenizer with this token as the end of a text."""
+        return Tokenizer(self._content, self.settings | {"eos_token": name})
+
+    @classmethod
+    def from_json(cls, text: str, name: str = "tokenizer", settings: dict[str, Any] | None = None) -> "Tokenizer":
+        """The tokenizer in the text of a tokenizer.json, with `settings` of its tokenizer_config.json; DataError when it is not one."""
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{name} is not a tokenizer.json: {error}.") from None
+        if not isinstance(content, dict):
+            raise DataError(f"{name} is not a tokenizer.json: an object was expected at its top.")
+        try:
+            tokenizer = cls(content, settings)
+        except (TypeError, ValueError, AttributeError, LookupError) as error:  # well-formed JSON of another shape
+            raise DataError(f"{name} is not a tokenizer.json: {type(error).__name__}: {error}.") from None
+        if tokenizer.kind != "char":
+            tokenizer._check_backend(name)
+        return tokenizer
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+        """The tokenizer in a tokenizer.json, or in a folder that holds one; DataError when there is none."""
+        file = Path(path)
+        if file.is_dir():
+            file = file / "tokenizer.json"
+        try:
+            text = file.read_text("utf-8")
+        except FileNotFoundError:
+            raise DataError(f"There is no tokenizer at {file}. Train one with `cllm tokenizer train`.") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file} cannot be read as a tokenizer: {error}.") from None
+        return cls.from_json(text, str(file), _read_settings(file.with_name(SETTINGS)) if file.name == "tokenizer.json" else None)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What of tokenizer_config.json cannot be known from the tokenizer alone: the chat template, and an end of text of another name."""
+        values: dict[str, Any] = {} if self.chat_template is None else {"chat_template": self.chat_template}
+        usual = next((name for name in _END_NAMES if name in self._ids), None)
+        return values if self.eot_token == usual else values | {"eos_token": self.eot_token}
+
+    def with_chat_template(self, template: str) -> "Tokenizer":
+        """The same tokenizer (the same hash) with a chat template in Jinja, as Hugging Face's."""
+        return Tokenizer(self._content, self.settings | {"chat_template": template})
+
+    def to_json(self) -> str:
+        """The canonical text of the tokenizer.json: the same tokenizer always gives the same bytes."""
+        return json.dumps(self._content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write tokenizer.json (into the folder, when `path` is one), whole or not at all; beside it, where there is something to put there
+        (a chat template), tokenizer_config.json."""
+        from cllm.data.tokens.shards import write_atomically
+
+        file = Path(path)
+        file = file / "tokenizer.json" if file.is_dir() else file
+        if self.settings and file.name == "tokenizer.json":
+            write_atomically(file.with_name(SETTINGS), json.dumps(self.settings, indent=1, ensure_ascii=False).encode("utf-8"))
+        write_atomically(file, self.to_json().encode("utf-8"))
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the canonical text; token shards and checkpoints carry it, and a mismatch is refused."""
+        return hashlib.sha256(self.to_json().encode("utf-8")).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokenizer) and self.hash == other.hash
+
+    def __hash__(self) -> int:
+        return hash(self.hash)
+
+    def __repr__(self) -> str:
+        return f"Tokenizer(kind={self.kind!r}, vocab_size={self.vocab_size}, hash={self.hash[:12]})"
+
+    # -- encoding ---------------------------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Ids of a text. With allow_special the names of special tokens in it become their ids (chat templates need that)."""
+        if allow_special and self.special_tokens:
+            names = "|".join(re.escape(name) for name in sorted(self.special_tokens, key=len, reverse=True))
+            parts = re.split(f"({names})", text)
+            return [i for part in parts if part for i in ([self.special_tokens[part]] if part in self.special_tokens else self.encode(part))]
+        return self.encode_arrays([text])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many texts, in parallel."""
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of many texts as int64 arrays; what packing uses."""
+        try:
+            if self.kind == "char":
+                return [self._encode_characters(text) for text in texts]
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except (UnicodeEncodeError, TypeError):  # the library says TypeError
+            if any(0xD800 <= ord(c) < 0xE000 for text in texts for c in text):
+                raise UserError("The text holds half of a surrogate pair, which is no character. Decode it properly first.") from None
+            raise
+        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    def _encode_characters(self, text: str) -> np.ndarray:
+        points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+        table = self._character_ids
+        ids = table[np.minimum(points, len(table) - 1)] if len(table) else np.full(len(points), -1)
+        if len(ids) and int(ids.min()) < 0:
+            unknown = sorted({text[i] for i in np.flatnonzero(ids < 0)[:1000]})
+            shown = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+            raise UserError(
+                f"This character tokenizer knows {len(self._characters)} characters, and {shown} is not among them. "
+                "Leave such characters out, or train with the byte-level tokenizer (--tokenizer bpe), which can encode anything."
+            )
+        return ids
+
+    # -- decoding ---------------------------------------------------------------------------------------------------------------------
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """The text of ids; bytes that are no valid UTF-8 become U+FFFD. Special tokens are left out unless skip_special=False."""
+        return self.decode_bytes(ids, skip_special=skip_special).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = True) -> bytes:
+        """The exact bytes of ids."""
+        special = self._special_ids if skip_special else frozenset()
+        return b"".join(self.token_bytes(i) for i in map(int, ids) if i not in special)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token (of a special token: its name); UserError outside the vocabulary."""
+        if not 0 <= token_id < self.vocab_size:
+            raise UserError(f"Token id {token_id} is outside the vocabulary of {self.vocab_size} tokens.")
+        return self._bytes[token_id]
+
+    def stream_decoder(self, *, skip_special: bool = True) -> "StreamDecoder":
+        """Decodes ids one by one for live output, holding back a character until all of its bytes are there."""
+        return StreamDecoder(self, skip_special)
+
+    # -- facts ------------------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """(vocab_size,) int64: bytes of text that each token stands for, 0 for special tokens; for bits per byte."""
+        lengths = np.array([len(token) for token in self._bytes], dtype=np.int64)
+        lengths[list(self._special_ids)] = 0
+        return lengths
+
+    def stats(self, texts: "str | os.PathLike[str] | Iterable[str | os.PathLike[str]]") -> dict[str, Any]:
+        """How well this tokenizer fits the text of a folder or file, or a stream of texts (str) and files (Path).
+
+        bytes_per_token, chars_per_token: higher is better; vocabulary_used: share of the ids that occur;
+        coverage: share of the characters that can be encoded (always 1 for a byte-level tokenizer).
+        """
+        tokens = chars = num_bytes = unknown = 0
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for piece in _texts(texts):
+            chars += len(piece)
+            num_bytes += len(piece.encode("utf-8"))
+            if self.kind == "char":
+                known = "".join(c for c in piece if c in self._characters)
+                unknown += len(piece) - len(known)
+                piece = known
+            ids = self.encode_arrays([piece])[0]
+            tokens += len(ids)
+            counts += np.bincount(ids, minlength=self.vocab_size)
+        return {
+            "kind": self.kind,
+            "vocab_size": self.vocab_size,
+            "hash": self.hash,
+            "num_tokens": tokens,
+            "num_chars": chars,
+            "num_bytes": num_bytes,
+            "bytes_per_token": num_bytes / tokens if tokens else 0.0,
+            "chars_per_token": chars / tokens if tokens else 0.0,
+            "vocabulary_used": float(np.count_nonzero(counts)) / self.vocab_size if self.vocab_size else 0.0,
+            "coverage": 1.0 - unknown / chars if chars else 1.0,
+        }
+
+    # -- tables, made on first use ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self.special_tokens.values())
+
+    @cached_property
+    def _characters(self) -> frozenset[str]:
+        return frozenset(token for token in self._ids if len(token) == 1 and token not in self.special_tokens)
+
+    @cached_property
+    def _character_ids(self) -> np.ndarray:
+        """(largest code point + 2,) int64, -1 where there is no id; the last entry stands for everything above."""
+        table = np.full(max(map(ord, self._characters), default=-1) + 2, -1, dtype=np.int64)
+        for character in self._characters:
+            table[ord(character)] = self._ids[character]
+        return table
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        added = {t["content"] for t in self._content.get("added_tokens") or []}
+        read = str.encode if self.kind == "char" else _byte_level if _uses_byte_level(self._content) else _sentence_piece
+        table = [b""] * self.vocab_size
+        for token, i in self._ids.items():
+            table[i] = token.encode("utf-8") if token in added else read(token)
+        return table
+
+    @cached_property
+    def _backend(self) -> Any:
+        from tokenizers import Tokenizer as Backend
+
+        backend = Backend.from_str(json.dumps(self._content, ensure_ascii=False))
+        backend.encode_special_tokens = True  # the names of special tokens in a text are text
+        backend.no_padding()
+        backend.no_truncation()
+        return backend
+
+    def _check_backend(self, name: str) -> None:
+        try:
+            _ = self._backend
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{name} is not a tokenizer.json that the tokenizers library reads: {error}.") from None
+
+
+class StreamDecoder:
+    """Ids in, text out, one at a time; only whole characters are given."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes; may be empty."""
+        return self._decoder.decode(self._tokenizer.decode_bytes([token_id], skip_special=self._skip_special))
+
+    def finish(self) -> str:
+        """What is left: U+FFFD for a character that never got all of its bytes, otherwise nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+def pieces(chunks: Iterable[str], size: int = TRAIN_PIECE_CHARS) -> Iterator[str]:
+    """Cut a stream of text into pieces of `size` to 2 `size` characters; joined they are the text again.
+
+    Cuts fall between a letter or digit and a following blank or newline, where every token of both patterns ends, so that encoding the
+    pieces gives the tokens of the whole. Only where `size` characters hold no such place (one endless word) a piece is cut anywhere.
+    The cuts depend on the text alone, not on the chunks it arrives in.
+    """
+    buffer, start = "", 0
+    for chunk in chunks:
+        buffer = buffer[start:] + chunk
+        start = 0
+        while len(buffer) - start > 2 * size:
+            found = _SAFE_CUT.search(buffer, start + size, start + 2 * size)
+            end = found.start() if found else start + 2 * size
+            yield buffer[start:end]
+            start = end
+    if len(buffer) > start:
+        yield buffer[start:]
+
+
+def default_vocab_size(num_bytes: int) -> int:
+    """A vocabulary that fits the amount of text: about 1.3 x sqrt(bytes), as a power of two from 512 to 32768 (1 MB 1024, 100 MB 16384)."""
+    target = 1.3 * max(num_bytes, 1) ** 0.5
+    return int(2 ** min(15, max(9, round(float(np.log2(target))))))
+
+
+def _texts(texts: Any) -> Iterator[str]:
+    """Pieces of the text at one place, or of a stream of texts (str) and places (Path)."""
+    for item in [_place(texts)] if isinstance(texts, (str, os.PathLike)) else texts:
+        if isinstance(item, str):
+            yield from pieces([item])
+        else:
+            from cllm.data.pipeline import stream_texts
+
+            yield from stream_texts(item)
+
+
+def _place(path: str | os.PathLike[str]) -> Path:
+    if isinstance(path, str) and ("\n" in path or len(path) > 4096):
+        raise UserError("A single str names a file or folder. Give text itself as a list: [text].")
+    return Path(path)
+
+
+def _added_token(token_id: int, content: str) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"id": token_id, "content": content, **flags}
+
+
+def _train_char(stream: Iterator[str], specials: tuple[str, ...]) -> dict[str, Any]:
+    characters: set[str] = set()
+    for text in stream:
+        characters |= set(text)
+    if not characters:
+        raise DataError("There is no text to take characters from.")
+    tokens = [*sorted(characters), *specials]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_added_token(len(characters) + i, name) for i, name in enumerate(specials)],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": _CHAR_PATTERN}, "behavior": "Isolated", "invert": False},
+        "post_processor": None,
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "WordLevel", "vocab": {token: i for i, token in enumerate(tokens)}, "unk_token": "<|unk|>"},
+    }
+
+
+def _train_bpe(stream: Iterator[str], vocab_size: int, pre_tokenizer: str) -> dict[str, Any]:
+    if pre_tokenizer not in PRE_TOKENIZERS:
+        raise UserError(f'pre_tokenizer must be one of {", ".join(PRE_TOKENIZERS)}, got "{pre_tokenizer}".')
+    if vocab_size < len(BPE_SPECIALS) + 256:
+        raise UserError(f"vocab_size must be at least {MIN_BPE_VOCAB} for 256 bytes and {len(BPE_SPECIALS)} special tokens, got {vocab_size}.")
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend(models.BPE())
+    if pre_tokenizer == "gpt-2":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    else:
+        split = pre_tokenizers.Split(Regex(LLAMA_BPE_PATTERN), behavior="isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_round_up(vocab_size),
+        min_frequency=2,
+        special_tokens=list(BPE_SPECIALS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(stream, trainer)
+    size = backend.get_vocab_size()
+    backend.add_special_tokens([f"<|reserved_{i}|>" for i in range(len(BPE_SPECIALS), len(BPE_SPECIALS) + _round_up(size) - size)])
+    return json.loads(backend.to_str())
+
+
+def _round_up(size: int) -> int:
+    return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """A tokenizer_config.json (and a chat_template.jinja beside it, where transformers 5 puts the template); none is no fault."""
+    try:
+        values = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        template = path.with_name("chat_template.jinja")
+        if isinstance(values, dict) and template.is_file():
+            values["chat_template"] = template.read_text("utf-8")
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read as the settings of a tokenizer: {error}.") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{path} must hold a JSON object, got {type(values).__name__}.")
+    return values
+
+
+def _chat_template(settings: dict[str, Any]) -> str | None:
+    """One template, or the one named default of several."""
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _name(token: Any) -> str | None:
+    """A token given as text or, by older versions, as an object with its content."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _is_char(content: dict[str, Any]) -> bool:
+    split = content.get("pre_tokenizer") or {}
+    return content["model"].get("type") == "WordLevel" and split.get("pattern") == {"Regex": _CHAR_PATTERN}
+
+
+def _uses_byte_level(content: dict[str, Any]) -> bool:
+    return '"ByteLevel"' in json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes (Radford et al. 2019, `bytes_to_unicode`)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_level_alphabet()
+_CHARACTER_OF = {byte: character for character, byte in _BYTE_OF.items()}
+
+
+def byte_level_name(content: bytes) -> str:
+    """Bytes in GPT-2's printable stand-ins."""
+    return "".join(_CHARACTER_OF[byte] for byte in content)
+
+
+def _byte_level(token: str) -> bytes:
+    if all(c in _BYTE_OF for c in token):
+        return bytes(_BYTE_OF[c] for c in token)
+    return token.encode("utf-8")
+
+
+def _sentence_piece(token: str) -> bytes:
+    """Tokens of SentencePiece models: <0x0A> is a byte, U+2581 a blank."""
+    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\u2581", " ").encode("utf-8")

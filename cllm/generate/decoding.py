@@ -1,0 +1,320 @@
+"""Text from a model: prefill the prompt, then decode one token at a time.
+
+    for piece in stream(model, tokenizer, "def ", max_tokens=100):
+        print(piece, end="", flush=True)
+    best = generate(model, tokenizer, "def ", samples=3, seed=1)[0].text
+
+The same seed gives the same text, sample i of a call does not depend on how many samples were asked for, and greedy
+text (temperature 0) is the same with and without the cache. When the text outgrows the model's context, the model goes
+on seeing its last half context (positions start anew, so the cache is filled again): with and without the cache alike.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cllm.generate.sampling import NOT_FINITE, Sampling, sample, sample_rows
+from cllm.model.cache import KVCache
+from cllm.model.model import Model
+from cllm.runtime.errors import CLLMError, UserError
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One continuation of the prompt."""
+
+    text: str
+    """The new text, without the prompt and without a stop string."""
+    tokens: list[int]
+    """Every token that was generated, those of a stop string included, the end-of-text token not."""
+    finish_reason: str
+    """"length" (max_tokens reached), "stop" (a stop string appeared) or "end" (the model wrote the end-of-text
+    token)."""
+    prompt_tokens: int
+    """Number of prompt tokens that the model saw."""
+    seconds: float
+    """From the call to the end of this continuation, prefill included."""
+    tokens_per_second: float
+    """Generated tokens over seconds."""
+
+
+@torch.no_grad()
+def prefill(model: Model, tokens: Tensor, cache: KVCache) -> Tensor:
+    """tokens (B, T) into an empty cache -> logits (B, V) of the next token."""
+    return model(tokens, cache=cache, last_only=True)[:, 0]
+
+
+@torch.no_grad()
+def decode_one(model: Model, tokens: Tensor, cache: KVCache) -> Tensor:
+    """The newest tokens (B,) into the cache -> logits (B, V) of the next token."""
+    return model(tokens[:, None], cache=cache, last_only=True)[:, 0]
+
+
+@torch.no_grad()
+def recompute(model: Model, tokens: Tensor) -> Tensor:
+    """tokens (B, T), all again and no cache -> logits (B, V) of the next token."""
+    return model(tokens, last_only=True)[:, 0]
+
+
+def generate(
+    model: Model,
+    tokenizer: Any,
+    prompt: str | Sequence[int],
+    *,
+    max_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: str | Sequence[str] = (),
+    seed: int = 0,
+    samples: int = 1,
+    use_cache: bool = True,
+    truncate_prompt: bool = False,
+    on_piece: Callable[[int, str], None] | None = None,
+) -> list[Generation]:
+    """`samples` continuations of `prompt` (text or token ids), decoded together.
+
+    Settings as in `cllm.generate.sampling.Sampling`. A prompt longer than the model's context is refused, or with
+    `truncate_prompt` only its end is seen. `on_piece(sample, text)` is called as text becomes certain. Raises UserError
+    for wrong settings, an empty prompt, or a tokenizer with more tokens than the model.
+    """
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    run = _Run(model, tokenizer, prompt, max_tokens, sampling, stop, seed, samples, use_cache, truncate_prompt)
+    for index, piece in run.pieces():
+        if on_piece is not None:
+            on_piece(index, piece)
+    return [continuation.result(run) for continuation in run.continuations]
+
+
+def stream(
+    model: Model,
+    tokenizer: Any,
+    prompt: str | Sequence[int],
+    *,
+    max_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: str | Sequence[str] = (),
+    seed: int = 0,
+    use_cache: bool = True,
+    truncate_prompt: bool = False,
+) -> Iterator[str]:
+    """The text of `generate(..., samples=1)` piece by piece, as soon as it is certain: whole characters, never a part
+    of a stop string.
+
+    Wrong settings raise at the call, not at the first piece.
+    """
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    run = _Run(model, tokenizer, prompt, max_tokens, sampling, stop, seed, 1, use_cache, truncate_prompt)
+    return (piece for _, piece in run.pieces())
+
+
+class StopFilter:
+    """Passes text on until a stop string appears; holds back an end that could still become one."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self.stop = stop
+        self.held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """More text -> what is certain to stand before any stop string."""
+        self.held += text
+        found = [index for index in (self.held.find(stop) for stop in self.stop) if index >= 0]
+        if found:
+            self.stopped = True
+            return self.held[: min(found)]
+        return self._release(self._possible_start())
+
+    def flush(self) -> str:
+        """The end of the text: what was held back was no stop string."""
+        return self._release(len(self.held))
+
+    def _release(self, count: int) -> str:
+        released, self.held = self.held[:count], self.held[count:]
+        return released
+
+    def _possible_start(self) -> int:
+        """Where the longest end of the held text begins that is also the beginning of a stop string."""
+        for start in range(max(0, len(self.held) - max(map(len, self.stop), default=0) + 1), len(self.held)):
+            if any(stop.startswith(self.held[start:]) for stop in self.stop):
+                return start
+        return len(self.held)
+
+
+class _Continuation:
+    """One sample while it grows: its tokens, its random numbers, its text."""
+
+    def __init__(self, index: int, seed: int, tokenizer: Any, stop: Sequence[str]) -> None:
+        self.index = index
+        self.tokens: list[int] = []
+        self.text = ""
+        self.finish_reason = ""
+        self.seconds = 0.0
+        # One generator per sample, far apart for neighbouring seeds: adding samples does not change the earlier ones.
+        self.generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + index) % 2**63)
+        self.decoder = tokenizer.stream_decoder()
+        self.stop = StopFilter(stop)
+
+    def add(self, token: int, eot: int | None, max_tokens: int) -> str:
+        """Takes the next token; returns the text that became certain and sets finish_reason when this was the last."""
+        piece = ""
+        if token == eot:
+            self.finish_reason = "end"
+        else:
+            self.tokens.append(token)
+            piece = self.stop.push(self.decoder.push(token))
+            if not self.stop.stopped and len(self.tokens) == max_tokens:
+                self.finish_reason = "length"
+        if self.finish_reason:
+            piece += self.stop.push(self.decoder.finish())
+            if not self.stop.stopped:
+                piece += self.stop.flush()
+        if self.stop.stopped:
+            self.finish_reason = "stop"
+        self.text += piece
+        return piece
+
+    def result(self, run: "_Run") -> Generation:
+        rate = len(self.tokens) / self.seconds if self.seconds > 0 else 0.0
+        return Generation(self.text, self.tokens, self.finish_reason, len(run.prompt), self.seconds, rate)
+
+
+class _Run:
+    """One call of generate or stream: checked inputs, then a loop of logits -> sample -> append over the unfinished
+    samples."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Any,
+        prompt: str | Sequence[int],
+        max_tokens: int,
+        sampling: Sampling,
+        stop: str | Sequence[str],
+        seed: int,
+        samples: int,
+        use_cache: bool,
+        truncate_prompt: bool,
+    ) -> None:
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in stop:
+            raise UserError("a stop string must not be empty. Leave it out, or give the text to stop at.")
+        if max_tokens < 1 or samples < 1:
+            raise UserError(f"max_tokens and samples must be at least 1, got {max_tokens} and {samples}.")
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {model.config.vocab_size}: "
+                "they do not belong together. Use the tokenizer that the model was trained with."
+            )
+        self.model = model
+        self.sampling = sampling
+        self.max_tokens = max_tokens
+        self.use_cache = use_cache
+        self.vocab_size = tokenizer.vocab_size
+        self.eot = tokenizer.eot_id
+        self.prompt = self._prompt_tokens(tokenizer, prompt, truncate_prompt)
+        self.continuations = [_Continuation(index, seed, tokenizer, stop) for index in range(samples)]
+
+    def _prompt_tokens(self, tokenizer: Any, prompt: str | Sequence[int], truncate: bool) -> list[int]:
+        tokens = list(tokenizer.encode(prompt)) if isinstance(prompt, str) else [int(token) for token in prompt]
+        if not tokens and self.eot is not None:
+            tokens = [self.eot]  # the start of a document follows the end of another
+        if not tokens:
+            raise UserError(
+                "the prompt is empty and the tokenizer has no end-of-text token to start from. "
+                "Give at least one character."
+            )
+        if not all(0 <= token < self.vocab_size for token in tokens):
+            raise UserError(f"the prompt holds token ids outside 0 to {self.vocab_size - 1}.")
+        limit = self.model.config.max_seq_len
+        if len(tokens) > limit and not truncate:
+            raise UserError(
+                f"the prompt has {len(tokens)} tokens, the model's context holds {limit}. "
+                "Shorten it, or let only its end be seen (truncate_prompt=True)."
+            )
+        return tokens[-limit:]
+
+    def pieces(self) -> Iterator[tuple[int, str]]:
+        """(sample, new text), in the order in which they are generated."""
+        started = time.perf_counter()
+        state = _DecodingState(self.model, self.prompt, len(self.continuations), self.max_tokens, self.use_cache)
+        active = self.continuations
+        while active:
+            logits = state.next_logits()[:, : self.vocab_size].float()
+            tokens = self._sampled_there(logits, active) if logits.device.type == "cuda" and self.sampling.repetition_penalty == 1.0 else None
+            logits = logits.cpu() if tokens is None else logits
+            for row, continuation in enumerate(active):
+                history = self.prompt + continuation.tokens if self.sampling.repetition_penalty != 1.0 else ()
+                token = sample(logits[row], history, self.sampling, continuation.generator) if tokens is None else tokens[row]
+                state.windows[row].append(token)
+                piece = continuation.add(token, self.eot, self.max_tokens)
+                if continuation.finish_reason:
+                    continuation.seconds = time.perf_counter() - started
+                if piece:
+                    yield continuation.index, piece
+            unfinished = [row for row, continuation in enumerate(active) if not continuation.finish_reason]
+            if len(unfinished) < len(active):
+                active = [active[row] for row in unfinished]
+                state.select(unfinished)
+
+
+    def _sampled_there(self, logits: Tensor, active: Sequence[_Continuation]) -> list[int]:
+        """The same tokens, chosen on the GPU: only they travel, not the logits."""
+        greedy = self.sampling.temperature == 0
+        drawn = [torch.zeros((), dtype=torch.float64) if greedy else torch.rand((), dtype=torch.float64, generator=each.generator) for each in active]
+        tokens: list[int] = sample_rows(logits, self.sampling, torch.stack(drawn)).tolist()
+        if min(tokens) < 0:
+            raise CLLMError(NOT_FINITE)
+        return tokens
+
+
+class _DecodingState:
+    """What the model sees of each sample (equally many tokens), and the cache of it."""
+
+    def __init__(self, model: Model, prompt: list[int], samples: int, max_tokens: int, use_cache: bool) -> None:
+        self.model = model
+        self.windows = [list(prompt) for _ in range(samples)]
+        self.capacity = min(model.config.max_seq_len, len(prompt) + max_tokens)
+        self.use_cache = use_cache
+        self.cache: KVCache | None = None
+        self.is_first = True
+
+    def next_logits(self) -> Tensor:
+        """(rows, V) for the token after each window."""
+        limit = self.model.config.max_seq_len
+        if len(self.windows[0]) > limit:
+            self.windows = [window[-max(1, limit // 2) :] for window in self.windows]
+            self.cache = None
+        if not self.use_cache:
+            return recompute(self.model, self._tensor(self.windows))
+        if self.cache is not None:
+            newest = self._tensor([window[-1:] for window in self.windows])[:, 0]
+            return decode_one(self.model, newest, self.cache)
+        if self.is_first:  # all rows are the prompt: compute it once
+            self.is_first = False
+            self.cache = self.model.make_cache(1, self.capacity)
+            logits = prefill(self.model, self._tensor(self.windows[:1]), self.cache)
+            rows = [0] * len(self.windows)
+            self.cache.select(rows)
+            return logits[rows]
+        self.cache = self.model.make_cache(len(self.windows), self.capacity)
+        return prefill(self.model, self._tensor(self.windows), self.cache)
+
+    def select(self, rows: list[int]) -> None:
+        """Keeps the rows of unfinished samples."""
+        self.windows = [self.windows[row] for row in rows]
+        if self.cache is not None and rows:
+            self.cache.select(rows)
+
+    def _tensor(self, rows: list[list[int]]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=self.model.embedding_weight.device)

@@ -1,0 +1,130 @@
+"""Predicts the memory of a training run before it starts, by adding up what the step keeps alive at its peak (the end of the forward pass)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from cllm.config.model import ModelConfig
+from cllm.runtime.device import free_memory
+from cllm.runtime.errors import UserError
+
+# Logits exist only in chunks of rows; this is what a chunk and the packed panels of a matrix product may take.
+LOGIT_ROWS = 1024
+# Python, torch and compiled kernels, before any tensor: measured 0.35 to 0.5 GB.
+PROCESS_BYTES = 450 << 20
+
+
+@dataclass(frozen=True)
+class MemoryPrediction:
+    """Bytes of each part of a training process."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    process: int = PROCESS_BYTES
+    checkpoint: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.process + self.checkpoint
+
+    def rows(self) -> list[tuple[str, int, str]]:
+        """(part, bytes, what it counts), largest first."""
+        parts = [
+            ("weights", self.weights, "float32 masters"),
+            ("gradients", self.gradients, "float32"),
+            ("optimizer", self.optimizer, "float32 moments, averages of the weights"),
+            ("activations", self.activations, "kept for the backward of one microbatch"),
+            ("logits", self.logits, f"one chunk of {LOGIT_ROWS} rows and the gradient of the output matrix"),
+            ("process", self.process, "Python, torch, compiled kernels"),
+            *([("checkpoint", self.checkpoint, "the copy that is written while training goes on")] if self.checkpoint else []),
+        ]
+        return sorted(parts, key=lambda part: -part[1])
+
+
+RECOMPUTE = ("none", "feed_forward", "blocks")  # what the backward computes again, in rising order of work
+
+
+def predict(
+    config: ModelConfig, batch_size: int, seq_len: int, precision: str = "fp32", recompute: str = "none",
+    optimizer: str = "adamw", average: bool = False, background_checkpoint: bool = False,
+) -> MemoryPrediction:  # fmt: skip
+    """The memory of training with microbatches of batch_size x seq_len tokens. `average`: an average of the weights is kept;
+    `background_checkpoint`: checkpoints are written from a copy."""
+    parameters, tokens = config.num_parameters(), batch_size * seq_len
+    width = 4 if precision == "fp32" else 2
+    queries, keys = config.num_heads * config.head_size, config.kv_heads * config.head_size
+    # Per token and layer: the residual stream and its normalised copy, twice; q, k, v before and after norm or rotation; the attention's
+    # output; the input of the feed-forward's activation, and with a gate what it multiplies.
+    branches = 4 * config.embed_dim + 2 * (queries + 2 * keys) + queries
+    activated = config.ffn_size * (2 if config.gated else 1)
+    per_layer = branches * width + 4 * (config.num_heads + 2) + (activated * width if recompute == "none" else 0)
+    per_token = config.num_layers * per_layer + 3 * config.embed_dim * width
+    if recompute == "blocks":  # both streams between the blocks, and one block as a whole
+        per_token = (2 * config.num_layers + 3) * config.embed_dim * width + per_layer + activated * width
+    feed_forward = tokens * config.ffn_size * width * (3 if config.gated else 2)  # hidden values and gradients of one layer at a time
+    chunk = min(LOGIT_ROWS, tokens) * config.vocab_size * 4
+    output_gradient = config.vocab_size * config.embed_dim * 4
+    state = _optimizer_bytes(config, optimizer) + (4 * parameters if average else 0)
+    return MemoryPrediction(
+        weights=4 * parameters,
+        gradients=4 * parameters,
+        optimizer=state,
+        activations=tokens * per_token + feed_forward,
+        logits=chunk + output_gradient,
+        checkpoint=4 * parameters + state if background_checkpoint else 0,
+    )
+
+
+def _optimizer_bytes(config: ModelConfig, optimizer: str) -> int:
+    """Two float32 numbers for each parameter; Lion has one, and so has Muon for what is no table."""
+    parameters = config.num_parameters()
+    if optimizer == "muon":
+        tables = config.vocab_size * config.embed_dim * (1 if config.tie_embeddings else 2)
+        tables += config.max_seq_len * config.embed_dim if config.position == "learned" else 0
+        return 4 * (parameters + tables)
+    return (4 if optimizer == "lion" else 8) * parameters
+
+RESERVE = 0.9  # of the free memory that a plan may take: the allocator keeps some, and so do kernels
+
+
+def choose_recompute(asked: str, config: ModelConfig, batch_size: int, seq_len: int, precision: str, device: torch.device) -> tuple[str, str]:
+    """What the backward computes again, for "auto" the least that lets the run fit, and why."""
+    if asked != "auto":
+        return asked, "asked for"
+    room = RESERVE * free_memory(device)
+    for choice in RECOMPUTE:
+        needed = predict(config, batch_size, seq_len, precision, choice).total
+        if needed <= room:
+            return choice, f"{needed / 1e9:.1f} GB predicted, {room / 1e9:.1f} GB to be had"
+    return RECOMPUTE[-1], f"{needed / 1e9:.1f} GB predicted is more than the {room / 1e9:.1f} GB to be had"
+
+
+@contextmanager
+def explained_out_of_memory(config: ModelConfig, batch_size: int, seq_len: int, precision: str, recompute: str) -> Iterator[None]:
+    """Turns the allocator's error into one that names the largest consumers and the options that would help."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(out_of_memory(predict(config, batch_size, seq_len, precision, recompute), batch_size, seq_len, recompute)) from error
+    except RuntimeError as error:  # torch's allocator on the CPU
+        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+        raise UserError(out_of_memory(predict(config, batch_size, seq_len, precision, recompute), batch_size, seq_len, recompute)) from error
+
+
+def out_of_memory(memory: MemoryPrediction, batch_size: int, seq_len: int, recompute: str) -> str:
+    largest = ", ".join(f"{name} {count / 1e9:.2f} GB" for name, count, _ in memory.rows()[:3])
+    helps = []
+    if batch_size > 1:
+        helps.append(f"--batch-size {batch_size // 2} with twice the --grad-accum (the same result)")
+    if recompute != RECOMPUTE[-1]:
+        helps.append("--set train.recompute=blocks (the same bits, a third more work)")
+    helps.append(f"--seq-len {seq_len // 2}" if seq_len > 64 else "a smaller --preset")
+    return f"out of memory. A step needs about {memory.total / 1e9:.2f} GB, most of it for {largest}. What helps: {'; '.join(helps)}."

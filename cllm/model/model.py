@@ -1,0 +1,313 @@
+"""The language model, one class for training and inference.
+
+    model = Model(ModelConfig.preset("cllm-15m"), seed=0)
+    loss = model.loss(tokens, targets)            # training: never holds all logits
+    logits = model(tokens)                        # (B, T, V)
+    cache = model.make_cache(batch=1, max_len=256)
+    logits = model(tokens, cache=cache)           # appends to the cache; prefill and decoding are the same call
+
+Parameters normally stay float32; `model.compute_dtype = torch.bfloat16` makes the activations bfloat16 while the
+kernels round the weights as they read them. Names, shapes and layouts of the parameters are Hugging Face's (see
+`cllm.model.layers`).
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cllm import kernels, runtime
+from cllm.config.model import ModelConfig
+from cllm.kernels.decoding import Decoder, Linear, Stack, make_decoder
+from cllm.kernels.quantized import Quantized, quantize, quantized_matmul
+from cllm.model.cache import KVCache
+from cllm.model.layers import Context, GPT2Backbone, LlamaBackbone, Weights
+from cllm.model.rope import rotary_tables
+from cllm.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from cllm.model.lora import LoraConfig
+
+INIT_STD = 0.02
+# The last matrix of each branch: what it writes is added to the residual stream, 2 * num_layers times.
+RESIDUAL_PROJECTIONS = ("self_attn.o_proj.weight", "mlp.down_proj.weight", "attn.c_proj.weight", "mlp.c_proj.weight")
+
+
+class Model(nn.Module):
+    """A decoder-only transformer of either family. `seed` fixes the initial weights, whatever the thread count and the
+    global RNG; on `torch.device("meta")` nothing is allocated or drawn.
+
+    `recompute` says what the backward computes again instead of keeping it: "none", "feed_forward" (the activation's
+    inputs) or "blocks" (everything inside a block, a third more work; Chen et al. 2016, arXiv 1604.06174). The bits are
+    the same."""
+
+    lora: "LoraConfig | None" = None  # of the adapters that alone train (`lora.py`)
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        if config.family == "cllm":
+            self.model = LlamaBackbone(config)
+        else:
+            self.transformer = GPT2Backbone(config)
+        self.lm_head = None if config.tie_embeddings else Weights(config.vocab_size, config.embed_dim)
+        self._compute_dtype: torch.dtype | None = None
+        self.recompute = "none"
+        self._int8_output: Quantized | None = None
+        self._rotary_tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.initialise(seed)
+
+    @property
+    def backbone(self) -> LlamaBackbone | GPT2Backbone:
+        return self.model if self.config.family == "cllm" else self.transformer
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        return self.model.embed_tokens.weight if self.config.family == "cllm" else self.transformer.wte.weight
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The matrix (V, E) that turns the last hidden state into logits; the token embedding itself when they are
+        tied."""
+        if self._int8_output is not None:
+            return self._int8_output.dequantize(self.compute_dtype)
+        return self.embedding_weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def is_quantized(self) -> bool:
+        return self._int8_output is not None
+
+    @torch.no_grad()
+    def quantize_(self) -> "Model":
+        """Every matrix but the look-up tables becomes int8 (`cllm.kernels.quantized`); for generation and evaluation only, from then on."""
+        if not self.is_quantized:
+            for block in self.backbone.blocks:
+                for module in block.modules():
+                    if isinstance(module, Weights) and module.weight.dim() == 2:
+                        module.quantize_()
+            self._int8_output = quantize(self.output_weight)
+            self.lm_head = None
+            self.requires_grad_(False)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_quantized:
+            raise UserError(
+                "the weights are int8, for generation only, and cannot be saved or exported. Load the model again without weights='int8'."
+            )
+        return super().state_dict(*args, **kwargs)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of activations: what was set, else the parameters' own (so that `model.double()` computes in
+        float64)."""
+        return self.embedding_weight.dtype if self._compute_dtype is None else self._compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: torch.dtype) -> None:
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise UserError(f"compute_dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}.")
+        self._compute_dtype = dtype
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """GPT-2's initialisation (Radford et al. 2019, section 2.3, and its released code): matrices and embeddings
+        N(0, 0.02), those that write to the residual stream divided by sqrt(2 * num_layers), biases 0, norms 1. Each
+        tensor has its own generator, keyed by seed and name."""
+        for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                continue
+            if parameter.dim() < 2:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            std = INIT_STD / math.sqrt(2 * self.config.num_layers) if name.endswith(RESIDUAL_PROJECTIONS) else INIT_STD
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+            drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+            parameter.copy_(drawn.normal_(0.0, std, generator=generator))
+
+    def hidden(
+        self, tokens: Tensor, *, cache: KVCache | None = None, cu_seqlens: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """tokens (B, T) int64 -> the normalised last hidden state (B, T, E) in the compute dtype.
+
+        With `cu_seqlens` (int32, documents packed over the B * T flattened tokens) each document sees only itself and
+        its positions start at 0, as if it stood alone; without, the rows of a batch are independent anyway. `positions`
+        (B * T,) are those of `document_positions` where the caller has them already, and the bounds are then not checked.
+        A cache and cu_seqlens exclude each other.
+        """
+        return self._hidden(tokens, cache, cu_seqlens, positions)[0]
+
+    def _hidden(
+        self, tokens: Tensor, cache: KVCache | None, cu_seqlens: Tensor | None, positions: Tensor | None, tied: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `hidden` returns, and with `tied` the output matrix that `tied_embedding` hands on."""
+        if tokens.dim() != 2 or not tokens.numel():
+            raise UserError(f"tokens must be (batch, tokens) and not empty, got the shape {tuple(tokens.shape)}.")
+        batch, length = tokens.shape
+        if cu_seqlens is not None:
+            if cache is not None:
+                raise UserError("a cache cannot hold packed documents; leave out cache or cu_seqlens.")
+            if positions is None:
+                positions = self.document_positions(cu_seqlens, tokens.numel()).to(tokens.device)
+            tokens = tokens.reshape(1, -1)
+        else:
+            start = 0 if cache is None else cache.length
+            if start + length > self.config.max_seq_len:
+                raise UserError(
+                    f"{start + length} tokens are longer than the model's context of {self.config.max_seq_len} "
+                    "(max_seq_len). Shorten the input or train with a longer context."
+                )
+            if cache is not None:
+                cache.check_room(batch, length)
+            if start:
+                positions = torch.arange(start, start + length, device=tokens.device)
+        tables = self.rotary_tables(tokens.device) if self.config.position == "rotary" else None
+        context = Context(positions, tables, cu_seqlens, cache, self.config.window_or_none, self.recompute, tied)
+        with _gradients_unless(cache):
+            x = self.backbone(tokens, context, self.compute_dtype)
+        if cache is not None:
+            cache.advance(length)
+        return x.view(batch, length, -1), context.output_weight
+
+    def forward(
+        self, tokens: Tensor, *, cache: KVCache | None = None, cu_seqlens: Tensor | None = None, last_only: bool = False
+    ) -> Tensor:
+        """tokens (B, T) -> logits (B, T, V) in the compute dtype, (B, 1, V) with `last_only`. A cache is appended
+        to."""
+        with _gradients_unless(cache):
+            decoder = None if cache is None or cu_seqlens is not None else self._decoder(tokens, cache)
+            if decoder is not None and cache is not None:
+                positions = torch.tensor([cache.length])
+                x = self.backbone.embed(tokens, positions, self.compute_dtype)[:, 0]
+                logits = decoder(x, cache.length)[:, None]
+                cache.advance(1)
+            else:
+                x = self.hidden(tokens, cache=cache, cu_seqlens=cu_seqlens)
+                x = x[:, -1:] if last_only else x
+                if self._int8_output is None:
+                    logits = kernels.matmul(x, self.output_weight.T)
+                else:
+                    logits = quantized_matmul(x, self._int8_output)
+            softcap = self.config.softcap
+            return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    def _decoder(self, tokens: Tensor, cache: KVCache) -> Decoder | None:
+        """What takes one token for each sequence through the layers in one call; None where the layers have to do it."""
+        room = cache.length < min(cache.max_len, self.config.max_seq_len)
+        if tokens.shape != (cache.batch, 1) or not room or torch.compiler.is_compiling():
+            return None
+        key = (self.embedding_weight.data_ptr(), self.is_quantized, self.compute_dtype, runtime.settings())
+        if cache.decoder is None or cache.decoder[0] != key:
+            cache.decoder = key, make_decoder(self._stack(), cache.keys, cache.values, self.compute_dtype)
+        return cache.decoder[1]
+
+    def _stack(self) -> Stack:
+        config = self.config
+        output = Linear(self.output_weight) if self._int8_output is None else Linear(self._int8_output)
+        return Stack(
+            [block.decoding() for block in self.backbone.blocks], self.backbone.decoding_norm(), output, config.head_size,
+            config.activation_name, config.eps, self.rotary_tables(self.embedding_weight.device) if config.position == "rotary" else None,
+            config.window_or_none or 0,
+        )  # fmt: skip
+
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        divisor: float | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_stats: bool = False,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        positions: Tensor | None = None,
+    ) -> Any:
+        """Mean cross entropy in nats over targets (B, T) that are not -100, or their sum / `divisor`. `return_stats`
+        adds a `LossStats` (per-token losses, correct, log-sum-exp). Logits exist only in chunks."""
+        if targets.shape != tokens.shape:
+            raise UserError(f"targets must have the shape of tokens {tuple(tokens.shape)}, got {tuple(targets.shape)}.")
+        x, output_weight = self._hidden(tokens, None, cu_seqlens, positions, tied=self.lm_head is None and not self.is_quantized)
+        return kernels.linear_cross_entropy(
+            x,
+            self.output_weight if output_weight is None else output_weight,
+            targets,
+            softcap=self.config.softcap,
+            divisor=divisor,
+            return_stats=return_stats,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+        )
+
+    def make_cache(self, batch: int, max_len: int | None = None) -> KVCache:
+        """An empty cache for `batch` sequences of up to `max_len` tokens (default: the model's context)."""
+        max_len = self.config.max_seq_len if max_len is None else max_len
+        if batch < 1 or not 1 <= max_len <= self.config.max_seq_len:
+            raise UserError(
+                f"a cache needs batch >= 1 and max_len from 1 to {self.config.max_seq_len}, got {batch} and {max_len}."
+            )
+        config = self.config
+        device = self.embedding_weight.device
+        return KVCache(config.num_layers, batch, max_len, config.kv_heads, config.head_size, self.compute_dtype, device)
+
+    def rotary_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin, (max_seq_len, D/2) float32: not parameters, not in the state dict, float32 in every compute
+        dtype."""
+        if device not in self._rotary_tables:
+            self._rotary_tables[device] = rotary_tables(self.config, device)
+        return self._rotary_tables[device]
+
+    def document_positions(self, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+        """cu_seqlens (n + 1,) -> the place of each token in its own document, (num_tokens,) int64."""
+        bounds = cu_seqlens.to("cpu", torch.int64)
+        lengths = bounds.diff()
+        if bounds.numel() < 2 or bounds[0] != 0 or bounds[-1] != num_tokens or bool((lengths < 0).any()):
+            raise UserError(f"cu_seqlens must rise from 0 to the number of tokens {num_tokens}, got {_short(bounds)}.")
+        if int(lengths.max()) > self.config.max_seq_len:
+            raise UserError(
+                f"cu_seqlens holds a document of {int(lengths.max())} tokens, longer than the model's context of "
+                f"{self.config.max_seq_len}. Split it at the rows of the batch."
+            )
+        return torch.arange(num_tokens) - torch.repeat_interleave(bounds[:-1], lengths)
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def summary(self) -> str:
+        """A table of the parameters, equal layers on one line."""
+        rows = [f"{'parameter':<50} {'shape':>16} {'count':>14}"]
+        for name, shape, layers in self._parameter_groups():
+            count = math.prod(shape) * layers
+            rows.append(f"{name:<50} {' x '.join(map(str, shape)):>16} {count:>14,}")
+        rows.append(f"{'total':<50} {'':>16} {self.num_parameters():>14,}")
+        return "\n".join(rows)
+
+    def _parameter_groups(self) -> Iterator[tuple[str, tuple[int, ...], int]]:
+        """(name, shape, number of layers that have it); blocks are shown once, as `layers.*`."""
+        for name, parameter in self.named_parameters():
+            prefix, found, rest = name.partition(".layers.0." if self.config.family == "cllm" else ".h.0.")
+            if found:
+                yield f"{prefix}{found.replace('0', '*')}{rest}", tuple(parameter.shape), self.config.num_layers
+            elif ".layers." not in name and ".h." not in name:
+                yield name, tuple(parameter.shape), 1
+
+    def __repr__(self) -> str:
+        config = self.config
+        return (
+            f"Model({config.family}, {self.num_parameters():,} parameters in {self.embedding_weight.dtype}, "
+            f"computing in {self.compute_dtype}: {config.num_layers} layers x {config.embed_dim}, "
+            f"{config.num_heads} heads of {config.head_dim} ({config.num_kv_heads} for keys), "
+            f"ffn {config.ffn_dim}, vocabulary {config.vocab_size}, context {config.max_seq_len})\n{self.summary()}"
+        ).replace("torch.", "")
+
+
+def _gradients_unless(cache: KVCache | None) -> torch.set_grad_enabled:
+    """A cache is written in place and holds no graph: with one, the model is for inference only."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and cache is None)
+
+
+def _short(values: Tensor) -> str:
+    shown = values.tolist()
+    return str(shown) if len(shown) <= 8 else f"[{shown[0]}, {shown[1]}, ..., {shown[-1]}] ({len(shown)} values)"

@@ -1,0 +1,243 @@
+"""What a person sees of a training run: one live line, what happened on lines of its own, and all of it in the run's log.txt."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cllm import runtime
+from cllm.config.model import ModelConfig
+from cllm.config.train import TrainConfig
+from cllm.evaluate.loss import Evaluation
+from cllm.monitor.guards import memory_bytes, peak_memory_bytes
+from cllm.runtime import progress
+from cllm.train.step import StepResult
+
+if TYPE_CHECKING:
+    import torch
+
+    from cllm.train.trainer import TrainResult
+
+SLOWED = 4.0  # times slower than at its best is no noise
+_SMOOTHING = 0.1  # weight of the newest step in the shown speed
+
+
+class Reporter:
+    """Speed, share of the machine's peak, memory and time left of a run; a context manager that owns its progress line and watchdog."""
+
+    def __init__(self, out: Path, config: TrainConfig) -> None:
+        self.out, self._config = out, config
+        self._log: Any = None
+        self._progress: Any = None
+        self._watchdog: Any = None
+        self._stack = ExitStack()
+        self._began = time.perf_counter()
+        self._step_seconds = 0.0  # of all steps but the first, which compiles
+        self._step_tokens = 0
+        self._smooth_speed = self._best_speed = 0.0
+        self._told_slowed = False
+        self._last_seconds = 0.0
+        self._warm = False
+        self._flops_per_token = 0.0
+        self._peak_flops = 0.0
+        self._device: torch.device | None = None
+        self.split = dict.fromkeys(("data", "forward", "backward", "optimizer", "checkpoint", "evaluation"), 0.0)  # seconds
+        self._reading = 0.0
+        self._cpu_before = _cpu_seconds()
+        self._doing = "starting"
+
+    def __enter__(self) -> Reporter:
+        self._log = self._stack.enter_context(open(self.out / "log.txt", "a", encoding="utf-8"))
+        if self._config.log.watchdog_seconds:
+            self._watchdog = self._stack.enter_context(progress.Watchdog(self._config.log.watchdog_seconds, self._stalled))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all steps but the first."""
+        return self._step_tokens / self._step_seconds if self._step_seconds else 0.0
+
+    def begin(self, step: int, steps: int, config: TrainConfig, model: ModelConfig, device: torch.device) -> None:
+        """The number of steps is known: open the progress line, and find the peak that speed is measured against."""
+        self._config, self._device = config, device
+        self._flops_per_token = model.flops_per_token(config.train.seq_len)
+        self._peak_flops = _peak_flops(config.train.precision, device)
+        self._steps = steps
+        self._progress = self._stack.enter_context(progress.Progress(steps, "training", initial=step))
+
+    def say(self, text: str) -> None:
+        """A line for people and for log.txt."""
+        progress.say(text)
+        try:
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._log.flush()
+        except OSError as error:  # a full disk ends the run where it matters: at the next checkpoint
+            progress.say(f"could not write {self.out / 'log.txt'}: {error.strerror or error}")
+
+    def beat(self, *_: object) -> None:
+        """Something moved: the watchdog waits anew."""
+        if self._watchdog is not None:
+            self._watchdog.beat()
+
+    def _stalled(self, seconds: float) -> None:
+        """Says where, in the log as well; with on_stall = stop it ends the process, for a supervisor to start it again."""
+        stop = self._config.train.on_stall == "stop"
+        then = f" The run ends (on_stall = stop). Go on with: cllm train --resume --out {self.out}" if stop else ""
+        self.say(f"stalled for {seconds:.0f} s while {self._doing}.{then}")
+        if stop:
+            os._exit(1)  # the thread that hangs cannot be asked; checkpoints are whole at any moment
+
+    @contextmanager
+    def _at(self, doing: str) -> Iterator[None]:
+        before, self._doing = self._doing, doing
+        self.beat()
+        yield
+        self._doing = before
+        self.beat()
+
+    @contextmanager
+    def reading(self, step: int) -> Iterator[None]:
+        """Around making the batches of a step."""
+        began = time.perf_counter()
+        with self._at(f"reading the data of step {step + 1:,}"):
+            yield
+        self._reading = time.perf_counter() - began
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Around one step; the first one of a process compiles kernels and says so when that takes long."""
+        began = time.perf_counter()
+        with self._at(f"computing step {step + 1:,}"):
+            if self._warm:
+                yield
+            else:
+                with progress.stage("first step: compiling kernels for this machine"):
+                    yield
+        self._last_seconds = time.perf_counter() - began
+
+    @contextmanager
+    def stage(self, label: str, part: str | None = None) -> Iterator[None]:
+        """Around work between steps; it is shown when it takes long, and counted as `part` of the run's time."""
+        began = time.perf_counter()
+        with self._at(label), progress.stage(label):
+            yield
+        if part is not None:
+            self.split[part] += time.perf_counter() - began
+
+    def trained(self, step: int, tokens: int, result: StepResult, seconds: Mapping[str, float]) -> dict[str, float]:
+        """Shows a step and returns its timing, memory and use of the machine for the metrics. `seconds`: of the step's parts."""
+        parts_seconds = {"data": self._reading, **seconds}
+        for part, each in parts_seconds.items():
+            self.split[part] += each
+        used, self._cpu_before = _cpu_seconds() - self._cpu_before, _cpu_seconds()
+        busy = used / max(1e-9, self._last_seconds + self._reading) / runtime.device.usable_cores()
+        memory = self._memory()
+        speed = result.num_targets / max(self._last_seconds, 1e-9)
+        if self._warm:
+            self._step_seconds += self._last_seconds
+            self._step_tokens += result.num_targets
+            self._smooth_speed = speed if not self._smooth_speed else (1 - _SMOOTHING) * self._smooth_speed + _SMOOTHING * speed
+            self._warn_when_slowed(step)
+        self._warm = True
+        shown = self._smooth_speed or speed
+        share = shown * self._flops_per_token / self._peak_flops if self._peak_flops else 0.0
+        parts = [
+            f"step {step:,}/{self._steps:,}", f"{_short(tokens)} tokens", f"loss {result.loss:.4f}", f"lr {result.learning_rate:.2e}",
+            f"grad {result.gradient_norm:.2f}", f"{_short(shown)} tok/s", f"{100 * share:.0f}% of peak" if share else "",
+            f"{memory / 1e9:.2f} GB",
+        ]
+        self._progress.update(step, "  ".join(part for part in parts if part))
+        times = {f"{part}_seconds": round(each, 6) for part, each in parts_seconds.items()}
+        use = {"cpu_share": round(min(1.0, busy), 4), **self._gpu_share()}
+        return {"tokens_per_second": round(speed, 1), "share_of_peak": round(share, 4), "memory_bytes": memory, **use, **times}
+
+    def _gpu_share(self) -> dict[str, float]:
+        """The share of the last moments in which the GPU was busy, where NVIDIA's library for it is installed."""
+        if self._device is None or self._device.type != "cuda":
+            return {}
+        import torch
+
+        try:
+            return {"gpu_share": torch.cuda.utilization(self._device) / 100}
+        except (ImportError, RuntimeError):
+            return {}
+
+    def _warn_when_slowed(self, step: int) -> None:
+        """Threads that spin for a core which another program has make small steps up to fifteen times slower: worth one line."""
+        self._best_speed = max(self._best_speed, self._smooth_speed)
+        if self._smooth_speed < self._best_speed / SLOWED and not self._told_slowed:
+            self._told_slowed = True
+            self.say(
+                f"step {step:,}: {self._best_speed / self._smooth_speed:.0f} times slower than this run has been. Other programs probably use the "
+                "cores; if they stay, stop (Ctrl-C) and go on with OMP_WAIT_POLICY=passive in the environment: the same bits, without spinning"
+            )
+
+    def _memory(self) -> int:
+        """Bytes of the process, or what torch holds of the GPU's memory."""
+        if self._device is not None and self._device.type == "cuda":
+            import torch
+
+            return int(torch.cuda.memory_reserved(self._device))
+        return memory_bytes()
+
+    def evaluated(self, step: int, result: Evaluation, unigram: float | None, best: bool) -> None:
+        baseline = "" if unigram is None else f" (token frequencies alone: {unigram:.4f})"
+        self.say(
+            f"step {step:,}: validation loss {result.loss:.4f}{baseline}, perplexity {result.perplexity:,.2f}, "
+            f"{result.bits_per_byte:.3f} bits per byte, accuracy {100 * result.accuracy:.1f} %{', best so far' if best else ''}"
+        )
+
+    def finish(self, result: TrainResult) -> None:
+        if result.stopped_early:
+            patience = self._config.train.patience
+            self.say(f"stopped early: no better validation loss in {patience} evaluations; the best was at step {result.best_step:,}")
+        if result.better_than_unigram is False:
+            assert result.validation is not None
+            self.say(
+                "warning: the model ends no better than token frequencies alone "
+                f"({result.validation.loss:.4f} against {result.unigram_loss:.4f} nats): it has learnt nothing that helps on the validation text. "
+                "Train longer, raise learning_rate, or check the data."
+            )
+        if result.validation is None:
+            self.say("there was no validation text, so nothing says how well the model does on text that it has not seen")
+        spent = sorted(((seconds, part) for part, seconds in self.split.items()), reverse=True)
+        total = sum(self.split.values())
+        if total:
+            self.say("time: " + ", ".join(f"{part} {100 * seconds / total:.0f} %" for seconds, part in spent if seconds / total >= 0.005))
+        peak = peak_memory_bytes() / 1e9
+        self.say(f"done: {result.step:,} steps, {_short(result.tokens)} tokens in {progress.duration(result.seconds)}, peak memory {peak:.2f} GB")
+
+
+def _peak_flops(precision: str, device: torch.device) -> float:
+    """Floating-point operations per second that the fastest kernel of this machine reached in a probe."""
+    if device.type == "cuda":
+        with progress.stage("measuring this GPU's peak"):
+            return runtime.gpu.measured_rates(device)[precision] * 1e9
+    # With all cores, whatever this run uses: the number is kept for other runs.
+    with progress.stage("measuring this machine's peak"), runtime.use(threads=runtime.device.usable_cores()):
+        return runtime.ceilings().gflops(precision) * 1e9
+
+
+def _cpu_seconds() -> float:
+    """Processor time of this process, all threads together."""
+    used = os.times()
+    return used.user + used.system
+
+
+def _short(count: float) -> str:
+    """1234567 -> 1.23M"""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.3g}{unit}"
+    return f"{count:.0f}"

@@ -1,0 +1,54 @@
+"""Averaged weights: those that are evaluated and exported while training goes on from others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from cllm.runtime.errors import CheckpointError
+
+
+class Ema:
+    """Exponential moving average of the weights (Polyak & Juditsky 1992), float32.
+
+        average = d average + (1 - d) weight,     d = min(decay, (1 + t) / (10 + t)) after t updates
+
+    The rising d lets go of the random weights of the beginning (as in TensorFlow's ExponentialMovingAverage).
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = parameters, decay
+        self.weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    def update(self, num_updates: int) -> None:
+        """After update number `num_updates`, counted from 1. Each operation rounds once (see `cllm.train.optimizers.base.Optimizer`)."""
+        decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
+        with torch.no_grad():
+            for name, average in self.weights.items():
+                average.mul_(decay).add_(self.parameters[name] * (1 - decay))
+
+
+@contextmanager
+def swapped(parameters: Mapping[str, torch.nn.Parameter], weights: Mapping[str, torch.Tensor] | None) -> Iterator[None]:
+    """While entered, the parameters hold `weights` (None: their own); afterwards their own bits again, also after an error."""
+    if weights is None:
+        yield
+        return
+    own = {name: parameters[name].detach().clone() for name in weights}
+    try:
+        put(parameters, weights)
+        yield
+    finally:
+        put(parameters, own)
+
+
+def put(parameters: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
+    """Copies `weights` into the tensors of the same names; CheckpointError where names or shapes do not fit."""
+    for name, tensor in weights.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise CheckpointError(f"the checkpoint's averaged weights do not fit this model: {name} has shape {tuple(tensor.shape)}.")
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            parameters[name].copy_(tensor)

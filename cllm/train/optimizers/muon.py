@@ -1,0 +1,77 @@
+"""Muon: momentum whose matrices are made orthogonal before they move the weights."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from cllm.train.optimizers.base import AdamW, Optimizer
+
+# Five steps of an odd quintic polynomial with these coefficients bring singular values into about [0.7, 1.2]: the slope at 0 is as steep as it
+# can be, and 1 is not quite reached (Keller Jordan, https://kellerjordan.github.io/posts/muon/).
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NUM_STEPS = 5
+TABLES = ("embed_tokens", "wte", "wpe", "lm_head")  # matrices that are looked up, or that write the logits: AdamW's
+
+
+class Muon(Optimizer):
+    """Muon (Jordan et al. 2024) for the matrices inside the blocks, AdamW for embeddings, output matrix, norms and biases.
+
+        m = momentum m + (1 - momentum) g
+        u = momentum m + (1 - momentum) g                      (Nesterov)
+        w = w - learning_rate (0.2 sqrt(max(rows, columns)) orthogonal(u) + weight_decay w)
+
+    The factor gives the update the root mean square that AdamW's usually has, 0.2, whatever the shape (Liu et al. 2025, arXiv 2502.16982), so
+    that one learning rate and one weight decay serve both kinds of parameters; Jordan's own factor is sqrt(max(1, rows / columns)).
+    A fused matrix (GPT-2's query, key and value) is made orthogonal as a whole.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+    ) -> None:
+        super().__init__(named_parameters, weight_decay=weight_decay)
+        self.momentum = momentum
+        matrices = [name for name, parameter in self.parameters.items() if parameter.dim() == 2 and not any(each in name for each in TABLES)]
+        others = [(name, parameter) for name, parameter in self.parameters.items() if name not in matrices]
+        self.adamw = AdamW(others, betas=betas, eps=eps, weight_decay=weight_decay) if others else None
+        self.slots = {"momentum": {name: torch.zeros_like(self.parameters[name], dtype=torch.float32) for name in matrices}}
+        if self.adamw is not None:
+            self.slots |= self.adamw.slots
+
+    def step(self, grads: Iterable[tuple[str, torch.Tensor]], learning_rate: float) -> None:
+        rest = []
+        for name, grad in grads:
+            momentum = self.slots["momentum"].get(name)
+            if momentum is None:
+                rest.append((name, grad))
+                continue
+            new = grad * (1 - self.momentum)
+            momentum.mul_(self.momentum).add_(new)
+            weight = self.parameters[name].detach()
+            scale = learning_rate * 0.2 * math.sqrt(max(weight.shape))
+            update = orthogonal((momentum * self.momentum).add_(new)).mul_(scale)
+            weight.mul_(1 - learning_rate * self.decays[name]).sub_(update)
+        if self.adamw is not None and rest:
+            self.adamw.num_updates = self.num_updates
+            self.adamw.step(rest, learning_rate)
+
+
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """About U V^T of matrix (R, C) = U S V^T, float32, by Newton-Schulz iteration: products of matrices only."""
+    from cllm import kernels
+
+    a, b, c = COEFFICIENTS
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix).contiguous()
+    x = x / max(float(kernels.gradient_statistics([x])[0]), 1e-7)  # the largest singular value is then at most 1
+    for _ in range(NUM_STEPS):
+        gram = kernels.matmul(x, x.T)
+        polynomial = kernels.matmul(gram, gram).mul_(c).add_(gram.mul_(b))
+        x = kernels.matmul(polynomial, x).add_(x.mul_(a))
+    return x.T if tall else x

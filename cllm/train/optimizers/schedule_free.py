@@ -1,0 +1,69 @@
+"""Schedule-free AdamW: an average of the iterates takes the place of the learning rate's decay."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from cllm.runtime.errors import UserError
+from cllm.train.optimizers.base import Optimizer
+
+
+class ScheduleFreeAdamW(Optimizer):
+    """Schedule-free AdamW (Defazio et al. 2024, arXiv 2405.15682, algorithm 1), with decay at the point of the gradient.
+
+        y = (1 - beta1) z + beta1 x                           where gradients are taken: the model's weights while it trains
+        v = beta2 v + (1 - beta2) g^2
+        d = g / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay y
+        z = z - learning_rate d
+        x = (1 - c) x + c z                                   the average, which is evaluated and exported
+
+    c is this update's share of the sum of all squared (so far largest) learning rates. Only y, z and v are kept; x follows from y and z.
+    The learning rate warms up and then stays: no step from which on it falls has to be known.
+    """
+
+    kinds = ("z", "exp_avg_sq")
+    averaging = True
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+    ) -> None:
+        super().__init__(named_parameters, weight_decay=weight_decay)
+        if not betas[0] > 0:
+            raise UserError(f"schedule-free AdamW needs beta1 > 0, got {betas[0]:g}: with 0 nothing of the average is in the weights. Use 0.9.")
+        self.betas, self.eps = betas, eps
+        for name, z in self.slots["z"].items():
+            z.copy_(self.parameters[name].detach())
+        # float64: the sum grows by small squares for as long as the run lasts.
+        self.weights = torch.zeros(2, dtype=torch.float64)  # the sum of squared learning rates, the largest learning rate
+
+    def step(self, grads: Iterable[tuple[str, torch.Tensor]], learning_rate: float) -> None:
+        beta1, beta2 = self.betas
+        largest = max(learning_rate, float(self.weights[1]))
+        total = float(self.weights[0]) + largest**2
+        self.weights.copy_(torch.tensor([total, largest], dtype=torch.float64))
+        share = largest**2 / total if total else 0.0
+        root = math.sqrt(1 - beta2 ** (self.num_updates + 1))
+        for name, grad in grads:
+            y, z, v = self.parameters[name].detach(), self.slots["z"][name], self.slots["exp_avg_sq"][name]
+            v.mul_(beta2).add_((grad * grad).mul_(1 - beta2))
+            direction = grad / v.sqrt().div_(root).add_(self.eps)
+            if self.decays[name]:
+                direction.add_(y * self.decays[name])
+            # The equations above with x left out: y goes the share c towards z, then what z's step moves, directly and through x.
+            y.add_((z - y).mul_(share)).add_(direction * (learning_rate * (beta1 * (1 - share) - 1)))
+            z.sub_(direction.mul_(learning_rate))
+
+    def averages(self) -> dict[str, torch.Tensor]:
+        """x = y + (1 - 1 / beta1) (z - y) of each parameter."""
+        factor = 1 - 1 / self.betas[0]
+        with torch.no_grad():
+            return {name: (self.slots["z"][name] - y).mul_(factor).add_(y) for name, y in self.parameters.items()}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return super().state_dict() | {"weights": self.weights}

@@ -1,0 +1,106 @@
+"""The training step with the whole model in each process: gradients are summed over the processes, and all make the same update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cllm.data.tokens.batch import Microbatch
+from cllm.distributed.reduce import BucketedSum, add_in_place, clip_, flat_gradient, measured, norm_of, put_flat, tree_sum
+from cllm.distributed.share import Share
+from cllm.runtime import tree
+from cllm.train.step import TrainStep, targets_of
+
+if TYPE_CHECKING:
+    from cllm.distributed.session import World
+    from cllm.model.model import Model
+
+
+class DataParallelStep(TrainStep):
+    """Each process runs its share of the microbatches; gradients, loss and numbers of targets are summed over all."""
+
+    uses_graphs = False  # the sum stands between backward and update
+
+    def __init__(self, model: Model, *args: Any, world: World, **options: Any) -> None:
+        super().__init__(model, *args, **options)
+        self.world = world
+        self._sum = BucketedSum(self.optimizer.parameters.values())
+
+    def accumulate(self, microbatches: Sequence[Microbatch], beat: Callable[[], None] | None = None) -> tuple[float, int]:
+        num_targets = int(self.world.sums([targets_of(microbatches)])[0])
+        self.optimizer.zero_grad()
+        if not num_targets:
+            return 0.0, 0
+        total = 0.0
+        for number, each in enumerate(microbatches, 1):
+            loss = self._loss(on(self.model, each), num_targets)
+            if number == len(microbatches):
+                self._sum.begin()
+            loss.backward()
+            total += loss.item()
+            if beat is not None:
+                beat()
+        self._sum.finish()
+        return self.world.sums([total])[0], num_targets
+
+
+class DeterministicStep(TrainStep):
+    """The gradient of each leaf (`unit` sequences) by itself, added up in the fixed binary tree over leaves: the bits of an update depend on
+    its sequences and on `unit`, not on the number of processes (one included) or the cut into microbatches.
+
+    The norm is taken over rows (`row_squares`), so that it is the same where the state is sharded by rows.
+    """
+
+    uses_graphs = False
+
+    def __init__(self, model: Model, *args: Any, share: Share, world: World | None, **options: Any) -> None:
+        super().__init__(model, *args, **options)
+        self.share, self.world = share, world
+
+    def accumulate(self, microbatches: Sequence[Microbatch], beat: Callable[[], None] | None = None) -> tuple[float, int]:
+        num_targets = targets_of(microbatches)
+        if self.world is not None:
+            num_targets = int(self.world.sums([num_targets])[0])
+        self.optimizer.zero_grad()
+        if not num_targets:
+            return 0.0, 0
+        parameters = list(self.optimizer.parameters.values())
+        sums, losses = tree.Binary(add_in_place), []
+        for leaf, each in enumerate(microbatches, self.share.run_of(self.share.rank)[0]):
+            loss = self._loss(on(self.model, each), num_targets)
+            loss.backward()
+            losses.append(loss.item())
+            sums.push(leaf, flat_gradient(parameters))
+            self.optimizer.zero_grad()
+            if beat is not None:
+                beat()
+        put_flat(parameters, tree_sum(sums, self.share, self.world))
+        return sum_of_losses(losses, self.world), num_targets
+
+    def _update(self, learning_rate: float) -> tuple[float, float, int]:
+        gradients = [each.grad for each in self.optimizer.parameters.values() if each.grad is not None]
+        rows, largest, nonfinite = measured(gradients)
+        norm = norm_of(rows, nonfinite)
+        if not nonfinite:
+            clip_(gradients, norm, self.grad_clip)
+            self.optimizer.update(learning_rate, 0.0)
+        return norm, largest, nonfinite
+
+
+def sum_of_losses(losses: Sequence[float], world: World | None) -> float:
+    """All leaves' losses of all processes, summed exactly: their order does not matter."""
+    everyone = [losses] if world is None else world.gather(list(map(float.hex, losses)))
+    values = [float.fromhex(each) if isinstance(each, str) else each for part in everyone for each in part]
+    return math.fsum(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def on(model: Model, batch: Microbatch) -> Microbatch:
+    """The microbatch where the model's weights lie."""
+    device: torch.device = model.embedding_weight.device
+    if batch.tokens.device.type == device.type:
+        return batch
+    bounds = None if batch.cu_seqlens is None else batch.cu_seqlens.to(device)
+    return Microbatch(batch.tokens.to(device), batch.targets.to(device), bounds)

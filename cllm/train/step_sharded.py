@@ -1,0 +1,220 @@
+"""The training step with weights, gradients and optimizer state cut up over the processes: FSDP2 (Zhao et al. 2023, arXiv 2304.11277; the rows
+of each matrix are dealt out), or in hybrid mode over the processes of one node, with a copy on each node.
+
+In deterministic mode leaf k of an update is computed by process k mod n. After each backward a process receives its rows of the gradients of n
+neighbouring leaves (as many bytes as FSDP's reduce-scatter) and pushes them onto the binary tree in the order of leaves; nothing is added on the
+way. So any number of processes gives the bits of `DeterministicStep`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cllm.checkpoint.store import Checkpoint
+from cllm.data.tokens.batch import IGNORED, Microbatch
+from cllm.distributed.reduce import add_in_place, clip_, measured, norm_of
+from cllm.distributed.session import gathered
+from cllm.distributed.share import Share
+from cllm.runtime import tree
+from cllm.runtime.errors import UserError
+from cllm.train.step import TrainStep, targets_of
+from cllm.train.step_parallel import on, sum_of_losses
+
+if TYPE_CHECKING:
+    from cllm.distributed.session import World
+    from cllm.model.model import Model
+
+
+def mesh_of(world: World, parallel: str, shard_size: int | None) -> Any:
+    """The DeviceMesh: (n,) named shard for fsdp; (copies, n) named replicate and shard for hybrid. UserError where they do not fit."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if parallel == "fsdp":
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    size = shard_size or world.local_size
+    if world.size % size or size < 2 or size == world.size:
+        raise UserError(
+            f"hybrid sharding needs shard_size to divide the {world.size} processes into several copies of at least 2 processes each, got {size}"
+            f"{'' if shard_size else ' (the processes of one node)'}. Set train.shard_size, or use train.parallel=fsdp."
+        )
+    return init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(model: Model, mesh: Any) -> None:
+    """Cuts the model up in place: one unit for each block, one for the embedding, output matrix and final norm together."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    # A block returns views, of which nothing here is changed in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+    for block in model.backbone.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "loss")
+    for unit in units_of(model):
+        if not hasattr(unit, "set_gradient_divide_factor") or not hasattr(unit, "set_force_sum_reduction_for_comms"):
+            raise UserError(f"sharding needs a newer PyTorch than {torch.__version__}. Use train.parallel=ddp, or PyTorch 2.13.")
+        unit.set_gradient_divide_factor(1.0)  # a sum: losses are divided by the targets of all processes already
+        unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+
+
+def units_of(model: Model) -> list[Any]:
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+class LeafExchange:
+    """Takes the place of FSDP's reduce-scatter for one unit: rows of single leaves are exchanged, and summed by the tree.
+
+    While leaves are missing the output is zero; the exchange of the last leaves writes the sum. Where copies add up their outputs
+    afterwards (hybrid), only the first copy gives the sum and the others -0.0, which changes no number.
+    """
+
+    def __init__(self, world_size: int, replicate: Any) -> None:
+        self._size, self._replicate = world_size, replicate
+        self._leaves = tree.Binary(add_in_place)
+        self._first = self._count = 0
+
+    def begin(self, first: int, count: int, last: int) -> None:
+        """The leaves of the next backward: `count` from `first` on, of `last` in all."""
+        if first == 0:
+            self._leaves = tree.Binary(add_in_place)
+        self._first, self._count, self._is_last = first, count, first + count == last
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> None:
+        import torch.distributed as dist
+
+        received = torch.empty_like(input_tensor)
+        dist.all_to_all_single(received, input_tensor, group=group)
+        if self._replicate is not None:  # ranks of a copy follow each other, so copies hold neighbouring runs of leaves
+            received = gathered(received, self._replicate.size(), self._replicate)
+        for number, rows in enumerate(received.view(self._size, -1)[: self._count]):
+            self._leaves.push(self._first + number, rows.clone())
+        if not self._is_last:
+            output_tensor.zero_()
+        elif self._replicate is not None and dist.get_rank(self._replicate):
+            output_tensor.fill_(-0.0)
+        else:
+            output_tensor.copy_(self._leaves.total())
+        if self._is_last:
+            self._leaves = tree.Binary(add_in_place)
+
+
+class ShardedStep(TrainStep):
+    """The step on a model that `shard` has cut up; the optimizer works on this process's rows."""
+
+    uses_graphs = False
+
+    def __init__(self, model: Model, *args: Any, share: Share, world: World, mesh: Any, deterministic: bool, **options: Any) -> None:
+        shard(model, mesh)
+        self._sharded: dict[str, Any] = dict(model.named_parameters())  # later the model may show whole weights under these names
+        self._rows = {name: torch.nn.Parameter(parameter.to_local().detach()) for name, parameter in self._sharded.items()}
+        super().__init__(model, *args, **options)
+        self.share, self.world, self.mesh = share, world, mesh
+        self._exchanges: list[LeafExchange] = []
+        if deterministic:
+            replicate = mesh["replicate"].get_group() if mesh.ndim > 1 else None
+            for unit in units_of(model):
+                self._exchanges.append(LeafExchange(world.size, replicate))
+                unit.set_custom_reduce_scatter(self._exchanges[-1])
+
+    def _trained(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
+        return self._rows.items()
+
+    def accumulate(self, microbatches: Sequence[Microbatch], beat: Callable[[], None] | None = None) -> tuple[float, int]:
+        """Every process runs as many microbatches as the one that has most, for all take part in each exchange; the fillers have no targets."""
+        num_targets = int(self.world.sums([targets_of(microbatches)])[0])
+        self._zero_grad()
+        if not num_targets:
+            return 0.0, 0
+        filler = Microbatch(microbatches[0].tokens, torch.full_like(microbatches[0].targets, IGNORED), microbatches[0].cu_seqlens)
+        losses = []
+        for turn in range(self.share.rounds):
+            first = turn * self.share.size
+            for each in self._exchanges:
+                each.begin(first, min(self.share.size, self.share.num_pieces - first), self.share.num_pieces)
+            if self._exchanges:
+                self._zero_grad()
+            real = turn < len(microbatches)
+            loss = self._loss(on(self.model, microbatches[turn] if real else filler), num_targets)
+            loss.backward()
+            if real:
+                losses.append(loss.item())
+            if beat is not None:
+                beat()
+        for name, parameter in self._sharded.items():
+            if parameter.grad is not None and self._rows[name].numel():
+                self._rows[name].grad = parameter.grad.to_local()
+        return sum_of_losses(losses, self.world), num_targets
+
+    def _zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+        for parameter in self._sharded.values():
+            parameter.grad = None
+
+    def _update(self, learning_rate: float) -> tuple[float, float, int]:
+        gradients = [each.grad for each in self._rows.values() if each.grad is not None]
+        rows, largest, nonfinite = measured(gradients)
+        if self.mesh.ndim > 1 and self.mesh.get_coordinate()[0]:
+            rows, nonfinite = [], 0  # the first copy counts for all
+        nonfinite = int(self.world.sums([nonfinite])[0])
+        norm = norm_of(self._everyones(rows), nonfinite)
+        largest = self.world.largest(largest)
+        if not nonfinite:
+            clip_(gradients, norm, self.grad_clip)
+            self.optimizer.update(learning_rate, 0.0)
+        self._zero_grad()
+        return norm, largest, nonfinite
+
+    def _everyones(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """The squares of all processes' rows; summed exactly, they need no order."""
+        mine = torch.cat([*rows, torch.zeros(0, dtype=torch.float64)])
+        counts = [int(count) for count in self.world.sums([mine.numel() if rank == self.world.rank else 0 for rank in range(self.world.size)])]
+        padded = torch.nn.functional.pad(mine, (0, max(counts) - mine.numel()))
+        return [part[:count] for part, count in zip(gathered(padded, self.world.size), counts)]
+
+    # -- state ----------------------------------------------------------------------------------------------------------------
+
+    def layout(self) -> dict[str, tuple[tuple[int, ...], int]]:
+        """Of each weight the whole shape, and the first row that this process holds."""
+        size, place = self.mesh.shape[-1], self.mesh.get_coordinate()[-1]
+        # As torch.chunk cuts: equal runs of rows, of which the last may be shorter or empty.
+        return {name: (tuple(each.shape), min(each.shape[0], -(-each.shape[0] // size) * place)) for name, each in self._sharded.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """This process's rows."""
+        return {name: rows.detach() for name, rows in self._rows.items()}
+
+    def restore(self, found: Checkpoint) -> None:
+        """Reads this process's rows out of a checkpoint in one piece or in parts of any number of processes."""
+        from cllm.checkpoint.shared import read_rows
+
+        layout = self.layout()
+        with torch.no_grad():
+            read_rows(found.path, "model", self.weights(), layout)
+            state = self.optimizer.state_dict()
+            rows = {name: layout.get(name.partition(".")[2], (tuple(each.shape), 0)) for name, each in state.items()}
+            read_rows(found.path, "optimizer", state, rows)
+            self.load_state_dict(state)
+
+    def whole_model(self) -> Model | None:
+        """A copy with all weights, on the CPU, in the first process; all take part."""
+        from cllm.model.model import Model
+
+        whole = Model(self.model.config) if self.world.leads else None
+        own = {} if whole is None else dict(whole.named_parameters())
+        for name, parameter in self._sharded.items():
+            full = parameter.full_tensor()
+            if whole is not None:
+                own[name].data.copy_(full)
+        if whole is not None:
+            whole.compute_dtype = self.model.compute_dtype
+        return whole

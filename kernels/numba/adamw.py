@@ -1,0 +1,227 @@
+"""AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) on the CPU: two launches over blocks of all tensors together.
+
+The first measures the gradients, the second clips and updates. Blocks have a fixed size and never span two tensors; sums of
+squares are float64, added up block by block in a fixed tree.
+"""
+
+import math
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import models, register_model
+from torch import Tensor
+
+from cllm.kernels.numba.launch import FANOUT, Kernel, dense, float32_at, int64_at, is_half, load, load_whole, num_workers, store
+from cllm.kernels.numba.micro import prefetch_l1
+from cllm.kernels.numba.simd import (
+    W,
+    intrinsic,
+    vabs,
+    vadd,
+    vdiv,
+    vec,
+    vfma,
+    vhmax,
+    vhsum,
+    visnan,
+    vload,
+    vmax_nan,
+    vmul,
+    vselect,
+    vset,
+    vsqrt,
+    vstore,
+    vsub,
+    vzero,
+)
+
+BLOCK_ELEMENTS = 16384
+AHEAD = 2048  # elements that are on their way to the L1 cache: pages end the processor's own prefetching
+
+# Columns of the tensor table, one row each (int64).
+PARAM, GRAD, AVG, AVG_SQ, GRAD_HALF, SIZE, FIRST_BLOCK, NUM_FIELDS = range(8)
+TABLE, BLOCK_TENSOR, SQUARES, LARGEST, NONFINITE, DECAYS = range(6)
+CLIP, STEP_SIZE, BETA1, BETA2, EPS, ROOT_CORRECTION2 = range(6)
+
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+_VD = ir.VectorType(ir.DoubleType(), W)
+
+
+class _Doubles(types.Type):
+    """W float64 in registers, to add squares without losing them."""
+
+    def __init__(self) -> None:
+        super().__init__(name=f"f64x{W}")
+
+
+_doubles = _Doubles()
+
+
+@register_model(_Doubles)
+class _DoublesModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, _VD)
+
+
+@intrinsic
+def _no_squares(tc):
+    return _doubles(), lambda ctx, bld, sig, args: ir.Constant(_VD, [0.0] * W)
+
+
+@intrinsic
+def _add_squares(tc, total, v):
+    def codegen(ctx, bld, sig, args):
+        wide = bld.fpext(args[1], _VD)
+        return bld.fadd(args[0], bld.fmul(wide, wide))  # the square of a float32 is exact in float64
+
+    return _doubles(_doubles, vec), codegen
+
+
+@intrinsic
+def _sum_squares(tc, total):
+    def codegen(ctx, bld, sig, args):
+        lanes = [bld.extract_element(args[0], ir.IntType(32)(i)) for i in range(W)]
+        while len(lanes) > 1:
+            half = len(lanes) // 2
+            lanes = [bld.fadd(lanes[i], lanes[i + half]) for i in range(half)]
+        return lanes[0]
+
+    return types.float64(_doubles), codegen
+
+
+@intrinsic
+def _put_double(tc, address, i, value):
+    def codegen(ctx, bld, sig, args):
+        bld.store(args[2], bld.gep(bld.inttoptr(args[0], ir.DoubleType().as_pointer()), [args[1]]), align=8)
+        return ctx.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float64), codegen
+
+
+def _measure(p, f, task, worker):
+    row = p[TABLE] + int64_at(p[BLOCK_TENSOR], task) * NUM_FIELDS * 8
+    grad, half = int64_at(row, GRAD), int64_at(row, GRAD_HALF)
+    start = (task - int64_at(row, FIRST_BLOCK)) * BLOCK_ELEMENTS
+    squares, largest, nonfinite = _no_squares(), vzero(), vzero()
+    one, zero = vset(_ONE), vzero()
+    end = min(start + BLOCK_ELEMENTS, int64_at(row, SIZE))
+    for c in range(start, end, W):
+        prefetch_l1(grad + (c + AHEAD) * (2 if half else 4))
+        g = load(grad, half, c, end - c)
+        squares = _add_squares(squares, g)
+        largest = vmax_nan(largest, vabs(g))
+        nonfinite = vadd(nonfinite, vselect(visnan(vsub(g, g)), one, zero))
+    _put_double(p[SQUARES], task, _sum_squares(squares))
+    _put_double(p[LARGEST], task, np.float64(vhmax(largest)))
+    _put_double(p[NONFINITE], task, np.float64(vhsum(nonfinite)))
+
+
+def _update(p, f, task, worker):
+    tensor = int64_at(p[BLOCK_TENSOR], task)
+    row = p[TABLE] + tensor * NUM_FIELDS * 8
+    param, grad, avg, avg_sq = int64_at(row, PARAM), int64_at(row, GRAD), int64_at(row, AVG), int64_at(row, AVG_SQ)
+    half = int64_at(row, GRAD_HALF)
+    start = (task - int64_at(row, FIRST_BLOCK)) * BLOCK_ELEMENTS
+    end = min(start + BLOCK_ELEMENTS, int64_at(row, SIZE))
+    clip, step_size, eps = vset(np.float32(f[CLIP])), vset(np.float32(-f[STEP_SIZE])), vset(np.float32(f[EPS]))
+    beta1, rest1 = vset(np.float32(f[BETA1])), vset(np.float32(1.0 - f[BETA1]))
+    beta2, rest2 = vset(np.float32(f[BETA2])), vset(np.float32(1.0 - f[BETA2]))
+    root, keep = vset(np.float32(1.0 / f[ROOT_CORRECTION2])), vset(float32_at(p[DECAYS], tensor))
+    whole = end - (end - start) % W
+    for c in range(start, whole, W):
+        for address in (param, avg, avg_sq):
+            prefetch_l1(address + (c + AHEAD) * 4)
+        prefetch_l1(grad + (c + AHEAD) * (2 if half else 4))
+        g = vmul(load_whole(grad, half, c), clip)
+        m = vfma(g, rest1, vmul(vload(avg, c), beta1))
+        v = vfma(vmul(g, g), rest2, vmul(vload(avg_sq, c), beta2))
+        vstore(avg, c, m)
+        vstore(avg_sq, c, v)
+        update = vdiv(m, vfma(vsqrt(v), root, eps))
+        vstore(param, c, vfma(update, step_size, vmul(vload(param, c), keep)))
+    if whole < end:
+        n = end - whole
+        g = vmul(load(grad, half, whole, n), clip)
+        m = vfma(g, rest1, vmul(load(avg, False, whole, n), beta1))
+        v = vfma(vmul(g, g), rest2, vmul(load(avg_sq, False, whole, n), beta2))
+        store(avg, False, whole, m, n)
+        store(avg_sq, False, whole, v, n)
+        update = vdiv(m, vfma(vsqrt(v), root, eps))
+        store(param, False, whole, vfma(update, step_size, vmul(load(param, False, whole, n), keep)), n)
+
+
+_measure_kernel, _update_kernel = Kernel(_measure), Kernel(_update)
+
+
+def _tree_sum(values: np.ndarray) -> float:
+    """Sum of float64 values by a tree of fan-out 12, in index order."""
+    while values.size > 1:
+        padded = np.zeros((-(-values.size // FANOUT), FANOUT))
+        padded.reshape(-1)[: values.size] = values
+        values = padded[:, 0].copy()
+        for child in range(1, FANOUT):
+            values += padded[:, child]
+    return float(values[0]) if values.size else 0.0
+
+
+class _Table:
+    """Addresses of all tensors and which tensor each block belongs to."""
+
+    def __init__(self, params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor]):
+        rows, num_blocks = np.zeros((len(params), NUM_FIELDS), np.int64), 0
+        counts = np.zeros(len(params), np.int64)
+        for i, (param, grad, avg, avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
+            counts[i] = -(-param.numel() // BLOCK_ELEMENTS)
+            rows[i] = (param.data_ptr(), grad.data_ptr(), avg.data_ptr(), avg_sq.data_ptr(), is_half(grad), param.numel(), num_blocks)
+            num_blocks += int(counts[i])
+        self.rows, self.num_blocks = rows, num_blocks
+        self.block_tensor = np.repeat(np.arange(len(params), dtype=np.int64), counts)
+
+
+def statistics(grads: list[Tensor]) -> Tensor:
+    """float32 [norm, max |g|, count of non-finite]."""
+    gradients = [dense(t) for t in grads]
+    table = _Table(gradients, gradients, gradients, gradients)
+    squares, largest, nonfinite = (np.zeros(table.num_blocks) for _ in range(3))
+    ints = (table.rows.ctypes.data, table.block_tensor.ctypes.data, squares.ctypes.data, largest.ctypes.data, nonfinite.ctypes.data)
+    elements = sum(t.numel() for t in grads)
+    _measure_kernel(table.num_blocks, num_workers("adamw", ((elements,),), torch.float32, 4.0 * elements), ints)
+    found = math.sqrt(_tree_sum(squares)), float(largest.max(initial=0.0)), float(nonfinite.sum())
+    return torch.tensor(found, dtype=torch.float32)
+
+
+def step(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    learning_rate: float, beta1: float, beta2: float, eps: float, weight_decays: list[float], step: int,
+    max_norm: float, skip_nonfinite: bool,
+) -> Tensor:  # fmt: skip
+    """Update all tensors in place; returns float32 [gradient norm before clipping, max |g|, count of non-finite]."""
+    states = [[dense(t) for t in tensors] for tensors in (params, exp_avgs, exp_avg_sqs)]
+    gradients = [dense(t) for t in grads]
+    table = _Table(states[0], gradients, states[1], states[2])
+    blocks = table.num_blocks
+    squares, largest, nonfinite = np.zeros(blocks), np.zeros(blocks), np.zeros(blocks)
+    decays = np.array([1.0 - learning_rate * decay for decay in weight_decays], np.float32)
+    ints = (table.rows.ctypes.data, table.block_tensor.ctypes.data, squares.ctypes.data, largest.ctypes.data,
+            nonfinite.ctypes.data, decays.ctypes.data)  # fmt: skip
+    elements = sum(t.numel() for t in params)
+    workers = num_workers("adamw", ((elements,),), torch.float32, 28.0 * elements)
+    _measure_kernel(blocks, workers, ints)
+    norm = math.sqrt(_tree_sum(squares))
+    num_nonfinite = int(nonfinite.sum())  # whole numbers: exact in any order
+    stats = torch.tensor([norm, float(largest.max(initial=0.0)), float(num_nonfinite)], dtype=torch.float32)
+    if skip_nonfinite and num_nonfinite:
+        return stats
+    clip = 1.0
+    if max_norm > 0:  # the formula of torch.nn.utils.clip_grad_norm_
+        clip = max_norm / (norm + 1e-6)
+        clip = 1.0 if clip > 1.0 else clip
+    correction1, root_correction2 = 1.0 - beta1**step, math.sqrt(1.0 - beta2**step)
+    _update_kernel(blocks, workers, ints, (clip, learning_rate / correction1, beta1, beta2, eps, root_correction2))
+    for originals, updated in zip((params, exp_avgs, exp_avg_sqs), states):
+        for original, copied in zip(originals, updated):
+            if original is not copied:
+                original.detach().copy_(copied)
+    return stats

@@ -1,0 +1,300 @@
+"""What the forward and the backward pass of attention share: segments, masks, packed blocks and matrix micro-kernels.
+
+A segment is a batch entry or a packed document: T queries and S keys that see only each other. Keys come in blocks of KEYS,
+counted from the first key of the segment, so that what happens to a query row depends on its own keys only: not on the rows
+beside it, the batch, or how many queries came in one call. Every kind of mask is one interval [first, end) of keys per query.
+
+Everything is computed in float32 on tiles in a worker's scratch; bfloat16 is widened while a tile is filled.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from torch import Tensor
+
+from cllm.kernels.numba import simd
+from cllm.kernels.numba.launch import inline, int64_at, jit, load, store
+from cllm.kernels.numba.pack import BF16_WIDENED, F32_AS_IS, pack_strip
+from cllm.kernels.numba.simd import F32, FEATURES, I8, I64, VF, VI, W, const, intrinsic, splat, vec, vmul, vset, vzero
+
+KEYS = 128  # keys of a block
+WORD = 4
+MR, NV = (8, 2) if W == 16 or "neon" in FEATURES else (4, 2)  # accumulators that fit 32 or 16 registers
+
+# Integers every attention kernel reads; addresses and strides in bytes.
+(Q, Q_BATCH, Q_TOKEN, Q_HEAD, K, K_BATCH, K_TOKEN, K_HEAD, V, V_BATCH, V_TOKEN, V_HEAD, OUT, LSE, HALF, HEADS, KV_HEADS, DIM,
+ TOKENS, CAUSAL, WINDOW, SEGMENTS, NUM_SEGMENTS, SCRATCH, SCRATCH_SIZE, PACKED, NUM_SHARED) = range(27)  # fmt: skip
+SCALE, SOFTCAP = 0, 1  # floats
+
+# One row of the segment table; TASKS and BLOCKS count those of the segments before.
+BATCH, START, QUERIES, NUM_KEYS, TASKS, BLOCKS, SEGMENT_FIELDS = range(7)
+
+LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453
+
+
+# ---- micro-kernels ---------------------------------------------------------------------------------------------------
+
+
+def _make_micro(rows: int, strips: int, a_transposed: bool):
+    """C[rows, strips * W] = or += A B, B row by row. A is [row][k], or [k][row] when transposed.
+
+    Every element is one fma chain from 0 over k, added to C in one addition unless `first`.
+    """
+
+    @intrinsic
+    def micro(tc, a, a_stride, b, b_row, b_strip, c, c_row, num_k, first):
+        def codegen(ctx, bld, sig, args):
+            a, a_stride, b, b_row, b_strip, c, c_row, num_k, first = args
+
+            def at(address, offset=0):
+                pointer = bld.inttoptr(address, I8.as_pointer())
+                return bld.gep(pointer, [I64(offset)]) if offset else pointer
+
+            pre = bld.block
+            loop, done, add, plain, end = (bld.append_basic_block(f"micro.{n}") for n in ("k", "done", "add", "plain", "end"))
+            row_at = [I64(i * WORD) if a_transposed else bld.mul(a_stride, I64(i)) for i in range(rows)]
+            strip_at = [bld.mul(b_strip, I64(j)) for j in range(strips)]
+            a_step = a_stride if a_transposed else I64(WORD)
+            bld.branch(loop)
+            bld.position_at_end(loop)
+            k, a_now, b_now = bld.phi(I64), bld.phi(I64), bld.phi(I64)
+            acc = [[bld.phi(VF) for _ in range(strips)] for _ in range(rows)]
+            b_values = [simd.load(bld, at(bld.add(b_now, offset)), VF) for offset in strip_at]
+            new = []
+            for i in range(rows):
+                x = splat(bld, simd.load(bld, at(bld.add(a_now, row_at[i])), F32))
+                new.append([simd.fma(bld, x, b_values[j], acc[i][j]) for j in range(strips)])
+            k_next, a_next, b_next = bld.add(k, I64(1)), bld.add(a_now, a_step), bld.add(b_now, b_row)
+            for phi, start, after in ((k, I64(0), k_next), (a_now, a, a_next), (b_now, b, b_next)):
+                phi.add_incoming(start, pre)
+                phi.add_incoming(after, loop)
+            for i in range(rows):
+                for j in range(strips):
+                    acc[i][j].add_incoming(const(0.0), pre)
+                    acc[i][j].add_incoming(new[i][j], loop)
+            bld.cbranch(bld.icmp_signed("<", k_next, num_k), loop, done)
+            bld.position_at_end(done)
+            bld.cbranch(bld.icmp_unsigned("!=", first, first.type(0)), plain, add)
+            for block, adding in ((add, True), (plain, False)):
+                bld.position_at_end(block)
+                for i in range(rows):
+                    row = bld.add(c, bld.mul(c_row, I64(i)))
+                    for j in range(strips):
+                        ptr = at(row, j * W * WORD)
+                        simd.store(bld, bld.fadd(simd.load(bld, ptr, VF), new[i][j]) if adding else new[i][j], ptr)
+                bld.branch(end)
+            bld.position_at_end(end)
+            return ctx.get_dummy_value()
+
+        return types.void(*[types.intp] * 8, types.boolean), codegen
+
+    return micro
+
+
+_rows_1, _rows_n = _make_micro(MR, 1, False), _make_micro(MR, NV, False)
+_row_1, _row_n = _make_micro(1, 1, False), _make_micro(1, 2 * NV, False)
+_turned_1, _turned_n = _make_micro(MR, 1, True), _make_micro(MR, NV, True)
+
+
+@jit
+def multiply(a, a_row, b, b_row, b_strip, c, c_row, rows, num_k, strips, first):
+    """C[rows, strips * W] = or += A[rows, num_k] B; whole groups of MR rows of C are written when 3 rows or more are left."""
+    r = 0
+    while rows - r > 2:
+        for s in range(0, strips, NV):
+            to = c + r * c_row + s * (W * WORD)
+            if strips - s >= NV:
+                _rows_n(a + r * a_row, a_row, b + s * b_strip, b_row, b_strip, to, c_row, num_k, first)
+            else:
+                _rows_1(a + r * a_row, a_row, b + s * b_strip, b_row, b_strip, to, c_row, num_k, first)
+        r += MR
+    while r < rows:
+        s = 0
+        while strips - s >= 2 * NV:
+            _row_n(a + r * a_row, a_row, b + s * b_strip, b_row, b_strip, c + r * c_row + s * (W * WORD), c_row, num_k, first)
+            s += 2 * NV
+        while s < strips:
+            _row_1(a + r * a_row, a_row, b + s * b_strip, b_row, b_strip, c + r * c_row + s * (W * WORD), c_row, num_k, first)
+            s += 1
+        r += 1
+
+
+@jit
+def multiply_turned(a, a_k, b, b_row, c, c_row, rows, num_k, strips, first):
+    """C[rows, strips * W] = or += A^T B with A [num_k][rows]; rows is rounded up to MR."""
+    for r in range(0, rows, MR):
+        for s in range(0, strips, NV):
+            to = c + r * c_row + s * (W * WORD)
+            if strips - s >= NV:
+                _turned_n(a + r * WORD, a_k, b + s * (W * WORD), b_row, W * WORD, to, c_row, num_k, first)
+            else:
+                _turned_1(a + r * WORD, a_k, b + s * (W * WORD), b_row, W * WORD, to, c_row, num_k, first)
+
+
+# ---- vectors ---------------------------------------------------------------------------------------------------------
+
+def _fold_rows(bld: Any, rows: list[Any], combine: Any) -> Any:
+    """W vectors -> one whose lane i is vector i reduced: lane j of what is left is combined with lane j + half of it, as `simd.vhsum` does."""
+    size = W
+    while size > 1:  # two vectors become one: their groups of lanes, halved, in turn
+        half = size // 2
+        lanes = [v * W + group + lane for group in range(0, W, size) for v in (0, 1) for lane in range(half)]
+        first, second = (ir.Constant(VI, [lane + part for lane in lanes]) for part in (0, half))
+        pairs = zip(rows[:half], rows[half:])
+        rows = [combine(bld.shuffle_vector(a, b, first), bld.shuffle_vector(a, b, second)) for a, b in pairs]
+        size = half
+    return rows[0]
+
+
+@intrinsic
+def largest_of_rows(tc, address, row_bytes, vectors):
+    """Lane i: the largest of vectors * W elements of row i, for W rows. NaN is dropped."""
+
+    def codegen(ctx, bld, sig, args):
+        address, row_bytes, vectors = args
+        pre = bld.block
+        loop, done = (bld.append_basic_block(f"largest.{n}") for n in ("loop", "done"))
+        bld.branch(loop)
+        bld.position_at_end(loop)
+        n, tops = bld.phi(I64), [bld.phi(VF) for _ in range(W)]
+        offset = bld.add(address, bld.mul(n, I64(W * WORD)))
+        rows = [simd.load(bld, bld.inttoptr(bld.add(offset, bld.mul(row_bytes, I64(i))), I8.as_pointer()), VF) for i in range(W)]
+        new = [simd._greater(bld, row, top) for row, top in zip(rows, tops)]
+        after = bld.add(n, I64(1))
+        n.add_incoming(I64(0), pre)
+        n.add_incoming(after, loop)
+        for top, value in zip(tops, new):
+            top.add_incoming(const(float("-inf")), pre)
+            top.add_incoming(value, loop)
+        bld.cbranch(bld.icmp_signed("<", after, vectors), loop, done)
+        bld.position_at_end(done)
+        return _fold_rows(bld, new, lambda a, b: simd._greater(bld, a, b))
+
+    return vec(types.intp, types.intp, types.intp), codegen
+
+
+@intrinsic
+def sums_of_rows(tc, address):
+    """Lane i: the sum of the W elements of row i, for W rows that follow each other."""
+
+    def codegen(ctx, bld, sig, args):
+        rows = [simd.load(bld, bld.inttoptr(bld.add(args[0], I64(i * W * WORD)), I8.as_pointer()), VF) for i in range(W)]
+        return _fold_rows(bld, rows, bld.fadd)
+
+    return vec(types.intp), codegen
+
+
+# ---- tiles -----------------------------------------------------------------------------------------------------------
+
+
+@inline
+def padded_dim(dim):
+    return (dim + W - 1) // W * W
+
+
+@jit
+def find_segment(p, task, field):
+    """Address of the table row whose tasks, counted in `field`, include this one."""
+    low, high = 0, p[NUM_SEGMENTS] - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if int64_at(p[SEGMENTS], middle * SEGMENT_FIELDS + field) <= task:
+            low = middle
+        else:
+            high = middle - 1
+    return p[SEGMENTS] + low * (SEGMENT_FIELDS * 8)
+
+
+@inline
+def dealt(local, blocks):
+    """(row, block) of a task. Causal blocks grow along a row: every other row is dealt backwards, or one worker of two got all the longer ones."""
+    row, block = local // blocks, local % blocks
+    return row, blocks - 1 - block if row % 2 else block
+
+
+@inline
+def first_key(p, t, num_queries, num_keys):
+    return max(0, t + num_keys - num_queries - p[WINDOW] + 1) if p[WINDOW] > 0 else 0
+
+
+@inline
+def end_key(p, t, num_queries, num_keys):
+    return max(0, min(num_keys, t + num_keys - num_queries + 1)) if p[CAUSAL] else num_keys
+
+
+@inline
+def scale_sign(f):
+    """The factor of the queries in a tile: what is left of the scale is positive, so that it keeps the order of scores."""
+    return np.float32(1.0 if f[SCALE] > 0.0 else -1.0 if f[SCALE] < 0.0 else 0.0)
+
+
+@inline
+def log2_factor(f):
+    """Brings a score (after softcap, where there is one) to log2 units; never 0, which would make NaN of a hidden key's -inf."""
+    if f[SOFTCAP] != 0.0 or f[SCALE] == 0.0:
+        return LOG2_E
+    return abs(f[SCALE]) * LOG2_E
+
+
+@jit
+def fill_rows(source, half, row_bytes, rows, dim, target, scale, all_rows):
+    """target[r] = source[r] * scale in float32, rows padded to whole vectors with 0; rows from `rows` on are 0."""
+    width = padded_dim(dim)
+    s = vset(scale)
+    for r in range(rows):
+        for c in range(0, width, W):
+            store(target + r * (width * WORD), False, c, vmul(load(source + r * row_bytes, half, c, dim - c), s), W)
+    for r in range(rows, all_rows):
+        for c in range(0, width, W):
+            store(target + r * (width * WORD), False, c, vzero(), W)
+
+
+@jit
+def fill_strips(source, half, row_bytes, rows, dim, target, spare):
+    """Rows of a block, transposed: strips of W rows, [strip][dim][W], padded with 0."""
+    mode, size = (BF16_WIDENED, 2) if half else (F32_AS_IS, 4)
+    width = padded_dim(dim)
+    for r in range(0, rows, W):
+        strip = target + (r // W) * (width * W * WORD)
+        pack_strip(mode, source + r * row_bytes, row_bytes // size, 1, min(W, rows - r), dim, width, strip, spare, False)
+
+
+# ---- on the Python side -----------------------------------------------------------------------------------------------
+
+
+def strided(x: Tensor) -> Tensor:
+    """(B, T, H, D) with unit stride in D; a copy only where it has none."""
+    x = x.detach()
+    return x if x.shape[3] <= 1 or x.stride(3) == 1 else x.contiguous()
+
+
+def describe(x: Tensor) -> tuple[int, int, int, int]:
+    size = x.element_size()
+    return x.data_ptr(), x.stride(0) * size, x.stride(1) * size, x.stride(2) * size
+
+
+def dense(batch: int, queries: int, num_keys: int) -> np.ndarray:
+    """The segment table of a batch, without TASKS and BLOCKS."""
+    table = np.zeros((batch, SEGMENT_FIELDS), np.int64)
+    table[:, BATCH] = np.arange(batch)
+    table[:, QUERIES], table[:, NUM_KEYS] = queries, num_keys
+    return table
+
+
+def documents(cu_seqlens: Tensor) -> np.ndarray:
+    """The segment table of packed documents, without TASKS and BLOCKS."""
+    bounds = cu_seqlens.detach().to(torch.int64).numpy()
+    table = np.zeros((len(bounds) - 1, SEGMENT_FIELDS), np.int64)
+    table[:, START] = bounds[:-1]
+    table[:, QUERIES] = table[:, NUM_KEYS] = np.diff(bounds)
+    return table
+
+
+def count(table: np.ndarray, field: int, numbers: np.ndarray) -> int:
+    """Write the running total of `numbers` into a field of the table; returns the total."""
+    ends = np.cumsum(numbers)
+    table[:, field] = ends - numbers
+    return int(ends[-1]) if len(ends) else 0

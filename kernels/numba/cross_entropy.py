@@ -1,0 +1,185 @@
+"""Cross entropy of given logits on the CPU: N rows of V logits, each row one task of fixed order.
+
+The formulas stand in kernels/torch/cross_entropy.py.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cllm.kernels.numba.launch import (
+    Kernel,
+    as_rows,
+    float32_at,
+    inline,
+    int64_at,
+    is_half,
+    load,
+    num_workers,
+    put_float32,
+    row_bytes,
+    store,
+)
+from cllm.kernels.numba.simd import (
+    W,
+    vadd,
+    vany,
+    veq,
+    vexp_normal,
+    vfma,
+    vhmax,
+    vhsum,
+    vlanes_below,
+    vmax,
+    vmul,
+    vselect,
+    vset,
+    vsub,
+    vtanh,
+    vzero,
+)
+
+ELEMENTS_PER_TASK = 16384  # a task is at least one row
+
+LOGITS, LOGITS_ROW, HALF, TARGETS, ROWS, COLUMNS, TASK_ROWS, IGNORE, LOSSES, PLAIN, CORRECT, LSE, DLOGITS, DLOGITS_ROW = range(14)
+SMOOTHING, Z_LOSS, SOFTCAP = range(3)
+
+_ZERO, _ONE, _LOWEST = np.float32(0.0), np.float32(1.0), np.float32(-np.inf)
+
+
+@inline
+def _capped(address, half, c, n, cap):
+    z = load(address, half, c, n)
+    if cap != _ZERO:
+        return vmul(vset(cap), vtanh(vmul(z, vset(_ONE / cap))))
+    return z
+
+
+@inline
+def _first_lane(v):
+    return vhsum(vselect(vlanes_below(1), v, vzero()))
+
+
+def _forward(p, f, task, worker):
+    half, columns = p[HALF], p[COLUMNS]
+    smoothing, z_loss, cap = np.float32(f[SMOOTHING]), np.float32(f[Z_LOSS]), np.float32(f[SOFTCAP])
+    lowest = vset(_LOWEST)
+    for row in range(task * p[TASK_ROWS], min((task + 1) * p[TASK_ROWS], p[ROWS])):
+        x, target = p[LOGITS] + row * p[LOGITS_ROW], int64_at(p[TARGETS], row)
+        largest = lowest
+        for c in range(0, columns, W):
+            n = columns - c
+            largest = vmax(vselect(vlanes_below(n), _capped(x, half, c, n, cap), lowest), largest)
+        largest_z = vhmax(largest)
+        m, exps, total = vset(largest_z), vzero(), vzero()
+        for c in range(0, columns, W):
+            n = columns - c
+            z, inside = _capped(x, half, c, n, cap), vlanes_below(n)
+            exps = vadd(exps, vselect(inside, vexp_normal(vsub(z, m)), vzero()))
+            total = vadd(total, vselect(inside, vsub(z, m), vzero()))
+        # Losses from differences to the maximum: through lse they would lose the digits of an offset that all logits share.
+        log_mass = np.float32(math.log(vhsum(exps)))
+        lse = log_mass + largest_z
+        put_float32(p[LSE], row, lse)
+        loss, plain, correct = _ZERO, _ZERO, False
+        if target != p[IGNORE]:
+            target_z = _first_lane(_capped(x, half, target, columns - target, cap))
+            plain = log_mass + (largest_z - target_z)
+            loss = plain
+            if smoothing != _ZERO:
+                loss = (_ONE - smoothing) * plain + smoothing * (log_mass - vhsum(total) / np.float32(columns))
+            if z_loss != _ZERO:
+                loss += z_loss * lse * lse
+            if target_z == largest_z:  # the first of equal maxima is the prediction
+                correct = True
+                for c in range(0, target, W):
+                    z = vselect(vlanes_below(target - c), _capped(x, half, c, columns - c, cap), lowest)
+                    if vany(veq(z, m)):
+                        correct = False
+                        break
+        put_float32(p[LOSSES], row, loss)
+        put_float32(p[PLAIN], row, plain)
+        put_float32(p[CORRECT], row, _ONE if correct else _ZERO)
+
+
+def _backward(p, f, task, worker):
+    half, columns = p[HALF], p[COLUMNS]
+    smoothing, z_loss, cap = np.float32(f[SMOOTHING]), np.float32(f[Z_LOSS]), np.float32(f[SOFTCAP])
+    for row in range(task * p[TASK_ROWS], min((task + 1) * p[TASK_ROWS], p[ROWS])):
+        x, out, target = p[LOGITS] + row * p[LOGITS_ROW], p[DLOGITS] + row * p[DLOGITS_ROW], int64_at(p[TARGETS], row)
+        if target == p[IGNORE]:
+            for c in range(0, columns, W):
+                store(out, half, c, vzero(), columns - c)
+            continue
+        scale, lse = float32_at(p[LOSSES], row), float32_at(p[LSE], row)
+        weight, minus_lse = vset(scale * (_ONE + np.float32(2.0) * z_loss * lse)), vset(-lse)
+        minus_even = vset(-scale * smoothing / np.float32(columns))
+        ones, inverse = vset(_ONE), vset(_ONE / cap if cap != _ZERO else _ZERO)
+        for c in range(0, columns + W, W):
+            # After the row, the lane of the target again, with what only it receives.
+            last = c >= columns
+            n = columns - c
+            if last:
+                c = target
+                n = 1
+            z = _capped(x, half, c, n, cap)
+            dz = vfma(vexp_normal(vadd(z, minus_lse)), weight, minus_even)
+            if last:
+                dz = vadd(dz, vset(scale * (smoothing - _ONE)))
+            if cap != _ZERO:
+                t = vmul(z, inverse)
+                dz = vmul(dz, vsub(ones, vmul(t, t)))
+            store(out, half, c, dz, n)
+            if last:
+                break
+
+
+_forward_kernel, _backward_kernel = Kernel(_forward), Kernel(_backward)
+
+
+def _task_rows(columns: int) -> int:
+    return max(1, ELEMENTS_PER_TASK // columns)
+
+
+def _workers(logits: Tensor) -> int:
+    return num_workers("cross_entropy", (tuple(logits.shape),), logits.dtype, 2.0 * logits.numel() * logits.element_size())
+
+
+def forward(
+    logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logits (N, V), targets int64 (N,) -> (total loss, plain cross entropy, correct, log-sum-exp), each (N,)."""
+    rows, targets = as_rows(logits), targets.contiguous()
+    losses, plain, correct, lse = (torch.empty(rows.shape[0]) for _ in range(4))
+    if rows.numel():
+        task_rows = _task_rows(rows.shape[1])
+        _forward_kernel(
+            -(-rows.shape[0] // task_rows),
+            _workers(rows),
+            (rows.data_ptr(), row_bytes(rows), is_half(rows), targets.data_ptr(), rows.shape[0], rows.shape[1], task_rows,
+             ignore_index, losses.data_ptr(), plain.data_ptr(), correct.data_ptr(), lse.data_ptr(), 0, 0),
+            (label_smoothing, z_loss, softcap),
+        )  # fmt: skip
+    return losses, plain, correct.bool(), lse
+
+
+def backward(
+    dlosses: Tensor, logits: Tensor, targets: Tensor, lse: Tensor,
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
+) -> Tensor:  # fmt: skip
+    """Gradient of the logits, given the gradient of each row's total loss."""
+    rows, targets = as_rows(logits), targets.contiguous()
+    dlosses, lse = dlosses.detach().float().contiguous(), lse.detach().float().contiguous()
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype)
+    if rows.numel():
+        task_rows = _task_rows(rows.shape[1])
+        _backward_kernel(
+            -(-rows.shape[0] // task_rows),
+            _workers(rows),
+            (rows.data_ptr(), row_bytes(rows), is_half(rows), targets.data_ptr(), rows.shape[0], rows.shape[1], task_rows,
+             ignore_index, dlosses.data_ptr(), 0, 0, lse.data_ptr(), dlogits.data_ptr(), rows.shape[1] * rows.element_size()),
+            (label_smoothing, z_loss, softcap),
+        )  # fmt: skip
+    return dlogits

@@ -1,0 +1,130 @@
+"""Embedding look-up on the CPU, with a gradient that every row of the table sums in the order of the tokens.
+
+V rows of the table, E columns, N tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from cllm.kernels.numba._arrays import as_flat
+from cllm.kernels.numba.launch import (
+    Kernel,
+    as_rows,
+    copy_bytes,
+    int64_at,
+    is_half,
+    jit,
+    load,
+    load_whole,
+    num_workers,
+    row_bytes,
+    store,
+    store_whole,
+)
+from cllm.kernels.numba.simd import W, vadd, vzero
+
+TOKENS_PER_TASK = 16
+ROWS_PER_TASK = 16
+
+WEIGHT, WEIGHT_ROW, WEIGHT_HALF, TOKENS, OUT, OUT_ROW, OUT_HALF, NUM_TOKENS, COLUMNS = range(9)
+DY, DY_ROW, DY_HALF, ORDER, STARTS, DWEIGHT, DWEIGHT_ROW, DWEIGHT_HALF, NUM_ROWS, E = range(10)
+
+
+def _forward(p, f, task, worker):
+    columns, half, out_half = p[COLUMNS], p[WEIGHT_HALF], p[OUT_HALF]
+    size = 2 if half else 4
+    whole = columns - columns % W
+    for token in range(task * TOKENS_PER_TASK, min((task + 1) * TOKENS_PER_TASK, p[NUM_TOKENS])):
+        row, out = p[WEIGHT] + int64_at(p[TOKENS], token) * p[WEIGHT_ROW], p[OUT] + token * p[OUT_ROW]
+        if half == out_half:
+            copy_bytes(out, row, columns * size)
+            continue
+        for c in range(0, whole, W):
+            store_whole(out, out_half, c, load_whole(row, half, c))
+        if whole < columns:
+            store(out, out_half, whole, load(row, half, whole, columns - whole), columns - whole)
+
+
+def _backward(p, f, task, worker):
+    dy, half, columns = p[DY], p[DY_HALF], p[E]
+    for row in range(task * ROWS_PER_TASK, min((task + 1) * ROWS_PER_TASK, p[NUM_ROWS])):
+        start, end = int64_at(p[STARTS], row), int64_at(p[STARTS], row + 1)
+        out = p[DWEIGHT] + row * p[DWEIGHT_ROW]
+        for c in range(0, columns, 2 * W):
+            n = columns - c
+            low, high = vzero(), vzero()
+            for i in range(start, end):
+                source = dy + int64_at(p[ORDER], i) * p[DY_ROW]
+                low, high = vadd(low, load(source, half, c, n)), vadd(high, load(source, half, c + W, n - W))
+            store(out, p[DWEIGHT_HALF], c, low, n)
+            store(out, p[DWEIGHT_HALF], c + W, high, n - W)
+
+
+_forward_kernel, _backward_kernel = Kernel(_forward), Kernel(_backward)
+
+
+@jit
+def _group_by_row(tokens, starts, order):
+    """starts (V + 1,): where each row's tokens begin in `order`, which lists them in rising order. Counting sort."""
+    starts[:] = 0
+    for token in tokens:
+        starts[token + 1] += 1
+    for row in range(starts.size - 1):
+        starts[row + 1] += starts[row]
+    for i in range(tokens.size):  # starts[row] moves to the end of the row, which is the start of the next
+        order[starts[tokens[i]]] = i
+        starts[tokens[i]] += 1
+    for row in range(starts.size - 1, 0, -1):
+        starts[row] = starts[row - 1]
+    starts[0] = 0
+
+
+def forward(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """tokens int64 (...), weight (V, E) -> (..., E) in dtype."""
+    table, flat = as_rows(weight), tokens.reshape(-1).contiguous()
+    out = torch.empty((flat.numel(), table.shape[1]), dtype=dtype)
+    if out.numel():
+        _forward_kernel(
+            -(-flat.numel() // TOKENS_PER_TASK),
+            num_workers("embedding", (tuple(tokens.shape), tuple(weight.shape)), dtype, 2.0 * out.numel() * out.element_size()),
+            (table.data_ptr(), row_bytes(table), is_half(table), flat.data_ptr(), out.data_ptr(), row_bytes(out), is_half(out),
+             flat.numel(), table.shape[1]),
+        )  # fmt: skip
+    return out.view(*tokens.shape, table.shape[1])
+
+
+def _sum_rows(dy: Tensor, order: Tensor, starts: Tensor, most_rows: int, dtype: torch.dtype) -> Tensor:
+    """dy (..., E) -> (rows, E) in dtype: row i is the sum of the rows order[starts[i]:starts[i + 1]] of dy. Planned for `most_rows`, which does
+    not change from batch to batch."""
+    source, columns = as_rows(dy), dy.shape[-1]
+    sums = torch.empty((starts.numel() - 1, columns), dtype=dtype)
+    if sums.numel():
+        work = float(source.numel() * source.element_size() + most_rows * columns * sums.element_size())
+        _backward_kernel(
+            -(-sums.shape[0] // ROWS_PER_TASK),
+            num_workers("embedding", ((order.numel(),), (most_rows, columns)), dy.dtype, work),
+            (source.data_ptr(), row_bytes(source), is_half(source), order.data_ptr(), starts.data_ptr(), sums.data_ptr(),
+             row_bytes(sums), is_half(sums), sums.shape[0], columns),
+        )  # fmt: skip
+    return sums
+
+
+def _grouped(tokens: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """(starts (V + 1,), order (N,)) of `_group_by_row`."""
+    flat = tokens.reshape(-1).contiguous()
+    starts, order = torch.empty(num_rows + 1, dtype=torch.int64), torch.empty(flat.numel(), dtype=torch.int64)
+    _group_by_row(as_flat(flat), as_flat(starts), as_flat(order))
+    return starts, order
+
+
+def backward(dy: Tensor, tokens: Tensor, num_rows: int, weight_dtype: torch.dtype) -> Tensor:
+    """dy (..., E), tokens int64 (...) -> (V, E) in weight_dtype."""
+    starts, order = _grouped(tokens, num_rows)
+    return _sum_rows(dy, order, starts, num_rows, weight_dtype)
+
+
+def backward_rows(dy: Tensor, tokens: Tensor, num_rows: int, weight_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(rows (U,) that were looked up, rising; their gradients (U, E)): what is not zero of `backward`."""
+    starts, order = _grouped(tokens, num_rows)
+    rows = starts.diff().nonzero().flatten()
+    return rows, _sum_rows(dy, order, torch.cat((starts[rows], starts[-1:])), min(num_rows, tokens.numel()), weight_dtype)

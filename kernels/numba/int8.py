@@ -1,0 +1,229 @@
+"""int8 weights inside the kernels: dequantised on the way into packed strips, or multiplied as they are by AMX's int8 tiles.
+
+The layout is that of kernels/quantized.py: strips of STRIP outputs, in them blocks of SCALE_BLOCK k, four k side by side: what tiles read.
+"""
+
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+
+from cllm.kernels.numba import pack, simd
+from cllm.kernels.numba.launch import float32_at, load, put_float32
+from cllm.kernels.numba.micro import HAS_TILES, WORD, tile_configuration
+from cllm.kernels.numba.simd import (
+    F32,
+    FEATURES,
+    I8,
+    I64,
+    VF,
+    VI,
+    W,
+    const_int,
+    intrinsic,
+    vabs,
+    vec,
+    vfma,
+    vhmax,
+    vload,
+    vmax_nan,
+    vmul,
+    vset,
+    vstore,
+    vzero,
+)
+from cllm.kernels.quantized import SCALE_BLOCK, STRIP
+
+STRIPS = 4  # taken through K together, so that the chain of one need not wait for itself
+INTEGER_ROWS, GROUP_ROWS = 64, 8  # rows of x at a time for int8 tiles, and those of one tile: two digits each
+LINE, TILE_BYTES = 64, 1024
+HAS_INTEGERS = HAS_TILES and "amxint8" in FEATURES
+
+
+# ---- int8 -> words of packed strips ----------------------------------------------------------------------------------
+
+
+def _make_int8_words(mode: int) -> Any:
+    """words(source, scales, target): four k of W int8 outputs side by side -> their words, [word][output]."""
+
+    @intrinsic
+    def words(tc, source, scales, target):
+        def codegen(ctx, bld, sig, args):
+            source, scales, target = args
+            packed = simd.load(bld, bld.inttoptr(source, I8.as_pointer()), VI, 4)
+            scale = simd.load(bld, bld.inttoptr(scales, F32.as_pointer()), VF)
+            v = []
+            for j in range(4):
+                q = bld.ashr(bld.shl(packed, const_int(24 - 8 * j)), const_int(24))
+                v.append(bld.fmul(bld.sitofp(q, VF), scale))
+            if mode == pack.F32_ROUNDED_PAIRS:
+                v = [pack._pairs(bld, v[0], v[1]), pack._pairs(bld, v[2], v[3])]
+            elif mode == pack.F32_ROUNDED_WIDENED:
+                v = [pack._rounded(bld, each) for each in v]
+            for i, each in enumerate(v):
+                simd.store(bld, each, bld.inttoptr(bld.add(target, I64(i * W * WORD)), F32.as_pointer()))
+            return ctx.get_dummy_value()
+
+        return types.void(types.intp, types.intp, types.intp), codegen
+
+    return words
+
+
+_int8_float32, _int8_widened, _int8_pairs = (
+    _make_int8_words(mode) for mode in (pack.F32_AS_IS, pack.F32_ROUNDED_WIDENED, pack.F32_ROUNDED_PAIRS)
+)
+
+
+@numba.njit(cache=True, nogil=True)
+def fill_words(half, paired, source, scales, k, words, target):
+    """A strip of int8 weights from their k-th element on; source and scales at its first block."""
+    for word in range(0, words, 2 if paired else 4):
+        at = k + (2 * word if paired else word)
+        block, to = at // SCALE_BLOCK, target + word * W * WORD
+        address, scale = source + (block * SCALE_BLOCK + at % SCALE_BLOCK) * STRIP, scales + block * (STRIP * 4)
+        if paired:
+            _int8_pairs(address, scale, to)
+        elif half:
+            _int8_widened(address, scale, to)
+        else:
+            _int8_float32(address, scale, to)
+
+
+# ---- int8 tiles ------------------------------------------------------------------------------------------------------
+# x = scale * (256 high + low) with digits of int8, the scale of a row's block such that its largest is 127 * 256. The sum of a block is an
+# exact integer; float32 sums run over the blocks in order.
+
+_LARGEST, _SMALLEST = np.float32(127 * 256), np.float32(1e-33)
+
+
+@intrinsic
+def _put_digits(tc, x, inverse, high, low):
+    def codegen(ctx, bld, sig, args):
+        bytes_of = simd.ir.VectorType(I8, W)
+        rounded = simd.call(bld, f"llvm.rint.v{W}f32", VF, bld.fmul(args[0], args[1]))
+        q = bld.fptosi(rounded, VI)
+        h = bld.ashr(bld.add(q, const_int(128)), const_int(8))
+        for digit, address in ((h, args[2]), (bld.sub(q, bld.shl(h, const_int(8))), args[3])):
+            simd.store(bld, bld.trunc(digit, bytes_of), bld.inttoptr(address, I8.as_pointer()), 1)
+        return ctx.get_dummy_value()
+
+    return types.void(vec, vec, types.intp, types.intp), codegen
+
+
+@intrinsic
+def _joined(tc, high, low):
+    """256 high + low of W sums at two addresses, as float32."""
+
+    def codegen(ctx, bld, sig, args):
+        h, low = (simd.load(bld, bld.inttoptr(each, I8.as_pointer()), VI, 4) for each in args)
+        return bld.sitofp(bld.add(bld.shl(h, const_int(8)), low), VF)
+
+    return vec(types.intp, types.intp), codegen
+
+
+def _make_tiles(strips: int) -> Any:
+    """tiles(a, b, b_strip, c): digits [row][64] x weights [16][16 outputs][4] of each strip -> int32 sums, KB by KB at c."""
+
+    @intrinsic
+    def tiles(tc, a, b, b_strip, c):
+        def codegen(ctx, bld, sig, args):
+            a, b, b_strip, c = args
+
+            def op(name, *operands):
+                simd.call(bld, f"llvm.x86.{name}", simd.ir.VoidType(), *operands)
+
+            def at(address):
+                return bld.inttoptr(address, I8.as_pointer())
+
+            op("tileloadd64", I8(4), at(a), I64(LINE))
+            for j in range(strips):
+                op("tilezero", I8(j))
+                op("tileloadd64", I8(5 + j % 3), at(bld.add(b, bld.mul(b_strip, I64(j)))), I64(LINE))
+                op("tdpbssd", I8(j), I8(4), I8(5 + j % 3))
+            for j in range(strips):
+                op("tilestored64", I8(j), at(bld.add(c, I64(j * TILE_BYTES))), I64(LINE))
+            return ctx.get_dummy_value()
+
+        return types.void(types.intp, types.intp, types.intp, types.intp), codegen
+
+    return tiles
+
+
+_tiles_1, _tiles_n = _make_tiles(1), _make_tiles(STRIPS)
+
+
+def _pack_digits_py(x0, x_row, half, rows, depth, digits):
+    """Rows of x -> digits [group of rows][block][row, high and low][64] and behind them the scales [row][block]."""
+    blocks = (depth + SCALE_BLOCK - 1) // SCALE_BLOCK
+    scales = digits + (rows + GROUP_ROWS - 1) // GROUP_ROWS * blocks * TILE_BYTES
+    for m in range(rows):
+        x = x0 + m * x_row
+        for block in range(blocks):
+            k = block * SCALE_BLOCK
+            top = vzero()
+            for i in range(0, SCALE_BLOCK, W):
+                top = vmax_nan(vabs(load(x, half, k + i, depth - k - i)), top)
+            largest = vhmax(top)
+            inverse = _LARGEST / largest if not largest < _SMALLEST else np.float32(0.0)
+            put_float32(scales, m * blocks + block, largest / _LARGEST)
+            at = digits + ((m // GROUP_ROWS) * blocks + block) * TILE_BYTES + m % GROUP_ROWS * (2 * LINE)
+            for i in range(0, SCALE_BLOCK, W):
+                _put_digits(load(x, half, k + i, depth - k - i), vset(inverse), at + i, at + LINE + i)
+
+
+def _multiply_py(digits, rows, depth, weights, strip_bytes, scales, scales_strip, strips, sums, total, total_row):
+    """total [row][strips * W] of some strips of outputs, which begin at `weights` and `scales`; sums: room for their tiles."""
+    blocks = (depth + SCALE_BLOCK - 1) // SCALE_BLOCK
+    x_scales = digits + (rows + GROUP_ROWS - 1) // GROUP_ROWS * blocks * TILE_BYTES
+    for m in range(rows):
+        for i in range(0, strips * W, W):
+            vstore(total + m * total_row, i, vzero())
+    for m0 in range(0, rows, GROUP_ROWS):
+        for block in range(blocks):
+            a, b = digits + (m0 // GROUP_ROWS * blocks + block) * TILE_BYTES, weights + block * TILE_BYTES
+            if strips == STRIPS:
+                _tiles_n(a, b, strip_bytes, sums)
+            else:
+                for s in range(strips):
+                    _tiles_1(a, b + s * strip_bytes, 0, sums + s * TILE_BYTES)
+            for s in range(strips):
+                of_weights = vload(scales + s * scales_strip, block * STRIP)
+                for m in range(m0, min(m0 + GROUP_ROWS, rows)):
+                    high = sums + s * TILE_BYTES + (m - m0) * (2 * LINE)
+                    scale = vmul(of_weights, vset(float32_at(x_scales, m * blocks + block)))
+                    at = m * (total_row // WORD) + s * W
+                    vstore(total, at, vfma(_joined(high, high + LINE), scale, vload(total, at)))
+
+
+def _absent_digits(x0, x_row, half, rows, depth, digits):
+    pass
+
+
+def _absent_multiply(digits, rows, depth, weights, strip_bytes, scales, scales_strip, strips, sums, total, total_row):
+    pass
+
+
+# A CPU without the instructions must not see them: LLVM could not select them.
+_jit = numba.njit(cache=True, nogil=True)
+pack_digits = _jit(_pack_digits_py if HAS_INTEGERS else _absent_digits)
+multiply = _jit(_multiply_py if HAS_INTEGERS else _absent_multiply)
+
+
+def _configurations() -> tuple[np.ndarray, int]:
+    """For 1 to GROUP_ROWS rows of x: sums and digits are two rows of a tile for each, weights whole tiles."""
+    memory = np.zeros((GROUP_ROWS + 1) * LINE, np.uint8)
+    start = -memory.ctypes.data % LINE
+    for rows in range(1, GROUP_ROWS + 1):
+        config = bytearray(tile_configuration())
+        config[48:53] = bytes([2 * rows] * 5)
+        memory[start + (rows - 1) * LINE : start + rows * LINE] = np.frombuffer(config, np.uint8)
+    return memory, memory.ctypes.data + start
+
+
+_memory, _CONFIGURATIONS = _configurations()
+
+
+def configuration(rows: int) -> int:
+    """Address of the tile configuration for `rows` of x; it lives as long as the process."""
+    return _CONFIGURATIONS + (min(rows, GROUP_ROWS) - 1) * LINE

@@ -1,0 +1,270 @@
+"""One parallel loop for every CPU kernel: tasks of a fixed grid, shared out to any number of workers.
+
+A kernel is a function body(p, f, task, worker): it computes one task of the grid, reading integers (addresses, sizes,
+strides) from p and scalars from f. It is compiled once for all dtypes: whether an address holds float32 or bfloat16 is
+one more integer in p. The loop over workers is compiled once for all kernels, and calls the body by its address.
+Which worker runs a task never changes what the task computes.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from cllm import runtime
+from cllm.kernels.numba.micro import prefetch_l1
+from cllm.kernels.numba.simd import (
+    F32,
+    I64,
+    W,
+    intrinsic,
+    vload,
+    vload_bf16,
+    vload_bf16_masked,
+    vload_masked,
+    vstore,
+    vstore_bf16,
+    vstore_bf16_masked,
+    vstore_masked,
+)
+from cllm.runtime import threads
+
+FANOUT = 12  # of the trees that add up partial sums, as in runtime.tree
+AHEAD_BYTES = 8192  # what is read once is on its way to the L1 cache this far ahead: pages end the processor's own prefetching
+TARGET_PARTIALS = 256  # partial sums over rows: enough for many workers, few enough to add up quickly
+
+_INTS, _FLOATS = types.CPointer(types.int64), types.CPointer(types.float64)
+_TASK = types.void(_INTS, _FLOATS, types.int64, types.int64)
+
+# Integer division is checked for zero in Python's error model; numpy's leaves it to us.
+jit = numba.njit(cache=True, nogil=True, error_model="numpy")
+inline = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
+
+
+@intrinsic
+def _call(tc, entry, p, f, task, worker):
+    signature = types.void(types.int64, types.int64, types.int64, types.int64, types.int64)
+
+    def codegen(ctx, bld, sig, args):
+        ints, floats = I64.as_pointer(), ir.DoubleType().as_pointer()
+        function = ir.FunctionType(ir.VoidType(), [ints, floats, I64, I64])
+        entry, p, f, task, worker = args
+        callee = bld.inttoptr(entry, function.as_pointer())
+        bld.call(callee, [bld.inttoptr(p, ints), bld.inttoptr(f, floats), task, worker])
+        return ctx.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def int64_at(tc, address, i):
+    """The i-th int64 at an address."""
+
+    def codegen(ctx, bld, sig, args):
+        return bld.load(bld.gep(bld.inttoptr(args[0], I64.as_pointer()), [args[1]]), align=8)
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def float32_at(tc, address, i):
+    """The i-th float32 at an address."""
+
+    def codegen(ctx, bld, sig, args):
+        return bld.load(bld.gep(bld.inttoptr(args[0], F32.as_pointer()), [args[1]]), align=4)
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic
+def put_float32(tc, address, i, value):
+    def codegen(ctx, bld, sig, args):
+        bld.store(args[2], bld.gep(bld.inttoptr(args[0], F32.as_pointer()), [args[1]]), align=4)
+        return ctx.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), codegen
+
+
+@intrinsic
+def copy_bytes(tc, target, source, count):
+    """The C library's memcpy, which knows how this processor writes whole lines without reading them first."""
+
+    def codegen(ctx, bld, sig, args):
+        target, source = (bld.inttoptr(each, ir.IntType(8).as_pointer()) for each in args[:2])
+        cgutils.raw_memcpy(bld, target, source, args[2], 1)
+        return ctx.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@inline
+def share(tasks, worker, workers, dealt):
+    """(first, end, step) of a worker's tasks: one piece, or dealt in turn."""
+    if dealt:
+        return worker, tasks, workers
+    return worker * tasks // workers, (worker + 1) * tasks // workers, 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _run_alone(entry, p, f, tasks):
+    for task in range(tasks):
+        _call(entry, p.ctypes.data, f.ctypes.data, task, 0)
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _run_workers(entry, p, f, tasks, workers, dealt):
+    ints, floats = p.ctypes.data, f.ctypes.data
+    for worker in numba.prange(workers):
+        first, end, step = share(tasks, worker, workers, dealt)
+        for task in range(first, end, step):
+            _call(entry, ints, floats, task, worker)
+
+
+_NO_FLOATS = np.zeros(1)
+
+
+class Kernel:
+    """A task function, compiled (or read from the cache on disk) at its first launch.
+
+    Each worker gets its tasks in one piece, so that it reads and writes memory in order and what it prefetches is its own; `dealt` shares them
+    out in turn, where some are longer than others.
+    """
+
+    def __init__(self, body: Callable[..., None], dealt: bool = False):
+        self.body, self.dealt = body, dealt
+        self._entry = 0
+        self._compiled: Any = None
+        self._lock = threading.Lock()
+
+    def entry(self) -> int:
+        if not self._entry:
+            with self._lock:
+                if not self._entry:
+                    self._compiled = numba.cfunc(_TASK, cache=True, error_model="numpy")(self.body)
+                    self._entry = self._compiled.address
+        return self._entry
+
+    def __call__(self, tasks: int, workers: int, ints: Sequence[int], floats: Sequence[float] = ()) -> None:
+        """Run body(p, f, task, worker) for every task < tasks; the caller keeps the memory behind addresses alive."""
+        if tasks <= 0:
+            return
+        p, f = np.array(ints, np.int64), np.array(floats, np.float64) if floats else _NO_FLOATS
+        workers = min(workers, tasks)
+        if workers <= 1:
+            _run_alone(self.entry(), p, f, tasks)
+        else:
+            threads.numba_workers(workers)
+            _run_workers(self.entry(), p, f, tasks, workers, self.dealt)
+
+
+def num_workers(op: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, work: float) -> int:
+    return int(runtime.plan(op, shapes, dtype, "cpu", work).workers)
+
+
+class _Scratch(threading.local):
+    """Work space of one Python thread, kept between calls: fresh memory costs page faults."""
+
+    KEPT_BYTES = 64 << 20
+
+    def __init__(self) -> None:
+        self.held: dict[str, torch.Tensor] = {}
+
+    def __call__(self, name: str, size: int) -> tuple[torch.Tensor, int]:
+        """(owner to keep alive, 64-byte aligned address) of at least `size` bytes with arbitrary contents."""
+        held = self.held.get(name)
+        if held is None or held.numel() < size + 64:
+            held = torch.empty(size + 64, dtype=torch.uint8)
+            if size <= self.KEPT_BYTES:
+                self.held[name] = held
+        return held, (held.data_ptr() + 63) & ~63
+
+
+scratch = _Scratch()
+
+
+def is_half(t: torch.Tensor) -> int:
+    return int(t.dtype == torch.bfloat16)
+
+
+def as_rows(t: torch.Tensor) -> torch.Tensor:
+    """(..., E) -> (N, E) with the last dimension contiguous; a copy only where no view can do it."""
+    if t.dim() == 2:
+        rows = t
+    else:
+        rows = t.detach().reshape(-1, t.shape[-1]) if t.numel() else t.detach().new_empty((0, t.shape[-1]))
+    return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
+
+
+def dense(t: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where it is contiguous: even a view that changes nothing costs a microsecond."""
+    return t if t.is_contiguous() else t.detach().contiguous()
+
+
+def row_bytes(rows: torch.Tensor) -> int:
+    return int(rows.stride(0)) * rows.element_size()
+
+
+# ---- inside kernels: rows of float32 or bfloat16 at an address ------------------------------------------------------
+
+
+@inline
+def load(address, half, c, n):
+    """Elements [c, c + W) as float32; those from c + n on read 0."""
+    if half:
+        if n >= W:
+            return vload_bf16(address, c)
+        return vload_bf16_masked(address, c, n)
+    if n >= W:
+        return vload(address, c)
+    return vload_masked(address, c, n)
+
+
+@inline
+def store(address, half, c, v, n):
+    """v -> elements [c, c + min(n, W)), rounded to nearest even for bfloat16."""
+    if half:
+        if n >= W:
+            vstore_bf16(address, c, v)
+        else:
+            vstore_bf16_masked(address, c, v, n)
+    elif n >= W:
+        vstore(address, c, v)
+    else:
+        vstore_masked(address, c, v, n)
+
+
+@inline
+def load_whole(address, half, c):
+    """Elements [c, c + W) as float32, all of them valid."""
+    if half:
+        return vload_bf16(address, c)
+    return vload(address, c)
+
+
+@inline
+def load_once(address, half, c):
+    """`load_whole` of what comes from memory, in order."""
+    if half:
+        prefetch_l1(address + c * 2 + AHEAD_BYTES)
+        return vload_bf16(address, c)
+    prefetch_l1(address + c * 4 + AHEAD_BYTES)
+    return vload(address, c)
+
+
+@inline
+def store_whole(address, half, c, v):
+    if half:
+        vstore_bf16(address, c, v)
+    else:
+        vstore(address, c, v)
+
+
+def rows_per_block(num_rows: int, smallest: int) -> int:
+    """Rows that share one partial sum: depends on the shape only, so that the sum never depends on the workers."""
+    return max(smallest, -(-num_rows // TARGET_PARTIALS))

@@ -1,0 +1,106 @@
+"""Softmax over the last dimension on the CPU: N rows of E elements. Each row is one chain of fixed order."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cllm.kernels.numba.launch import Kernel, as_rows, is_half, load, load_once, load_whole, num_workers, row_bytes, scratch, store, store_whole
+from cllm.kernels.numba.simd import W, vadd, vexp_normal, vfma, vhmax, vhsum, vlanes_below, vload, vmax, vmul, vselect, vset, vstore, vsub, vzero
+
+ELEMENTS_PER_TASK = 8192  # a task is at least one row
+
+X, X_ROW, Y, Y_ROW, OUT, OUT_ROW, HALF, ROWS, COLUMNS, TASK_ROWS, E, E_ROW = range(12)
+
+_LOWEST = np.float32(-np.inf)
+_ONE = np.float32(1.0)
+
+
+# Four chains of vectors, so that each step need not wait for the last one; then the ragged end.
+
+
+def _forward(p, f, task, worker):
+    half, columns = p[HALF], p[COLUMNS]
+    lowest = vset(_LOWEST)
+    e = p[E] + worker * p[E_ROW]  # float32 exponentials of one row
+    whole = columns - columns % (4 * W)
+    for row in range(task * p[TASK_ROWS], min((task + 1) * p[TASK_ROWS], p[ROWS])):
+        x, out = p[X] + row * p[X_ROW], p[OUT] + row * p[OUT_ROW]
+        m0, m1, m2, m3 = lowest, lowest, lowest, lowest
+        for c in range(0, whole, 4 * W):
+            m0, m1 = vmax(load_once(x, half, c), m0), vmax(load_once(x, half, c + W), m1)
+            m2, m3 = vmax(load_once(x, half, c + 2 * W), m2), vmax(load_once(x, half, c + 3 * W), m3)
+        for c in range(whole, columns, W):
+            n = columns - c
+            m0 = vmax(vselect(vlanes_below(n), load(x, half, c, n), lowest), m0)
+        m = vset(vhmax(vmax(vmax(m0, m1), vmax(m2, m3))))
+        t0, t1, t2, t3 = vzero(), vzero(), vzero(), vzero()
+        for c in range(0, whole, 4 * W):
+            e0, e1 = vexp_normal(vsub(load_whole(x, half, c), m)), vexp_normal(vsub(load_whole(x, half, c + W), m))
+            e2, e3 = vexp_normal(vsub(load_whole(x, half, c + 2 * W), m)), vexp_normal(vsub(load_whole(x, half, c + 3 * W), m))
+            vstore(e, c, e0)
+            vstore(e, c + W, e1)
+            vstore(e, c + 2 * W, e2)
+            vstore(e, c + 3 * W, e3)
+            t0, t1, t2, t3 = vadd(t0, e0), vadd(t1, e1), vadd(t2, e2), vadd(t3, e3)
+        for c in range(whole, columns, W):
+            n = columns - c
+            e0 = vselect(vlanes_below(n), vexp_normal(vsub(load(x, half, c, n), m)), vzero())
+            vstore(e, c, e0)
+            t0 = vadd(t0, e0)
+        scale = vset(_ONE / vhsum(vadd(vadd(t0, t1), vadd(t2, t3))))
+        for c in range(0, whole, W):
+            store_whole(out, half, c, vmul(vload(e, c), scale))
+        for c in range(whole, columns, W):
+            store(out, half, c, vmul(vload(e, c), scale), columns - c)
+
+
+def _backward(p, f, task, worker):
+    half, columns = p[HALF], p[COLUMNS]
+    whole = columns - columns % (4 * W)
+    for row in range(task * p[TASK_ROWS], min((task + 1) * p[TASK_ROWS], p[ROWS])):
+        dy, y, out = p[X] + row * p[X_ROW], p[Y] + row * p[Y_ROW], p[OUT] + row * p[OUT_ROW]
+        t0, t1, t2, t3 = vzero(), vzero(), vzero(), vzero()
+        for c in range(0, whole, 4 * W):
+            t0 = vfma(load_once(dy, half, c), load_once(y, half, c), t0)
+            t1 = vfma(load_once(dy, half, c + W), load_once(y, half, c + W), t1)
+            t2 = vfma(load_once(dy, half, c + 2 * W), load_once(y, half, c + 2 * W), t2)
+            t3 = vfma(load_once(dy, half, c + 3 * W), load_once(y, half, c + 3 * W), t3)
+        for c in range(whole, columns, W):
+            n = columns - c
+            t0 = vfma(load(dy, half, c, n), load(y, half, c, n), t0)
+        dot = vset(vhsum(vadd(vadd(t0, t1), vadd(t2, t3))))
+        for c in range(0, whole, W):
+            store_whole(out, half, c, vmul(load_whole(y, half, c), vsub(load_whole(dy, half, c), dot)))
+        for c in range(whole, columns, W):
+            n = columns - c
+            store(out, half, c, vmul(load(y, half, c, n), vsub(load(dy, half, c, n), dot)), n)
+
+
+_forward_kernel, _backward_kernel = Kernel(_forward), Kernel(_backward)
+
+
+def _run(kernel: Kernel, x: Tensor, y: Tensor | None) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype)
+    if out.numel():
+        rows, result = as_rows(x), out.view(-1, x.shape[-1])
+        other = rows if y is None else as_rows(y)
+        task_rows = max(1, ELEMENTS_PER_TASK // rows.shape[1])
+        workers = num_workers("softmax", (tuple(x.shape),), x.dtype, 2.0 * x.numel() * x.element_size())
+        e_row = -(-rows.shape[1] // W) * W * 4 + 64
+        owner, e = scratch("softmax", workers * e_row)
+        kernel(
+            -(-rows.shape[0] // task_rows),
+            workers,
+            (rows.data_ptr(), row_bytes(rows), other.data_ptr(), row_bytes(other), result.data_ptr(), row_bytes(result),
+             is_half(x), rows.shape[0], rows.shape[1], task_rows, e, e_row),
+        )  # fmt: skip
+        del owner
+    return out
+
+
+def forward(x: Tensor) -> Tensor:
+    return _run(_forward_kernel, x, None)
+
+
+def backward(dy: Tensor, y: Tensor) -> Tensor:
+    return _run(_backward_kernel, dy, y)

@@ -1,0 +1,189 @@
+"""What the compiler makes of a launch, without a GPU: registers, spills, shared memory, occupancy, matrix instructions, warnings of ptxas.
+
+    with runtime.gpu.described(gpu), recording() as launches: forward(meta tensors)
+    build(launches[0], gpu)
+
+Builds are kept on disk under a hash of the compiled PTX's inputs, so that a second look costs nothing.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from cllm.kernels.triton.launch import Launch, recording
+from cllm.runtime import tuning
+from cllm.runtime.gpu import DESCRIBED, GPU, described
+
+MODULES = (
+    "softmax", "norm", "rotary", "embedding", "cross_entropy", "linear_cross_entropy", "matmul", "feed_forward", "attention", "adamw",
+    "gluon.attention_forward",
+)  # fmt: skip
+# Tiles of fewer rows than wgmma's 64: a decoding step has no more.
+SMALL_TILES = ("attention_decode_kernel",)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel as compiled for one target. `error` is set, and the rest 0, where it did not compile."""
+
+    kernel: str
+    target: str
+    call: str
+    options: str
+    registers: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    num_warps: int = 0
+    occupancy: int = 0
+    wgmma: int = 0
+    mma: int = 0
+    dots: int = 0
+    wait_groups: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = field(default=())
+    error: str = ""
+
+
+def find_launches(gpu: GPU, modules: tuple[str, ...] = MODULES, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[tuple[str, Launch]]:
+    """Every kind of launch that the kernel files can plan for `gpu`, each once, with the call that makes it."""
+    seen: set[Any] = set()
+    for name in modules:
+        module = importlib.import_module(f"cllm.kernels.{name}" if "." in name else f"cllm.kernels.triton.{name}")
+        for dtype in dtypes:
+            with described(gpu), recording() as launches:
+                for call_name, call in module.launches(gpu, dtype):
+                    launches.clear()
+                    call()
+                    for launch in launches:
+                        key = _identity(launch)
+                        if key not in seen:
+                            seen.add(key)
+                            yield f"{name}: {call_name} {str(dtype).removeprefix('torch.')}", launch
+
+
+def _identity(launch: Launch) -> Any:
+    return launch.kernel, launch.signature, tuple((n, str(v)) for n, v in launch.constants), launch.aligned, launch.num_warps, launch.num_stages
+
+
+def _source(launch: Launch) -> Any:
+    positions = {name: index for index, name in enumerate(launch.kernel.arg_names)}
+    constants = {(positions[name],): value for name, value in launch.constants}
+    attributes = {(position,): [["tt.divisibility", 16]] for position in launch.aligned}
+    kind: Any = ASTSource
+    if type(launch.kernel).__module__.startswith("triton.experimental.gluon") or getattr(launch.kernel, "is_gluon", lambda: False)():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        kind = GluonASTSource
+    return kind(launch.kernel, dict(launch.signature), constants, attributes)
+
+
+def build(launch: Launch, gpu: GPU, call: str = "") -> Build:
+    """Compiles one launch for `gpu` and reads what ptxas says of it."""
+    constants = ", ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in launch.constants)
+    options = f"{constants} w{launch.num_warps} s{launch.num_stages}"
+    about: dict[str, Any] = {"kernel": launch.name, "target": f"sm_{gpu.arch}", "call": call, "options": options}
+    source = _source(launch)
+    key = hashlib.sha256(f"1|{triton.__version__}|{gpu}|{source.hash()}|{launch.num_warps}|{launch.num_stages}".encode()).hexdigest()
+    kept = tuning.cache_dir() / "gpu-builds" / f"{key}.json"
+    try:
+        return _read({**about, **json.loads(kept.read_text())})
+    except (OSError, ValueError, TypeError):
+        pass
+    found = _compile(source, launch, gpu)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    aside = kept.with_suffix(f".{os.getpid()}")
+    aside.write_text(json.dumps(found))
+    os.replace(aside, kept)
+    return _read({**about, **found})
+
+
+def _read(values: dict[str, Any]) -> Build:
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return Build(**fields)
+
+
+def _compile(source: Any, launch: Launch, gpu: GPU) -> dict[str, Any]:
+    target = GPUTarget("cuda", gpu.arch, gpu.warp_size)
+    try:
+        compiled = triton.compile(source, target=target, options={"num_warps": launch.num_warps, "num_stages": launch.num_stages})
+    except Exception as error:  # whatever the compiler raises is the finding
+        return {"error": f"{type(error).__name__}: {str(error)[-800:]}", "num_warps": launch.num_warps}
+    ptx = compiled.asm["ptx"]
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / ("ptxas-blackwell" if gpu.arch >= 100 else "ptxas")
+    name = re.search(r"^\.target +(\S+)", ptx, re.MULTILINE)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "kernel.ptx").write_text(ptx)
+        said = subprocess.run(
+            [ptxas, "-v", f"--gpu-name={(name.group(1) if name else f'sm_{gpu.arch}').rstrip(',')}", "kernel.ptx", "-o", "kernel.cubin"],
+            cwd=folder, capture_output=True, text=True,
+        ).stderr  # fmt: skip
+    registers = max(map(int, re.findall(r"Used (\d+) registers", said)), default=0)
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said)))
+    num_warps = int(getattr(compiled.metadata, "num_warps", launch.num_warps))
+    threads = re.search(r"\.reqntid +(\d+)", ptx)
+    if threads:  # warp specialisation adds warps
+        num_warps = int(threads.group(1)) // gpu.warp_size
+    shared = int(compiled.metadata.shared)
+    return {
+        "registers": registers,
+        "spill_bytes": spills,
+        "shared_bytes": shared,
+        "num_warps": num_warps,
+        "occupancy": gpu.occupancy(registers, shared, num_warps),
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "mma": len(re.findall(r"\bmma\.sync|tcgen05\.mma", ptx)),
+        "dots": compiled.asm["ttir"].count("tt.dot ") if "ttir" in compiled.asm else 0,
+        "wait_groups": tuple(sorted({int(n) for n in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)})),
+        "warnings": tuple(sorted({line.strip()[:300] for line in said.splitlines() if re.search(r"C75\d\d", line)})),
+    }
+
+
+def complaints(build: Build, gpu: GPU) -> list[str]:
+    """What is wrong with a build; nothing where it is fit to run. IEEE float32 attention of large heads, which no matrix unit computes, may spill."""
+    if build.error:
+        return [f"does not compile: {build.error}"]
+    wrong = []
+    if build.spill_bytes and not ("ieee" in build.options and re.search("BLOCK_D=(128|256)", build.options)):
+        wrong.append(f"{build.spill_bytes} bytes of registers spilled")
+    if build.shared_bytes > gpu.shared_bytes:
+        wrong.append(f"{build.shared_bytes} bytes of shared memory, a block has {gpu.shared_bytes}")
+    if not build.occupancy:
+        wrong.append("not one block fits on a multiprocessor")
+    if gpu.is_hopper and build.mma and "ieee" not in build.options and build.kernel not in SMALL_TILES:
+        wrong.append("a matrix product that is not wgmma")
+    return wrong + list(build.warnings)
+
+
+def _one(arguments: tuple[str, int, GPU, tuple[str, ...], tuple[torch.dtype, ...]]) -> list[dict[str, Any]]:
+    """A share of the launches, found again in a process of its own: launches hold functions, which do not travel."""
+    part, parts, gpu, modules, dtypes = arguments
+    return [
+        asdict(build(launch, gpu, call)) for index, (call, launch) in enumerate(find_launches(gpu, modules, dtypes)) if index % parts == part
+    ]
+
+
+def build_all(
+    gpus: tuple[str, ...] = tuple(DESCRIBED), modules: tuple[str, ...] = MODULES, dtypes: tuple[torch.dtype, ...] = DTYPES, processes: int = 2
+) -> list[tuple[GPU, Build]]:
+    """Every launch for every described GPU, compiled in parallel."""
+    jobs: Any = [(part, processes, DESCRIBED[name], modules, dtypes) for name in gpus for part in range(processes)]
+    found: list[tuple[GPU, Build]] = []
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        for job, builds in zip(jobs, pool.map(_one, jobs)):
+            found += [(job[2], _read(each)) for each in builds]
+    return found

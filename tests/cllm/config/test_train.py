@@ -1,0 +1,155 @@
+"""Settings: layers and their order, where each value came from, TOML there and back, and what a wrong value is told."""
+
+import tomllib
+
+import pytest
+
+from cllm.config.train import FIELDS, TrainConfig
+from cllm.runtime.errors import UserError
+
+
+def resolved(**values):
+    config = TrainConfig(**{"precision": "fp32", **values})
+    return config.resolve(config.model_config(512), 100_000)
+
+
+def test_later_layers_win_and_each_value_knows_its_source(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("[train]\nsteps = 10\nbatch_size = 4\nseq_len = 32\n[optim]\nlearning_rate = 1\n")
+    config = TrainConfig.from_layers(file=file, flags={"batch_size": 5, "seq_len": None, "data.path": "x"}, sets=["optim.beta2=0.99", "batch_size=6"])
+    assert (config.train.steps, config.train.batch_size, config.train.seq_len, config.optim.beta2) == (10, 6, 32, 0.99)
+    assert config.optim.learning_rate == 1.0 and isinstance(config.optim.learning_rate, float)
+    assert config.sources["train.steps"] == f"file {file}"
+    assert config.sources["train.batch_size"] == "--set batch_size"
+    assert config.sources["train.grad_accum"] == "default"
+    assert TrainConfig.from_layers(flags={"learning_rate": 0.5}).sources["optim.learning_rate"] == "--learning-rate"
+
+
+def test_epochs_of_a_flag_replace_steps_of_a_file_but_both_together_are_refused(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("[train]\nsteps = 10\n")
+    config = TrainConfig.from_layers(file=file, flags={"epochs": 2.0})
+    assert config.train.steps is None and config.train.epochs == 2.0
+    with pytest.raises(UserError, match="steps and epochs exclude each other"):
+        TrainConfig.from_layers(flags={"epochs": 2.0, "steps": 5})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rate": -1e-3}, r"learning_rate must be > 0.0, got -0.001 .*Use a value like 3e-4"),
+        ({"learnin_rate": 1e-3}, r"unknown setting 'learnin_rate'.*'learning_rate'"),
+        ({"steps": 1.5}, "steps must be a whole number, got 1.5"),
+        ({"steps": True}, "steps must be a whole number, got True"),
+        ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number"),
+        ({"precision": "bf61"}, "precision must be one of auto, fp32, bf16, fp16, got 'bf61'.*Did you mean 'bf16'"),
+        ({"min_lr": 1.0, "learning_rate": 0.1}, "min_lr must be <= learning_rate"),
+        ({"warmup": 20, "steps": 10}, "warmup must be <= steps"),
+        ({"val_fraction": 1.0}, "val_fraction must be < 1.0"),
+        ({"seed": -1}, "seed must be >= 0"),
+        ({"document_mask": 1}, "document_mask must be true or false"),
+    ],
+)
+def test_a_wrong_value_says_what_was_wrong_and_what_is_expected(values, message):
+    with pytest.raises(UserError, match=message) as caught:
+        TrainConfig(**values)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_value_names_the_flag_or_file_that_gave_it(tmp_path):
+    with pytest.raises(UserError, match=r"from --learning-rate"):
+        TrainConfig.from_layers(flags={"learning_rate": -1.0})
+    file = tmp_path / "run.toml"
+    for text, message in [
+        ("[train]\nstep = 1\n", "unknown setting 'train.step' .*run.toml.*Did you mean"),
+        ("[trian]\nsteps = 1\n", r"unknown section 'trian'. Did you mean \[train\]"),
+        ("[train.deep]\nsteps = 1\n", "too deep"),
+        ("steps = 1\n", "unknown section 'steps'. Put it under one of"),
+        ("[train\n", "not valid TOML"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            TrainConfig.from_toml(file)
+    with pytest.raises(UserError, match="cannot read the configuration"):
+        TrainConfig.from_toml(tmp_path / "absent.toml")
+    with pytest.raises(UserError, match=r"needs section\.key=value"):
+        TrainConfig.from_layers(sets=["learning_rate"])
+
+
+def test_the_effective_configuration_survives_toml_and_dictionaries(tmp_path):
+    config = resolved(epochs=3, learning_rate=1e-3, path='a "quoted"\n\\path \x7f \u00e9')
+    file = tmp_path / "config.toml"
+    file.write_text(config.to_toml(), encoding="utf-8")
+    sections = tomllib.loads(config.to_toml()).values()
+    assert not any(isinstance(value, dict) for section in sections for value in section.values())
+    again = TrainConfig.from_toml(file)
+    assert again.data.path == config.data.path
+    assert again.replace("test", epochs=None) == config.replace("test", epochs=None)
+    assert again.resolve(again.model_config(512), 100_000).differences(config) == []
+    assert TrainConfig.from_dict(config.to_dict(), config.sources) == config
+
+
+def test_open_values_are_derived_by_a_rule_that_is_their_source():
+    config = resolved(epochs=2, seq_len=100, batch_size=5, grad_accum=2, learning_rate=1e-3)
+    assert config.train.steps == 200  # 2 epochs x 100,000 tokens / 1,000 tokens per step
+    assert config.sources["train.steps"] == "derived: epochs x 100,000 tokens / 1,000 tokens per step"
+    assert config.optim.min_lr == pytest.approx(1e-4) and config.optim.warmup == 20
+    assert all(source for _, _, source, help_text in config.describe() if help_text)
+    assert resolved(steps=1).optim.warmup == 0
+    assert 1e-4 <= resolved(steps=1).optim.learning_rate <= 3e-3
+
+
+def test_an_optimizer_brings_its_habits_unless_something_else_is_given():
+    adamw, lion, free = (resolved(steps=10, **more) for more in ({}, {"optimizer": "lion"}, {"optimizer": "schedule_free"}))
+    assert (adamw.optim.beta2, lion.optim.beta2, free.optim.beta2) == (0.95, 0.99, 0.95)
+    assert (adamw.optim.schedule, lion.optim.schedule, free.optim.schedule) == ("cosine", "cosine", "constant")
+    assert lion.optim.learning_rate == pytest.approx(adamw.optim.learning_rate / 5, rel=0.01) and "Chen et al. 2023" in lion.sources["optim.beta2"]
+    given = resolved(steps=10, optimizer="schedule_free", schedule="wsd")
+    assert given.optim.schedule == "wsd" and resolved(steps=10, optimizer="lion", beta2=0.98).optim.beta2 == 0.98
+    assert lion.differences(adamw)[0].startswith("optim.optimizer: 'adamw' there, 'lion' here")
+
+
+def test_a_ramp_needs_microbatches_and_gives_epochs_more_steps():
+    plain, ramped = (resolved(epochs=2, seq_len=100, batch_size=5, grad_accum=4, **more) for more in ({}, {"batch_ramp": 40}))
+    assert plain.train.steps == 100 and ramped.train.steps == 121  # 14, 13 and 13 updates of 1, 2 and 3 microbatches, then 81 of 4
+    with pytest.raises(UserError, match=r"train\.batch_ramp needs grad_accum of at least 2, got 1"):
+        TrainConfig(batch_ramp=10)
+    with pytest.raises(UserError, match=r"optim\.ema and the optimizer schedule_free exclude each other"):
+        TrainConfig(optimizer="schedule_free", ema=0.9)
+
+
+def test_with_the_plateau_schedule_the_evaluations_are_part_of_the_run():
+    assert resolved(steps=10, eval_every=2).differences(resolved(steps=10, eval_every=3)) == []
+    lines = resolved(steps=10, eval_every=2, schedule="plateau").differences(resolved(steps=10, eval_every=3, schedule="plateau"))
+    assert len(lines) == 1 and lines[0].startswith("train.eval_every: 3 there, 2 here")
+
+
+def test_every_setting_has_a_help_sentence_and_a_unique_name():
+    assert all(field.metadata["help"].endswith((".", ")")) for field in FIELDS.values())
+    assert len({key.partition(".")[2] for key in FIELDS}) == len(FIELDS)
+
+
+def test_differences_list_what_changes_the_weights_and_nothing_else():
+    config = resolved(steps=10)
+    assert config.differences(resolved(steps=10, threads=3, keep=9, sample_every=2)) == []
+    (line,) = resolved(steps=10, beta2=0.5).differences(config)
+    assert line.startswith("optim.beta2: 0.95 there, 0.5 here")
+
+
+def test_a_derived_value_is_taken_from_the_stored_run_instead_of_being_a_difference():
+    stored = resolved(steps=10).replace("derived: other machine", precision="bf16")
+    here = resolved(steps=10).replace("derived: this machine", precision="fp32")
+    assert here.differences(stored) == []
+    assert here.adopt(stored).train.precision == "bf16"
+
+
+def test_model_sizes_start_from_the_preset_and_follow_what_is_given():
+    config = TrainConfig(preset="cllm-1m", num_layers=2, seq_len=64).model_config(300)
+    assert (config.num_layers, config.embed_dim, config.vocab_size, config.max_seq_len) == (2, 128, 300, 256)
+    small = TrainConfig(embed_dim=32, num_layers=1, num_heads=2, seq_len=16).model_config(300)
+    assert (small.embed_dim, small.head_dim, small.max_seq_len, small.qk_norm) == (32, 16, 16, False)
+    with pytest.raises(UserError, match="seq_len must be <= max_seq_len"):
+        TrainConfig(seq_len=64, max_seq_len=32).model_config(300)
+    with pytest.raises(UserError, match="unknown preset"):
+        TrainConfig(preset="cllm-9t").model_config(300)

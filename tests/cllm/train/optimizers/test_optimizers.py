@@ -1,0 +1,255 @@
+"""Muon, Lion and schedule-free AdamW: the numbers of their papers in float64, states that go on bit by bit, the same bits for any threads."""
+
+import math
+
+import pytest
+import torch
+
+from cllm import runtime
+from cllm.config.model import ModelConfig
+from cllm.model.model import Model
+from cllm.runtime.errors import CheckpointError, UserError
+from cllm.train.optimizers import Lion, Muon, ScheduleFreeAdamW
+from cllm.train.optimizers.base import OPTIMIZERS, make_optimizer
+from cllm.train.optimizers.muon import COEFFICIENTS, NUM_STEPS, orthogonal
+
+SHAPES = {"layers.0.wide.weight": (24, 40), "layers.0.tall.weight": (56, 16), "embed_tokens.weight": (30, 24), "norm.weight": (24,)}
+RATES = [1e-3, 4e-3, 1e-2, 1e-2, 3e-3, 2e-2]
+DECAY, CLIP = 0.1, 2.0
+
+
+def parameters(seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in SHAPES.items()}
+
+
+def gradients(update):
+    """float32 gradients of update number `update`, with a norm well above CLIP at times and below it at others."""
+    generator = torch.Generator().manual_seed(100 + update)
+    return {name: torch.randn(shape, generator=generator) * 0.03 * (update + 1) for name, shape in SHAPES.items()}
+
+
+def updated(make, num_updates=len(RATES), params=None, first=0):
+    params = parameters() if params is None else params
+    optimizer = make(params.items())
+    for update in range(first, first + num_updates):
+        for name, gradient in gradients(update).items():
+            params[name].grad = gradient.clone()
+        optimizer.update(RATES[update], CLIP)
+    return params, optimizer
+
+
+def clipped(update):
+    """What the paper's formulas are given: float64 gradients, clipped by their global norm."""
+    grads = {name: gradient.double() for name, gradient in gradients(update).items()}
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in grads.values()))
+    factor = min(1.0, CLIP / (norm + 1e-6))
+    return {name: gradient * factor for name, gradient in grads.items()}
+
+
+def weight_decay(name):
+    return DECAY if len(SHAPES[name]) == 2 else 0.0
+
+
+def assert_close(ours, truth, tolerance=2e-6):
+    for name, weight in truth.items():
+        error = (ours[name].detach().double() - weight.detach()).norm() / weight.detach().norm()
+        assert error < tolerance, (name, float(error))
+        moved = (weight.detach() - parameters(dtype=torch.float64)[name].detach()).norm() / weight.detach().norm()
+        assert moved > 1e-3, name  # a test whose optimizer stands still proves nothing
+
+
+def test_clipping_is_at_work_in_these_tests():
+    norms = [math.sqrt(sum(float(g.square().sum()) for g in gradients(update).values())) for update in range(len(RATES))]
+    assert min(norms) < CLIP < max(norms)
+
+
+def test_lion_is_algorithm_2_of_its_paper():
+    beta1, beta2 = 0.9, 0.99
+    weights = {name: weight.detach() for name, weight in parameters(dtype=torch.float64).items()}
+    momentum = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for update, rate in enumerate(RATES):
+        for name, g in clipped(update).items():
+            c = beta1 * momentum[name] + (1 - beta1) * g
+            weights[name] = weights[name] - rate * (torch.sign(c) + weight_decay(name) * weights[name])
+            momentum[name] = beta2 * momentum[name] + (1 - beta2) * g
+    ours, _ = updated(lambda named: Lion(named, betas=(beta1, beta2), weight_decay=DECAY))
+    assert_close(ours, weights)
+
+
+def test_schedule_free_is_algorithm_1_of_its_paper():
+    beta1, beta2, eps = 0.9, 0.95, 1e-8
+    x = {name: weight.detach() for name, weight in parameters(dtype=torch.float64).items()}
+    z, v = dict(x), {name: torch.zeros_like(weight) for name, weight in x.items()}
+    y = dict(x)
+    total = largest = 0.0
+    for update, rate in enumerate(RATES):
+        grads = clipped(update)  # at y, wherever it is: the gradients of this test are given
+        largest = max(largest, rate)
+        total += largest**2
+        c = largest**2 / total
+        for name, g in grads.items():
+            y[name] = (1 - beta1) * z[name] + beta1 * x[name]
+            v[name] = beta2 * v[name] + (1 - beta2) * g**2
+            direction = g / ((v[name] / (1 - beta2 ** (update + 1))).sqrt() + eps) + weight_decay(name) * y[name]
+            z[name] = z[name] - rate * direction
+            x[name] = (1 - c) * x[name] + c * z[name]
+            y[name] = (1 - beta1) * z[name] + beta1 * x[name]
+    ours, optimizer = updated(lambda named: ScheduleFreeAdamW(named, betas=(beta1, beta2), eps=eps, weight_decay=DECAY))
+    assert_close(ours, y)
+    assert_close(optimizer.averages(), x)
+    assert_close(optimizer.slots["z"], z)
+    with pytest.raises(UserError, match="beta1 > 0"):
+        ScheduleFreeAdamW(parameters().items(), betas=(0.0, 0.9))
+
+
+def newton_schulz(matrix):
+    """The iteration of Jordan et al. 2024, in float64."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = (matrix.T if matrix.shape[0] > matrix.shape[1] else matrix).double()
+    x = x / x.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def test_muon_is_its_papers_update_for_matrices_and_adamw_for_the_rest():
+    momentum = 0.95
+    reference = parameters(dtype=torch.float64)
+    weights = {name: weight.detach().clone() for name, weight in reference.items() if name.startswith("layers")}
+    means = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    rest = [name for name in SHAPES if name not in weights]
+    adamw = torch.optim.AdamW([{"params": [reference[name]], "weight_decay": weight_decay(name)} for name in rest], betas=(0.9, 0.95), eps=1e-8)
+    for update, rate in enumerate(RATES):
+        grads = clipped(update)
+        for name in weights:
+            means[name] = momentum * means[name] + (1 - momentum) * grads[name]
+            u = momentum * means[name] + (1 - momentum) * grads[name]
+            scale = 0.2 * math.sqrt(max(SHAPES[name]))
+            weights[name] = weights[name] - rate * (scale * newton_schulz(u) + DECAY * weights[name])
+        for group, name in zip(adamw.param_groups, rest):
+            group["lr"], reference[name].grad = rate, grads[name]
+        adamw.step()
+    ours, optimizer = updated(lambda named: Muon(named, weight_decay=DECAY, momentum=momentum))
+    assert_close(ours, weights | {name: reference[name] for name in rest})
+    assert set(optimizer.slots["momentum"]) == set(weights) and set(optimizer.slots["exp_avg"]) == set(rest)
+
+
+def test_muon_moves_matrices_as_torch_does_up_to_its_bfloat16():
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    names = [name for name in SHAPES if name.startswith("layers")]
+    theirs = {name: weight for name, weight in parameters().items() if name in names}
+    reference = torch.optim.Muon(theirs.values(), weight_decay=DECAY, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    before = {name: weight.detach().clone() for name, weight in theirs.items()}
+    for update, rate in enumerate(RATES):
+        for name in names:
+            theirs[name].grad = clipped(update)[name].float()
+        reference.param_groups[0]["lr"] = rate
+        reference.step()
+    ours, _ = updated(lambda named: Muon(named, weight_decay=DECAY))
+    for name in names:
+        moved = theirs[name].detach() - before[name]
+        assert (ours[name].detach() - theirs[name].detach()).norm() < 0.02 * moved.norm(), name
+
+
+@pytest.mark.parametrize("shape", [(17, 64), (64, 17), (33, 33), (1, 9)])
+def test_newton_schulz_brings_singular_values_near_one_and_keeps_the_directions(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    assert (len(COEFFICIENTS), NUM_STEPS) == (3, 5)
+    found = orthogonal(matrix)
+    assert found.shape == matrix.shape
+    values = torch.linalg.svdvals(found.double())
+    assert values.min() > 0.5 and values.max() < 1.3
+    u, _, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    core = u.T @ found.double() @ v.T  # diagonal: the singular vectors are the matrix's own
+    assert (core - torch.diag(core.diag())).abs().max() < 1e-3
+    assert not orthogonal(torch.zeros(4, 6)).any()
+
+
+def test_the_matrices_of_both_families_go_to_muon_and_their_tables_to_adamw():
+    for norm in ("rms", "layer"):
+        model = Model(ModelConfig(vocab_size=32, embed_dim=16, num_layers=1, num_heads=2, max_seq_len=8, norm=norm, tie_embeddings=norm == "layer"))
+        optimizer = Muon(model.named_parameters())
+        inside = {name for name, parameter in model.named_parameters() if parameter.dim() == 2 and (".h." in name or ".layers." in name)}
+        assert set(optimizer.slots["momentum"]) == inside and inside
+        assert len(inside) + len(optimizer.slots["exp_avg"]) == len(list(model.named_parameters()))
+
+
+def make(name, named):
+    return make_optimizer(name, named, betas=(0.9, 0.95), weight_decay=DECAY)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_stored_state_continues_with_the_same_bits(name, tmp_path):
+    from cllm.checkpoint.safetensors import read_safetensors, write_safetensors
+
+    straight, whole = updated(lambda named: make(name, named))
+    params, first = updated(lambda named: make(name, named), num_updates=3)
+    write_safetensors(tmp_path / "state", first.state_dict(), {})
+    resumed = parameters(seed=7)
+    second = make(name, resumed.items())
+    second.load_state_dict(read_safetensors(tmp_path / "state")[0])
+    with torch.no_grad():
+        for key in resumed:
+            resumed[key].copy_(params[key])
+    for update in range(3, len(RATES)):
+        for key, gradient in gradients(update).items():
+            resumed[key].grad = gradient
+        second.update(RATES[update], CLIP)
+    assert second.num_updates == whole.num_updates == len(RATES)
+    assert all(torch.equal(resumed[key], straight[key]) for key in straight)
+    stored, expected = second.state_dict(), whole.state_dict()
+    assert stored.keys() == expected.keys() and all(torch.equal(stored[key], expected[key]) for key in stored)
+    assert {tensor.dtype for key, tensor in stored.items() if "." in key} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_non_finite_gradient_changes_nothing_at_all(name):
+    params, optimizer = updated(lambda named: make(name, named), num_updates=2)
+    weights = {key: param.detach().clone() for key, param in params.items()}
+    state = {key: tensor.clone() for key, tensor in optimizer.state_dict().items()}
+    for key, gradient in gradients(2).items():
+        params[key].grad = gradient
+    params["norm.weight"].grad[3] = math.inf
+    norm, _, nonfinite = optimizer.update(1e-2, CLIP)
+    assert nonfinite == 1 and not math.isfinite(norm)
+    assert all(torch.equal(params[key], weights[key]) for key in weights)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in optimizer.state_dict().items())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_parameter_without_a_gradient_stays(name):
+    params = parameters()
+    optimizer = make(name, params.items())
+    before = params["layers.0.wide.weight"].detach().clone()
+    for key, gradient in gradients(0).items():
+        params[key].grad = None if key == "layers.0.wide.weight" else gradient
+    optimizer.update(1e-2)
+    assert torch.equal(params["layers.0.wide.weight"], before) and optimizer.num_updates == 1
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_number_of_threads_never_changes_a_bit(name):
+    shapes = {"layers.0.odd.weight": (331, 517), "embed_tokens.weight": (997, 331), "norm.weight": (100_003,)}
+    results = []
+    for threads in (1, 2, 3, 7):
+        with runtime.use(threads=threads):
+            generator = torch.Generator().manual_seed(0)
+            params = {key: torch.nn.Parameter(torch.randn(shape, generator=generator)) for key, shape in shapes.items()}
+            optimizer = make(name, params.items())
+            for _ in range(3):
+                for param in params.values():
+                    param.grad = torch.randn(param.shape, generator=generator)
+                optimizer.update(1e-2, 1.0)
+            results.append([*params.values(), *optimizer.state_dict().values(), *(optimizer.averages() or {}).values()])
+    assert all(torch.equal(found, expected) for result in results[1:] for found, expected in zip(result, results[0]))
+
+
+def test_the_state_of_another_optimizer_is_refused():
+    state = make("lion", parameters().items()).state_dict()
+    with pytest.raises(CheckpointError, match="does not fit this model and optimizer"):
+        make("muon", parameters().items()).load_state_dict(state)
+    with pytest.raises(UserError, match="optimizer must be one of adamw, muon, lion, schedule_free, got 'adam'"):
+        make("adam", parameters().items())
