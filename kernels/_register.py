@@ -215,9 +215,7 @@ def check_weight(op: str, activation: Tensor, **weights: Tensor | None) -> None:
         if weight is None:
             continue
         if weight.dtype != activation.dtype and weight.dtype != torch.float32:
-            raise UserError(
-                f"{op}: {name} is {weight.dtype}, expected torch.float32 or the activations' {activation.dtype}. Convert it first."
-            )
+            raise UserError(f"{op}: {name} is {weight.dtype}, expected torch.float32 or the activations' {activation.dtype}. Convert it first.")
         if weight.device != activation.device:
             raise UserError(f"{op}: {name} is on {weight.device} and the activations on {activation.device}. Move one.")
 

@@ -84,6 +84,4 @@ def _adamw(
         return torch.zeros(3)
     size = sum(param.numel() for param in params)
     serving = backend("adamw", ((size,),), params[0].dtype, params[0].device.type, 28.0 * size)
-    return serving.step(
-        params, grads, exp_avgs, exp_avg_sqs, learning_rate, beta1, beta2, eps, weight_decays, step, max_norm, skip_nonfinite
-    )
+    return serving.step(params, grads, exp_avgs, exp_avg_sqs, learning_rate, beta1, beta2, eps, weight_decays, step, max_norm, skip_nonfinite)

@@ -100,18 +100,14 @@ def _check(
                 "Flatten the batch into one row of packed documents."
             )
         if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-            raise UserError(
-                f"attention: cu_seqlens must be int32 of shape (documents + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}."
-            )
+            raise UserError(f"attention: cu_seqlens must be int32 of shape (documents + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}.")
 
 
 def _check_bounds(cu_seqlens: Tensor | None, num_tokens: int) -> None:
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != num_tokens or any(end < start for start, end in pairwise(bounds)):
-            raise UserError(
-                f"attention: cu_seqlens must rise from 0 to the number of tokens, {num_tokens}, got {bounds[:4]}...{bounds[-1]}."
-            )
+            raise UserError(f"attention: cu_seqlens must rise from 0 to the number of tokens, {num_tokens}, got {bounds[:4]}...{bounds[-1]}.")
 
 
 def _flops(q: Tensor, k: Tensor, causal: bool) -> float:

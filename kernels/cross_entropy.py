@@ -33,9 +33,7 @@ def check_loss(
 ) -> None:  # fmt: skip
     """Checks shared with `linear_cross_entropy`; `rows_shape` is that of the logits or the hidden states."""
     if targets.dtype != torch.int64 or targets.shape != rows_shape[:-1]:
-        raise UserError(
-            f"{op}: targets must be int64 of shape {tuple(rows_shape[:-1])}, got {targets.dtype} {tuple(targets.shape)}."
-        )
+        raise UserError(f"{op}: targets must be int64 of shape {tuple(rows_shape[:-1])}, got {targets.dtype} {tuple(targets.shape)}.")
     if vocab_size == 0:
         raise UserError(f"{op}: the vocabulary is empty. Expected at least one class.")
     if not 0.0 <= label_smoothing < 1.0:
@@ -74,9 +72,7 @@ def _cross_entropy_backward(
 ) -> Tensor:  # fmt: skip
     """Gradient of logits (..., V), given that of each row's loss (N,)."""
     rows = as_rows(logits)
-    dlogits = _serving(rows, 3).backward(
-        dlosses, rows, targets.reshape(-1), lse, ignore_index, label_smoothing, z_loss, softcap
-    )
+    dlogits = _serving(rows, 3).backward(dlosses, rows, targets.reshape(-1), lse, ignore_index, label_smoothing, z_loss, softcap)
     return dlogits.view(logits.shape)
 
 

@@ -96,9 +96,7 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | 
         return (None,) * 8
     if w_gate is None:
         kept_up = None
-    dx, dw_gate, dw_up, dw_down, db_up, db_down = _feed_forward_backward(
-        dy, x, w_gate, w_up, w_down, ctx.activation, b_up, b_down, kept_z, kept_up
-    )
+    dx, dw_gate, dw_up, dw_down, db_up, db_down = _feed_forward_backward(dy, x, w_gate, w_up, w_down, ctx.activation, b_up, b_down, kept_z, kept_up)
     return (
         dx,
         None if w_gate is None else dw_gate,

@@ -46,16 +46,12 @@ def linear_cross_entropy(
     Cross-Entropy (Wijmans et al. 2024, arXiv 2411.09009). Raises UserError for shapes, dtypes, options or targets that do not fit.
     """
     if x.dim() < 1 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise UserError(
-            f"linear_cross_entropy: x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit. Expected (..., E) and (V, E)."
-        )
+        raise UserError(f"linear_cross_entropy: x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit. Expected (..., E) and (V, E).")
     check_floating("linear_cross_entropy", x=x)
     check_weight("linear_cross_entropy", x, weight=weight)
     check_loss("linear_cross_entropy", x.shape, weight.shape[0], targets, label_smoothing, softcap, reduction)
     if divisor is not None and (reduction != "mean" or not divisor > 0):
-        raise UserError(
-            f'linear_cross_entropy: divisor must be > 0 and goes with reduction "mean", got {divisor} with {reduction!r}.'
-        )
+        raise UserError(f'linear_cross_entropy: divisor must be > 0 and goes with reduction "mean", got {divisor} with {reduction!r}.')
     # One pass makes loss and gradients while a block of logits is at hand; "none" cannot, its row weights come later.
     with_grads = reduction != "none" and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     loss, losses, correct, lse, *_ = _linear_cross_entropy(
@@ -164,9 +160,7 @@ def _linear_cross_entropy(
         # On a GPU the number of targets is not looked at: the host would wait for all that was launched before.
         scale = 1.0 if reduction != "mean" else 1.0 / divisor if divisor is not None else 1.0 / float(total) if x.device.type == "cpu" else None
         serving = _serving(rows, weight, 6.0)
-        losses, plain, correct, lse, dx, dweight = serving.forward_with_grads(
-            rows, weight, flat_targets, *options, 1.0 if scale is None else scale
-        )
+        losses, plain, correct, lse, dx, dweight = serving.forward_with_grads(rows, weight, flat_targets, *options, 1.0 if scale is None else scale)
         if scale is None:
             dx.div_(total)
             dweight.div_(total)

@@ -121,9 +121,7 @@ def _rms_norm_residual_grad(
     return dx, dx, dweight, None
 
 
-@operation(
-    "rms_norm_residual", _rms_norm_residual_fake, setup_context=_rms_norm_residual_save, backward=_rms_norm_residual_grad
-)
+@operation("rms_norm_residual", _rms_norm_residual_fake, setup_context=_rms_norm_residual_save, backward=_rms_norm_residual_grad)
 def _rms_norm_residual(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return _serving("rms_norm", x, 4).rms_norm_forward(x, weight, eps, residual)
 

@@ -32,13 +32,10 @@ def rotary(
         raise UserError(f"rotary: cos and sin must be float32, got {cos.dtype} and {sin.dtype}. Convert the tables.")
     if positions is None:
         if x.shape[1] > cos.shape[0]:
-            raise UserError(
-                f"rotary: {x.shape[1]} tokens but the table holds {cos.shape[0]} positions. Raise max_seq_len or shorten the input."
-            )
+            raise UserError(f"rotary: {x.shape[1]} tokens but the table holds {cos.shape[0]} positions. Raise max_seq_len or shorten the input.")
     elif positions.dtype != torch.int64 or positions.shape not in (x.shape[1:2], x.shape[:2]):
         raise UserError(
-            f"rotary: positions must be int64 of shape (T,) or (B, T) for x {tuple(x.shape)}, "
-            f"got {positions.dtype} {tuple(positions.shape)}."
+            f"rotary: positions must be int64 of shape (T,) or (B, T) for x {tuple(x.shape)}, got {positions.dtype} {tuple(positions.shape)}."
         )
     if norm_weight is None:
         return _rotary(x, cos, sin, positions, False)

@@ -30,8 +30,15 @@ class Ours:
 
     def __init__(self, shape: LlamaShape, weights: str) -> None:
         config = ModelConfig(
-            vocab_size=shape.vocab_size, embed_dim=shape.embed_dim, num_layers=shape.num_layers, num_heads=shape.num_heads,
-            num_kv_heads=shape.num_kv_heads, ffn_dim=shape.ffn_dim, max_seq_len=shape.seq_len, norm="rms", tie_embeddings=False,
+            vocab_size=shape.vocab_size,
+            embed_dim=shape.embed_dim,
+            num_layers=shape.num_layers,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            ffn_dim=shape.ffn_dim,
+            max_seq_len=shape.seq_len,
+            norm="rms",
+            tie_embeddings=False,
         )
         self.model = Model(config).to(DTYPES[weights])
         if weights == "int8":

@@ -50,39 +50,81 @@ def contests(dtype: torch.dtype, tiny: bool) -> list[Contest]:
         found.append(Contest("matmul", f"{n} x {k} x {m}", cost("matmul", size, n, k, m), [a, b], lambda a, b: kernels.matmul(a, b.T), F.linear))
     for length, heads, kv_heads, dim in ((32, 4, 2, 16),) if tiny else ((1024, 12, 12, 64), (2048, 12, 3, 64), (1024, 8, 8, 128)):
         q, k, v = randn(1, length, heads, dim), randn(1, length, kv_heads, dim), randn(1, length, kv_heads, dim)
-        found.append(Contest(
-            "attention", f"T {length}, {heads}/{kv_heads} heads of {dim}", cost("attention", size, 1, length, heads, kv_heads, dim), [q, k, v],
-            lambda q, k, v: kernels.attention(q, k, v, causal=True),
-            lambda q, k, v: F.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True).transpose(1, 2),
-        ))
+        found.append(
+            Contest(
+                "attention",
+                f"T {length}, {heads}/{kv_heads} heads of {dim}",
+                cost("attention", size, 1, length, heads, kv_heads, dim),
+                [q, k, v],
+                lambda q, k, v: kernels.attention(q, k, v, causal=True),
+                lambda q, k, v: F.scaled_dot_product_attention(
+                    q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
+                ).transpose(1, 2),
+            )
+        )
     ffn = (2 * width // 3) * 4
     gate, up = randn(ffn, width, scale=width**-0.5), randn(ffn, width, scale=width**-0.5)
     down, x = randn(width, ffn, scale=ffn**-0.5), randn(rows, width)
-    found.append(Contest(
-        "feed_forward", f"SwiGLU {rows} x {width} x {ffn}", cost("feed_forward", size, rows, width, ffn, 3), [x, gate, up, down],
-        lambda x, g, u, d: kernels.feed_forward(x, g, u, d), lambda x, g, u, d: F.linear(F.silu(F.linear(x, g)) * F.linear(x, u), d),
-    ))
+    found.append(
+        Contest(
+            "feed_forward",
+            f"SwiGLU {rows} x {width} x {ffn}",
+            cost("feed_forward", size, rows, width, ffn, 3),
+            [x, gate, up, down],
+            lambda x, g, u, d: kernels.feed_forward(x, g, u, d),
+            lambda x, g, u, d: F.linear(F.silu(F.linear(x, g)) * F.linear(x, u), d),
+        )
+    )
     weight, targets = randn(vocab, width, scale=width**-0.5), torch.randint(vocab, (rows,), generator=generator)
-    found.append(Contest(
-        "linear_cross_entropy", f"{rows} x {width} x {vocab}", cost("linear_cross_entropy", size, rows, width, vocab), [x, weight],
-        lambda x, w: kernels.linear_cross_entropy(x, w, targets), lambda x, w: F.cross_entropy(F.linear(x, w).float(), targets),
-    ))
+    found.append(
+        Contest(
+            "linear_cross_entropy",
+            f"{rows} x {width} x {vocab}",
+            cost("linear_cross_entropy", size, rows, width, vocab),
+            [x, weight],
+            lambda x, w: kernels.linear_cross_entropy(x, w, targets),
+            lambda x, w: F.cross_entropy(F.linear(x, w).float(), targets),
+        )
+    )
     for n, e in ((64, 32),) if tiny else ((4096, 768), (512, 4096)):
         x, scale, shift = randn(n, e), randn(e), randn(e)
         labels = torch.randint(e, (n,), generator=generator)
         tokens = torch.randint(n, (n,), generator=generator)
         shape = f"{n} x {e}"
         found += [
-            Contest("rms_norm", shape, cost("norm", size, n, e), [x, scale],
-                    lambda x, w: kernels.rms_norm(x, w), lambda x, w: F.rms_norm(x, (x.shape[1],), w, 1e-6)),
-            Contest("layer_norm", shape, cost("norm", size, n, e), [x, scale, shift],
-                    lambda x, w, b: kernels.layer_norm(x, w, b), lambda x, w, b: F.layer_norm(x, (x.shape[1],), w, b)),
+            Contest(
+                "rms_norm",
+                shape,
+                cost("norm", size, n, e),
+                [x, scale],
+                lambda x, w: kernels.rms_norm(x, w),
+                lambda x, w: F.rms_norm(x, (x.shape[1],), w, 1e-6),
+            ),
+            Contest(
+                "layer_norm",
+                shape,
+                cost("norm", size, n, e),
+                [x, scale, shift],
+                lambda x, w, b: kernels.layer_norm(x, w, b),
+                lambda x, w, b: F.layer_norm(x, (x.shape[1],), w, b),
+            ),
             Contest("softmax", shape, cost("softmax", size, n, e), [x], lambda x: kernels.softmax(x), lambda x: torch.softmax(x, -1)),
-            Contest("cross_entropy", shape, cost("cross_entropy", size, n, e), [x],
-                    lambda x, y=labels: kernels.cross_entropy(x, y), lambda x, y=labels: F.cross_entropy(x.float(), y)),
-            Contest("embedding", shape, cost("embedding", size, n, e), [x],
-                    lambda x, t=tokens: kernels.embedding(t, x), lambda x, t=tokens: F.embedding(t, x)),
+            Contest(
+                "cross_entropy",
+                shape,
+                cost("cross_entropy", size, n, e),
+                [x],
+                lambda x, y=labels: kernels.cross_entropy(x, y),
+                lambda x, y=labels: F.cross_entropy(x.float(), y),
+            ),
+            Contest(
+                "embedding",
+                shape,
+                cost("embedding", size, n, e),
+                [x],
+                lambda x, t=tokens: kernels.embedding(t, x),
+                lambda x, t=tokens: F.embedding(t, x),
+            ),
         ]
     length, heads, dim = (16, 2, 16) if tiny else (1024, 12, 64)
     x = randn(4, length, heads, dim)
@@ -96,10 +138,16 @@ def contests(dtype: torch.dtype, tiny: bool) -> list[Contest]:
 
     shape = f"4 x {length} x {heads} x {dim}"
     found.append(Contest("rotary", shape, cost("rotary", size, x.numel()), [x], lambda x: kernels.rotary(x, cos, sin), rotate))
-    found.append(Contest(
-        "norm_rotary", shape, cost("norm_rotary", size, x.numel()), [x, randn(dim)],
-        lambda x, w: kernels.rotary(x, cos, sin, norm_weight=w.expand(heads, dim)), lambda x, w: rotate(F.rms_norm(x, (dim,), w, 1e-6)),
-    ))
+    found.append(
+        Contest(
+            "norm_rotary",
+            shape,
+            cost("norm_rotary", size, x.numel()),
+            [x, randn(dim)],
+            lambda x, w: kernels.rotary(x, cos, sin, norm_weight=w.expand(heads, dim)),
+            lambda x, w: rotate(F.rms_norm(x, (dim,), w, 1e-6)),
+        )
+    )
     return found
 
 
@@ -128,9 +176,7 @@ def measure(contest: Contest, dtype: torch.dtype, rounds: int) -> list[dict]:
     check(contest, dtype)
     rows = []
     with torch.no_grad():
-        forward = interleaved(
-            {name: lambda f=f: f(*contest.tensors) for name, f in (("ours", contest.ours), ("peer", contest.peer))}, rounds
-        )
+        forward = interleaved({name: lambda f=f: f(*contest.tensors) for name, f in (("ours", contest.ours), ("peer", contest.peer))}, rounds)
     rows.append(("forward", forward, 1.0))
     if contest.backward:
         calls = {}
@@ -141,9 +187,15 @@ def measure(contest: Contest, dtype: torch.dtype, rounds: int) -> list[dict]:
         rows.append(("forward+backward", interleaved(calls, rounds), contest.cost.with_backward))
     return [
         {
-            "op": contest.op, "shape": contest.shape, "dtype": str(dtype).removeprefix("torch."), "direction": direction,
-            "ours_ms": seconds["ours"] * 1e3, "peer_ms": seconds["peer"] * 1e3, "ratio": seconds["peer"] / seconds["ours"],
-            "flops": contest.cost.flops * factor, "bytes": contest.cost.bytes * factor,
+            "op": contest.op,
+            "shape": contest.shape,
+            "dtype": str(dtype).removeprefix("torch."),
+            "direction": direction,
+            "ours_ms": seconds["ours"] * 1e3,
+            "peer_ms": seconds["peer"] * 1e3,
+            "ratio": seconds["peer"] / seconds["ours"],
+            "flops": contest.cost.flops * factor,
+            "bytes": contest.cost.bytes * factor,
         }
         for direction, seconds, factor in rows
     ]
@@ -174,8 +226,15 @@ def adamw(rounds: int, parameters: int) -> dict:
     seconds = interleaved({"ours": mine, "peer": peer}, rounds)
     total = cost("adamw", 4, sum(sizes))
     return {
-        "op": "adamw_", "shape": f"{sum(sizes):,} parameters, clip", "dtype": "float32", "direction": "update", "ours_ms": seconds["ours"] * 1e3,
-        "peer_ms": seconds["peer"] * 1e3, "ratio": seconds["peer"] / seconds["ours"], "flops": total.flops, "bytes": total.bytes,
+        "op": "adamw_",
+        "shape": f"{sum(sizes):,} parameters, clip",
+        "dtype": "float32",
+        "direction": "update",
+        "ours_ms": seconds["ours"] * 1e3,
+        "peer_ms": seconds["peer"] * 1e3,
+        "ratio": seconds["peer"] / seconds["ours"],
+        "flops": total.flops,
+        "bytes": total.bytes,
     }
 
 
@@ -219,8 +278,7 @@ def main() -> None:
     print_table(
         ("operation", "shape", "dtype", "direction", "ours ms", "PyTorch ms", "ratio", "share"),
         [
-            (r["op"], r["shape"], r["dtype"], r["direction"], f"{r['ours_ms']:.3f}", f"{r['peer_ms']:.3f}", f"{r['ratio']:.2f}",
-             percent(r["share"]))
+            (r["op"], r["shape"], r["dtype"], r["direction"], f"{r['ours_ms']:.3f}", f"{r['peer_ms']:.3f}", f"{r['ratio']:.2f}", percent(r["share"]))
             for r in rows
         ],
     )

@@ -66,7 +66,8 @@ def child(who: str, name: str, precision: str) -> dict[str, Any]:
         targets = torch.randint(shape.vocab_size, (shape.batch_size, shape.seq_len))
         step = (
             TrainStep(Model(our_config(shape)), precision=precision, learning_rate=1e-3, grad_clip=1.0)
-            if who == "cllm" else PlainStep(shape, precision)
+            if who == "cllm"
+            else PlainStep(shape, precision)
         )
         for number in range(count):
             if number == count - 1:
@@ -79,7 +80,9 @@ def child(who: str, name: str, precision: str) -> dict[str, Any]:
     baseline, renewed = _resident()["VmRSS"], start_peak()
     peak = steps(SHAPES[name], 2)
     return {
-        "baseline_bytes": baseline, "peak_bytes": peak, "step_bytes": peak - baseline,
+        "baseline_bytes": baseline,
+        "peak_bytes": peak,
+        "step_bytes": peak - baseline,
         "method": "peak of a step" if renewed else "peak of the process",
     }
 
@@ -107,20 +110,29 @@ def measure(name: str, precision: str, threads: int | None) -> dict[str, Any]:
     ours, peer = (in_own_process(who, name, precision, threads) for who in ("cllm", "pytorch"))
     expected = predict(our_config(shape), shape.batch_size, shape.seq_len, precision)
     return {
-        "shape": name, "precision": precision, "parameters": our_config(shape).num_parameters(), "cllm": ours, "pytorch": peer,
-        "ratio": ours["step_bytes"] / peer["step_bytes"], "predicted_step_bytes": expected.total - expected.process,
-        "predicted_peak_bytes": expected.total, "prediction": {part: size for part, size, _ in expected.rows()},
+        "shape": name,
+        "precision": precision,
+        "parameters": our_config(shape).num_parameters(),
+        "cllm": ours,
+        "pytorch": peer,
+        "ratio": ours["step_bytes"] / peer["step_bytes"],
+        "predicted_step_bytes": expected.total - expected.process,
+        "predicted_peak_bytes": expected.total,
+        "prediction": {part: size for part, size, _ in expected.rows()},
     }
 
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     plots.bars(
-        path, "Peak memory of a training step (weights, gradients, moments, activations, workspace)",
+        path,
+        "Peak memory of a training step (weights, gradients, moments, activations, workspace)",
         [f"{r['shape']}\n{r['precision']}" for r in rows],
         {
-            "CLLM": [r["cllm"]["step_bytes"] / MB for r in rows], "CLLM, predicted": [r["predicted_step_bytes"] / MB for r in rows],
+            "CLLM": [r["cllm"]["step_bytes"] / MB for r in rows],
+            "CLLM, predicted": [r["predicted_step_bytes"] / MB for r in rows],
             "PyTorch eager": [r["pytorch"]["step_bytes"] / MB for r in rows],
-        }, "MB",
+        },
+        "MB",
     )
 
 
@@ -144,9 +156,20 @@ def main() -> None:
     rows = [measure(name, precision, options.threads) for name in options.shapes for precision in options.precision]
     print_table(
         ("shape", "precision", "ours MB", "PyTorch MB", "ratio", "predicted MB", "whole process, ours", "PyTorch", "predicted"),
-        [(r["shape"], r["precision"], f"{r['cllm']['step_bytes'] / MB:,.0f}", f"{r['pytorch']['step_bytes'] / MB:,.0f}", f"{r['ratio']:.2f}",
-          f"{r['predicted_step_bytes'] / MB:,.0f}", f"{r['cllm']['peak_bytes'] / MB:,.0f}", f"{r['pytorch']['peak_bytes'] / MB:,.0f}",
-          f"{r['predicted_peak_bytes'] / MB:,.0f}") for r in rows],
+        [
+            (
+                r["shape"],
+                r["precision"],
+                f"{r['cllm']['step_bytes'] / MB:,.0f}",
+                f"{r['pytorch']['step_bytes'] / MB:,.0f}",
+                f"{r['ratio']:.2f}",
+                f"{r['predicted_step_bytes'] / MB:,.0f}",
+                f"{r['cllm']['peak_bytes'] / MB:,.0f}",
+                f"{r['pytorch']['peak_bytes'] / MB:,.0f}",
+                f"{r['predicted_peak_bytes'] / MB:,.0f}",
+            )
+            for r in rows
+        ],
     )
     finish(options, rows, lambda path: draw(path, rows), threads=options.threads)
 

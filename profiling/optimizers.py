@@ -55,11 +55,19 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     for factor in options.factors:
         rate = float(f"{suggestion * factor:.2g}")
         result = cllm("train", *common, "--out", place / f"{rate:g}", "--learning-rate", rate, "--eval-every", options.steps)
-        rows.append({
-            "optimizer": name, "suggestion": suggestion, "learning_rate": rate, "steps": result["step"], "precision": options.precision,
-            "train_loss": last_losses(place / f"{rate:g}"), "validation_loss": result["validation"]["loss"],
-            "bits_per_byte": result["validation"]["bits_per_byte"], "skipped_steps": result["skipped_steps"],
-        })
+        rows.append(
+            {
+                "optimizer": name,
+                "suggestion": suggestion,
+                "learning_rate": rate,
+                "steps": result["step"],
+                "precision": options.precision,
+                "train_loss": last_losses(place / f"{rate:g}"),
+                "validation_loss": result["validation"]["loss"],
+                "bits_per_byte": result["validation"]["bits_per_byte"],
+                "skipped_steps": result["skipped_steps"],
+            }
+        )
         print(f"{name} at {rate:g}: validation loss {rows[-1]['validation_loss']:.4f}", file=sys.stderr)
     return rows
 
@@ -79,9 +87,19 @@ def summary(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
         mine = [row for row in rows if row["optimizer"] == name]
         best = min(mine, key=lambda row: row["validation_loss"])
         each = ", ".join(f"{row['learning_rate']:g}: {row['validation_loss']:.3f}" for row in mine)
-        lines.append((best["validation_loss"], (
-            name, f"{best['suggestion']:g}", f"{best['learning_rate']:g}", f"{best['validation_loss']:.4f}", f"{best['bits_per_byte']:.4f}", each,
-        )))
+        lines.append(
+            (
+                best["validation_loss"],
+                (
+                    name,
+                    f"{best['suggestion']:g}",
+                    f"{best['learning_rate']:g}",
+                    f"{best['validation_loss']:.4f}",
+                    f"{best['bits_per_byte']:.4f}",
+                    each,
+                ),
+            )
+        )
     return [line for _, line in sorted(lines)]
 
 

@@ -67,7 +67,12 @@ def bars(path: Path, title: str, labels: Sequence[str], series: Mapping[str, Seq
 
 
 def lines(
-    path: Path, title: str, series: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, ideal: Sequence[tuple[float, float]] = (),
+    path: Path,
+    title: str,
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    x: str,
+    y: str,
+    ideal: Sequence[tuple[float, float]] = (),
 ) -> None:
     """One line of (x, y) points for each series over a logarithmic x whose ticks are the points; `ideal` is drawn dashed."""
     figure, axes = _axes(title, 8, 4.5)

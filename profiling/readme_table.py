@@ -1,6 +1,6 @@
 """Writes the README's table of whole training steps from the measured files, so that it cannot drift.
 
-    python profiling/readme_table.py            # rewrite the part of README.md between the two markers
+python profiling/readme_table.py            # rewrite the part of README.md between the two markers
 """
 
 import json

@@ -1,6 +1,6 @@
 """Other people's GPU kernels, for the comparisons of gpu_suite.py: whichever of these packages is installed takes part, by its public functions.
 
-    FlexAttention (in torch), flash-attn-4 (flash_attn.cute), Liger Kernel, quack, cut-cross-entropy
+FlexAttention (in torch), flash-attn-4 (flash_attn.cute), Liger Kernel, quack, cut-cross-entropy
 """
 
 from __future__ import annotations

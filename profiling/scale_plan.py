@@ -75,8 +75,14 @@ def working_bytes(sizes: Sizes, parallel: str, processes: int, shard_size: int =
 
 
 def sent_bytes(
-    sizes: Sizes, parallel: str, processes: int, rounds: int = 1, shard_size: int = 8, *,
-    subtrees: float | None = None, gloo: bool = False,
+    sizes: Sizes,
+    parallel: str,
+    processes: int,
+    rounds: int = 1,
+    shard_size: int = 8,
+    *,
+    subtrees: float | None = None,
+    gloo: bool = False,
 ) -> tuple[float, float]:
     """Bytes that a process sends in one update with `rounds` microbatches of its own: (inside a shard group, between copies).
 
@@ -127,10 +133,18 @@ def plan(config: ModelConfig, arguments: argparse.Namespace) -> list[Row]:
         links = [arguments.node_gbs if span > arguments.gpus_per_node else arguments.gpu_gbs for span in (cut, gpus)]
         communication = inside / (links[0] * 1e9) + between / (links[1] * 1e9)
         slowest = max(compute, communication)  # hidden behind the computation as far as it goes
-        rows.append(Row(
-            gpus, state_bytes(*size, arguments.gpus_per_node) / 1e9, working_bytes(*size, arguments.gpus_per_node) / 1e9, (inside + between) / 1e9,
-            1e3 * compute, 1e3 * communication, compute / slowest, gpus * tokens / slowest,
-        ))
+        rows.append(
+            Row(
+                gpus,
+                state_bytes(*size, arguments.gpus_per_node) / 1e9,
+                working_bytes(*size, arguments.gpus_per_node) / 1e9,
+                (inside + between) / 1e9,
+                1e3 * compute,
+                1e3 * communication,
+                compute / slowest,
+                gpus * tokens / slowest,
+            )
+        )
     return rows
 
 

@@ -111,10 +111,19 @@ def measure(shape: Shape, precision: str, counts: list[int], steps: int, rounds:
     base = seconds[str(first)]
     return [
         {
-            "shape": shape.name, "precision": precision, "threads": n, "cores": cores, "rounds": rounds if n in few else 1,
-            "seconds": seconds[str(n)], "tokens_per_second": shape.tokens / seconds[str(n)], "compared_with_threads": first,
-            "speed_up": base / seconds[str(n)], "efficiency": base * min(first, cores) / (seconds[str(n)] * min(n, cores)),
-            "steps": steps, "sha256": hashes[n], "same_bits": hashes[n] == hashes[first],
+            "shape": shape.name,
+            "precision": precision,
+            "threads": n,
+            "cores": cores,
+            "rounds": rounds if n in few else 1,
+            "seconds": seconds[str(n)],
+            "tokens_per_second": shape.tokens / seconds[str(n)],
+            "compared_with_threads": first,
+            "speed_up": base / seconds[str(n)],
+            "efficiency": base * min(first, cores) / (seconds[str(n)] * min(n, cores)),
+            "steps": steps,
+            "sha256": hashes[n],
+            "same_bits": hashes[n] == hashes[first],
         }
         for n in counts
     ]
@@ -130,8 +139,12 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     cores, first = rows[0]["cores"], rows[0]["compared_with_threads"]
     ideal = [(n, min(n, cores) / min(first, cores)) for n in counts]
     plots.lines(
-        path, f"Whole training step, {cores} core{'s' if cores > 1 else ''}", series, "threads",
-        f"speed, as a multiple of {first} thread{'s' if first > 1 else ''}", ideal,
+        path,
+        f"Whole training step, {cores} core{'s' if cores > 1 else ''}",
+        series,
+        "threads",
+        f"speed, as a multiple of {first} thread{'s' if first > 1 else ''}",
+        ideal,
     )
 
 
@@ -161,14 +174,33 @@ def main() -> None:
                 parts += time_parts(SHAPES[name], precision, few, options.rounds)
     print_table(
         ("shape", "precision", "threads", "ms a step", "tok/s", "speed-up", "efficiency", "same bits"),
-        [(r["shape"], r["precision"], f"{r['threads']:,}", f"{1e3 * r['seconds']:.1f}", f"{r['tokens_per_second']:,.0f}", f"{r['speed_up']:.2f}",
-          f"{100 * r['efficiency']:.0f} %", "yes" if r["same_bits"] else "NO") for r in rows],
+        [
+            (
+                r["shape"],
+                r["precision"],
+                f"{r['threads']:,}",
+                f"{1e3 * r['seconds']:.1f}",
+                f"{r['tokens_per_second']:,.0f}",
+                f"{r['speed_up']:.2f}",
+                f"{100 * r['efficiency']:.0f} %",
+                "yes" if r["same_bits"] else "NO",
+            )
+            for r in rows
+        ],
     )
     if parts:
         print_table(
             ("shape", "precision", "part", *(f"ms on {n}" for n in few), "speed-up"),
-            [(p["shape"], p["precision"], p["part"], *(f"{1e3 * p['seconds'][n]:.1f}" for n in few),
-              f"{p['seconds'][few[0]] / p['seconds'][few[-1]]:.2f}") for p in parts],
+            [
+                (
+                    p["shape"],
+                    p["precision"],
+                    p["part"],
+                    *(f"{1e3 * p['seconds'][n]:.1f}" for n in few),
+                    f"{p['seconds'][few[0]] / p['seconds'][few[-1]]:.2f}",
+                )
+                for p in parts
+            ],
         )
     finish(options, rows + parts, lambda path: draw(path, rows), threads=max(counts))
     if not all(row["same_bits"] for row in rows):

@@ -121,8 +121,19 @@ def rows_of(recording: profiler.Recording, shape: Shape, precision: str, steps: 
 
     def row(kind: str, name: str, calls: int, seconds: float, **more: Any) -> dict[str, Any]:
         return {
-            "kind": kind, "name": name, "shape": shape.name, "precision": precision, "steps": steps, "calls": calls, "ms": seconds * 1e3,
-            "ms_per_step": seconds * 1e3 / steps, "share_of_step": seconds / total, "gflops": None, "gbps": None, "share": None, **more,
+            "kind": kind,
+            "name": name,
+            "shape": shape.name,
+            "precision": precision,
+            "steps": steps,
+            "calls": calls,
+            "ms": seconds * 1e3,
+            "ms_per_step": seconds * 1e3 / steps,
+            "share_of_step": seconds / total,
+            "gflops": None,
+            "gbps": None,
+            "share": None,
+            **more,
         }
 
     rows = []
@@ -149,8 +160,11 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     shown = [row for row in rows if row["kind"] != "stage"]
     step = rows[-1]
     plots.bars(
-        path, f"One training step: {step['shape']}, {step['precision']}, {step['ms_per_step']:.1f} ms",
-        [row["name"] for row in shown], {"time": [row["ms_per_step"] for row in shown]}, "ms a step",
+        path,
+        f"One training step: {step['shape']}, {step['precision']}, {step['ms_per_step']:.1f} ms",
+        [row["name"] for row in shown],
+        {"time": [row["ms_per_step"] for row in shown]},
+        "ms a step",
     )
 
 
@@ -178,8 +192,18 @@ def main() -> None:
 
     print_table(
         ("where", "calls", "ms a step", "share of step", "GFLOP/s", "GB/s", "share of peak"),
-        [(r["name"], str(r["calls"]), f"{r['ms_per_step']:.3f}", f"{100 * r['share_of_step']:.1f} %", rate(r["gflops"]), rate(r["gbps"]),
-          percent(r["share"])) for r in rows],
+        [
+            (
+                r["name"],
+                str(r["calls"]),
+                f"{r['ms_per_step']:.3f}",
+                f"{100 * r['share_of_step']:.1f} %",
+                rate(r["gflops"]),
+                rate(r["gbps"]),
+                percent(r["share"]),
+            )
+            for r in rows
+        ],
     )
     about = {key: value for key, value in provenance(options.threads).items() if key in ("versions", "commit", "date")}
     recording.save(options.out, {"shape": options.shape, "precision": options.precision, **about})

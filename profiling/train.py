@@ -1,8 +1,8 @@
 """Whole training steps, ours against plain PyTorch, interleaved in one run.
 
-    python profiling/train.py                                # the small recipes, fp32 and bf16
-    python profiling/train.py --shapes gpt2 --rounds 5 --compile
-    python profiling/train.py --write train                  # commit the figures: profiling/results/train.json
+python profiling/train.py                                # the small recipes, fp32 and bf16
+python profiling/train.py --shapes gpt2 --rounds 5 --compile
+python profiling/train.py --write train                  # commit the figures: profiling/results/train.json
 """
 
 import argparse
@@ -18,8 +18,14 @@ from cllm import Model, ModelConfig, TrainStep, runtime
 
 def our_config(shape: Shape) -> ModelConfig:
     return ModelConfig(
-        vocab_size=shape.vocab_size, embed_dim=shape.embed_dim, num_layers=shape.num_layers, num_heads=shape.num_heads,
-        max_seq_len=shape.seq_len, norm="layer", activation="gelu_tanh", tie_embeddings=True,
+        vocab_size=shape.vocab_size,
+        embed_dim=shape.embed_dim,
+        num_layers=shape.num_layers,
+        num_heads=shape.num_heads,
+        max_seq_len=shape.seq_len,
+        norm="layer",
+        activation="gelu_tanh",
+        tie_embeddings=True,
     )
 
 
@@ -39,9 +45,13 @@ def measure(shape: Shape, precision: str, rounds: int, compile: bool, nanogpt: P
     best = min(seconds[name] for name in peers)
     flops = config.flops_per_token(shape.seq_len) * shape.tokens
     return {
-        "shape": shape.name, "precision": precision, "rounds": rounds,
-        "seconds": seconds, "tokens_per_second": {name: shape.tokens / each for name, each in seconds.items()},
-        "gflops": flops / seconds["cllm"] / 1e9, "ratio": best / seconds["cllm"],
+        "shape": shape.name,
+        "precision": precision,
+        "rounds": rounds,
+        "seconds": seconds,
+        "tokens_per_second": {name: shape.tokens / each for name, each in seconds.items()},
+        "gflops": flops / seconds["cllm"] / 1e9,
+        "ratio": best / seconds["cllm"],
     }
 
 
@@ -73,8 +83,17 @@ def main() -> None:
                 rows.append(measure(SHAPES[name], precision, options.rounds, options.compile, options.nanogpt))
     print_table(
         ("shape", "precision", "ours tok/s", "best PyTorch tok/s", "ratio", "our GFLOP/s"),
-        [(r["shape"], r["precision"], f"{r['tokens_per_second']['cllm']:.0f}",
-          f"{max(v for k, v in r['tokens_per_second'].items() if k != 'cllm'):.0f}", f"{r['ratio']:.2f}", f"{r['gflops']:.0f}") for r in rows],
+        [
+            (
+                r["shape"],
+                r["precision"],
+                f"{r['tokens_per_second']['cllm']:.0f}",
+                f"{max(v for k, v in r['tokens_per_second'].items() if k != 'cllm'):.0f}",
+                f"{r['ratio']:.2f}",
+                f"{r['gflops']:.0f}",
+            )
+            for r in rows
+        ],
     )
     finish(options, rows, lambda path: draw(path, rows), threads=options.threads)
 

@@ -1,8 +1,8 @@
 """The machine: what it has, how many workers and which backend an operation gets. Light to import: nothing is measured or compiled here.
 
-    with runtime.use(threads=4): ...          backend=, deterministic= likewise; CLLM_BACKEND and CLLM_THREADS do the same from outside
-    runtime.explain("attention", (1, 1024, 12, 64))
-    runtime.describe()
+with runtime.use(threads=4): ...          backend=, deterministic= likewise; CLLM_BACKEND and CLLM_THREADS do the same from outside
+runtime.explain("attention", (1, 1024, 12, 64))
+runtime.describe()
 """
 
 from cllm.runtime import compiler, device, gpu, profiler, progress, threads, tree, tuning
@@ -13,7 +13,31 @@ from cllm.runtime.errors import BackendError, CheckpointError, CLLMError, DataEr
 from cllm.runtime.plan import LaunchPlan, Settings, backends, plan, register_backend, settings, use
 
 __all__ = [
-    "BackendError", "CLLMError", "Ceilings", "CheckpointError", "DataError", "LaunchPlan", "Report", "Settings", "UserError",
-    "backends", "ceilings", "compiler", "describe", "device", "explain", "gpu", "numba_setup", "plan", "profiler", "progress",
-    "register_backend", "register_probe", "settings", "threads", "tree", "tuning", "use",
+    "BackendError",
+    "CLLMError",
+    "Ceilings",
+    "CheckpointError",
+    "DataError",
+    "LaunchPlan",
+    "Report",
+    "Settings",
+    "UserError",
+    "backends",
+    "ceilings",
+    "compiler",
+    "describe",
+    "device",
+    "explain",
+    "gpu",
+    "numba_setup",
+    "plan",
+    "profiler",
+    "progress",
+    "register_backend",
+    "register_probe",
+    "settings",
+    "threads",
+    "tree",
+    "tuning",
+    "use",
 ]

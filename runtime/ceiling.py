@@ -121,9 +121,11 @@ def _measure() -> dict[str, Any]:
 
 
 def _valid(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(value.get(name), int | float) and 0 < value[name] < 1e12 for name in ("fp32_gflops", "bf16_gflops", "copy_gbps")
-    ) and isinstance(value.get("best"), dict)
+    return (
+        isinstance(value, dict)
+        and all(isinstance(value.get(name), int | float) and 0 < value[name] < 1e12 for name in ("fp32_gflops", "bf16_gflops", "copy_gbps"))
+        and isinstance(value.get("best"), dict)
+    )
 
 
 @lru_cache(maxsize=1)

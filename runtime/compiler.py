@@ -31,7 +31,7 @@ def _plain(name: str) -> str:
     name = name.lower().replace("-", "_")
     for start in ("avx512", "amx"):
         if name.startswith(start) and len(name) > len(start) + 1 and name[len(start)] != "_":
-            return f"{start}_{name[len(start):]}"
+            return f"{start}_{name[len(start) :]}"
     return name
 
 
@@ -81,8 +81,13 @@ def kernel_cache_key() -> str:
     """Names all that a compiled kernel depends on."""
     return tuning.digest(
         _kernel_sources(),
-        sorted(cpu_features()), sys.version_info[:2], _version("numba"), _version("llvmlite"), _version("numpy"),
-        os.environ.get("CLLM_SIMD_LANES", ""), os.environ.get("CLLM_GEMM_KERNEL", ""),
+        sorted(cpu_features()),
+        sys.version_info[:2],
+        _version("numba"),
+        _version("llvmlite"),
+        _version("numpy"),
+        os.environ.get("CLLM_SIMD_LANES", ""),
+        os.environ.get("CLLM_GEMM_KERNEL", ""),
     )
 
 

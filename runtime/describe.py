@@ -113,23 +113,23 @@ def describe(operations: Iterable[str] = ()) -> Report:
     """Everything known about this machine; with `operations`, the backend that each would get and why."""
     features, versions = compiler.cpu_features(), _versions()
     asked = settings()
-    backends = {
-        name: {dtype: explain(name, dtype=dtype).to_dict() for dtype in ("float32", "bfloat16")} for name in operations
-    }
+    backends = {name: {dtype: explain(name, dtype=dtype).to_dict() for dtype in ("float32", "bfloat16")} for name in operations}
     if versions["numba"] == "absent" or asked.backend == "torch":
         summary = "plain torch" + (" (asked for)" if asked.backend == "torch" else " (numba is not installed)")
     else:
         threads = asked.threads or cpu().workers
         summary = f"numba with explicit SIMD, up to {threads} worker{'s' if threads != 1 else ''} per operation, same bits for any number of them"
-    return Report({
-        "devices": [device.to_dict() for device in devices()],
-        "system": operating_system(),
-        "memory_available_bytes": available_memory(),
-        "versions": versions,
-        "cache_dir": str(tuning.cache_dir()),
-        "ceilings": ceiling.ceilings().to_dict(),
-        "settings": {"backend": asked.backend, "threads": asked.threads, "deterministic": asked.deterministic},
-        "summary": summary,
-        "operations": backends,
-        "missing": _missing(features, versions),
-    })
+    return Report(
+        {
+            "devices": [device.to_dict() for device in devices()],
+            "system": operating_system(),
+            "memory_available_bytes": available_memory(),
+            "versions": versions,
+            "cache_dir": str(tuning.cache_dir()),
+            "ceilings": ceiling.ceilings().to_dict(),
+            "settings": {"backend": asked.backend, "threads": asked.threads, "deterministic": asked.deterministic},
+            "summary": summary,
+            "operations": backends,
+            "missing": _missing(features, versions),
+        }
+    )

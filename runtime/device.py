@@ -114,8 +114,12 @@ def cpu() -> Device:
     wanted = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "neon", "sve", "bf16", "asimd")
     features = compiler.cpu_features()
     return Device(
-        kind="cpu", name=_cpu_name(), workers=usable_cores(), memory_bytes=min(memory, limit) if limit else memory,
-        features=tuple(name for name in wanted if name in features), cache_bytes=_cpu_caches(),
+        kind="cpu",
+        name=_cpu_name(),
+        workers=usable_cores(),
+        memory_bytes=min(memory, limit) if limit else memory,
+        features=tuple(name for name in wanted if name in features),
+        cache_bytes=_cpu_caches(),
     )
 
 
@@ -123,15 +127,12 @@ def gpus() -> list[Device]:
     """GPUs that torch can use; none where torch was built without them."""
     import torch
 
-
     if not torch.cuda.is_available():
         return []
     found = []
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
-        found.append(
-            Device("cuda", about.name, about.multi_processor_count, about.total_memory, (f"sm_{about.major}{about.minor}",), index=index)
-        )
+        found.append(Device("cuda", about.name, about.multi_processor_count, about.total_memory, (f"sm_{about.major}{about.minor}",), index=index))
     return found
 
 

@@ -152,7 +152,8 @@ def _plan(op: str, shapes: Shapes, dtype: str, device: str, work: float, backend
     entry, _, reason = chosen
     others = tuple(
         (other.name, why if not serves else f"could serve ({why}), but {entry.name} {'was asked for' if backend else 'is preferred'}")
-        for other, serves, why in answers if other is not entry
+        for other, serves, why in answers
+        if other is not entry
     )
     if device_type != "cpu":
         return LaunchPlan(op, entry.name, device, 1, reason, others)

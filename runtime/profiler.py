@@ -69,8 +69,14 @@ class Event:
                 if self.seconds > 0:
                     about[f"G{unit}/s"] = round(amount / self.seconds / 1e9, 2)
         return {
-            "name": self.name, "cat": "kernel" if self.operation else "stage", "ph": "X", "ts": (self.start_ns - origin_ns) / 1e3,
-            "dur": (self.end_ns - self.start_ns) / 1e3, "pid": os.getpid(), "tid": thread, "args": about,
+            "name": self.name,
+            "cat": "kernel" if self.operation else "stage",
+            "ph": "X",
+            "ts": (self.start_ns - origin_ns) / 1e3,
+            "dur": (self.end_ns - self.start_ns) / 1e3,
+            "pid": os.getpid(),
+            "tid": thread,
+            "args": about,
         }
 
 
@@ -154,7 +160,9 @@ class _Watched:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             about = {
-                "operation": self._operation, "function": function, "backend": self._backend,
+                "operation": self._operation,
+                "function": function,
+                "backend": self._backend,
                 "operands": tuple(map(_operand, (*args, *kwargs.values()))),
             }
             start = time.perf_counter_ns()

@@ -88,8 +88,10 @@ class Progress:
             console = Console(file=self._stream)
             # On a narrow terminal the figures matter more than the bar, and the time left more than the last figures, which are cut.
             bar = (BarColumn(bar_width=16),) if console.width >= WIDE else ()
-            fixed = [TextColumn(field, table_column=Column(no_wrap=True, min_width=width)) for field, width in
-                     (("{task.description}", len(self.label)), ("{task.fields[left]}", 8))]
+            fixed = [
+                TextColumn(field, table_column=Column(no_wrap=True, min_width=width))
+                for field, width in (("{task.description}", len(self.label)), ("{task.fields[left]}", 8))
+            ]
             text = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
             columns = (fixed[0], *bar, TaskProgressColumn(table_column=Column(min_width=4)), fixed[1], text)
             self._rich = Rich(*columns, console=console, refresh_per_second=4, transient=True, expand=True)

@@ -1,7 +1,7 @@
 """llama.cpp on one GGUF file, in a process of its own: its threads and torch's disturb each other in one. JSON in and out.
 
-    {"model": PATH, "ids": [...], "count": N}   ->  {"logits": [[...]], "greedy": [...]}
-    {"model": PATH, "texts": [...]}             ->  {"tokens": [[...]], "with_specials": [[...]], "bytes": [[...]], "eos": ID}
+{"model": PATH, "ids": [...], "count": N}   ->  {"logits": [[...]], "greedy": [...]}
+{"model": PATH, "texts": [...]}             ->  {"tokens": [[...]], "with_specials": [[...]], "bytes": [[...]], "eos": ID}
 """
 
 import json

@@ -52,8 +52,13 @@ def inspect(path: str | Path, report: Callable[[str], None] | None = None) -> di
         model, tokenizer = load(path, report)
         tensors = {WEIGHTS: {name: describe_tensor(each) for name, each in weights_of(model).items()}}
         return {
-            "path": str(path), "format_version": None, "step": None, "model": model.config.to_dict(), "parameters": model.config.num_parameters(),
-            "tokenizer_hash": None if tokenizer is None else tokenizer.hash, "tensors": tensors,
+            "path": str(path),
+            "format_version": None,
+            "step": None,
+            "model": model.config.to_dict(),
+            "parameters": model.config.num_parameters(),
+            "tokenizer_hash": None if tokenizer is None else tokenizer.hash,
+            "tensors": tensors,
         }
     found = _newest_good(path, folders, report)
     manifest, state = read_manifest(found.path), found.state
@@ -174,5 +179,3 @@ def average(
         for name, tensor in weights_of(model).items():
             tensor.copy_(sums[name] / len(folders))
     return model, tokenizer, [str(each) for each in folders]
-
-

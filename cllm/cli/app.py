@@ -72,11 +72,16 @@ def _load(path: str, need_tokenizer: bool = True, weights: str | None = None, de
 # -- training ------------------------------------------------------------------------------------------------------------------
 
 
-@app.command(epilog=_examples(
-    "cllm train books/", "cllm train notes.txt --preset cllm-5m --epochs 3 --out runs/notes",
-    "cllm train books/ --plan", "cllm train books/ --set optim.beta2=0.99", "cllm train --resume --out runs/books",
-    "cllm train chats.jsonl --from runs/books --lora-rank 8",
-))
+@app.command(
+    epilog=_examples(
+        "cllm train books/",
+        "cllm train notes.txt --preset cllm-5m --epochs 3 --out runs/notes",
+        "cllm train books/ --plan",
+        "cllm train books/ --set optim.beta2=0.99",
+        "cllm train --resume --out runs/books",
+        "cllm train chats.jsonl --from runs/books --lora-rank 8",
+    )
+)
 def train(
     data: Annotated[str | None, typer.Argument(help="Folder of text or source code, a file, JSONL (chats too), or a packed token folder.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the run lives [default: runs/ + the name of the data].")] = None,
@@ -152,18 +157,24 @@ def pack(
 
 def _dataset_summary(dataset: Any) -> dict[str, Any]:
     return {
-        "train_tokens": dataset.train.num_tokens, "train_documents": dataset.train.num_documents,
-        "val_tokens": dataset.val.num_tokens, "val_documents": dataset.val.num_documents,
-        "vocab_size": dataset.tokenizer.vocab_size, "tokenizer_hash": dataset.tokenizer.hash,
+        "train_tokens": dataset.train.num_tokens,
+        "train_documents": dataset.train.num_documents,
+        "val_tokens": dataset.val.num_tokens,
+        "val_documents": dataset.val.num_documents,
+        "vocab_size": dataset.tokenizer.vocab_size,
+        "tokenizer_hash": dataset.tokenizer.hash,
     }
 
 
 # -- using a model ---------------------------------------------------------------------------------------------------------------
 
 
-@app.command(epilog=_examples(
-    "cllm generate runs/demo --prompt 'def '", "cllm generate runs/demo --prompt-file start.txt --temperature 0 --max-tokens 500",
-))
+@app.command(
+    epilog=_examples(
+        "cllm generate runs/demo --prompt 'def '",
+        "cllm generate runs/demo --prompt-file start.txt --temperature 0 --max-tokens 500",
+    )
+)
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
@@ -198,8 +209,14 @@ def generate(
     with runtime.use(threads=threads):
         model, tokenizer = _load(checkpoint, weights=weights, device=device)
         options: dict[str, Any] = dict(  # noqa: C408
-            max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            repetition_penalty=repetition_penalty, stop=tuple(stop or ()), use_cache=not no_cache,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop=tuple(stop or ()),
+            use_cache=not no_cache,
         )
         if stream and samples == 1 and not as_json:
             console.print(prompt, end="")
@@ -213,11 +230,16 @@ def generate(
             console.print(f"--- {number} of {samples} ---")
         console.print(prompt + each.text)
     first = results[0]
-    console.result({
-        "prompt": prompt, "texts": [each.text for each in results], "tokens": [list(each.tokens) for each in results],
-        "finish_reasons": [each.finish_reason for each in results], "prompt_tokens": first.prompt_tokens,
-        "tokens_per_second": round(first.tokens_per_second, 2),
-    })
+    console.result(
+        {
+            "prompt": prompt,
+            "texts": [each.text for each in results],
+            "tokens": [list(each.tokens) for each in results],
+            "finish_reasons": [each.finish_reason for each in results],
+            "prompt_tokens": first.prompt_tokens,
+            "tokens_per_second": round(first.tokens_per_second, 2),
+        }
+    )
 
 
 @app.command(epilog=_examples("cllm chat runs/helper", "cllm chat runs/helper --system 'Answer in one sentence.'"))
@@ -243,10 +265,13 @@ def chat(
     console.result({"messages": messages})
 
 
-@app.command(epilog=_examples(
-    "cllm evaluate runs/demo more-text/", "cllm evaluate runs/demo more-text/ --stride 128 --by file --worst 10",
-    "cllm evaluate runs/demo --tasks my_task --task-path tasks/",
-))
+@app.command(
+    epilog=_examples(
+        "cllm evaluate runs/demo more-text/",
+        "cllm evaluate runs/demo more-text/ --stride 128 --by file --worst 10",
+        "cllm evaluate runs/demo --tasks my_task --task-path tasks/",
+    )
+)
 def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[str | None, typer.Argument(help="Folder, file or JSONL of text, or a packed token folder.")] = None,
@@ -301,10 +326,13 @@ def report(
     console.result({"out": str(place), "runs": best})
 
 
-@app.command(epilog=_examples(
-    "cllm export runs/demo --to hf --out demo-hf/", "cllm export runs/demo --to gguf --type q8_0 --out demo.gguf",
-    "cllm export runs/demo --to cllm --out demo.cllm",
-))
+@app.command(
+    epilog=_examples(
+        "cllm export runs/demo --to hf --out demo-hf/",
+        "cllm export runs/demo --to gguf --type q8_0 --out demo.gguf",
+        "cllm export runs/demo --to cllm --out demo.cllm",
+    )
+)
 def export(
     checkpoint: Checkpoint,
     to: Annotated[str, typer.Option(help="hf (a Hugging Face folder), gguf (one file for llama.cpp) or cllm (one file).")],

@@ -25,8 +25,17 @@ SHOWN_SOURCES = 20
 
 
 def evaluate_run(
-    console: Console, model: Model, tokenizer: Tokenizer, data: str, *, seq_len: int | None, stride: int | None, batch_size: int,
-    confidence: float, by: str, worst: int,
+    console: Console,
+    model: Model,
+    tokenizer: Tokenizer,
+    data: str,
+    *,
+    seq_len: int | None,
+    stride: int | None,
+    batch_size: int,
+    confidence: float,
+    by: str,
+    worst: int,
 ) -> dict[str, Any]:
     """Scores all documents of `data`, prints the tables, and returns everything as plain values."""
     if worst < 0:
@@ -55,12 +64,20 @@ def evaluate_run(
         console.print(f"\nby source{more}:\n{_group_table(sources[:SHOWN_SOURCES], confidence)}")
     if poorest and scores.num_documents > 1:
         console.print(f"\ndocuments with the highest loss:\n{_group_table(poorest, None)}")
-    return plain({
-        **total.to_dict(), "seq_len": length, "stride": stride or length, "num_documents": scores.num_documents,
-        "num_bytes": int(scores.num_bytes.sum()), "confidence": confidence, "resamples": RESAMPLES,
-        "interval": None if interval is None else asdict(interval),
-        "sources": [group.to_dict() for group in sources], "worst_documents": [group.to_dict() for group in poorest],
-    })
+    return plain(
+        {
+            **total.to_dict(),
+            "seq_len": length,
+            "stride": stride or length,
+            "num_documents": scores.num_documents,
+            "num_bytes": int(scores.num_bytes.sum()),
+            "confidence": confidence,
+            "resamples": RESAMPLES,
+            "interval": None if interval is None else asdict(interval),
+            "sources": [group.to_dict() for group in sources],
+            "worst_documents": [group.to_dict() for group in poorest],
+        }
+    )
 
 
 def _evaluate_chats(console: Console, model: Model, tokenizer: Tokenizer, data: str, seq_len: int, batch_size: int) -> dict[str, Any]:
@@ -121,8 +138,13 @@ def _group_table(groups: list[Group], confidence: float | None) -> str:
     for group in groups:
         figures = group.evaluation
         row = (
-            group.name, *((f"{group.num_documents:,}",) if with_interval else ()), f"{figures.num_targets:,}", f"{figures.loss:.4f}",
-            f"{figures.perplexity:,.2f}", f"{figures.bits_per_byte:.4f}", f"{100 * figures.accuracy:.2f} %",
+            group.name,
+            *((f"{group.num_documents:,}",) if with_interval else ()),
+            f"{figures.num_targets:,}",
+            f"{figures.loss:.4f}",
+            f"{figures.perplexity:,.2f}",
+            f"{figures.bits_per_byte:.4f}",
+            f"{100 * figures.accuracy:.2f} %",
         )
         if with_interval:
             row += ("one document" if group.interval is None else f"{group.interval.loss[0]:.4f} to {group.interval.loss[1]:.4f}",)

@@ -24,7 +24,14 @@ SAMPLE_TOKENS = 160
 
 
 def train_run(
-    console: Console, *, flags: Mapping[str, Any], sets: Sequence[str], file: Path | None, out: Path | None, resume: bool, plan_only: bool,
+    console: Console,
+    *,
+    flags: Mapping[str, Any],
+    sets: Sequence[str],
+    file: Path | None,
+    out: Path | None,
+    resume: bool,
+    plan_only: bool,
     find_lr: bool = False,
 ) -> None:
     """Settings -> tokenizer and tokens -> model -> training -> a sample and the next commands. With `plan_only` or
@@ -52,9 +59,7 @@ def train_run(
     _train(config, console, out or default_run(config.data.path), resume, plan_only, find_lr, None)
 
 
-def _train(
-    config: TrainConfig, console: Console, out: Path, resume: bool, plan_only: bool, find_lr: bool, world: "World | None"
-) -> None:
+def _train(config: TrainConfig, console: Console, out: Path, resume: bool, plan_only: bool, find_lr: bool, world: "World | None") -> None:
     with runtime.use(threads=config.train.threads):
         console.print(runtime.describe().brief())
         from cllm.data.tokens.chat import is_chat
@@ -130,15 +135,21 @@ def _prepare(config: TrainConfig, out: Path, console: Console, tokenizer: "Token
         return prepare_chat(settings.path, out / "data", tokenizer, settings.val_fraction, log=console.print)
     names = [part.strip() for part in settings.exclude.split(",") if part.strip()]
     return prepare(
-        settings.path, out / "data", tokenizer=tokenizer or settings.tokenizer, vocab_size=settings.vocab_size, val_fraction=settings.val_fraction,
-        exclude=[Path(settings.path) / name for name in names], log=console.print,
+        settings.path,
+        out / "data",
+        tokenizer=tokenizer or settings.tokenizer,
+        vocab_size=settings.vocab_size,
+        val_fraction=settings.val_fraction,
+        exclude=[Path(settings.path) / name for name in names],
+        log=console.print,
     )
 
 
 def _print_settings(config: TrainConfig, model: ModelConfig, dataset: "Dataset", console: Console) -> None:
     """What was chosen and where each value comes from; defaults are left out, config.toml lists them all."""
     rows = [
-        (key, str(value), source) for key, value, source, _ in config.describe()
+        (key, str(value), source)
+        for key, value, source, _ in config.describe()
         if source != "default" and value is not None and not (key.startswith("model.") and source.startswith("derived"))  # told in the line above
     ]
     console.print(
@@ -189,11 +200,18 @@ def _plan(model: "Model", config: TrainConfig, dataset: "Dataset", console: Cons
     parts = [*memory.rows(), ("total", memory.total, "")]
     console.print(table([(name, f"{count / 1e6:,.0f} MB", what) for name, count, what in parts]))
     console.print(f"measured speed: {1 / per_token:,.0f} tokens/s: about {runtime.progress.duration(eta)} for {steps:,} steps, without evaluation")
-    console.result({
-        "parameters": model.config.num_parameters(), "memory_bytes": memory.total, "tokens_per_second": 1 / per_token, "steps": steps,
-        "tokens_per_step": tokens, "seconds": eta, "train_tokens": dataset.train.num_tokens,
-        "settings": {key: {"value": value, "source": source} for key, value, source, _ in config.describe()},
-    })
+    console.result(
+        {
+            "parameters": model.config.num_parameters(),
+            "memory_bytes": memory.total,
+            "tokens_per_second": 1 / per_token,
+            "steps": steps,
+            "tokens_per_step": tokens,
+            "seconds": eta,
+            "train_tokens": dataset.train.num_tokens,
+            "settings": {key: {"value": value, "source": source} for key, value, source, _ in config.describe()},
+        }
+    )
 
 
 def _find_lr(model: "Model", config: TrainConfig, dataset: "Dataset", out: Path, console: Console) -> None:

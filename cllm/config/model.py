@@ -149,11 +149,7 @@ class ModelConfig:
             needs |= {"attention_bias": False}  # the biases of `bias` are the queries', keys' and values' as well
             needs |= {"num_kv_heads": self.num_heads, "head_dim": self.embed_dim // self.num_heads}
             family = 'gpt2 (norm="layer": a GPT-2)'
-        wrong = [
-            f"{name}={getattr(self, name)!r} (needs {value!r})"
-            for name, value in needs.items()
-            if getattr(self, name) != value
-        ]
+        wrong = [f"{name}={getattr(self, name)!r} (needs {value!r})" for name, value in needs.items() if getattr(self, name) != value]
         if wrong or (self.norm == "layer" and self.embed_dim % self.num_heads):
             wrong = wrong or [f"embed_dim={self.embed_dim} (needs a multiple of num_heads {self.num_heads})"]
             raise UserError(
@@ -243,9 +239,7 @@ class ModelConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         for key in values:
             if key not in known:
-                raise UserError(
-                    f"unknown model setting {key!r}{_nearest(key, known)}. Known: {', '.join(sorted(known))}."
-                )
+                raise UserError(f"unknown model setting {key!r}{_nearest(key, known)}. Known: {', '.join(sorted(known))}.")
         if "vocab_size" not in values:
             raise UserError("vocab_size is missing from the model settings; give the tokenizer's vocabulary size.")
         return cls(**values)
@@ -303,9 +297,7 @@ class ModelConfig:
         """The convention of PaLM (Chowdhery et al. 2022, appendix B), used by nanoGPT: 6 N + 12 L H D T, forward and
         backward, attention not halved; N leaves out the tables that are only looked up."""
         length = self._sequence_length(seq_len)
-        return (
-            6 * self.num_parameters(embeddings=False) + 12 * self.num_layers * self.num_heads * self.head_size * length
-        )
+        return 6 * self.num_parameters(embeddings=False) + 12 * self.num_layers * self.num_heads * self.head_size * length
 
     def _sequence_length(self, seq_len: int | None) -> int:
         length = self.max_seq_len if seq_len is None else seq_len

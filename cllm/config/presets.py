@@ -9,9 +9,7 @@ OpenAI's four.
 from typing import Any
 
 
-def _cllm(
-    vocab_size: int, embed_dim: int, num_layers: int, num_heads: int, num_kv_heads: int, ffn_dim: int, max_seq_len: int
-) -> dict[str, Any]:
+def _cllm(vocab_size: int, embed_dim: int, num_layers: int, num_heads: int, num_kv_heads: int, ffn_dim: int, max_seq_len: int) -> dict[str, Any]:
     return {
         "vocab_size": vocab_size,
         "embed_dim": embed_dim,

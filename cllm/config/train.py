@@ -99,7 +99,8 @@ class TrainSection:
 @dataclass(frozen=True)
 class OptimSection:
     optimizer: str = setting(
-        "adamw", "adamw, muon (AdamW for embeddings and vectors), lion or schedule_free (AdamW without a decay of the learning rate).",
+        "adamw",
+        "adamw, muon (AdamW for embeddings and vectors), lion or schedule_free (AdamW without a decay of the learning rate).",
         choices=OPTIMIZERS,
     )
     learning_rate: float | None = setting(None, "Highest learning rate.", above=0.0, example="3e-4")
@@ -158,8 +159,11 @@ def _field_docs(schema: type) -> dict[str, str]:
     return {
         each.target.id: " ".join(text.value.value.split())
         for each, text in pairs
-        if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
-        and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+        if isinstance(each, ast.AnnAssign)
+        and isinstance(each.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
     }
 
 
@@ -310,7 +314,9 @@ class TrainConfig:
         return [
             f"{key}: {there[key]!r} there, {value!r} here{_from(self.sources[key])}"
             for key, value in here.items()
-            if (FIELDS[key].metadata["result"] or key in measured) and value != there[key] and not self.sources[key].startswith("derived")
+            if (FIELDS[key].metadata["result"] or key in measured)
+            and value != there[key]
+            and not self.sources[key].startswith("derived")
             and not (key == "train.epochs" and same_steps)
         ]
 

@@ -134,9 +134,7 @@ class DocumentScores:
     def select(self, documents: Sequence[int]) -> DocumentScores:
         """The scores of some documents."""
         rows = np.asarray(documents, dtype=np.int64)
-        return DocumentScores(
-            [self.names[row] for row in rows], self.nats[rows], self.correct[rows], self.targets[rows], self.num_bytes[rows]
-        )
+        return DocumentScores([self.names[row] for row in rows], self.nats[rows], self.correct[rows], self.targets[rows], self.num_bytes[rows])
 
     def _sums(self) -> tuple[np.ndarray, ...]:
         return self.nats, self.correct, self.targets, self.num_bytes

@@ -34,6 +34,7 @@ except ImportError as missing:  # the module can still be imported; its first us
     def register_model(*names: str) -> Any:
         return lambda model: model
 
+
 if TYPE_CHECKING:
     from cllm.data.tokens.tokenizer import Tokenizer
     from cllm.model.model import Model
@@ -47,8 +48,15 @@ class CLLM(TemplateLM):
     """A checkpoint (any path that `cllm.load` takes), or a model with its tokenizer, as a model of the harness."""
 
     def __init__(
-        self, checkpoint: str = "", *, model: Model | None = None, tokenizer: Tokenizer | None = None, batch_size: int | str | None = 8,
-        device: str | None = None, weights: str | None = None, max_batch_size: int | None = None,
+        self,
+        checkpoint: str = "",
+        *,
+        model: Model | None = None,
+        tokenizer: Tokenizer | None = None,
+        batch_size: int | str | None = 8,
+        device: str | None = None,
+        weights: str | None = None,
+        max_batch_size: int | None = None,
     ) -> None:
         _check_installed()
         super().__init__()
@@ -202,8 +210,11 @@ def run_tasks(model: Model, tokenizer: Tokenizer, tasks: list[str], task_path: P
             raise UserError(f"unknown task {name!r}.{meant} Your own tasks come from --task-path FOLDER.")
     try:
         found = lm_eval.simple_evaluate(
-            model=CLLM(model=model, tokenizer=tokenizer, batch_size=batch_size), tasks=list(tasks), task_manager=manager,
-            bootstrap_iters=1000, log_samples=False,
+            model=CLLM(model=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(tasks),
+            task_manager=manager,
+            bootstrap_iters=1000,
+            log_samples=False,
         )
     except OSError as error:  # what datasets raises for files that are not here and for hubs that it may not ask
         if os.environ.get("HF_HUB_OFFLINE") != "1":

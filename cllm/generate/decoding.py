@@ -230,10 +230,7 @@ class _Run:
         if not tokens and self.eot is not None:
             tokens = [self.eot]  # the start of a document follows the end of another
         if not tokens:
-            raise UserError(
-                "the prompt is empty and the tokenizer has no end-of-text token to start from. "
-                "Give at least one character."
-            )
+            raise UserError("the prompt is empty and the tokenizer has no end-of-text token to start from. Give at least one character.")
         if not all(0 <= token < self.vocab_size for token in tokens):
             raise UserError(f"the prompt holds token ids outside 0 to {self.vocab_size - 1}.")
         limit = self.model.config.max_seq_len
@@ -266,7 +263,6 @@ class _Run:
             if len(unfinished) < len(active):
                 active = [active[row] for row in unfinished]
                 state.select(unfinished)
-
 
     def _sampled_there(self, logits: Tensor, active: Sequence[_Continuation]) -> list[int]:
         """The same tokens, chosen on the GPU: only they travel, not the logits."""

@@ -13,10 +13,7 @@ from torch import Tensor
 
 from cllm.runtime.errors import CLLMError, UserError
 
-NOT_FINITE = (
-    "the model's logits are not finite, so no token can be chosen: its weights are damaged or training diverged. "
-    "Try an earlier checkpoint."
-)
+NOT_FINITE = "the model's logits are not finite, so no token can be chosen: its weights are damaged or training diverged. Try an earlier checkpoint."
 
 
 @dataclass(frozen=True)
@@ -31,9 +28,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise UserError(
-                f"temperature must be a finite number >= 0 (0 is greedy), got {self.temperature}. Use a value like 0.8."
-            )
+            raise UserError(f"temperature must be a finite number >= 0 (0 is greedy), got {self.temperature}. Use a value like 0.8.")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k must be at least 1, got {self.top_k}. Leave it out to keep all tokens.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -41,9 +36,7 @@ class Sampling:
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise UserError(f"min_p must be from 0 to 1, got {self.min_p}. Use a value like 0.05.")
         if not 0 < self.repetition_penalty < float("inf"):
-            raise UserError(
-                f"repetition_penalty must be > 0 (1 is none), got {self.repetition_penalty}. Use a value like 1.1."
-            )
+            raise UserError(f"repetition_penalty must be > 0 (1 is none), got {self.repetition_penalty}. Use a value like 1.1.")
 
 
 def penalise_repetition(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
@@ -84,9 +77,7 @@ def distribution(logits: Tensor, history: Sequence[int], sampling: Sampling) -> 
     logits = penalise_repetition(logits.to("cpu", torch.float64), history, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1.0)
-    logits = (
-        logits - logits.max()
-    ) / sampling.temperature  # the largest is 0: a tiny temperature cannot overflow upwards
+    logits = (logits - logits.max()) / sampling.temperature  # the largest is 0: a tiny temperature cannot overflow upwards
     if sampling.top_k is not None:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p is not None and sampling.top_p < 1:

@@ -42,9 +42,7 @@ def load_hf(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) ->
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} is not a folder. Expected a Hugging Face model folder with config.json and model.safetensors."
-        )
+        raise CheckpointError(f"{folder} is not a folder. Expected a Hugging Face model folder with config.json and model.safetensors.")
     config = config_from_hf(_read_json(folder / "config.json"))
     with torch.device("meta"):
         model = Model(config)
@@ -93,9 +91,7 @@ def save_hf(
         if tokenizer is not None:
             tokenizer.save(aside / "tokenizer.json")
             _write_json(aside / "tokenizer_config.json", _tokenizer_config(tokenizer, model.config))
-        _write_json(
-            aside / "generation_config.json", {"bos_token_id": eot_id, "eos_token_id": _ends(tokenizer), "do_sample": True}
-        )
+        _write_json(aside / "generation_config.json", {"bos_token_id": eot_id, "eos_token_id": _ends(tokenizer), "do_sample": True})
         _write_json(aside / "config.json", config)
         if folder.exists():
             folder.rmdir()  # empty, as checked
@@ -156,14 +152,11 @@ def _read_weights(folder: Path, model: Model, config: ModelConfig, dtype: torch.
                     else:
                         found[name] = _checked(stored, weights.get_tensor(stored), wanted[name], dtype)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file} is not a readable safetensors file: {error}. Copy or download it again."
-            ) from error
+            raise CheckpointError(f"{file} is not a readable safetensors file: {error}. Copy or download it again.") from error
     missing = sorted(set(wanted) - set(found))
     if missing or unexpected:
         raise CheckpointError(
-            f"the weights in {folder} do not fit its config.json: missing {_some(missing)}, "
-            f"not expected {_some(sorted(unexpected))}."
+            f"the weights in {folder} do not fit its config.json: missing {_some(missing)}, not expected {_some(sorted(unexpected))}."
         )
     embedding = found[f"{backbone}{'embed_tokens' if config.family == 'cllm' else 'wte'}.weight"]
     if tied_output is not None and not torch.equal(tied_output.to(dtype), embedding):
@@ -178,10 +171,7 @@ def _checked(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -
     if tensor.shape != shape:
         raise CheckpointError(f"{name} has the shape {tuple(tensor.shape)}, config.json asks for {tuple(shape)}.")
     if tensor.dtype not in _FLOATS:
-        raise CheckpointError(
-            f"{name} is stored as {tensor.dtype}, which is not supported. "
-            "Save the model as float32, bfloat16 or float16."
-        )
+        raise CheckpointError(f"{name} is stored as {tensor.dtype}, which is not supported. Save the model as float32, bfloat16 or float16.")
     return tensor.to(dtype)
 
 

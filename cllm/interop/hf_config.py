@@ -40,13 +40,9 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
     named = values.get("architectures") or [_MODEL_TYPES.get(str(values.get("model_type")), values.get("model_type"))]
     architecture = named[0] if isinstance(named, list) else named
     if architecture not in ARCHITECTURES:
-        raise CheckpointError(
-            f"the architecture {architecture!r} is not supported. Supported: {', '.join(ARCHITECTURES)}."
-        )
+        raise CheckpointError(f"the architecture {architecture!r} is not supported. Supported: {', '.join(ARCHITECTURES)}.")
     if values.get("quantization_config"):
-        raise CheckpointError(
-            "quantised weights (quantization_config) are not supported. Save the model unquantised first."
-        )
+        raise CheckpointError("quantised weights (quantization_config) are not supported. Save the model unquantised first.")
     try:
         return _gpt2_from_hf(values) if architecture == "GPT2LMHeadModel" else _llama_from_hf(values, architecture)
     except UserError as error:
@@ -57,10 +53,7 @@ def config_to_hf(config: ModelConfig, eot_id: int | None = None) -> dict[str, An
     """A ModelConfig -> the content of config.json. Raises UserError when no Hugging Face architecture computes the
     same."""
     if config.softcap is not None:
-        raise UserError(
-            f"softcap={config.softcap} cannot be exported: no Hugging Face Llama, Qwen2, Qwen3 or GPT-2 has it. "
-            "Train with softcap=None."
-        )
+        raise UserError(f"softcap={config.softcap} cannot be exported: no Hugging Face Llama, Qwen2, Qwen3 or GPT-2 has it. Train with softcap=None.")
     return _gpt2_to_hf(config, eot_id) if config.family == "gpt2" else _llama_to_hf(config, eot_id)
 
 
@@ -102,9 +95,7 @@ def _rope_from_hf(values: dict[str, Any]) -> dict[str, Any]:
     if kind in ("default", "dynamic"):
         return fields
     if kind not in ROPE_SCALINGS:
-        raise CheckpointError(
-            f"rotary scaling of type {kind!r} is not supported. Supported: default, dynamic, {', '.join(ROPE_SCALINGS)}."
-        )
+        raise CheckpointError(f"rotary scaling of type {kind!r} is not supported. Supported: default, dynamic, {', '.join(ROPE_SCALINGS)}.")
     original = given.get("original_max_position_embeddings")
     factor = given.get("factor")
     if factor is None and kind == "yarn" and original:
@@ -155,9 +146,7 @@ def _sliding_window(values: dict[str, Any], architecture: str) -> int | None:
     if not kinds and values.get("max_window_layers", 28) < _whole(values, "num_hidden_layers"):
         kinds = {"sliding_attention"} if not values["max_window_layers"] else {"sliding_attention", "full_attention"}
     if len(kinds) > 1:
-        raise CheckpointError(
-            "layer_types mixes full and sliding attention, which is not supported; all layers must be of one kind."
-        )
+        raise CheckpointError("layer_types mixes full and sliding attention, which is not supported; all layers must be of one kind.")
     return int(window) if kinds == {"sliding_attention"} else None
 
 
@@ -197,9 +186,7 @@ def _llama_to_hf(config: ModelConfig, eot_id: int | None) -> dict[str, Any]:
 
 
 def _gpt2_from_hf(values: dict[str, Any]) -> ModelConfig:
-    _refuse(
-        values, {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-    )
+    _refuse(values, {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False})
     embed_dim = _whole(values, "n_embd")
     return ModelConfig(
         vocab_size=_whole(values, "vocab_size"),

@@ -40,10 +40,7 @@ class KVCache:
     def check_room(self, batch: int, num_tokens: int) -> None:
         """Raises before any layer has been written, so that a refused call leaves the cache as it was."""
         if batch != self.batch:
-            raise UserError(
-                f"the cache was made for {self.batch} sequences, got {batch}. "
-                f"Make one with model.make_cache({batch}, max_len)."
-            )
+            raise UserError(f"the cache was made for {self.batch} sequences, got {batch}. Make one with model.make_cache({batch}, max_len).")
         if self.length + num_tokens > self.max_len:
             raise UserError(
                 f"the cache holds {self.length} of {self.max_len} tokens, {num_tokens} more do not fit. "

@@ -167,9 +167,7 @@ class LlamaMLP(nn.Module):
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         if gate.quantized is not None and up.quantized is not None and down.quantized is not None:
             return quantized_feed_forward(x, gate.quantized, up.quantized, down.quantized, activation=self.activation)
-        return kernels.feed_forward(
-            x, gate.weight, up.weight, down.weight, activation=self.activation, recompute=context.recompute == "feed_forward"
-        )
+        return kernels.feed_forward(x, gate.weight, up.weight, down.weight, activation=self.activation, recompute=context.recompute == "feed_forward")
 
 
 class LlamaBlock(nn.Module):
@@ -246,9 +244,7 @@ class GPT2MLP(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         up, down = self.c_fc, self.c_proj
         if up.quantized is not None and down.quantized is not None:
-            return quantized_feed_forward(
-                x, None, up.quantized, down.quantized, activation=self.activation, b_up=up.bias, b_down=down.bias
-            )
+            return quantized_feed_forward(x, None, up.quantized, down.quantized, activation=self.activation, b_up=up.bias, b_down=down.bias)
         return kernels.feed_forward(
             x, None, up.outputs_first(), down.outputs_first(), activation=self.activation, b_up=up.bias, b_down=down.bias,
             recompute=context.recompute == "feed_forward",
@@ -301,9 +297,7 @@ class GPT2Backbone(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         # Expanded before the lookup: its backward then sums over the batch in the kernel's fixed order.
-        return look_up(tokens, self.wte.weight, dtype) + kernels.embedding(
-            positions.expand(tokens.shape), self.wpe.weight, dtype
-        )
+        return look_up(tokens, self.wte.weight, dtype) + kernels.embedding(positions.expand(tokens.shape), self.wpe.weight, dtype)
 
     def forward(self, tokens: Tensor, context: Context, dtype: torch.dtype) -> Tensor:
         x, h = context.through(self.h, self.embed(tokens, context.positions, dtype, context.look_up))

@@ -91,6 +91,7 @@ def _optimizer_bytes(config: ModelConfig, optimizer: str) -> int:
         return 4 * (parameters + tables)
     return (4 if optimizer == "lion" else 8) * parameters
 
+
 RESERVE = 0.9  # of the free memory that a plan may take: the allocator keeps some, and so do kernels
 
 

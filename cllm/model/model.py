@@ -129,9 +129,7 @@ class Model(nn.Module):
             drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
             parameter.copy_(drawn.normal_(0.0, std, generator=generator))
 
-    def hidden(
-        self, tokens: Tensor, *, cache: KVCache | None = None, cu_seqlens: Tensor | None = None, positions: Tensor | None = None
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, *, cache: KVCache | None = None, cu_seqlens: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """tokens (B, T) int64 -> the normalised last hidden state (B, T, E) in the compute dtype.
 
         With `cu_seqlens` (int32, documents packed over the B * T flattened tokens) each document sees only itself and
@@ -173,9 +171,7 @@ class Model(nn.Module):
             cache.advance(length)
         return x.view(batch, length, -1), context.output_weight
 
-    def forward(
-        self, tokens: Tensor, *, cache: KVCache | None = None, cu_seqlens: Tensor | None = None, last_only: bool = False
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, *, cache: KVCache | None = None, cu_seqlens: Tensor | None = None, last_only: bool = False) -> Tensor:
         """tokens (B, T) -> logits (B, T, V) in the compute dtype, (B, 1, V) with `last_only`. A cache is appended
         to."""
         with _gradients_unless(cache):
@@ -245,9 +241,7 @@ class Model(nn.Module):
         """An empty cache for `batch` sequences of up to `max_len` tokens (default: the model's context)."""
         max_len = self.config.max_seq_len if max_len is None else max_len
         if batch < 1 or not 1 <= max_len <= self.config.max_seq_len:
-            raise UserError(
-                f"a cache needs batch >= 1 and max_len from 1 to {self.config.max_seq_len}, got {batch} and {max_len}."
-            )
+            raise UserError(f"a cache needs batch >= 1 and max_len from 1 to {self.config.max_seq_len}, got {batch} and {max_len}.")
         config = self.config
         device = self.embedding_weight.device
         return KVCache(config.num_layers, batch, max_len, config.kv_heads, config.head_size, self.compute_dtype, device)

@@ -14,9 +14,7 @@ def record_environment(run: Path) -> None:
     """Appends devices, system, versions and the time (UTC). Nothing that names the machine or its user."""
     row = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "devices": [
-            {"name": device.name, "workers": device.workers, "memory_gib": round(device.memory_bytes / 2**30, 1)} for device in devices()
-        ],
+        "devices": [{"name": device.name, "workers": device.workers, "memory_gib": round(device.memory_bytes / 2**30, 1)} for device in devices()],
         "system": operating_system(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
     }

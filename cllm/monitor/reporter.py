@@ -153,8 +153,13 @@ class Reporter:
         shown = self._smooth_speed or speed
         share = shown * self._flops_per_token / self._peak_flops if self._peak_flops else 0.0
         parts = [
-            f"step {step:,}/{self._steps:,}", f"{_short(tokens)} tokens", f"loss {result.loss:.4f}", f"lr {result.learning_rate:.2e}",
-            f"grad {result.gradient_norm:.2f}", f"{_short(shown)} tok/s", f"{100 * share:.0f}% of peak" if share else "",
+            f"step {step:,}/{self._steps:,}",
+            f"{_short(tokens)} tokens",
+            f"loss {result.loss:.4f}",
+            f"lr {result.learning_rate:.2e}",
+            f"grad {result.gradient_norm:.2f}",
+            f"{_short(shown)} tok/s",
+            f"{100 * share:.0f}% of peak" if share else "",
             f"{memory / 1e9:.2f} GB",
         ]
         self._progress.update(step, "  ".join(part for part in parts if part))

@@ -21,9 +21,13 @@ from cllm.runtime.progress import duration
 
 # key, title, unit, logarithmic; train rows as a line, eval rows as dots
 CURVES = (
-    ("loss", "Loss", "nats per token", False), ("perplexity", "Perplexity", "", True), ("accuracy", "Next-token accuracy", "", False),
-    ("bits_per_byte", "Bits per byte", "", False), ("learning_rate", "Learning rate", "", False),
-    ("gradient_norm", "Gradient norm", "before clipping", True), ("tokens_per_second", "Speed", "tokens per second", False),
+    ("loss", "Loss", "nats per token", False),
+    ("perplexity", "Perplexity", "", True),
+    ("accuracy", "Next-token accuracy", "", False),
+    ("bits_per_byte", "Bits per byte", "", False),
+    ("learning_rate", "Learning rate", "", False),
+    ("gradient_norm", "Gradient norm", "before clipping", True),
+    ("tokens_per_second", "Speed", "tokens per second", False),
 )
 # Fields that are drawn above, count something, or say what cannot be drawn
 NOT_OTHER = {"step", "tokens", "seconds", "num_targets", "num_nonfinite", "updated", "best", "time", *(key for key, *_ in CURVES)}
@@ -54,8 +58,17 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
 def run_page(run: RunData) -> str:
     """The page of one run."""
     sections = [
-        _problems([run]), _tiles(run), _curves([run]), _gradients(run), _time(run), _events(run), _final(run), _evaluations(run),
-        _samples(run), _configuration(run), _environment(run),
+        _problems([run]),
+        _tiles(run),
+        _curves([run]),
+        _gradients(run),
+        _time(run),
+        _events(run),
+        _final(run),
+        _evaluations(run),
+        _samples(run),
+        _configuration(run),
+        _environment(run),
     ]
     return _page(f"Training run {run.name}", sections)
 
@@ -68,10 +81,14 @@ def comparison_page(runs: Sequence[RunData]) -> str:
 def _page(title: str, sections: Sequence[Html | None]) -> str:
     made = f"Made by cllm {__version__} on {time.strftime('%Y-%m-%d %H:%M')}. This page is whole: it loads nothing and runs nothing."
     head = element(
-        "head", element("meta", charset="utf-8"), element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         # Whatever a sample or a name holds, a browser runs and loads nothing.
         element("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'"),
-        element("meta", name="color-scheme", content="light dark"), element("title", title), element("style", Html(STYLE)),
+        element("meta", name="color-scheme", content="light dark"),
+        element("title", title),
+        element("style", Html(STYLE)),
     )
     body = element("body", element("main", element("h1", title), *sections), element("footer", element("p", made)))
     return "<!doctype html>\n" + element("html", head, body, lang="en") + "\n"
@@ -108,10 +125,13 @@ def _tiles(run: RunData) -> Html:
     speeds = sorted(value for _, value in run.curve("tokens_per_second") if math.isfinite(value))
     facts: list[tuple[str, str | None]] = [
         ("steps", f"{run.last_step:,}{planned}"),
-        ("parameters", _shown(run.num_parameters)), ("tokens seen", _shown(run.tokens)),
-        ("time", None if seconds is None else duration(seconds)), ("tokens per second, median", short(speeds[len(speeds) // 2]) if speeds else None),
+        ("parameters", _shown(run.num_parameters)),
+        ("tokens seen", _shown(run.tokens)),
+        ("time", None if seconds is None else duration(seconds)),
+        ("tokens per second, median", short(speeds[len(speeds) // 2]) if speeds else None),
         ("best validation loss", f"{run.best[1]:.4f} at step {run.best[0]:,}" if run.best else None),
-        ("perplexity at the end", _shown(number(last.get("perplexity")))), ("bits per byte at the end", _shown(number(last.get("bits_per_byte")))),
+        ("perplexity at the end", _shown(number(last.get("perplexity")))),
+        ("bits per byte at the end", _shown(number(last.get("bits_per_byte")))),
         ("skipped or rolled back", f"{len(run.events()):,}" if run.events() else None),
     ]
     tiles = (element("div", element("dt", name), element("dd", value)) for name, value in facts if value is not None)
@@ -161,9 +181,7 @@ def _x_axis(runs: Sequence[RunData]) -> tuple[list[float], str]:
     return sizes, "tokens"
 
 
-def _curve(
-    place: int, key: str, title: str, unit: str, log: bool, runs: Sequence[RunData], scale: Sequence[float], x_label: str
-) -> Html | None:
+def _curve(place: int, key: str, title: str, unit: str, log: bool, runs: Sequence[RunData], scale: Sequence[float], x_label: str) -> Html | None:
     """One chart: of one run its training and validation, of several each in its colour."""
     series: list[Series] = []
     legend: list[tuple[str, str]] = []
@@ -203,16 +221,24 @@ def _curve(
 
 def _gradients(run: RunData) -> Html | None:
     figures = []
-    for place, (field, title, note) in enumerate((
-        ("gradient_norms", "Gradient norm by layer", "The norm of all gradients of a layer; in each column the largest of its steps."),
-        ("update_ratios", "Update to weight by layer", "How far updates moved weights relative to their size; the largest of a layer's parameters."),
-    )):
+    for place, (field, title, note) in enumerate(
+        (
+            ("gradient_norms", "Gradient norm by layer", "The norm of all gradients of a layer; in each column the largest of its steps."),
+            (
+                "update_ratios",
+                "Update to weight by layer",
+                "How far updates moved weights relative to their size; the largest of a layer's parameters.",
+            ),
+        )
+    ):
         rows, steps, values = layer_values(run.rows.get("layers", []), field)
         if rows:
             figures.append(_figure(heat_map(f"heat{place}", title, rows, steps, values), title, element("p", note)))
     flags = [
         (f"{row['step']:,}", layer, _flat(flag))
-        for row in run.rows.get("layers", []) if isinstance(row.get("flags"), dict) for layer, flag in row["flags"].items()
+        for row in run.rows.get("layers", [])
+        if isinstance(row.get("flags"), dict)
+        for layer, flag in row["flags"].items()
     ]
     more = f" (the last {MOST_FLAGS} of {len(flags):,})" if len(flags) > MOST_FLAGS else ""
     flagged = table(("step", "layer", "gradient"), flags[-MOST_FLAGS:], f"Gradients out of line{more}") if flags else None

@@ -88,7 +88,8 @@ class RunData:
         told = {row["step"] for row in self.rows.get("event", [])}
         left_out = [
             {"step": row["step"], "event": "update left out", "loss": row.get("loss"), "gradient_norm": row.get("gradient_norm")}
-            for row in self.train if row.get("updated") is False and row["step"] not in told
+            for row in self.train
+            if row.get("updated") is False and row["step"] not in told
         ]
         return sorted([*self.rows.get("event", []), *left_out], key=lambda row: row["step"])
 
@@ -184,7 +185,7 @@ def _read_settings(run: RunData) -> None:
 def _source(key: str, comment: str) -> str:
     help_ = " ".join(str(FIELDS[key].metadata["help"]).split()) if key in FIELDS else ""
     rest = " ".join(comment.split()).removeprefix(help_).strip()
-    found = re.search(r"\[(.*)\]$", rest if help_ else rest[rest.rfind(" ["):])
+    found = re.search(r"\[(.*)\]$", rest if help_ else rest[rest.rfind(" [") :])
     return found.group(1) if found else "default"
 
 

@@ -141,5 +141,3 @@ def advice(fault: Fault, last_good: object) -> str:
     else:
         other = f" To go back and take other data: --set train.{'on_spike' if fault.kind == 'spike' else 'on_gradient'}=rollback."
     return f"Lower learning_rate, lengthen warmup, or set grad_clip. The last good checkpoint is in {last_good}.{other}"
-
-

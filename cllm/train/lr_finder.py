@@ -50,8 +50,12 @@ class LearningRates:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "suggestion": self.suggestion, "lowest": self.lowest, "diverged": self.diverged,
-            "rates": self.rates, "losses": [each if math.isfinite(each) else str(each) for each in self.losses], "smoothed": self.smoothed,
+            "suggestion": self.suggestion,
+            "lowest": self.lowest,
+            "diverged": self.diverged,
+            "rates": self.rates,
+            "losses": [each if math.isfinite(each) else str(each) for each in self.losses],
+            "smoothed": self.smoothed,
         }
 
 

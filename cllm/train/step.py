@@ -1,7 +1,7 @@
 """One training step: forward and backward over the microbatches, clip, update. What the Trainer runs, for scripts and profilers as well.
 
-    step = TrainStep(model, precision="bf16", learning_rate=3e-4, grad_clip=1.0)
-    loss = step(tokens, targets)          # forward, backward, clip, update; returns the loss before the update
+step = TrainStep(model, precision="bf16", learning_rate=3e-4, grad_clip=1.0)
+loss = step(tokens, targets)          # forward, backward, clip, update; returns the loss before the update
 """
 
 from __future__ import annotations
@@ -212,7 +212,6 @@ class TrainStep:
             if beat is not None:
                 beat()
         return total, num_targets
-
 
     def _loss(self, batch: Microbatch, num_targets: int) -> torch.Tensor:
         return self.model.loss(

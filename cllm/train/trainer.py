@@ -222,10 +222,18 @@ class Trainer:
         timing = report.trained(self.step, self.tokens, result, self._train_step.seconds)
         if self.step % self.config.log.metrics_every == 0 or not result.finite:
             self._metrics.write(
-                "train", self.step, loss=result.loss, learning_rate=result.learning_rate, gradient_norm=result.gradient_norm,
-                largest_gradient=result.largest_gradient, num_nonfinite=result.num_nonfinite, updated=result.updated, tokens=self.tokens,
+                "train",
+                self.step,
+                loss=result.loss,
+                learning_rate=result.learning_rate,
+                gradient_norm=result.gradient_norm,
+                largest_gradient=result.largest_gradient,
+                num_nonfinite=result.num_nonfinite,
+                updated=result.updated,
+                tokens=self.tokens,
                 **({} if result.noise_scale is None else {"noise_scale": result.noise_scale}),
-                seconds=round(self._seconds_before + report.seconds, 3), **timing,
+                seconds=round(self._seconds_before + report.seconds, 3),
+                **timing,
             )
 
         layers = self._diagnostics.after_update()
@@ -320,8 +328,12 @@ class Trainer:
         """What the weights in the model make of the validation split."""
         settings = self.config.train
         return evaluate(
-            self.model, self.dataset.val, seq_len=settings.seq_len, batch_size=settings.batch_size,
-            document_mask=self.config.data.document_mask, progress=report.beat,
+            self.model,
+            self.dataset.val,
+            seq_len=settings.seq_len,
+            batch_size=settings.batch_size,
+            document_mask=self.config.data.document_mask,
+            progress=report.beat,
         )
 
     def _sample(self, report: Reporter) -> None:
@@ -342,11 +354,20 @@ class Trainer:
 
     def _result(self, report: Reporter) -> TrainResult:
         return TrainResult(
-            step=self.step, tokens=self.tokens, train_loss=None if self._last_step is None else self._last_step.loss,
-            validation=self._validation, best_loss=self._best.loss if self._best.step is not None else None, best_step=self._best.step,
-            unigram_loss=self._unigram, seconds=self._seconds_before + report.seconds, tokens_per_second=report.tokens_per_second,
-            skipped_steps=self._faults.skipped, stopped_early=self._best.exhausted(self.config.train.patience),
-            resumed_from=self._resumed_from, checkpoint=self._store.path(self.step), out=self.out,
+            step=self.step,
+            tokens=self.tokens,
+            train_loss=None if self._last_step is None else self._last_step.loss,
+            validation=self._validation,
+            best_loss=self._best.loss if self._best.step is not None else None,
+            best_step=self._best.step,
+            unigram_loss=self._unigram,
+            seconds=self._seconds_before + report.seconds,
+            tokens_per_second=report.tokens_per_second,
+            skipped_steps=self._faults.skipped,
+            stopped_early=self._best.exhausted(self.config.train.patience),
+            resumed_from=self._resumed_from,
+            checkpoint=self._store.path(self.step),
+            out=self.out,
         )
 
     # -- the run's folder ---------------------------------------------------------------------------------------------------
@@ -404,8 +425,9 @@ class Trainer:
             different.append(f"data: {found.state['data']} there, {self._data_identity()} here")
         if different:
             raise UserError(
-                f"{self.out} holds a run of another configuration:\n  " + "\n  ".join(different) +
-                "\nGive the same settings to go on with it, or choose another folder with --out."
+                f"{self.out} holds a run of another configuration:\n  "
+                + "\n  ".join(different)
+                + "\nGive the same settings to go on with it, or choose another folder with --out."
             )
         check_tokenizer(self.tokenizer.hash if self.tokenizer is not None else None, found.state["tokenizer_hash"], self.out)
 
@@ -433,11 +455,18 @@ class Trainer:
 
     def _write(self, report: Reporter, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
         state = {
-            "model": self.model.config.to_dict(), "config": self.config.to_dict(), "sources": dict(self.config.sources),
-            "tokenizer_hash": self.tokenizer.hash if self.tokenizer is not None else None, "data": self._data_identity(),
-            "tokens": self.tokens, "seconds": self._seconds_before + report.seconds, "best": self._best.to_dict(),
-            "faults": self._faults.to_dict(), "last_evaluation": self._last_evaluation,
-            "plateau": None if self._plateau is None else self._plateau.to_dict(), "lora": lora_state(self.model),
+            "model": self.model.config.to_dict(),
+            "config": self.config.to_dict(),
+            "sources": dict(self.config.sources),
+            "tokenizer_hash": self.tokenizer.hash if self.tokenizer is not None else None,
+            "data": self._data_identity(),
+            "tokens": self.tokens,
+            "seconds": self._seconds_before + report.seconds,
+            "best": self._best.to_dict(),
+            "faults": self._faults.to_dict(),
+            "last_evaluation": self._last_evaluation,
+            "plateau": None if self._plateau is None else self._plateau.to_dict(),
+            "lora": lora_state(self.model),
             "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         if self._writer.busy:
@@ -477,10 +506,19 @@ def make_step(model: Model, config: TrainConfig, roles: Roles | None = None) -> 
     settings = config.optim
     assert settings.learning_rate is not None
     return (TrainStep if roles is None else roles.step)(
-        model, config.train.precision, settings.learning_rate, settings.grad_clip,
-        weight_decay=settings.weight_decay, betas=(settings.beta1, settings.beta2), eps=settings.eps,
-        label_smoothing=settings.label_smoothing, z_loss=settings.z_loss, optimizer=settings.optimizer, momentum=settings.momentum,
-        ema=settings.ema, noise_scale_every=config.log.noise_scale_every,
+        model,
+        config.train.precision,
+        settings.learning_rate,
+        settings.grad_clip,
+        weight_decay=settings.weight_decay,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        label_smoothing=settings.label_smoothing,
+        z_loss=settings.z_loss,
+        optimizer=settings.optimizer,
+        momentum=settings.momentum,
+        ema=settings.ema,
+        noise_scale_every=config.log.noise_scale_every,
     )
 
 
@@ -489,9 +527,7 @@ def make_batches(split: TokenSplit, config: TrainConfig) -> Batches | ChatBatche
     settings = config.train
     if isinstance(split, ChatSplit):
         return ChatBatches(split, settings.seq_len, settings.batch_size, settings.seed)
-    return Batches(
-        split, settings.seq_len, settings.batch_size, settings.seed, shuffle=config.data.shuffle, document_mask=config.data.document_mask
-    )
+    return Batches(split, settings.seq_len, settings.batch_size, settings.seed, shuffle=config.data.shuffle, document_mask=config.data.document_mask)
 
 
 def _check_fit(model: Model, dataset: Dataset, config: TrainConfig, tokenizer: Tokenizer | None) -> None:

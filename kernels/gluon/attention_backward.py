@@ -509,9 +509,7 @@ def attention_backward_queries_kernel(
 # ---- host --------------------------------------------------------------------------------------------------------------------------
 
 
-def can_serve(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, softcap: float, cu_seqlens: Tensor | None, gpu: GPU
-) -> tuple[bool, str]:
+def can_serve(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, softcap: float, cu_seqlens: Tensor | None, gpu: GPU) -> tuple[bool, str]:
     """Whether `backward` can compute this call on `gpu`, and if not, why."""
     if q.shape[-1] not in HEAD_DIMS:
         return False, f"head size {q.shape[-1]} is not one of {HEAD_DIMS}"

@@ -187,9 +187,7 @@ def _feed(
                 slot, phase = ring(use + step, STAGES)
                 mbarrier.wait(k_empty.index(slot), phase ^ 1)
                 mbarrier.expect(k_full.index(slot), BLOCK_BYTES)
-                tma.async_copy_global_to_shared(
-                    k_desc, [batch, head // group, (end - 1 - step) * KEYS, 0], k_full.index(slot), keys.index(slot)
-                )
+                tma.async_copy_global_to_shared(k_desc, [batch, head // group, (end - 1 - step) * KEYS, 0], k_full.index(slot), keys.index(slot))
             if step == 0:
                 for half in gl.static_range(2):
                     mbarrier.wait(q_empty.index(half), (turn & 1) ^ 1)
@@ -253,9 +251,7 @@ def _steps(
         scores = warpgroup_mma_wait(1, (scores,))
         mbarrier.arrive(k_empty.index(slot), count=1)
         block = end - 1 - step
-        wide, rescale, largest, total = _softmax(
-            scores, largest, total, block, first, last, numbers, KEYS, SCORES, MASK, LOWER, SOFTCAP
-        )
+        wide, rescale, largest, total = _softmax(scores, largest, total, block, first, last, numbers, KEYS, SCORES, MASK, LOWER, SOFTCAP)
         done = warpgroup_mma_wait(0, (acc,))
         mbarrier.arrive(v_empty.index(v_slot), count=1)
         p = gl.convert_layout(wide.to(DTYPE), gl.DotOperandLayout(0, OUT, 2))
@@ -300,9 +296,7 @@ def _compute(
         mbarrier.arrive(k_empty.index(slot), count=1)
         largest = gl.full([ROWS], float("-inf"), gl.float32, COLUMN)
         total = gl.zeros([ROWS], gl.float32, COLUMN)
-        wide, rescale, largest, total = _softmax(
-            scores, largest, total, end - 1, first, last, numbers, KEYS, SCORES, True, LOWER, SOFTCAP
-        )
+        wide, rescale, largest, total = _softmax(scores, largest, total, end - 1, first, last, numbers, KEYS, SCORES, True, LOWER, SOFTCAP)
         p = gl.convert_layout(wide.to(DTYPE), gl.DotOperandLayout(0, OUT, 2))
         acc = warpgroup_mma_init(gl.zeros([ROWS, HEAD_DIM], gl.float32, OUT))
 
@@ -413,9 +407,7 @@ def attention_forward_kernel(
 # ---- host --------------------------------------------------------------------------------------------------------------------------
 
 
-def can_serve(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, softcap: float, cu_seqlens: Tensor | None, gpu: GPU
-) -> tuple[bool, str]:
+def can_serve(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, softcap: float, cu_seqlens: Tensor | None, gpu: GPU) -> tuple[bool, str]:
     """Whether `forward` can compute this call on `gpu`, and if not, why."""
     if not gpu.is_hopper:
         return False, "these kernels need a Hopper GPU"

@@ -136,6 +136,7 @@ def multiply_turned(a, a_k, b, b_row, c, c_row, rows, num_k, strips, first):
 
 # ---- vectors ---------------------------------------------------------------------------------------------------------
 
+
 def _fold_rows(bld: Any, rows: list[Any], combine: Any) -> Any:
     """W vectors -> one whose lane i is vector i reduced: lane j of what is left is combined with lane j + half of it, as `simd.vhsum` does."""
     size = W

@@ -44,9 +44,7 @@ class _Weights:
     def gate(self) -> "torch.Tensor | Packed | None":
         return None if self.w_gate is None else self.right(self.w_gate.t())
 
-    def activate(
-        self, rows: torch.Tensor, activation: str, hidden: torch.Tensor, z: torch.Tensor | None, up: torch.Tensor | None
-    ) -> None:
+    def activate(self, rows: torch.Tensor, activation: str, hidden: torch.Tensor, z: torch.Tensor | None, up: torch.Tensor | None) -> None:
         """rows (N, E) -> hidden (N, F); z (N, F) is needed when gated, and it and up are filled where given."""
         if self.gate is None:
             gemm_activated(rows, self.up, Epilogue(ACTIVATE, activation, hidden), keep=z, bias=self.b_up, workers=self.workers)

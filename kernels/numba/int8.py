@@ -70,9 +70,7 @@ def _make_int8_words(mode: int) -> Any:
     return words
 
 
-_int8_float32, _int8_widened, _int8_pairs = (
-    _make_int8_words(mode) for mode in (pack.F32_AS_IS, pack.F32_ROUNDED_WIDENED, pack.F32_ROUNDED_PAIRS)
-)
+_int8_float32, _int8_widened, _int8_pairs = (_make_int8_words(mode) for mode in (pack.F32_AS_IS, pack.F32_ROUNDED_WIDENED, pack.F32_ROUNDED_PAIRS))
 
 
 @numba.njit(cache=True, nogil=True)

@@ -358,9 +358,7 @@ def task_columns(columns: int, workers: int) -> int:
     return min(MOST_TASK_COLUMNS, -(-groups // workers) * step)
 
 
-def job(
-    x: Tensor, weight: "Tensor | Quantized", bias: Tensor | None, out: Output, workers: int, first_task: int = 0, partner: int = 0
-) -> np.ndarray:
+def job(x: Tensor, weight: "Tensor | Quantized", bias: Tensor | None, out: Output, workers: int, first_task: int = 0, partner: int = 0) -> np.ndarray:
     """x (M, K), weight (N, K) of any strides -> the job x @ weight.T (+ bias float32). The caller keeps all memory alive."""
     (rows, depth), columns = x.shape, weight.shape[0]
     integers = isinstance(weight, Quantized) and in_integers(x.dtype)

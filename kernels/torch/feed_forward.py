@@ -41,9 +41,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _pre_activations(
-    x: Tensor, w_gate: Tensor | None, w_up: Tensor, b_up: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def _pre_activations(x: Tensor, w_gate: Tensor | None, w_up: Tensor, b_up: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(z, up or None) in x's dtype, (N, F)."""
     rows = as_rows(x).to(accumulate_dtype(x.dtype))
     up = _linear(rows, rounded_weight(w_up, x.dtype), b_up).to(x.dtype)

@@ -51,9 +51,7 @@ def forward_with_grads(
         part = cross_entropy.forward(logits, targets[rows], ignore_index, label_smoothing, z_loss, softcap)
         parts.append(part)
         dlosses = torch.full_like(part[3], scale)
-        dlogits = cross_entropy.logit_gradient(
-            dlosses, logits, targets[rows], part[3], ignore_index, label_smoothing, z_loss, softcap
-        )
+        dlogits = cross_entropy.logit_gradient(dlosses, logits, targets[rows], part[3], ignore_index, label_smoothing, z_loss, softcap)
         dx[rows] = (dlogits @ wide_weight).to(x.dtype)
         dweight += dlogits.T @ wide_x
     return *_concatenated(parts, x), dx, dweight.to(weight.dtype)

@@ -54,9 +54,7 @@ def layer_norm_backward(
     dy = dy.to(wide)
     normed = (h.to(wide) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
     dnormed = dy * weight.to(wide)
-    dx = rstd.unsqueeze(-1) * (
-        dnormed - dnormed.mean(dim=-1, keepdim=True) - normed * (dnormed * normed).mean(dim=-1, keepdim=True)
-    )
+    dx = rstd.unsqueeze(-1) * (dnormed - dnormed.mean(dim=-1, keepdim=True) - normed * (dnormed * normed).mean(dim=-1, keepdim=True))
     if dh is not None:
         dx = dx + dh.to(wide)
     dweight = as_rows(dy * normed).sum(dim=0).to(weight.dtype)

@@ -351,9 +351,7 @@ def step(
     The numbers come from the host: this cannot be captured in a CUDA graph, `Fused` can.
     """
     if any(t.dtype != torch.float32 for t in params):
-        return reference.step(
-            params, grads, exp_avgs, exp_avg_sqs, learning_rate, beta1, beta2, eps, weight_decays, step, max_norm, skip_nonfinite
-        )
+        return reference.step(params, grads, exp_avgs, exp_avg_sqs, learning_rate, beta1, beta2, eps, weight_decays, step, max_norm, skip_nonfinite)
     device = params[0].device
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise UserError("adamw_ takes its numbers from the host and cannot be captured in a CUDA graph. Use kernels.triton.adamw.Fused.")

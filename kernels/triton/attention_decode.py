@@ -40,7 +40,7 @@ def attention_decode_kernel(
         acc, largest, total, q, k_ptr, v_ptr, k_token, v_token, lo, hi, begin, end, num_keys, factor, softcap, d, head_dim, True,
         FLIP, SOFTCAP, BLOCK_N, BLOCK_D, PADDED, PRECISION,
     )  # fmt: skip
-    in_base_2 = (LOG2_E if SOFTCAP else factor * LOG2_E)
+    in_base_2 = LOG2_E if SOFTCAP else factor * LOG2_E
     nothing = total == 0.0
     lse = tl.where(nothing, float("-inf"), largest * in_base_2 + tl.log2(tl.where(nothing, 1.0, total)))
     place = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * rows + row

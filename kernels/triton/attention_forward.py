@@ -59,7 +59,7 @@ def forward_steps(
     FLIP: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys start <= s < stop, a block at a time. Exponentials are of base 2: exp(x) = exp2(x log2 e), which one multiply-add prepares."""
-    in_base_2 = (LOG2_E if SOFTCAP else factor * LOG2_E)
+    in_base_2 = LOG2_E if SOFTCAP else factor * LOG2_E
     for first in range(start, stop, BLOCK_N):
         s = first + tl.arange(0, BLOCK_N)
         row = s.to(tl.int64)
@@ -122,7 +122,7 @@ def attention_forward_kernel(
         acc, largest, total, q, k_ptr, v_ptr, k_token, v_token, lo, hi, begin, end, num_keys, factor, softcap, d, head_dim, True,
         FLIP, SOFTCAP, BLOCK_N, BLOCK_D, PADDED, PRECISION,
     )  # fmt: skip
-    in_base_2 = (LOG2_E if SOFTCAP else factor * LOG2_E)
+    in_base_2 = LOG2_E if SOFTCAP else factor * LOG2_E
     nothing = total == 0.0
     out = acc / tl.where(nothing, 1.0, total)[:, None]
     lse = tl.where(nothing, float("-inf"), (largest * in_base_2 + tl.log2(tl.where(nothing, 1.0, total))) * LN_2)

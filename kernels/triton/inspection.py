@@ -172,9 +172,7 @@ def complaints(build: Build, gpu: GPU) -> list[str]:
 def _one(arguments: tuple[str, int, GPU, tuple[str, ...], tuple[torch.dtype, ...]]) -> list[dict[str, Any]]:
     """A share of the launches, found again in a process of its own: launches hold functions, which do not travel."""
     part, parts, gpu, modules, dtypes = arguments
-    return [
-        asdict(build(launch, gpu, call)) for index, (call, launch) in enumerate(find_launches(gpu, modules, dtypes)) if index % parts == part
-    ]
+    return [asdict(build(launch, gpu, call)) for index, (call, launch) in enumerate(find_launches(gpu, modules, dtypes)) if index % parts == part]
 
 
 def build_all(

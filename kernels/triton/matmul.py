@@ -105,9 +105,7 @@ def order(given: dict[str, Any], *more: str) -> dict[str, Any]:
     return {name: given[name] for name in names}
 
 
-def product(
-    a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype, second: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
+def product(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype, second: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """a (M, K) @ b (K, N) (+ second[0] @ second[1], of the same shapes) (+ bias) in out_dtype, by our kernel; a and b of one dtype, any strides."""
     assert second is None or (second[0].shape == a.shape and second[1].shape == b.shape)
     (num_rows, depth), num_columns = a.shape, b.shape[1]

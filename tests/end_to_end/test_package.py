@@ -29,8 +29,19 @@ def test_public_names_of_the_package_resolve():
 
     for name in ("Model", "ModelConfig", "Tokenizer", "Trainer", "TrainConfig", "TrainStep", "load", "save"):
         assert getattr(cllm, name) is not None
-    for name in ("attention", "feed_forward", "rms_norm", "layer_norm", "rotary", "linear_cross_entropy",
-                 "cross_entropy", "softmax", "embedding", "matmul", "adamw_"):
+    for name in (
+        "attention",
+        "feed_forward",
+        "rms_norm",
+        "layer_norm",
+        "rotary",
+        "linear_cross_entropy",
+        "cross_entropy",
+        "softmax",
+        "embedding",
+        "matmul",
+        "adamw_",
+    ):
         assert callable(getattr(cllm.kernels, name))
     with pytest.raises(AttributeError, match="nothing_like_this"):
         cllm.nothing_like_this  # noqa: B018
@@ -39,7 +50,8 @@ def test_public_names_of_the_package_resolve():
 def test_every_module_imports_from_the_built_wheel(tmp_path):
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)],
-        check=True, capture_output=True,
+        check=True,
+        capture_output=True,
     )
     (wheel,) = tmp_path.glob("cllm-*.whl")
     environment = tmp_path / "venv"
@@ -50,8 +62,10 @@ def test_every_module_imports_from_the_built_wheel(tmp_path):
     subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(site)], check=True)
     modules = sorted(
         "cllm." + str(path.relative_to(ROOT)).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
-        if path.parts[len(ROOT.parts)] != "cllm" else str(path.relative_to(ROOT)).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
-        for top in ("runtime", "kernels", "cllm") for path in (ROOT / top).rglob("*.py")
+        if path.parts[len(ROOT.parts)] != "cllm"
+        else str(path.relative_to(ROOT)).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        for top in ("runtime", "kernels", "cllm")
+        for path in (ROOT / top).rglob("*.py")
         if not (top == "cllm" and path.relative_to(ROOT / "cllm").parts[0] in ("kernels", "runtime"))
     )
     modules = [m for m in modules if m != "cllm.__main__"]

@@ -53,8 +53,9 @@ def test_a_script_prints_a_table_and_an_object(script, arguments, keys):
 def test_scaling_compares_the_bits_of_every_number_of_threads(tmp_path):
     pytest.importorskip("matplotlib", reason="the pictures need the extra [plot]")
     picture = tmp_path / "scaling.png"
-    done = run("scaling.py", "--shapes", "tiny", "--precision", "fp32", "--threads", "1", "3", "70", "--rounds", "1", "--parts", "--plot", picture,
-               "--json")
+    done = run(
+        "scaling.py", "--shapes", "tiny", "--precision", "fp32", "--threads", "1", "3", "70", "--rounds", "1", "--parts", "--plot", picture, "--json"
+    )
     found = json.loads(done.stdout.splitlines()[-1])
     rows, parts = found[:3], {row["part"]: row["seconds"] for row in found[3:]}
     assert {"matmul", "attention backward", "adamw", "outside kernels"} <= parts.keys() and all(each["1"] > 0 for each in parts.values())
@@ -68,8 +69,18 @@ def test_a_trace_holds_our_kernels_inside_their_stages_and_says_their_rate(tmp_p
     rows = json.loads(run("trace.py", "--shape", "tiny", "--steps", "1", "--out", trace, "--json").stdout.splitlines()[-1])
     assert all(row.keys() >= TRACE for row in rows)
     found = {row["name"]: row for row in rows}
-    kernels = {"matmul", "attention forward", "attention backward", "feed_forward forward", "feed_forward backward", "layer_norm forward",
-               "layer_norm backward", "linear_cross_entropy forward with grads", "embedding forward", "adamw"}
+    kernels = {
+        "matmul",
+        "attention forward",
+        "attention backward",
+        "feed_forward forward",
+        "feed_forward backward",
+        "layer_norm forward",
+        "layer_norm backward",
+        "linear_cross_entropy forward with grads",
+        "embedding forward",
+        "adamw",
+    }
     assert kernels <= found.keys() and all(found[name]["gflops"] is not None for name in kernels)
     assert found["attention forward"]["calls"] == 2  # one for each layer
     events = [each for each in json.loads(trace.read_text())["traceEvents"] if each["ph"] == "X"]

@@ -64,9 +64,25 @@ def test_the_demo_configuration_trains_on_this_machines_python_sources(tmp_path)
     import sysconfig
 
     done = subprocess.run(
-        [sys.executable, "-m", "cllm", "train", sysconfig.get_path("stdlib"), "--config", str(ROOT / "examples/demo.toml"), "--out", "demo",
-         "--steps", "2", "--set", "data.exclude=site-packages, dist-packages, test, asyncio, email, unittest, idlelib, lib2to3, encodings, tkinter"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=280,
+        [
+            sys.executable,
+            "-m",
+            "cllm",
+            "train",
+            sysconfig.get_path("stdlib"),
+            "--config",
+            str(ROOT / "examples/demo.toml"),
+            "--out",
+            "demo",
+            "--steps",
+            "2",
+            "--set",
+            "data.exclude=site-packages, dist-packages, test, asyncio, email, unittest, idlelib, lib2to3, encodings, tkinter",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     for words in ("device ", "compute ", "kernels ", "files:", "tokenizer:", "tokens:", "A sample", "cllm generate demo", "Validation:"):

@@ -30,9 +30,7 @@ def _visible_keys(num_queries: int, num_keys: int, causal: bool, window: int | N
         position = t + num_keys - num_queries
         for s in range(num_keys):
             seen[t, s] = (
-                (not causal or s <= position)
-                and (window is None or s > position - window)
-                and (bounds is None or document[s] == document[position])
+                (not causal or s <= position) and (window is None or s > position - window) and (bounds is None or document[s] == document[position])
             )
     return seen
 
@@ -221,9 +219,7 @@ NORM = [
     rms_norm_case("no_rows", lambda i: {"x": i.normal(0, 32), "weight": i.normal(32)}),
     layer_norm_case("odd_width", lambda i: {"x": i.normal(4, 19, 67), "weight": i.normal(67), "bias": i.normal(67)}),
     layer_norm_case("no_bias", lambda i: {"x": i.normal(33, 128), "weight": i.master(128)}),
-    layer_norm_case(
-        "residual", lambda i: {"x": i.normal(37, 96), "weight": i.master(96), "bias": i.master(96), "residual": i.normal(37, 96)}
-    ),
+    layer_norm_case("residual", lambda i: {"x": i.normal(37, 96), "weight": i.master(96), "bias": i.master(96), "residual": i.normal(37, 96)}),
     layer_norm_case("strided", lambda i: {"x": i.normal(48, 30).T[::2], "weight": i.normal(48), "bias": i.normal(48)}),
     layer_norm_case("no_rows", lambda i: {"x": i.normal(3, 0, 32), "weight": i.normal(32), "bias": i.normal(32)}),
 ]

@@ -222,8 +222,11 @@ for _ in range(20): step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     faults = {
-        keep: int(subprocess.run([sys.executable, "-c", code], env={**os.environ, "CLLM_KEEP_HEAP": keep},
-                                 capture_output=True, text=True, check=True).stdout)
+        keep: int(
+            subprocess.run(
+                [sys.executable, "-c", code], env={**os.environ, "CLLM_KEEP_HEAP": keep}, capture_output=True, text=True, check=True
+            ).stdout
+        )
         for keep in ("0", "1")
     }
     if faults["0"] > 5000:  # an allocator that gives memory back; others have nothing to show here

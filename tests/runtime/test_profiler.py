@@ -74,9 +74,14 @@ def test_a_second_recording_is_refused_and_the_first_one_ends_in_order():
 
 @pytest.mark.parametrize(
     ("operation", "function", "name"),
-    [("attention", "backward", "attention backward"), ("layer_norm", "layer_norm_forward", "layer_norm forward"), ("matmul", "matmul", "matmul"),
-     ("rotary", "apply", "rotary"), ("adamw", "step", "adamw"),
-     ("linear_cross_entropy", "forward_with_grads", "linear_cross_entropy forward with grads")],
+    [
+        ("attention", "backward", "attention backward"),
+        ("layer_norm", "layer_norm_forward", "layer_norm forward"),
+        ("matmul", "matmul", "matmul"),
+        ("rotary", "apply", "rotary"),
+        ("adamw", "step", "adamw"),
+        ("linear_cross_entropy", "forward_with_grads", "linear_cross_entropy forward with grads"),
+    ],
 )
 def test_names_are_those_of_the_operations(operation, function, name):
     assert profiler.kernel_name(operation, function) == name

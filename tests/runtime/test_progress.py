@@ -81,7 +81,7 @@ with progress.Watchdog(0.4):
     ctypes.PyDLL(None).usleep(1_000_000)
 """
     err = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
-    assert "Timeout" in err and 'line 5 in <module>' in err
+    assert "Timeout" in err and "line 5 in <module>" in err
 
 
 def test_a_watchdog_of_zero_seconds_never_barks():

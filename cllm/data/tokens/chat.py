@@ -139,9 +139,7 @@ def _pack(path: Path, folder: Path, key: str, tokenizer: Tokenizer, val_fraction
         write_atomically(temporary / "dataset.json", json.dumps(info, indent=1).encode("utf-8"))
 
 
-def _conversations(
-    path: Path, tokenizer: Tokenizer, val_fraction: float, skipped: dict[str, list[int]]
-) -> Iterator[tuple[int, int, list[Part]]]:
+def _conversations(path: Path, tokenizer: Tokenizer, val_fraction: float, skipped: dict[str, list[int]]) -> Iterator[tuple[int, int, list[Part]]]:
     """(line, 0 train or 1 validation, parts) of every good line. The side is the hash of the conversation: equal ones never lie on both."""
     size = path.stat().st_size
     with open(path, "rb") as lines, Steps(None) as bar:

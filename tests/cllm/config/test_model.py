@@ -88,9 +88,7 @@ def test_presets_take_overrides_and_an_unknown_one_names_the_nearest():
         ModelConfig.preset("cllm-124m")
 
 
-@pytest.mark.parametrize(
-    "changes", [{"num_kv_heads": 2, "tie_embeddings": False, "qk_norm": True}, {"norm": "layer"}, {"head_dim": 8}]
-)
+@pytest.mark.parametrize("changes", [{"num_kv_heads": 2, "tie_embeddings": False, "qk_norm": True}, {"norm": "layer"}, {"head_dim": 8}])
 def test_counts_equal_those_of_the_model_and_of_torch(changes):
     config = ModelConfig(**{**SMALL, **changes})
     model = Model(config)
@@ -109,9 +107,7 @@ def test_counts_equal_those_of_the_model_and_of_torch(changes):
     q = torch.zeros(config.num_heads, length, config.head_size)
     with FlopCounterMode(display=False) as counter:
         for weight in matrices:
-            torch.zeros(length, weight.numel() // max(weight.shape)) @ torch.zeros(
-                weight.numel() // max(weight.shape), max(weight.shape)
-            )
+            torch.zeros(length, weight.numel() // max(weight.shape)) @ torch.zeros(weight.numel() // max(weight.shape), max(weight.shape))
         for _ in range(config.num_layers):
             (q @ q.transpose(1, 2)) @ q
     assert config.flops_per_token(length, backward=False, causal=False) * length == counter.get_total_flops()

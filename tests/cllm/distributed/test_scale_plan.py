@@ -42,9 +42,7 @@ def pool():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="TCP_INFO is Linux's")
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize(
-    ("parallel", "processes"), [("ddp", 2), ("ddp", 3), ("ddp", 4), ("fsdp", 2), ("fsdp", 3), ("fsdp", 4), ("hybrid", 4)]
-)
+@pytest.mark.parametrize(("parallel", "processes"), [("ddp", 2), ("ddp", 3), ("ddp", 4), ("fsdp", 2), ("fsdp", 3), ("fsdp", 4), ("hybrid", 4)])
 def test_an_update_sends_what_the_plan_says(scale, pool, data, parallel, processes, deterministic):
     if parallel == "hybrid" and deterministic:
         pytest.skip("hybrid leaves are gathered over copies instead of summed: not in the plan")

@@ -31,7 +31,8 @@ def dataset(tmp_path_factory):
     for name, text in {
         "fables/fox.txt": "the quick brown fox jumps over the lazy dog. " * 9,
         "fables/owl.txt": "caf\u00e9 for the \u00e9l\u00e9phant \U0001f418! " * 5,
-        "notes/short.txt": "a", "notes/two.txt": "ab",
+        "notes/short.txt": "a",
+        "notes/two.txt": "ab",
     }.items():
         (folder / "text" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "text" / name).write_text(text, encoding="utf-8")

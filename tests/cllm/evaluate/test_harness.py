@@ -70,7 +70,12 @@ def test_every_number_is_the_one_that_the_harness_gets_through_transformers(trai
     theirs = HFLM(pretrained=str(tmp_path / "hf"), device="cpu", dtype="float32", batch_size=2)
     ours = CLLM(model=model, tokenizer=tokenizer, batch_size=3)
     pairs = [
-        ("On day 7 the", " owl saw"), ("", "On day"), ("the river. On day 4 ", "the owl"), (TEXT[:500], " On day 12"), ("x", " zzz"), ("a b c", "d"),
+        ("On day 7 the", " owl saw"),
+        ("", "On day"),
+        ("the river. On day 4 ", "the owl"),
+        (TEXT[:500], " On day 12"),
+        ("x", " zzz"),
+        ("a b c", "d"),
         ("On day 1 the owl saw 7 birds by the", " river."),
     ]
     mine, other = (each.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True) for each in (ours, theirs))
@@ -124,19 +129,34 @@ def test_a_local_task_runs_from_a_checkpoint_by_the_registered_name(trained, tmp
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "docs.jsonl")}}, "test_split": "test"}
     choose = {
-        "task": "local_choose", **common, "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}",
-        "doc_to_target": 0, "target_delimiter": "", "metric_list": [{"metric": "acc"}],
+        "task": "local_choose",
+        **common,
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": 0,
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
     }
     roll = {
-        "task": "local_roll", **common, "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+        "task": "local_roll",
+        **common,
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
         "metric_list": [{"metric": "bits_per_byte"}],
     }
     (tmp_path / "tasks").mkdir()
     for task in (choose, roll):  # JSON is YAML
         (tmp_path / "tasks" / f"{task['task']}.yaml").write_text(json.dumps(task))
     found = lm_eval.simple_evaluate(
-        model="cllm", model_args=f"checkpoint={tmp_path / 'model.cllm'}", tasks=["local_choose", "local_roll"], batch_size=2, device="cpu",
-        task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False), bootstrap_iters=0,
+        model="cllm",
+        model_args=f"checkpoint={tmp_path / 'model.cllm'}",
+        tasks=["local_choose", "local_roll"],
+        batch_size=2,
+        device="cpu",
+        task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
+        bootstrap_iters=0,
     )
     assert found["results"]["local_choose"]["acc,none"] == 1.0
     scorer = cllm.evaluate.harness.CLLM(model=trained[0], tokenizer=trained[1])

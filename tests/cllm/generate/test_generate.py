@@ -78,9 +78,7 @@ def parrot(text, end=True, **settings):
 def test_greedy_text_is_the_same_with_and_without_the_cache_beyond_the_context_too(changes):
     model = make_model(**changes)
     settings = {"max_tokens": 45, "temperature": 0.0}
-    cached, plain = (
-        generate(model, ByteTokenizer(), "hello world", use_cache=use, **settings)[0] for use in (True, False)
-    )
+    cached, plain = (generate(model, ByteTokenizer(), "hello world", use_cache=use, **settings)[0] for use in (True, False))
     assert cached.tokens == plain.tokens and cached.text == plain.text
     assert len(cached.tokens) == 45 or cached.finish_reason == "end"
     assert len(set(cached.tokens)) > 3
@@ -208,9 +206,7 @@ def test_wrong_settings_are_refused_by_name():
 def test_an_empty_prompt_starts_a_document():
     model, tokenizer = make_model(), ByteTokenizer()
     settings = {"max_tokens": 3, "temperature": 0.0}
-    assert (
-        generate(model, tokenizer, "", **settings)[0].tokens == generate(model, tokenizer, [256], **settings)[0].tokens
-    )
+    assert generate(model, tokenizer, "", **settings)[0].tokens == generate(model, tokenizer, [256], **settings)[0].tokens
     tokenizer.eot_id = None
     with pytest.raises(UserError, match="the prompt is empty"):
         generate(model, tokenizer, "")

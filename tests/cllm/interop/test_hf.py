@@ -29,13 +29,9 @@ def transformers_model(kind):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     if kind == "llama":
-        return transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**LLAMA, num_key_value_heads=2, rope_theta=5000.0)
-        )
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA, num_key_value_heads=2, rope_theta=5000.0))
     if kind == "mistral":
-        config = transformers.MistralConfig(
-            **LLAMA, num_key_value_heads=2, sliding_window=5, attn_implementation="eager"
-        )
+        config = transformers.MistralConfig(**LLAMA, num_key_value_heads=2, sliding_window=5, attn_implementation="eager")
         return transformers.MistralForCausalLM(config)
     if kind == "qwen3":
         config = transformers.Qwen3Config(**LLAMA, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)
@@ -152,9 +148,7 @@ def test_a_bare_backbone_and_old_constants_load(tmp_path):
 
     model = Model(ModelConfig(**SHAPE, norm="layer"))
     folder = save_hf(model, tmp_path / "gpt2")
-    weights = {
-        name.removeprefix("transformer."): tensor for name, tensor in load_file(folder / "model.safetensors").items()
-    }
+    weights = {name.removeprefix("transformer."): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
     weights["h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     loaded, _ = load_hf(folder)
@@ -240,9 +234,7 @@ def test_weights_that_do_not_fit_the_configuration_are_named(tmp_path):
     weights = load_file(folder / "model.safetensors")
     extra = {**weights, "model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}
     save_file(extra, folder / "model.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"missing nothing, not expected model\.layers\.0\.self_attn\.q_proj\.bias"
-    ):
+    with pytest.raises(CheckpointError, match=r"missing nothing, not expected model\.layers\.0\.self_attn\.q_proj\.bias"):
         load_hf(folder)
     save_file({name: tensor for name, tensor in weights.items() if "norm" not in name}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"missing model\.layers\.0\.input_layernorm\.weight.* and 2 more"):

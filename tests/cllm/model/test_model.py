@@ -24,9 +24,7 @@ def make(name, scale=6.0):
     model = Model(CONFIGS[name], seed=1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(scale) if parameter.dim() > 1 else parameter.add_(
-                0.1 * torch.sin(torch.arange(parameter.numel()))
-            )
+            parameter.mul_(scale) if parameter.dim() > 1 else parameter.add_(0.1 * torch.sin(torch.arange(parameter.numel())))
     return model
 
 

@@ -155,7 +155,11 @@ def test_ticks_are_few_and_within_the_axis(low, span):
 
 # What a damaged, foreign or future metrics.jsonl may hold.
 ODD = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**20), 10**400) | st.floats() | st.text(max_size=12)
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**20), 10**400)
+    | st.floats()
+    | st.text(max_size=12)
     | st.sampled_from(["nan", "inf", "-inf", "</script><script>alert(1)</script>", "NaN", ""]),
     lambda children: st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=8), children, max_size=4),
     max_leaves=8,

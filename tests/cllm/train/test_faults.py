@@ -24,7 +24,14 @@ from cllm.train.trainer import Trainer
 
 STEPS = 60
 SETTINGS = {
-    "steps": STEPS, "seq_len": 16, "batch_size": 2, "eval_every": 20, "checkpoint_every": 7, "precision": "fp32", "threads": 1, "tensorboard": False,
+    "steps": STEPS,
+    "seq_len": 16,
+    "batch_size": 2,
+    "eval_every": 20,
+    "checkpoint_every": 7,
+    "precision": "fp32",
+    "threads": 1,
+    "tensorboard": False,
 }
 SIZES = {"embed_dim": 16, "num_layers": 1, "num_heads": 2, "max_seq_len": 16}
 
