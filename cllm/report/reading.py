@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cllm.config.train import FIELDS
+from cllm.config.schema import FIELDS
 from cllm.runtime.errors import UserError
 
 SAMPLES_BYTES = 200_000  # of the end of samples.txt

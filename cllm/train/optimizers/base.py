@@ -12,9 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from cllm.config.schema import OPTIMIZERS
 from cllm.runtime.errors import CheckpointError, UserError
-
-OPTIMIZERS = ("adamw", "muon", "lion", "schedule_free")
 
 
 class Optimizer(ABC):

@@ -4,7 +4,8 @@ import tomllib
 
 import pytest
 
-from cllm.config.train import FIELDS, TrainConfig
+from cllm.config.schema import FIELDS
+from cllm.config.train import TrainConfig
 from cllm.runtime.errors import UserError
 
 

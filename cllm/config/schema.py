@@ -1,0 +1,237 @@
+"""Every setting of a training run: its type, default, limits and one sentence of help, and what is told about a wrong key or value.
+
+This is the only declaration of a setting. The configuration, its TOML file and the flags of `cllm train` are made from it.
+Keys are unique over all sections, so that `learning_rate` and `optim.learning_rate` name the same setting.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import math
+import operator
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cllm.config.model import ModelConfig
+from cllm.config.schedule import KINDS
+from cllm.runtime.errors import UserError
+
+DEFAULT_PRESET = "cllm-5m"
+OPTIMIZERS = ("adamw", "muon", "lion", "schedule_free")
+
+
+def setting(default: Any, help: str, *, above=None, at_least=None, below=None, at_most=None, choices=None, example=None, result=True) -> Any:
+    """A field with help and limits. `result=False` marks what cannot change the weights (threads, logging): a resume may change it."""
+    limits = {"above": above, "at_least": at_least, "below": below, "at_most": at_most, "choices": choices}
+    return dataclasses.field(default=default, metadata={"help": help, "example": example, "result": result, **limits})
+
+
+@dataclass(frozen=True)
+class DataSection:
+    path: str = setting("", "Folder or file to learn from, or a folder of packed tokens.", result=False)
+    tokenizer: str = setting("bpe", "Tokenizer: bpe or char (trained on the data), or the path of a tokenizer.json.")
+    vocab_size: int | None = setting(None, "Tokens of a new BPE tokenizer; chosen by the amount of text when open.", at_least=257, example=4096)
+    val_fraction: float = setting(0.1, "Share of the documents kept for validation.", at_least=0.0, below=1.0, example=0.1)
+    exclude: str = setting("", "Files and folders below path that are left out, separated by commas.")
+    document_mask: bool = setting(True, "A token sees only its own document, never the one packed before it.")
+    shuffle: str = setting(
+        "epoch", "Order of the windows: epoch (each once per epoch), random (drawn with replacement) or none.", choices=("epoch", "random", "none")
+    )
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    steps: int | None = setting(None, "Optimizer updates; derived from epochs when open.", at_least=1, example=1000)
+    epochs: float | None = setting(None, "Passes over the training tokens; used when steps is open.", above=0.0, example=1)
+    seq_len: int = setting(256, "Tokens of one training sequence.", at_least=1, example=256)
+    batch_size: int = setting(16, "Sequences of one microbatch, that is of one forward pass.", at_least=1, example=16)
+    grad_accum: int = setting(1, "Microbatches whose gradients are summed for one update.", at_least=1, example=1)
+    precision: str = setting(
+        "auto", "Numbers of the forward and backward; weights and optimizer stay float32.", choices=("auto", "fp32", "bf16", "fp16")
+    )
+    device: str = setting("auto", "Where to train: a GPU where there is one, or as asked.", choices=("auto", "cpu", "cuda"), result=False)
+    recompute: str = setting(
+        "auto", "What the backward computes again to save memory: auto is the least that fits.",
+        choices=("auto", "none", "feed_forward", "blocks"), result=False,
+    )  # fmt: skip
+    threads: int | None = setting(None, "Upper limit of worker threads; any number gives the same bits.", at_least=1, example=2, result=False)
+    seed: int = setting(0, "Seed of the initial weights and of the order of the data.", at_least=0, at_most=2**63 - 1, example=0)
+    eval_every: int | None = setting(None, "Steps between evaluations of the whole validation split.", at_least=1, example=200, result=False)
+    checkpoint_every: int | None = setting(None, "Steps between checkpoints.", at_least=1, example=200, result=False)
+    keep: int = setting(2, "Newest checkpoints kept on disk; the best one is kept as well.", at_least=1, example=2, result=False)
+    keep_every: int = setting(0, "Checkpoints of every so many steps are kept for good; 0 for none.", at_least=0, example=10000, result=False)
+    async_checkpoint: bool = setting(True, "Write checkpoints while training goes on, from a copy of weights and moments.", result=False)
+    sample_every: int = setting(0, "Steps between generated samples in samples.txt; 0 never generates.", at_least=0, example=500, result=False)
+    patience: int = setting(0, "Stop after so many evaluations without a better validation loss; 0 never stops early.", at_least=0, example=5)
+    restore_best: bool = setting(False, "End with the weights of the best evaluation instead of the last ones.", result=False)
+    batch_ramp: int = setting(0, "Steps in which the microbatches of one update rise from 1 to grad_accum.", at_least=0, example=500)
+    on_nonfinite: str = setting(
+        "stop", "When a loss or gradient is NaN or infinite: stop, leave the step out, or go back to the last checkpoint and take other data.",
+        choices=("stop", "skip", "rollback"), result=False,
+    )  # fmt: skip
+    on_spike: str = setting("warn", "When the loss jumps far above the last steps'.", choices=("warn", "stop", "rollback"), result=False)
+    spike_sigmas: float = setting(
+        12.0, "How many usual deviations above the median of the last 64 losses are a jump; 0 never.", at_least=0.0, example=12, result=False
+    )
+    on_gradient: str = setting("warn", "When the gradient explodes or vanishes.", choices=("warn", "stop", "rollback"), result=False)
+    on_stall: str = setting("wait", "When nothing moves for log.watchdog_seconds: wait, or end the process.", choices=("wait", "stop"), result=False)
+    parallel: str = setting(
+        "ddp", "How several processes share the work: ddp (each holds the model), fsdp (sharded over all) or hybrid (sharded inside a node).",
+        choices=("ddp", "fsdp", "hybrid"), result=False,
+    )  # fmt: skip
+    shard_size: int | None = setting(
+        None, "Processes that hold one copy of the state in hybrid mode; the processes of one node when open.", at_least=1, example=8, result=False
+    )
+    deterministic: bool = setting(False, "Same bits for any number of processes and any cut of an update's sequences into microbatches.")
+    unit: int = setting(1, "Sequences of one leaf of the deterministic sum, that is of one forward pass then.", at_least=1, example=4)
+    timeout: float = setting(600.0, "Seconds that a process waits for the others before it ends.", above=0.0, example=600, result=False)
+    overfit_one_batch: bool = setting(False, "Train on the first batch only: a set-up that works drives its loss below 0.1.")
+
+
+@dataclass(frozen=True)
+class OptimSection:
+    optimizer: str = setting(
+        "adamw",
+        "adamw, muon (AdamW for embeddings and vectors), lion or schedule_free (AdamW without a decay of the learning rate).",
+        choices=OPTIMIZERS,
+    )
+    learning_rate: float | None = setting(None, "Highest learning rate.", above=0.0, example="3e-4")
+    min_lr: float | None = setting(None, "Learning rate at the end of the schedule, and the lowest at any time.", at_least=0.0, example="3e-5")
+    warmup: int | None = setting(None, "Steps in which the learning rate rises to its highest value.", at_least=0, example=100)
+    schedule: str = setting("cosine", "Shape of the decay after the warm-up.", choices=KINDS)
+    plateau_factor: float = setting(0.5, "What the plateau schedule multiplies the learning rate with.", above=0.0, below=1.0, example=0.5)
+    plateau_patience: int = setting(3, "Evaluations without a better loss before the plateau schedule acts.", at_least=1, example=3)
+    weight_decay: float = setting(0.1, "Decoupled decay of matrices and embeddings; biases and norms have none.", at_least=0.0, example=0.1)
+    beta1: float = setting(0.9, "Decay of the mean of gradients; Lion's share of it in a step.", at_least=0.0, below=1.0, example=0.9)
+    beta2: float = setting(
+        0.95, "Decay of AdamW's mean of squared gradients, and of Lion's momentum (0.99 when not given).", at_least=0.0, below=1.0, example=0.95
+    )
+    momentum: float = setting(0.95, "Decay of Muon's mean of gradients.", at_least=0.0, below=1.0, example=0.95)
+    ema: float = setting(
+        0.0, "Decay of an average of the weights, which is then evaluated and exported; 0 keeps none.", at_least=0.0, below=1.0, example=0.999
+    )
+    eps: float = setting(1e-8, "AdamW's guard against division by zero.", above=0.0, example="1e-8")
+    grad_clip: float = setting(1.0, "Largest norm of the gradient of all weights together; 0 does not clip.", at_least=0.0, example=1.0)
+    z_loss: float = setting(0.0, "Weight of the squared log-sum-exp that keeps logits small.", at_least=0.0, example="1e-4")
+    label_smoothing: float = setting(0.0, "Probability mass that the target gives to all tokens alike.", at_least=0.0, below=1.0, example=0.1)
+
+
+@dataclass(frozen=True)
+class FinetuneSection:
+    start_from: str = setting("", "Model to start from: a run, a .cllm file or a Hugging Face folder (--from); empty starts from nothing.")
+    lora_rank: int = setting(0, "Rank of LoRA adapters, which alone are trained; 0 trains all weights.", at_least=0, example=8)
+    lora_alpha: float = setting(0.0, "Adapters are multiplied by lora_alpha / lora_rank; 0 is twice the rank.", at_least=0.0, example=16)
+    lora_targets: str = setting("all", "Matrices that get adapters: all of the blocks, or those of attention.", choices=("all", "attention"))
+
+
+@dataclass(frozen=True)
+class LogSection:
+    metrics_every: int = setting(1, "Steps between two rows of metrics.jsonl.", at_least=1, example=1, result=False)
+    layers_every: int = setting(
+        50, "Steps between rows about each layer's gradient norm and update; 0 never.", at_least=0, example=50, result=False
+    )  # fmt: skip
+    classes: bool = setting(True, "With each evaluation: precision, recall and confusion of classes of tokens, calibration.", result=False)
+    activations: bool = setting(False, "With each evaluation: the residual stream's mean, spread and largest value per block.", result=False)
+    prometheus_port: int = setting(
+        0, "Port of this machine where Prometheus finds the newest numbers; 0 none.", at_least=0, at_most=65535, example=9400, result=False
+    )  # fmt: skip
+    noise_scale_every: int = setting(0, "Steps between measurements of the gradient noise scale; 0 never.", at_least=0, example=10, result=False)
+    tensorboard: bool = setting(True, "Write TensorBoard events where tensorboardX is installed.", result=False)
+    watchdog_seconds: float = setting(300.0, "Print all threads' stacks when nothing moves for so long; 0 never.", at_least=0.0, result=False)
+
+
+def _field_docs(schema: type) -> dict[str, str]:
+    """The sentence under each field of a class, read from its source; empty where the source is not at hand."""
+    try:
+        body = ast.parse(inspect.getsource(schema)).body[0]
+    except (OSError, SyntaxError):
+        return {}
+    assert isinstance(body, ast.ClassDef)
+    pairs = zip(body.body, body.body[1:])
+    return {
+        each.target.id: " ".join(text.value.value.split())
+        for each, text in pairs
+        if isinstance(each, ast.AnnAssign)
+        and isinstance(each.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
+
+
+def _model_section() -> type:
+    """[model]: a preset, and every field of ModelConfig, open (None) until given. The vocabulary comes from the tokenizer."""
+    hints, docs = typing.get_type_hints(ModelConfig), _field_docs(ModelConfig)
+    preset_help = f"Named sizes to start from; {DEFAULT_PRESET} when no size is given."
+    fields: list[tuple[str, Any, Any]] = [("preset", str | None, setting(None, preset_help))]
+    fields += [
+        (each.name, hints[each.name] | None, setting(None, docs.get(each.name, f"See ModelConfig.{each.name}.")))
+        for each in dataclasses.fields(ModelConfig)
+        if each.name != "vocab_size"
+    ]
+    return dataclasses.make_dataclass("ModelSection", fields, frozen=True)
+
+
+ModelSection: Any = _model_section()
+SECTIONS: dict[str, Any] = {
+    "model": ModelSection, "data": DataSection, "train": TrainSection, "optim": OptimSection, "log": LogSection, "finetune": FinetuneSection,
+}  # fmt: skip
+FIELDS: dict[str, dataclasses.Field] = {f"{name}.{each.name}": each for name, section in SECTIONS.items() for each in dataclasses.fields(section)}
+HINTS: dict[str, Any] = {f"{name}.{key}": hint for name, section in SECTIONS.items() for key, hint in typing.get_type_hints(section).items()}
+MODEL_DEFAULTS = {f"model.{each.name}": each.default for each in dataclasses.fields(ModelConfig) if each.default is not dataclasses.MISSING}
+_SHORT = {key.partition(".")[2]: key for key in FIELDS}
+assert len(_SHORT) == len(FIELDS), "keys must be unique over all sections"
+
+
+def full_key(key: str, source: str = "") -> str:
+    """The `section.key` of a key with or without its section or written as a flag; UserError with the nearest name for an unknown one."""
+    plain = key.removeprefix("--").replace("-", "_")
+    if plain in FIELDS:
+        return plain
+    if plain in _SHORT:
+        return _SHORT[plain]
+    near = difflib.get_close_matches(plain, [*FIELDS, *_SHORT], n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else f" Sections: {', '.join(SECTIONS)}."
+    raise UserError(f"unknown setting {key!r}{origin(source)}.{hint}")
+
+
+def origin(source: str) -> str:
+    """ " (from SOURCE)" for the end of a message, and nothing where a value was not given by anyone."""
+    return f" (from {source})" if source and source != "default" else ""
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_LIMITS = {"above": (">", operator.gt), "at_least": (">=", operator.ge), "below": ("<", operator.lt), "at_most": ("<=", operator.le)}
+
+
+def checked(key: str, value: Any, source: str) -> Any:
+    """The value in its declared type and inside its limits, or a UserError that says what was expected."""
+    each, hint = FIELDS[key], HINTS[key]
+    name, meta = each.name, each.metadata
+    accepted = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    advice = f" Use a value like {meta['example']}." if meta["example"] is not None else ""
+    if value is None and type(None) in accepted:
+        return None
+    if isinstance(value, Path) and str in accepted:
+        value = str(value)
+    if type(value) is int and float in accepted and int not in accepted:
+        value = float(value)
+    if not any(type(value) is kind for kind in accepted if kind is not type(None)):
+        words = " or ".join(_WORDS[kind] for kind in accepted if kind is not type(None))
+        raise UserError(f"{name} must be {words}, got {value!r}{origin(source)}.{advice}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} must be a finite number, got {value!r}{origin(source)}.{advice}")
+    for limit, (sign, fits) in _LIMITS.items():
+        if meta[limit] is not None and not fits(value, meta[limit]):
+            raise UserError(f"{name} must be {sign} {meta[limit]}, got {value!r}{origin(source)}.{advice}")
+    if meta["choices"] and value not in meta["choices"]:
+        near = difflib.get_close_matches(str(value), meta["choices"], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"{name} must be one of {', '.join(meta['choices'])}, got {value!r}{origin(source)}.{hint}")
+    return value

@@ -1,0 +1,69 @@
+"""Settings as a TOML file, there and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cllm.config.schema import SECTIONS, full_key
+from cllm.runtime.errors import UserError
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """`section.key` -> value of a TOML file with sections, at most two levels deep."""
+    try:
+        with open(path, "rb") as file:
+            tree = tomllib.load(file)
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {str(path)!r}: {error.strerror or error}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{str(path)!r} is not valid TOML: {error}.") from error
+    values: dict[str, Any] = {}
+    for section, content in tree.items():
+        if section not in SECTIONS or not isinstance(content, dict):
+            near = difflib.get_close_matches(section, SECTIONS, n=1)
+            hint = f" Did you mean [{near[0]}]?" if near else f" Put it under one of [{'], ['.join(SECTIONS)}]."
+            raise UserError(f"{str(path)!r}: unknown section {section!r}.{hint}")
+        for key, value in content.items():
+            if isinstance(value, dict):
+                raise UserError(f"{str(path)!r}: [{section}.{key}] is too deep: a configuration has sections and keys, nothing below.")
+            values[full_key(f"{section}.{key}", f"file {path}")] = value
+    return values
+
+
+def parse_value(text: str) -> Any:
+    """The text of --set as a TOML value; a bare word is text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def write_toml(values: Mapping[str, Any], sources: Mapping[str, str]) -> str:
+    """`section.key` -> value as a TOML file, with the help and the source of each as its comment; an open value is a comment alone."""
+    lines = []
+    for name, section in SECTIONS.items():
+        lines.append(f"[{name}]")
+        for each in dataclasses.fields(section):
+            key = f"{name}.{each.name}"
+            value = values[key]
+            if value is None and name == "model":
+                continue
+            source = "" if sources[key] == "default" else f" [{sources[key]}]"
+            comment = f"  # {each.metadata['help']}{source}".replace("\n", " ")
+            lines.append(f"{each.name} = {_toml_value(value)}{comment}" if value is not None else f"# {each.name} ={comment}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+    return '"' + "".join(escapes.get(c, c if ord(c) >= 32 and ord(c) != 127 else f"\\u{ord(c):04x}") for c in str(value)) + '"'
