@@ -169,7 +169,7 @@ class DeviceStep:
         self._loss += (loss.detach() * self._hyper[8]).to(self._loss.dtype)
 
     def _update(self) -> None:
-        # A loss that is not finite makes every gradient so: the update is left out by the same rule.
+        # A loss that is not finite becomes a factor of NaN for the gradients, and AdamW skips the update.
         self._hyper[5:6].copy_(torch.where(torch.isfinite(self._loss), self._one, self._nan))
         grads = [gradient for each in self._parameters if (gradient := each.grad) is not None]
         self._fused.run(grads, self._hyper[:8], self._state, self._stats)
@@ -179,16 +179,19 @@ class DeviceStep:
         """The fixed input of the graphs for microbatches like `batch`, and the graphs themselves. Gradients are 0 before and after."""
         self._slot, self._like = _Slot(batch, self.device), _kind(batch)
         self._graphs.clear()
-        if not self.capture or self.device.type != "cuda":
-            return
-        with progress.stage("Capturing the step as CUDA graphs"):
-            self._slot.fill(batch, self.model)
-            state = self._state.clone()
-            self._graphs[self._accumulate] = self._captured(self._accumulate)
-            torch._foreach_zero_([each.grad for each in self._parameters if each.grad is not None])
-            self._loss.fill_(math.nan)  # with it, an update changes nothing but its own counters
-            self._graphs[self._update] = self._captured(self._update)
-            self._state.copy_(state)
+        if self.capture and self.device.type == "cuda":
+            with progress.stage("Capturing the step as CUDA graphs"):
+                self._slot.fill(batch, self.model)
+                self._capture()
+
+    def _capture(self) -> None:
+        """Both graphs, from the batch in the slot. Their bodies run for it, so no weight, moment or counter may change by that."""
+        state = self._state.clone()
+        self._graphs[self._accumulate] = self._captured(self._accumulate)
+        torch._foreach_zero_([each.grad for each in self._parameters if each.grad is not None])
+        self._loss.fill_(math.nan)  # AdamW skips the update of a loss that is not finite, and changes nothing but its own counters
+        self._graphs[self._update] = self._captured(self._update)
+        self._state.copy_(state)
 
     def _captured(self, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """Runs `body` a few times, then records it."""

@@ -132,7 +132,7 @@ def finish_kernel(
     interval, max_norm = tl.load(hyper_ptr + GROWTH_INTERVAL).to(tl.float64), tl.load(hyper_ptr + MAX_NORM).to(tl.float64)
     inverse = tl.load(hyper_ptr + LOSS_SCALE_INVERSE).to(tl.float64) / loss_scale
     norm = tl.sqrt(total) * inverse
-    found = bad > 0
+    found = (bad > 0) | ((inverse - inverse) != 0.0)  # a factor that is not finite ruins the weights whatever the gradients are
     skip = found & (tl.load(hyper_ptr + SKIP_NONFINITE) != 0)
     clip = max_norm / (norm + 1e-6)  # the formula of torch.nn.utils.clip_grad_norm_
     clip = tl.where((max_norm > 0) & ((clip <= 1.0) | (clip != clip)), clip, 1.0)
@@ -154,9 +154,10 @@ def finish_kernel(
     tl.store(state_ptr + UPDATES, tl.where(skip, updates, updates + 1.0))
     tl.store(state_ptr + SKIPPED, tl.where(skip, skipped + 1.0, skipped))
     if interval > 0:  # the loss scale moves: down when it was too much, up when it has been well for long
-        grow = (bad == 0) & (good >= interval)
+        grow = (good >= interval) & (found == 0)
         following = tl.where(found, loss_scale * 0.5, tl.where(grow, loss_scale * 2.0, loss_scale))
-        tl.store(state_ptr + LOSS_SCALE, tl.minimum(tl.maximum(following, SMALLEST), LARGEST))
+        following = tl.where(following > SMALLEST, following, SMALLEST)  # also where it is NaN
+        tl.store(state_ptr + LOSS_SCALE, tl.minimum(following, LARGEST))
         tl.store(state_ptr + GOOD_STEPS, tl.where(found | grow, 0.0, good))
 
 
@@ -268,8 +269,9 @@ class Fused:
         """One update, on the current stream, without waiting for anything.
 
         grads in float32, bfloat16 or float16; hyper float32 (8,) on the device: [learning_rate, beta1, beta2, eps, max_norm (0: no clipping),
-        loss_scale_inverse (what the gradients are multiplied with, besides 1 / the loss scale in `state`), skip_nonfinite (0 or 1),
-        growth_interval (good steps until the loss scale doubles; it halves when a gradient is not finite; 0: it stays)].
+        loss_scale_inverse (what the gradients are multiplied with, besides 1 / the loss scale in `state`), skip_nonfinite (0 or 1: whether
+        nothing but the counters in `state` changes when a gradient, or the factor that multiplies all of them, is not finite),
+        growth_interval (good steps until the loss scale doubles; it halves when a gradient or the factor is not finite; 0: it stays)].
         Writes stats float32 (3,): [norm before clipping, largest |g|, count of non-finite], of the gradients so multiplied.
         """
         self.run(grads, hyper, self.state, stats)

@@ -66,7 +66,8 @@ template <class Real>
 __device__ inline void finish(double total, float largest, long long nonfinite, const Real* hyper, Real* state, double* coefficients, float* stats) {
   const double interval = hyper[GROWTH_INTERVAL], inverse = hyper[LOSS_SCALE_INVERSE] / (double)state[LOSS_SCALE];
   const double max_norm = hyper[MAX_NORM], norm = sqrt(total) * inverse;
-  const bool found = nonfinite > 0, skip = found && hyper[SKIP_NONFINITE] != (Real)0;
+  const bool found = nonfinite > 0 || inverse - inverse != 0.0;  // a factor that is not finite ruins the weights whatever the gradients are
+  const bool skip = found && hyper[SKIP_NONFINITE] != (Real)0;
   double clip = max_norm > 0 ? max_norm / (norm + 1e-6) : 1.0;
   if (clip > 1.0) clip = 1.0;
   stats[0] = (float)norm;
@@ -86,7 +87,7 @@ __device__ inline void finish(double total, float largest, long long nonfinite, 
     const double scale = state[LOSS_SCALE], good = (double)state[GOOD_STEPS] + 1.0;
     const bool grow = !found && good >= interval;
     const double next = found ? scale * 0.5 : grow ? scale * 2.0 : scale;
-    state[LOSS_SCALE] = (Real)(next < SMALLEST_SCALE ? SMALLEST_SCALE : next > LARGEST_SCALE ? LARGEST_SCALE : next);
+    state[LOSS_SCALE] = (Real)(next > LARGEST_SCALE ? LARGEST_SCALE : next > SMALLEST_SCALE ? next : SMALLEST_SCALE);  // NaN: the smallest
     state[GOOD_STEPS] = (Real)(found || grow ? 0.0 : good);
   }
 }

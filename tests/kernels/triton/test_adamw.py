@@ -16,9 +16,14 @@ from cllm.kernels.torch import adamw as reference
 from cllm.kernels.triton import adamw, adamw_cuda
 from cllm.runtime.errors import UserError
 
+# The interpreter computes with numpy, which warns of the NaN and infinities that these tests are about.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(3, 5000), (8192,), (7,), (0, 4), (130, 67), (2, 3, 4)]
 DECAYS = [0.1, 0.0, 0.3, 0.0, 0.1, 0.0]
+# (loss_scale_inverse, loss scale) whose quotient, which multiplies the gradients, is not finite
+NONFINITE_FACTORS = [(float("nan"), 1.0), (float("inf"), 1.0), (float("-inf"), 8.0), (1.0, float("nan")), (1.0, 0.0), (0.0, 0.0)]
 HYPER = {"learning_rate": 0.01, "beta1": 0.9, "beta2": 0.99, "eps": 1e-6}
 
 
@@ -99,6 +104,30 @@ def test_without_skipping_the_damage_is_done_and_counted():
     fused.step(grads, _hyper(max_norm=0.0, skip=0.0), stats)
     assert torch.isnan(stats[:2]).all() and stats[2] == 1 and fused.state.tolist() == [1.0, 1.0, 0.0, 0.0]
     assert torch.isnan(params[0][0, 0]) and torch.isfinite(params[0]).sum() == params[0].numel() - 1
+
+
+@pytest.mark.parametrize("inverse, loss_scale", NONFINITE_FACTORS)
+@pytest.mark.parametrize("gradient", ["zero", "finite"])
+@pytest.mark.parametrize("max_norm", [0.0, 1.0])
+def test_a_loss_factor_that_is_not_finite_changes_no_weight(inverse, loss_scale, gradient, max_norm):
+    """A loss that is not finite reaches AdamW as a factor of NaN, also when every gradient is 0: so it is before the update is captured."""
+    params, moments = _sets()
+    halves = [torch.empty_like(p, dtype=torch.bfloat16) for p in params]
+    fused, stats = adamw.Fused(params, *moments, DECAYS, halves), torch.empty(3, device=DEVICE)
+    fused.state[1] = loss_scale
+    grads = _grads(1) if gradient == "finite" else [torch.zeros_like(g) for g in _grads(1)]
+    before = [t.clone() for t in (*params, *moments[0], *moments[1], *halves)]
+    fused.step(grads, _hyper(max_norm=max_norm, inverse=inverse), stats)
+    assert all(torch.equal(a, b) for a, b in zip(before, (*params, *moments[0], *moments[1], *halves)))
+    assert fused.state[[0, 3]].tolist() == [0.0, 1.0]
+
+
+def test_a_loss_factor_that_is_not_finite_counts_as_an_overflow_of_the_loss_scale():
+    params, moments = _sets()
+    fused, stats = adamw.Fused(params, *moments, DECAYS), torch.empty(3, device=DEVICE)
+    fused.state[1], fused.state[2] = 1024.0, 2.0
+    fused.step(_grads(1), _hyper(inverse=float("nan"), interval=3.0), stats)
+    assert fused.state.tolist() == [0.0, 512.0, 0.0, 1.0]
 
 
 def test_the_loss_scale_halves_at_an_overflow_and_doubles_after_good_steps():
@@ -261,10 +290,11 @@ def test_the_cuda_arithmetic_is_that_of_the_reference(on_the_host):
 
 @pytest.mark.parametrize("bad", [0, 3])
 @pytest.mark.parametrize("interval", [0.0, 2.0])
-@pytest.mark.parametrize("total", [4.0, float("inf"), float("nan")])
-def test_both_languages_finish_alike(on_the_host, bad, interval, total):
+@pytest.mark.parametrize("total", [0.0, 4.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("inverse, loss_scale", [(0.25, 64.0), *NONFINITE_FACTORS])
+def test_both_languages_finish_alike(on_the_host, bad, interval, total, inverse, loss_scale):
     """Decisions, coefficients and the next state, bit for bit; NaN and infinities too."""
-    hyper, state = np.array([*HYPER.values(), 0.5, 0.25, 1.0, interval]), np.array([41.0, 64.0, 1.0, 2.0])
+    hyper, state = np.array([*HYPER.values(), 0.5, inverse, 1.0, interval]), np.array([41.0, loss_scale, 1.0, 2.0])
     device_state, stats = torch.tensor(state, device=DEVICE), torch.empty(3, device=DEVICE)
     coefficients = torch.empty(len(adamw.COEFFICIENTS), dtype=torch.float64, device=DEVICE)
     sums = torch.tensor([total], dtype=torch.float64), torch.tensor([1.5]), torch.tensor([bad], dtype=torch.int32)
@@ -275,6 +305,9 @@ def test_both_languages_finish_alike(on_the_host, bad, interval, total):
     host_coefficients, host_stats = _finish_on_the_host(on_the_host, total, 1.5, bad, hyper, state)
     for found, expected in ((coefficients, host_coefficients), (stats, host_stats), (device_state, state)):
         np.testing.assert_array_equal(found.cpu().numpy(), expected)
+    skipped = bool(bad) or not np.isfinite(inverse / loss_scale if loss_scale else np.nan)
+    assert (host_coefficients[adamw.COEFFICIENTS.index("SKIP")] == 1.0) == skipped
+    assert state[0] == (41.0 if skipped else 42.0) and state[3] == (3.0 if skipped else 2.0)
 
 
 def test_the_cuda_rounding_to_bfloat16_is_that_of_torch(on_the_host):
