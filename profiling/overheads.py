@@ -24,7 +24,7 @@ from cllm import Model, TrainStep, runtime
 from cllm.checkpoint.store import CheckpointStore, weights_of
 from cllm.checkpoint.writer import CheckpointWriter
 from cllm.config.train import TrainConfig
-from cllm.data.tokens.batch import Microbatch
+from cllm.data import Batch
 from cllm.monitor.layers import LayerStats
 from cllm.monitor.metrics import BOARD_EVERY, Metrics
 
@@ -35,7 +35,7 @@ class Stepper:
     def __init__(self, shape: Shape, precision: str) -> None:
         torch.manual_seed(0)
         rows = torch.randint(shape.vocab_size, (shape.batch_size, shape.seq_len + 1))
-        self.batch = [Microbatch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())]
+        self.batch = [Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())]
         self.step = TrainStep(Model(our_config(shape)), precision=precision, learning_rate=1e-3, grad_clip=1.0)
         for _ in range(3):
             self.step.run(self.batch)

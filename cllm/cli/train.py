@@ -174,7 +174,6 @@ def _plan(model: "Model", config: TrainConfig, dataset: "Dataset", console: Cons
     """Memory predicted, speed measured over a few real steps whose result is thrown away."""
     from cllm.model.memory import choose_recompute, predict
     from cllm.runtime.device import resolve
-    from cllm.train.step import Microbatch
     from cllm.train.trainer import make_batches, make_step
 
     settings = config.train
@@ -191,7 +190,7 @@ def _plan(model: "Model", config: TrainConfig, dataset: "Dataset", console: Cons
         for number in range(4):
             batch = batches.batch(number)
             start = time.perf_counter()
-            step.run([Microbatch(batch.tokens, batch.targets, batch.cu_seqlens)])
+            step.run([batch])
             seconds.append(time.perf_counter() - start)
     per_token = min(seconds[1:]) / (settings.batch_size * settings.seq_len)  # the first one compiles
     tokens = settings.batch_size * settings.grad_accum * settings.seq_len

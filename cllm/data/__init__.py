@@ -8,22 +8,24 @@ __all__ = ["IGNORE", "Batch", "Batches", "Dataset", "TokenSplit", "Windows", "is
 
 if TYPE_CHECKING:
     from cllm.data.pipeline import prepare, stream_texts, train_tokenizer
+    from cllm.data.tokens.batch import IGNORE, Batch
     from cllm.data.tokens.dataset import Dataset, is_packed
-    from cllm.data.tokens.loader import IGNORE, Batch, Batches, Windows
-    from cllm.data.tokens.shards import TokenSplit
+    from cllm.data.tokens.loader import Batches
+    from cllm.data.tokens.split import TokenSplit
+    from cllm.data.tokens.windows import Windows
 
 __getattr__, __dir__ = exports(
     __name__,
     {
         "Dataset": "cllm.data.tokens.dataset",
         "is_packed": "cllm.data.tokens.dataset",
-        "IGNORE": "cllm.data.tokens.loader",
-        "Batch": "cllm.data.tokens.loader",
+        "IGNORE": "cllm.data.tokens.batch",
+        "Batch": "cllm.data.tokens.batch",
         "Batches": "cllm.data.tokens.loader",
-        "Windows": "cllm.data.tokens.loader",
+        "Windows": "cllm.data.tokens.windows",
         "prepare": "cllm.data.pipeline",
         "stream_texts": "cllm.data.pipeline",
         "train_tokenizer": "cllm.data.pipeline",
-        "TokenSplit": "cllm.data.tokens.shards",
+        "TokenSplit": "cllm.data.tokens.split",
     },
 )

@@ -9,13 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cllm.data.tokens.batch import Microbatch
+from cllm.data.tokens.batch import Batch, TrainingBatches
 from cllm.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from cllm.config.train import TrainConfig
-    from cllm.data import Batches
-    from cllm.data.tokens.chat import ChatBatches
     from cllm.distributed.session import World
 
 
@@ -73,7 +71,6 @@ class Share:
         most = -(-each // self.size)
         return most if self.whole_pieces or self.dealt else -(-most // self.piece)
 
-    def microbatches(self, batches: Batches | ChatBatches, step: int) -> list[Microbatch]:
+    def microbatches(self, batches: TrainingBatches, step: int) -> list[Batch]:
         """What this process learns from in update number `step`."""
-        found = (batches.windows(step * self.sequences + first, count) for first, count in self.pieces())
-        return [Microbatch(each.tokens, each.targets, each.cu_seqlens) for each in found]
+        return [batches.rows(step * self.sequences + first, count) for first, count in self.pieces()]

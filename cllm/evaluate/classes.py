@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from cllm.data.tokens.batch import IGNORED
-from cllm.data.tokens.chat import windows_over
+from cllm.data.tokens.batch import IGNORE
 
 if TYPE_CHECKING:
     from cllm.data import TokenSplit
@@ -87,18 +86,18 @@ def report_classes(
     """
     from cllm import kernels
 
-    windows = windows_over(split, seq_len, batch_size, document_mask)
+    windows = split.windows(seq_len, batch_size, document_mask=document_mask)
     wanted = max(1, min(len(windows), max_targets // (seq_len * batch_size)))
     device = model.embedding_weight.device
     confusion = np.zeros((len(CLASSES), len(CLASSES)), dtype=np.int64)
     bins = np.zeros((BINS, 3))  # count, summed confidence, hits
     in_top5 = total = 0
     for number in range(wanted):
-        batch = windows.batch(number * len(windows) // wanted)
-        bounds = None if batch.cu_seqlens is None else batch.cu_seqlens.to(device)
-        hidden = model.hidden(batch.tokens.to(device), cu_seqlens=bounds).reshape(-1, model.config.embed_dim)
-        targets = batch.targets.reshape(-1)
-        rows = torch.nonzero(targets != IGNORED).squeeze(1)
+        here = windows.batch(number * len(windows) // wanted)
+        batch = here.to(device)
+        hidden = model.hidden(batch.tokens, cu_seqlens=batch.cu_seqlens).reshape(-1, model.config.embed_dim)
+        targets = here.targets.reshape(-1)
+        rows = torch.nonzero(targets != IGNORE).squeeze(1)
         for some in rows.split(_ROWS):
             logits = kernels.matmul(hidden[some.to(device)], model.output_weight.T.to(hidden.dtype)).float()
             if model.config.softcap is not None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from cllm.data import Windows
-from cllm.data.tokens.batch import IGNORED
+from cllm.data.tokens.batch import IGNORE
 from cllm.evaluate.loss import Evaluation
 from cllm.runtime.errors import DataError, UserError
 
@@ -164,11 +164,11 @@ def score_documents(
     byte_lengths, device = tokenizer.byte_lengths, model.embedding_weight.device
     ends = np.append(split.document_starts[1:], split.num_tokens)
     sums = np.zeros((4, split.num_documents))  # nats, correct, targets, bytes
-    for index, batch in enumerate(windows):
-        bounds = None if batch.cu_seqlens is None else batch.cu_seqlens.to(device)
-        _, stats = model.loss(batch.tokens.to(device), batch.targets.to(device), cu_seqlens=bounds, return_stats=True)
-        targets = batch.targets.numpy()
-        row, column = np.nonzero(targets != IGNORED)
+    for index, here in enumerate(windows):
+        batch = here.to(device)
+        _, stats = model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, return_stats=True)
+        targets = here.targets.numpy()
+        row, column = np.nonzero(targets != IGNORE)
         place = (index * batch_size + row) * windows.stride + column + 1  # of the target in the split
         document = np.searchsorted(ends, place, side="right")
         first = int(document.min()) if len(document) else 0

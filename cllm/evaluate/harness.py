@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cllm import runtime
-from cllm.data.tokens.batch import IGNORED
+from cllm.data.tokens.batch import IGNORE
 from cllm.generate.decoding import generate
 from cllm.runtime.errors import DataError, UserError
 
@@ -120,7 +120,7 @@ class CLLM(TemplateLM):
             for first in range(0, len(windows), self.batch_size):
                 batch = windows[first : first + self.batch_size]
                 shape = len(batch), len(batch[0][1])
-                tokens, targets = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED)
+                tokens, targets = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE)
                 for row, (_, inputs, wanted) in enumerate(batch):  # filled up on the right, which causal attention never sees
                     tokens[row, : len(inputs)] = torch.tensor(inputs)
                     targets[row, len(inputs) - len(wanted) : len(inputs)] = torch.tensor(wanted)

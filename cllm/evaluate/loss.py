@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cllm.data.tokens.batch import IGNORED
-from cllm.data.tokens.chat import windows_over
 from cllm.runtime.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -57,13 +55,12 @@ def evaluate(
         raise UserError(f"seq_len must be within 1 and {model.config.max_seq_len} and batch_size >= 1, got {seq_len} and {batch_size}.")
     nats, correct, num_targets, done = 0.0, 0, 0, 0
     device = model.embedding_weight.device
-    for batch in windows_over(split, seq_len, batch_size, document_mask):
-        count = int((batch.targets != IGNORED).sum())
-        bounds = None if batch.cu_seqlens is None else batch.cu_seqlens.to(device)
-        _, stats = model.loss(batch.tokens.to(device), batch.targets.to(device), cu_seqlens=bounds, return_stats=True)
+    for here in split.windows(seq_len, batch_size, document_mask=document_mask):
+        batch = here.to(device)
+        _, stats = model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, return_stats=True)
         nats += float(stats.losses.double().sum())
         correct += int(stats.correct.sum())
-        num_targets += count
+        num_targets += here.num_targets
         done += batch.tokens.numel()
         if progress is not None:
             progress(min(done, split.num_tokens), split.num_tokens)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cllm.data.tokens.chat import windows_over
 from cllm.evaluate.classes import classify, report_classes
 from cllm.monitor.layers import LayerStats, activation_stats
 
@@ -62,7 +61,7 @@ class Diagnostics:
         if not self.config.log.activations or not self.parameters:
             return None
         settings = self.config.train
-        batch = windows_over(self.dataset.val, settings.seq_len, settings.batch_size, False).batch(0)
+        batch = self.dataset.val.windows(settings.seq_len, settings.batch_size).batch(0)
         with activation_stats(self.model) as found:
             self.model.hidden(batch.tokens.to(self.model.embedding_weight.device))
         return {"blocks": found}

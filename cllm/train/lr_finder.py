@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cllm.data.tokens.batch import Microbatch
 from cllm.runtime import progress
 from cllm.runtime.errors import UserError
 
@@ -77,8 +76,7 @@ def find_learning_rate(model: Model, split: TokenSplit, config: TrainConfig, bea
     with progress.Progress(NUM_UPDATES, "finding the learning rate") as shown:
         for number in range(NUM_UPDATES):
             rate = LOWEST * (HIGHEST / LOWEST) ** (number / (NUM_UPDATES - 1))
-            drawn = (batches.batch(number * count + each) for each in range(count))
-            result = step.run([Microbatch(each.tokens, each.targets, each.cu_seqlens) for each in drawn], rate, beat)
+            result = step.run([batches.batch(number * count + each) for each in range(count)], rate, beat)
             if not result.finite:
                 diverged = True
                 break

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from cllm.data.tokens.batch import IGNORED, Microbatch
+from cllm.data.tokens.batch import Batch
 
 SMOOTHING = 0.9  # weight of what was measured before: each of the two estimates is too noisy alone
 
@@ -24,9 +24,9 @@ class NoiseScale:
         self.parameters = parameters
         self.state = torch.zeros(3, dtype=torch.float64)  # smoothed |G|^2, smoothed S, measurements so far
 
-    def begin(self, microbatches: Sequence[Microbatch]) -> None:
+    def begin(self, microbatches: Sequence[Batch]) -> None:
         """Before the backward passes of an update of at least two microbatches."""
-        self._counts = [int((each.targets != IGNORED).sum()) for each in microbatches]
+        self._counts = [each.num_targets for each in microbatches]
         self._squares: list[float] = []  # squared norm of each microbatch's mean gradient
         self._before: list[torch.Tensor | None] = [None] * len(self.parameters)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cllm.checkpoint.store import Checkpoint, load_weights, weights_of
-from cllm.data.tokens.batch import IGNORED, Microbatch, StepResult
+from cllm.data.tokens.batch import IGNORE, Batch, StepResult
 from cllm.runtime.errors import CheckpointError, UserError
 from cllm.train.averages import Ema, put, swapped
 from cllm.train.noise_scale import NoiseScale
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from cllm.train.step_graph import DeviceStep
 
 __all__ = ["IGNORED", "Microbatch", "StepResult", "TrainStep"]
+
+IGNORED, Microbatch = IGNORE, Batch  # names that scripts use
 
 LOSS_SCALE, NOISE_SCALE = "loss_scale", "noise_scale"
 EMA, TRAINING = "ema.", "training."  # beginnings of names in the state: averaged weights, and those that training goes on from
@@ -145,14 +147,14 @@ class TrainStep:
 
     def __call__(self, tokens: torch.Tensor, targets: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
         """tokens, targets (B, T) -> the loss before the update, a scalar float32 tensor. More of it in `last`."""
-        return torch.tensor(self.run([Microbatch(tokens, targets, cu_seqlens)]).loss)
+        return torch.tensor(self.run([Batch(tokens, targets, cu_seqlens)]).loss)
 
     def run(
         self,
-        microbatches: Sequence[Microbatch],
+        microbatches: Sequence[Batch],
         learning_rate: float | None = None,
         beat: Callable[[], None] | None = None,
-        ahead: Callable[[], Sequence[Microbatch]] | None = None,
+        ahead: Callable[[], Sequence[Batch]] | None = None,
         before_update: Callable[[], None] | None = None,
     ) -> StepResult:
         """One update from the gradients of all microbatches together. `beat` is called after each of them; `ahead` makes the microbatches
@@ -190,7 +192,7 @@ class TrainStep:
         self.last = StepResult(loss, norm, largest, nonfinite, num_targets, rate, updated, noise_scale)
         return self.last
 
-    def accumulate(self, microbatches: Sequence[Microbatch], beat: Callable[[], None] | None = None) -> tuple[float, int]:
+    def accumulate(self, microbatches: Sequence[Batch], beat: Callable[[], None] | None = None) -> tuple[float, int]:
         """Leaves in `.grad` the gradient of the loss over all microbatches and returns (loss, number of targets).
 
         Each microbatch's summed loss is divided by the targets of all of them, not averaged over microbatches: a short document
@@ -213,7 +215,8 @@ class TrainStep:
                 beat()
         return total, num_targets
 
-    def _loss(self, batch: Microbatch, num_targets: int) -> torch.Tensor:
+    def _loss(self, batch: Batch, num_targets: int) -> torch.Tensor:
+        batch = batch.to(self.model.embedding_weight.device)
         return self.model.loss(
             batch.tokens,
             batch.targets,
@@ -228,8 +231,8 @@ class TrainStep:
         return self.optimizer.update(learning_rate, self.grad_clip)
 
 
-def targets_of(microbatches: Sequence[Microbatch]) -> int:
-    return sum(int((each.targets != IGNORED).sum()) for each in microbatches)
+def targets_of(microbatches: Sequence[Batch]) -> int:
+    return sum(each.num_targets for each in microbatches)
 
 
 def _below(prefix: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cllm.data.tokens.batch import IGNORED, Microbatch, StepResult
+from cllm.data.tokens.batch import Batch, StepResult
 from cllm.runtime import progress
 from cllm.runtime.errors import CheckpointError
 
@@ -31,7 +31,7 @@ SMALLEST_USEFUL_SCALE = 1.0  # gradients that overflow without being multiplied 
 class _Slot:
     """Device copies of the tensors of one microbatch, with bounds of documents filled up to a fixed length by empty documents."""
 
-    def __init__(self, like: Microbatch, device: torch.device) -> None:
+    def __init__(self, like: Batch, device: torch.device) -> None:
         size, self.kind = like.tokens.numel(), _kind(like)
         self.host = [torch.empty(like.tokens.shape, dtype=torch.int64), torch.empty(like.tokens.shape, dtype=torch.int64)]
         if like.cu_seqlens is not None:
@@ -40,7 +40,7 @@ class _Slot:
             self.host = [each.pin_memory() for each in self.host]
         self.device = [torch.empty_like(each, device=device) for each in self.host]
 
-    def fill(self, batch: Microbatch, model: Model) -> None:
+    def fill(self, batch: Batch, model: Model) -> None:
         """Copies a microbatch to the device without waiting for the copies to end."""
         self.host[0].copy_(batch.tokens)
         self.host[1].copy_(batch.targets)
@@ -57,7 +57,7 @@ class _Slot:
             mine.copy_(theirs, non_blocking=True)
 
 
-def _kind(batch: Microbatch) -> tuple[torch.Size, bool]:
+def _kind(batch: Batch) -> tuple[torch.Size, bool]:
     return batch.tokens.shape, batch.cu_seqlens is not None
 
 
@@ -96,22 +96,22 @@ class DeviceStep:
         self._slot: _Slot | None = None
         self._like: tuple[torch.Size, bool] | None = None
         self._graphs: dict[Callable[[], None], torch.cuda.CUDAGraph] = {}
-        self._ahead: tuple[Sequence[Microbatch], list[_Slot]] | None = None
+        self._ahead: tuple[Sequence[Batch], list[_Slot]] | None = None
         self._stores: list[list[_Slot]] = [[], []]  # two, in turn: one is read while the other is filled
         self._turn = 0
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def run(
         self,
-        microbatches: Sequence[Microbatch],
+        microbatches: Sequence[Batch],
         learning_rate: float,
         beat: Callable[[], None] | None = None,
-        ahead: Callable[[], Sequence[Microbatch]] | None = None,
+        ahead: Callable[[], Sequence[Batch]] | None = None,
         before_update: Callable[[], None] | None = None,
     ) -> StepResult:
         """One update. `ahead` makes the microbatches of the next one while the GPU works on this one; `before_update` returns when weights
         may change."""
-        num_targets = sum(int((each.targets != IGNORED).sum()) for each in microbatches)
+        num_targets = sum(each.num_targets for each in microbatches)
         if not num_targets:
             return StepResult(0.0, 0.0, 0.0, 0, 0, learning_rate, False)
         slots = self._staged(microbatches)
@@ -175,7 +175,7 @@ class DeviceStep:
         self._fused.run(grads, self._hyper[:8], self._state, self._stats)
         torch._foreach_zero_(grads)
 
-    def _prepare(self, batch: Microbatch) -> None:
+    def _prepare(self, batch: Batch) -> None:
         """The fixed input of the graphs for microbatches like `batch`, and the graphs themselves. Gradients are 0 before and after."""
         self._slot, self._like = _Slot(batch, self.device), _kind(batch)
         self._graphs.clear()
@@ -215,7 +215,7 @@ class DeviceStep:
 
     # -- data ---------------------------------------------------------------------------------------------------------------
 
-    def _staged(self, microbatches: Sequence[Microbatch]) -> list[_Slot]:
+    def _staged(self, microbatches: Sequence[Batch]) -> list[_Slot]:
         if self._ahead is None or self._ahead[0] is not microbatches:
             self._stage(microbatches)
         assert self._ahead is not None
@@ -224,7 +224,7 @@ class DeviceStep:
             torch.cuda.current_stream().wait_stream(self._side)
         return slots
 
-    def _stage(self, microbatches: Sequence[Microbatch]) -> None:
+    def _stage(self, microbatches: Sequence[Batch]) -> None:
         """Starts the copies of a step's microbatches to the device. The store it takes was read by the step before the last, which has ended."""
         store = self._stores[self._turn]
         self._turn = 1 - self._turn

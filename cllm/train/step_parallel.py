@@ -6,9 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from cllm.data.tokens.batch import Microbatch
+from cllm.data.tokens.batch import Batch
 from cllm.distributed.reduce import BucketedSum, add_in_place, clip_, flat_gradient, measured, norm_of, put_flat, tree_sum
 from cllm.distributed.share import Share
 from cllm.runtime import tree
@@ -29,14 +27,14 @@ class DataParallelStep(TrainStep):
         self.world = world
         self._sum = BucketedSum(self.optimizer.parameters.values())
 
-    def accumulate(self, microbatches: Sequence[Microbatch], beat: Callable[[], None] | None = None) -> tuple[float, int]:
+    def accumulate(self, microbatches: Sequence[Batch], beat: Callable[[], None] | None = None) -> tuple[float, int]:
         num_targets = int(self.world.sums([targets_of(microbatches)])[0])
         self.optimizer.zero_grad()
         if not num_targets:
             return 0.0, 0
         total = 0.0
         for number, each in enumerate(microbatches, 1):
-            loss = self._loss(on(self.model, each), num_targets)
+            loss = self._loss(each, num_targets)
             if number == len(microbatches):
                 self._sum.begin()
             loss.backward()
@@ -60,7 +58,7 @@ class DeterministicStep(TrainStep):
         super().__init__(model, *args, **options)
         self.share, self.world = share, world
 
-    def accumulate(self, microbatches: Sequence[Microbatch], beat: Callable[[], None] | None = None) -> tuple[float, int]:
+    def accumulate(self, microbatches: Sequence[Batch], beat: Callable[[], None] | None = None) -> tuple[float, int]:
         num_targets = targets_of(microbatches)
         if self.world is not None:
             num_targets = int(self.world.sums([num_targets])[0])
@@ -70,7 +68,7 @@ class DeterministicStep(TrainStep):
         parameters = list(self.optimizer.parameters.values())
         sums, losses = tree.Binary(add_in_place), []
         for leaf, each in enumerate(microbatches, self.share.run_of(self.share.rank)[0]):
-            loss = self._loss(on(self.model, each), num_targets)
+            loss = self._loss(each, num_targets)
             loss.backward()
             losses.append(loss.item())
             sums.push(leaf, flat_gradient(parameters))
@@ -95,12 +93,3 @@ def sum_of_losses(losses: Sequence[float], world: World | None) -> float:
     everyone = [losses] if world is None else world.gather(list(map(float.hex, losses)))
     values = [float.fromhex(each) if isinstance(each, str) else each for part in everyone for each in part]
     return math.fsum(values) if all(map(math.isfinite, values)) else math.nan
-
-
-def on(model: Model, batch: Microbatch) -> Microbatch:
-    """The microbatch where the model's weights lie."""
-    device: torch.device = model.embedding_weight.device
-    if batch.tokens.device.type == device.type:
-        return batch
-    bounds = None if batch.cu_seqlens is None else batch.cu_seqlens.to(device)
-    return Microbatch(batch.tokens.to(device), batch.targets.to(device), bounds)

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from cllm.checkpoint.store import Checkpoint
-from cllm.data.tokens.batch import IGNORED, Microbatch
+from cllm.data.tokens.batch import IGNORE, Batch
 from cllm.distributed.reduce import add_in_place, clip_, measured, norm_of
 from cllm.distributed.session import gathered
 from cllm.distributed.share import Share
 from cllm.runtime import tree
 from cllm.runtime.errors import UserError
 from cllm.train.step import TrainStep, targets_of
-from cllm.train.step_parallel import on, sum_of_losses
+from cllm.train.step_parallel import sum_of_losses
 
 if TYPE_CHECKING:
     from cllm.distributed.session import World
@@ -129,13 +129,13 @@ class ShardedStep(TrainStep):
     def _trained(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
         return self._rows.items()
 
-    def accumulate(self, microbatches: Sequence[Microbatch], beat: Callable[[], None] | None = None) -> tuple[float, int]:
+    def accumulate(self, microbatches: Sequence[Batch], beat: Callable[[], None] | None = None) -> tuple[float, int]:
         """Every process runs as many microbatches as the one that has most, for all take part in each exchange; the fillers have no targets."""
         num_targets = int(self.world.sums([targets_of(microbatches)])[0])
         self._zero_grad()
         if not num_targets:
             return 0.0, 0
-        filler = Microbatch(microbatches[0].tokens, torch.full_like(microbatches[0].targets, IGNORED), microbatches[0].cu_seqlens)
+        filler = Batch(microbatches[0].tokens, torch.full_like(microbatches[0].targets, IGNORE), microbatches[0].cu_seqlens)
         losses = []
         for turn in range(self.share.rounds):
             first = turn * self.share.size
@@ -144,7 +144,7 @@ class ShardedStep(TrainStep):
             if self._exchanges:
                 self._zero_grad()
             real = turn < len(microbatches)
-            loss = self._loss(on(self.model, microbatches[turn] if real else filler), num_targets)
+            loss = self._loss(microbatches[turn] if real else filler, num_targets)
             loss.backward()
             if real:
                 losses.append(loss.item())

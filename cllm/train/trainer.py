@@ -24,8 +24,7 @@ from cllm.checkpoint.store import Checkpoint, check_tokenizer, load_weights, rea
 from cllm.checkpoint.writer import CheckpointWriter
 from cllm.config.schedule import BatchRamp, Plateau, Schedule, lr
 from cllm.config.train import TrainConfig
-from cllm.data import Batches
-from cllm.data.tokens.chat import ChatBatches, ChatSplit
+from cllm.data.tokens.batch import Batch, TrainingBatches
 from cllm.evaluate.loss import Evaluation, evaluate
 from cllm.model.lora import lora_state
 from cllm.model.memory import choose_recompute, explained_out_of_memory
@@ -38,7 +37,7 @@ from cllm.runtime.errors import CheckpointError, UserError
 from cllm.train.averages import put
 from cllm.train.faults import ROLLBACKS, Fault, FaultError, Faults, NonFiniteError, advice
 from cllm.train.roles import Roles
-from cllm.train.step import Microbatch, StepResult, TrainStep
+from cllm.train.step import StepResult, TrainStep
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,7 +115,7 @@ class Trainer:
         self._last_saved: int | None = None
         self._resumed_from: int | None = None
         self._last_step: StepResult | None = None
-        self._prepared: tuple[int, list[Microbatch]] = (-1, [])
+        self._prepared: tuple[int, list[Batch]] = (-1, [])
         self._validation: Evaluation | None = None
         self._unigram: float | None = None
 
@@ -203,15 +202,14 @@ class Trainer:
             self._validation = self._evaluated(report)
         self._write(report, weights_of(self.model), state)
 
-    def _microbatches(self, step: int) -> list[Microbatch]:
+    def _microbatches(self, step: int) -> list[Batch]:
         """The data of update number `step`: always the first batch when one batch is to be learnt by heart. The last answer is kept."""
         settings = self.config.train
         if self._prepared[0] != step:
             data = 0 if settings.overfit_one_batch else self._faults.data_of(step)
             if settings.batch_ramp:
                 first = self._ramp.before(data)
-                batches = (self._batches.batch(first + number) for number in range(self._ramp.size(step)))
-                self._prepared = step, [Microbatch(each.tokens, each.targets, each.cu_seqlens) for each in batches]
+                self._prepared = step, [self._batches.batch(first + number) for number in range(self._ramp.size(step))]
             else:
                 self._prepared = step, self._roles.share.microbatches(self._batches, data)
         return self._prepared[1]
@@ -522,12 +520,11 @@ def make_step(model: Model, config: TrainConfig, roles: Roles | None = None) -> 
     )
 
 
-def make_batches(split: TokenSplit, config: TrainConfig) -> Batches | ChatBatches:
+def make_batches(split: TokenSplit, config: TrainConfig) -> TrainingBatches:
     """The training batches that a configuration describes: a pure function of its seed and the batch's number."""
     settings = config.train
-    if isinstance(split, ChatSplit):
-        return ChatBatches(split, settings.seq_len, settings.batch_size, settings.seed)
-    return Batches(split, settings.seq_len, settings.batch_size, settings.seed, shuffle=config.data.shuffle, document_mask=config.data.document_mask)
+    sizes = settings.seq_len, settings.batch_size
+    return split.batches(*sizes, settings.seed, shuffle=config.data.shuffle, document_mask=config.data.document_mask)
 
 
 def _check_fit(model: Model, dataset: Dataset, config: TrainConfig, tokenizer: Tokenizer | None) -> None:

@@ -1,22 +1,63 @@
-"""What goes into a training step and what comes out, for the CPU's and the GPU's."""
+"""One batch of token windows: what the data yields and what training and evaluation consume."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 
-IGNORED = -100
+IGNORE = -100  # a target with this value contributes neither to the loss nor to any count
 
 
-@dataclass(frozen=True)
-class Microbatch:
-    """tokens, targets (B, T) int64, targets -100 where there is none; cu_seqlens int32 over the B * T tokens, or None."""
+class Batch(NamedTuple):
+    """A batch of B rows of T tokens. Training calls it a microbatch: the gradients of one or more of them make one update.
+
+    tokens: (B, T) int64, the inputs.
+    targets: (B, T) int64, the token that follows each input, or `IGNORE` where nothing is predicted.
+    cu_seqlens: (n + 1,) int32, the boundaries of the documents in the B * T tokens laid end to end, from 0 to B * T; attention does not cross
+        them. None: every row is one document.
+    documents: the numbers of the documents in the batch, ascending; `split.document_name` gives their names.
+    """
 
     tokens: torch.Tensor
     targets: torch.Tensor
     cu_seqlens: torch.Tensor | None = None
+    documents: Sequence[int] = ()
+
+    @property
+    def num_targets(self) -> int:
+        """How many targets are predicted."""
+        return int((self.targets != IGNORE).sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`; tensors that are there already are not copied."""
+        cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
+        return Batch(self.tokens.to(device), self.targets.to(device), cu_seqlens, self.documents)
+
+
+class TrainingBatches(Protocol):
+    """An endless sequence of training batches. Each is a function of the data, the seed and its number alone."""
+
+    def batch(self, index: int) -> Batch:
+        """Batch number `index`, counted from 0."""
+
+    def rows(self, first: int, count: int) -> Batch:
+        """Rows `first` to `first + count` of the endless sequence as one batch; batch k of B rows consists of rows k * B to (k + 1) * B."""
+
+
+class EvaluationBatches(Protocol):
+    """A whole split once, in order."""
+
+    def __len__(self) -> int:
+        """The number of batches."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def batch(self, index: int) -> Batch:
+        """Batch number `index`; the last one may have fewer rows."""
 
 
 @dataclass(frozen=True)

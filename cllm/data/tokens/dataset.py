@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cllm.data.tokens.shards import TokenSplit
+from cllm.data.tokens.split import TokenSplit
 from cllm.data.tokens.tokenizer import Tokenizer
 from cllm.runtime.errors import DataError
 
@@ -43,7 +43,7 @@ class Dataset:
         wanted = tokenizer.hash if tokenizer_hash is None else tokenizer_hash
         kind = TokenSplit
         if info.get("kind") == "chat":  # only the answers are predicted
-            from cllm.data.tokens.chat import ChatSplit
+            from cllm.data.tokens.conversations import ChatSplit
 
             kind = ChatSplit
         return cls(folder, kind(folder / "train", wanted), kind(folder / "val", wanted), tokenizer, info)

@@ -236,7 +236,7 @@ class _File:
         return cls(name, int(values["size"]), str(values["blake2b"]))
 
 
-class TokenSplit:
+class PackedTokens:
     """One packed split, memory-mapped: `read(start, count)` gives tokens, `document_starts` where documents begin.
 
     Raises DataError when the folder is missing, foreign, of a newer format, incomplete, or packed with another tokenizer than
@@ -282,12 +282,17 @@ class TokenSplit:
             raise DataError(f"{self.folder / 'offsets.bin'} does not fit {self.num_tokens:,} tokens. {_AGAIN}")
 
     def __repr__(self) -> str:
-        return f"TokenSplit({str(self.folder)!r}, num_tokens={self.num_tokens:,}, num_documents={self.num_documents:,})"
+        return f"{type(self).__name__}({str(self.folder)!r}, num_tokens={self.num_tokens:,}, num_documents={self.num_documents:,})"
 
     @property
     def document_starts(self) -> np.ndarray:
         """(num_documents,) int64: position of the first token of each document."""
         return self._offsets[:-1]
+
+    @property
+    def document_lengths(self) -> np.ndarray:
+        """(num_documents,) int64: number of tokens of each document."""
+        return np.diff(self._offsets)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """(count,) int64: the tokens from position `start`, across shards."""
@@ -324,7 +329,7 @@ class TokenSplit:
         """(vocab_size,) int64: how often each token occurs."""
         return np.array(self._map(self._counts_file, np.dtype("<i8")))
 
-    def unigram_nats(self, reference: "TokenSplit | None" = None) -> float:
+    def unigram_nats(self, reference: "PackedTokens | None" = None) -> float:
         """Nats per token of a model that knows only how frequent each token is: what a language model must beat.
 
         Frequencies come from this split itself (its entropy), or from `reference` (the training split, say), where each token then counts
@@ -340,7 +345,7 @@ class TokenSplit:
         model = reference.token_counts().astype(np.float64) + 1.0
         return float(-(counts * np.log(model / model.sum())).sum() / total)
 
-    def unigram_nats_per_byte(self, reference: "TokenSplit | None" = None) -> float:
+    def unigram_nats_per_byte(self, reference: "PackedTokens | None" = None) -> float:
         """The same per byte of text; divided by ln 2 it is bits per byte."""
         return self.unigram_nats(reference) * self.num_tokens / max(self.num_bytes, 1)
 

@@ -173,7 +173,8 @@ def test_the_worst_documents_come_first_and_short_ones_only_where_there_are_no_o
 
 
 def test_text_without_a_target_is_refused(model, tmp_path):
-    from cllm.data.tokens.shards import ShardWriter, TokenSplit
+    from cllm.data import TokenSplit
+    from cllm.data.tokens.shards import ShardWriter
 
     writer = ShardWriter(tmp_path, 300, "hash", None)
     writer.append(np.array([5]))

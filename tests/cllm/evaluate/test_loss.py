@@ -2,12 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from cllm import runtime
 from cllm.config.model import ModelConfig
+from cllm.data import TokenSplit
 from cllm.data.pipeline import prepare
+from cllm.data.tokens.shards import ShardWriter
 from cllm.evaluate.loss import evaluate
 from cllm.model.memory import predict
 from cllm.model.model import Model
@@ -62,15 +65,15 @@ def test_the_batch_size_does_not_change_the_result(dataset, model):
     assert first.loss == pytest.approx(second.loss, rel=1e-6) and first.accuracy == second.accuracy
 
 
-def test_wrong_sizes_and_splits_without_targets_are_refused(dataset, model):
+def test_wrong_sizes_and_splits_without_targets_are_refused(dataset, model, tmp_path):
     with pytest.raises(UserError, match="seq_len must be within 1 and 32"):
         evaluate(model, dataset.val, 64)
-
-    class One:
-        num_tokens, num_bytes = 1, 1
-
+    writer = ShardWriter(tmp_path, 300, "hash", None)
+    writer.append(np.array([5]))
+    writer.end_document("one.txt", 1, 1)
+    writer.close()
     with pytest.raises(DataError, match="Give more text"):
-        evaluate(model, One(), 8)
+        evaluate(model, TokenSplit(tmp_path), 8)
 
 
 def test_predicted_memory_counts_parameters_exactly_and_grows_with_the_batch():

@@ -8,7 +8,7 @@ import torch
 from cllm import runtime
 from cllm.config.model import ModelConfig
 from cllm.config.train import TrainConfig
-from cllm.data.tokens.batch import IGNORED, Microbatch
+from cllm.data import IGNORE, Batch
 from cllm.model.model import Model
 from cllm.runtime.errors import UserError
 from cllm.train.noise_scale import SMOOTHING, NoiseScale
@@ -27,8 +27,8 @@ def one_thread():
 def batch(seed=0, targets=64):
     text = torch.randint(0, 40, (4, 17), generator=torch.Generator().manual_seed(seed))
     wanted = text[:, 1:].clone()
-    wanted.reshape(-1)[targets:] = IGNORED
-    return Microbatch(text[:, :-1].contiguous(), wanted)
+    wanted.reshape(-1)[targets:] = IGNORE
+    return Batch(text[:, :-1].contiguous(), wanted)
 
 
 def test_one_measurement_is_the_papers_formula_on_the_gradients_of_each_microbatch():

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from cllm import Model, ModelConfig, TrainStep, runtime
-from cllm.data.tokens.batch import IGNORED, Microbatch
+from cllm.data import IGNORE, Batch
 from cllm.train.faults import Faults
 from cllm.train.step_graph import FIRST_LOSS_SCALE, WARM_UPS, DeviceStep
 
@@ -24,13 +24,13 @@ def plain_kernels():
         yield
 
 
-def microbatches(seed: int, count: int = 2) -> list[Microbatch]:
+def microbatches(seed: int, count: int = 2) -> list[Batch]:
     generator = torch.Generator().manual_seed(seed)
     made = []
     for number in range(count):
         tokens, targets = (torch.randint(0, 61, (2, 16), generator=generator) for _ in range(2))
-        targets[0, : 1 + number] = IGNORED
-        made.append(Microbatch(tokens, targets, torch.tensor([0, 5, 16, 20 + number, 32], dtype=torch.int32)))
+        targets[0, : 1 + number] = IGNORE
+        made.append(Batch(tokens, targets, torch.tensor([0, 5, 16, 20 + number, 32], dtype=torch.int32)))
     return made
 
 
@@ -59,7 +59,7 @@ def test_the_next_batches_are_made_while_the_step_runs_and_used_afterwards():
     (step, _), (other, _) = device_step(model), device_step(plain)
     coming = microbatches(0)
     for number in range(3):
-        made: list[Microbatch] = []
+        made: list[Batch] = []
 
         def ahead(number=number, made=made):
             made += microbatches(number + 1)
@@ -129,7 +129,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight_though_every_gradient_is(mo
 def test_batches_without_a_target_change_nothing():
     model = Model(ModelConfig(**SIZES))
     step, owner = device_step(model)
-    empty = [Microbatch(each.tokens, torch.full_like(each.targets, IGNORED), each.cu_seqlens) for each in microbatches(0)]
+    empty = [Batch(each.tokens, torch.full_like(each.targets, IGNORE), each.cu_seqlens) for each in microbatches(0)]
     result = step.run(empty, 1e-2)
     assert (result.updated, result.num_targets, result.loss) == (False, 0, 0.0) and owner.optimizer.num_updates == 0
 

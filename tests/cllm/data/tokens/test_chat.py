@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from cllm import load, runtime, save
 from cllm.config.model import ModelConfig
 from cllm.data import Dataset
-from cllm.data.tokens.chat import ChatBatches, ChatSplit, ChatWindows, fill_rows, is_chat, prepare_chat
+from cllm.data.tokens.chat import is_chat, prepare_chat
 from cllm.data.tokens.chat_template import TEMPLATE, check_messages, encode_conversation, encode_prompt, end_of_turn, with_template
+from cllm.data.tokens.conversations import ChatBatches, ChatSplit, ChatWindows, fill_rows
 from cllm.data.tokens.tokenizer import Tokenizer
 from cllm.evaluate.loss import evaluate
 from cllm.interop.hf import save_hf

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cllm.data.tokens.loader import IGNORE, Batches, Windows
-from cllm.data.tokens.shards import ShardWriter, TokenSplit, folder_written_atomically
+from cllm.data import IGNORE, Batches, TokenSplit, Windows
+from cllm.data.tokens.shards import ShardWriter, folder_written_atomically
 from cllm.runtime.errors import DataError, UserError
 
 DOCUMENTS = st.lists(st.integers(1, 40), min_size=1, max_size=12)

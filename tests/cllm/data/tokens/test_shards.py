@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cllm.data.tokens.shards import ShardWriter, TokenSplit, folder_written_atomically, write_atomically
+from cllm.data import TokenSplit
+from cllm.data.tokens.shards import ShardWriter, folder_written_atomically, write_atomically
 from cllm.runtime.errors import DataError
 
 HASH = "0" * 64

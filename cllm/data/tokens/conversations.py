@@ -1,0 +1,143 @@
+"""Packed conversations, as supervised fine-tuning reads them: rows of whole conversations, in which only the answers are predicted.
+
+Conversations are never cut in two: a row holds as many whole ones as fit, and one that is longer than a row loses its end. `chat.py` packs them.
+"""
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from cllm.data.tokens.batch import IGNORE, Batch, EvaluationBatches, TrainingBatches
+from cllm.data.tokens.shards import PackedTokens
+from cllm.data.tokens.split import TokenSplit
+from cllm.runtime.errors import DataError
+
+
+class ChatSplit(TokenSplit):
+    """Packed conversations, and of each token whether it is part of an answer."""
+
+    def __init__(self, folder: str | os.PathLike[str], tokenizer_hash: str | None = None):
+        super().__init__(folder, tokenizer_hash)
+        self._answers = PackedTokens(self.folder / "answers")
+        if self._answers.num_tokens != self.num_tokens:
+            raise DataError(f"{self.folder / 'answers'} does not fit {self.num_tokens:,} tokens. Remove {self.folder.parent} and train again.")
+
+    def conversation(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, answer) of one conversation, both (n,) int64."""
+        start, end = int(self._offsets[number]), int(self._offsets[number + 1])
+        return self.read(start, end - start), self._answers.read(start, end - start)
+
+    def token_counts(self) -> np.ndarray:
+        """(vocab_size,) int64: how often each token occurs in answers, which alone are predicted."""
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for start in range(0, self.num_tokens, 1 << 20):
+            count = min(1 << 20, self.num_tokens - start)
+            ids = self.read(start, count)[self._answers.read(start, count) == 1]
+            counts += np.bincount(ids, minlength=self.vocab_size)
+        return counts
+
+    def verify(self) -> None:
+        super().verify()
+        self._answers.verify()
+
+    def batches(self, seq_len: int, batch_size: int, seed: int = 0, *, shuffle: str | bool = "epoch", document_mask: bool = False) -> TrainingBatches:
+        """Rows of whole conversations, in a new order in each epoch. Attention never crosses from one to the next, so that `shuffle` and
+        `document_mask` change nothing here. Raises DataError where no conversation has two tokens."""
+        return ChatBatches(self, seq_len, batch_size, seed)
+
+    def windows(self, seq_len: int, batch_size: int = 8, *, document_mask: bool = False) -> EvaluationBatches:
+        """Every conversation once, in order. `document_mask` changes nothing: attention never crosses from one conversation to the next."""
+        return ChatWindows(self, seq_len, batch_size)
+
+
+class ChatBatches:
+    """An endless sequence of training batches of whole conversations. `batch(index)` is a function of the data, the seed and the index alone.
+
+    Each epoch takes the conversations in a new random order and fills row after row. The end of a row in which the next conversation does not
+    fit is padded with token 0 without a target, as a document of its own. Raises DataError when no conversation has two tokens.
+    """
+
+    def __init__(self, split: ChatSplit, seq_len: int, batch_size: int, seed: int = 0):
+        self.split, self.seq_len, self.batch_size, self.seed = split, seq_len, batch_size, seed
+        self._lengths = np.minimum(split.document_lengths - 1, seq_len)  # the inputs of each conversation; its last token is only a target
+        self._ends: list[int] = []  # the number of rows up to the end of each epoch so far
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])  # number and rows of the epoch used last: a cache
+        if not (self._lengths > 0).any():
+            raise DataError(f"{split!r} holds no conversation of two tokens or more.")
+
+    def batch(self, index: int) -> Batch:
+        """Batch number `index`, counted from 0: batch_size rows of seq_len tokens."""
+        return self.rows(index * self.batch_size, self.batch_size)
+
+    def rows(self, first: int, count: int) -> Batch:
+        """Rows `first` to `first + count` of the endless sequence as one batch, wherever the batches of `batch` begin and end."""
+        return gather_rows(self.split, [self._row(row) for row in range(first, first + count)], self.seq_len)
+
+    def _row(self, number: int) -> list[int]:
+        while not self._ends or self._ends[-1] <= number:
+            self._ends.append((self._ends[-1] if self._ends else 0) + len(self._rows_of(len(self._ends))))
+        epoch = int(np.searchsorted(self._ends, number, side="right"))
+        return self._rows_of(epoch)[number - (self._ends[epoch - 1] if epoch else 0)]
+
+    def _rows_of(self, epoch: int) -> list[list[int]]:
+        if self._epoch[0] != epoch:
+            raw = np.random.Philox(np.random.SeedSequence([self.seed, 2, epoch])).random_raw(len(self._lengths))
+            self._epoch = epoch, fill_rows(np.argsort(raw, kind="stable"), self._lengths, self.seq_len)
+        return self._epoch[1]
+
+
+class ChatWindows:
+    """Every conversation once, in order, for evaluation; as many whole ones in each row of seq_len tokens as fit."""
+
+    def __init__(self, split: ChatSplit, seq_len: int, batch_size: int = 8):
+        self.split, self.seq_len, self.batch_size = split, seq_len, batch_size
+        lengths = np.minimum(split.document_lengths - 1, seq_len)
+        self._rows = fill_rows(np.arange(len(lengths)), lengths, seq_len)
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for index in range(len(self)):
+            yield self.batch(index)
+
+    def batch(self, index: int) -> Batch:
+        """Batch number `index`; the last one may have fewer rows."""
+        return gather_rows(self.split, self._rows[index * self.batch_size : (index + 1) * self.batch_size], self.seq_len)
+
+
+def fill_rows(order: np.ndarray, lengths: np.ndarray, seq_len: int) -> list[list[int]]:
+    """The numbers of the conversations in each row: taken in `order`, as many as fit in seq_len places; `lengths` (n,) are those of all."""
+    rows: list[list[int]] = []
+    room = 0
+    for number in order.tolist():
+        length = int(lengths[number])
+        if length < 1:
+            continue
+        if length > room:
+            rows.append([])
+            room = seq_len
+        rows[-1].append(number)
+        room -= length
+    return rows
+
+
+def gather_rows(split: ChatSplit, rows: list[list[int]], seq_len: int) -> Batch:
+    """Rows of conversations, given by their numbers, as one batch. Only tokens of answers are targets."""
+    tokens = np.zeros((len(rows), seq_len), dtype=np.int64)
+    targets = np.full((len(rows), seq_len), IGNORE, dtype=np.int64)
+    bounds = {0, tokens.size}
+    for row, numbers in enumerate(rows):
+        place = 0
+        for number in numbers:
+            ids, answers = (each[: seq_len + 1] for each in split.conversation(number))
+            end = place + len(ids) - 1
+            tokens[row, place:end] = ids[:-1]
+            targets[row, place:end] = np.where(answers[1:] == 1, ids[1:], IGNORE)
+            bounds.add(row * seq_len + place)
+            place = end
+        bounds.add(row * seq_len + place)
+    documents = sorted({number for numbers in rows for number in numbers})
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.tensor(sorted(bounds), dtype=torch.int32), documents)

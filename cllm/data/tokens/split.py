@@ -1,0 +1,19 @@
+"""One split of a data set, as training and evaluation read it."""
+
+from cllm.data.tokens.batch import EvaluationBatches, TrainingBatches
+from cllm.data.tokens.loader import Batches
+from cllm.data.tokens.shards import PackedTokens
+from cllm.data.tokens.windows import Windows
+
+
+class TokenSplit(PackedTokens):
+    """Packed text, cut into windows of any length. How a kind of data is cut is its split's own affair: training asks for `batches`, evaluation
+    for `windows`, and neither needs to know the kind. Raises DataError as `PackedTokens` does."""
+
+    def batches(self, seq_len: int, batch_size: int, seed: int = 0, *, shuffle: str | bool = "epoch", document_mask: bool = False) -> TrainingBatches:
+        """The endless sequence of training batches of (batch_size, seq_len) tokens; see `Batches` for the arguments and the errors raised."""
+        return Batches(self, seq_len, batch_size, seed, shuffle=shuffle, document_mask=document_mask)
+
+    def windows(self, seq_len: int, batch_size: int = 8, *, document_mask: bool = False) -> EvaluationBatches:
+        """The whole split once, in order, in batches of at most (batch_size, seq_len) tokens; see `Windows`."""
+        return Windows(self, seq_len, batch_size, document_mask=document_mask)

@@ -1,0 +1,103 @@
+"""The whole of a split once, in order, for evaluation; and how places in a stream of tokens become a batch.
+
+A window is T inputs and, one token further, T targets. With the document mask, rows are cut into documents (`cu_seqlens`), and the first token of
+a document is nobody's target.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from cllm.data.tokens.batch import IGNORE, Batch
+from cllm.data.tokens.shards import PackedTokens
+from cllm.runtime.errors import UserError
+
+
+class Windows:
+    """A whole split once, in order, for evaluation: every token but the first (of the split, or with the document mask of each document) is a
+    target exactly once. The last row of the last batch is filled up with inputs 0 and targets -100.
+
+    A window begins every `stride` tokens (default: seq_len, so that windows lie side by side). A shorter stride overlaps them, and a target that
+    an earlier window had is -100 in the next: each but those of the first window then has at least seq_len - stride + 1 tokens before it, or all
+    of its document. Windows are rows in order: the first input of row r of batch i is token (i * batch_size + r) * stride of the split.
+    """
+
+    def __init__(self, split: PackedTokens, seq_len: int, batch_size: int = 8, *, document_mask: bool = False, stride: int | None = None):
+        check_sizes(seq_len, batch_size)
+        stride = seq_len if stride is None else stride
+        if not 1 <= stride <= seq_len:
+            raise UserError(f"stride must be within 1 and seq_len ({seq_len}), got {stride}. Half of seq_len is a usual choice.")
+        self.split = split
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self.document_mask = document_mask
+        self.stride = stride
+        self.num_windows = 0 if split.num_tokens < 2 else 1 + max(0, -(-(split.num_tokens - 1 - seq_len) // stride))
+
+    def __len__(self) -> int:
+        return -(-self.num_windows // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for index in range(len(self)):
+            yield self.batch(index)
+
+    @property
+    def num_targets(self) -> int:
+        """How many tokens are predicted in one pass."""
+        if self.split.num_tokens < 2:
+            return 0
+        return self.split.num_tokens - (self.split.num_documents if self.document_mask else 1)
+
+    def batch(self, index: int) -> Batch:
+        """Batch number `index`; the last one may have fewer rows."""
+        assert 0 <= index < len(self), index
+        rows = range(index * self.batch_size, min((index + 1) * self.batch_size, self.num_windows))
+        batch = gather(self.split, [row * self.stride for row in rows], self.seq_len, self.document_mask, ring=False)
+        batch.targets[1 if index == 0 else 0 :, : self.seq_len - self.stride] = IGNORE  # scored by the window before
+        return batch
+
+
+def gather(split: PackedTokens, starts: list[int], seq_len: int, document_mask: bool, ring: bool) -> Batch:
+    """Windows of `seq_len` inputs from each start. Past the end of the stream a ring goes on at its beginning; else rows are filled up."""
+    end = split.num_tokens
+    tokens = np.zeros((len(starts), seq_len), dtype=np.int64)
+    targets = np.full((len(starts), seq_len), IGNORE, dtype=np.int64)
+    cuts: list[np.ndarray] = []  # places in the B * T tokens where another document begins
+    documents: set[int] = set()
+    offsets = split.document_starts
+    for row, start in enumerate(starts):
+        place = 0
+        while place < seq_len and (start < end or ring):
+            start = start % end
+            count = min(seq_len - place, end - start)
+            span = split.read(start, min(count + 1, end - start))
+            tokens[row, place : place + count] = span[:count]
+            targets[row, place : place + len(span) - 1] = span[1:]
+            # documents that begin in (start, start + count]: the token before is the last of another one and has no target
+            low = int(np.searchsorted(offsets, start, side="right"))
+            high = int(np.searchsorted(offsets, start + count, side="right"))
+            first = split.document_at(start)
+            last = int(np.searchsorted(offsets, start + count - 1, side="right")) - 1
+            documents.update(range(first, last + 1))
+            if document_mask:
+                begins = np.asarray(offsets[low:high], dtype=np.int64) - start
+                targets[row, place + begins - 1] = IGNORE
+                cuts.append(row * seq_len + place + begins[begins < count])
+                cuts.append(np.array([row * seq_len + place]))
+            place += count
+            start += count
+        if document_mask and place < seq_len:  # the filling is a document of its own
+            cuts.append(np.array([row * seq_len + place]))
+    cu_seqlens = None
+    if document_mask:
+        bounds = np.unique(np.concatenate([*cuts, np.array([0, tokens.size])]))
+        cu_seqlens = torch.from_numpy(bounds.astype(np.int32))
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), cu_seqlens, sorted(documents))
+
+
+def check_sizes(seq_len: int, batch_size: int) -> None:
+    if seq_len < 1:
+        raise UserError(f"seq_len must be at least 1, got {seq_len}. Use a value like 256.")
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}. Use a value like 12.")
