@@ -196,6 +196,63 @@ class Stage:
 stage = Stage
 
 
+class ByteProgress:
+    """Progress of work that is counted in bytes, step after step: a line for each step that takes longer than a second, or the caller's own function.
+
+    function: called with (label of the step, bytes done, bytes in all); then nothing is printed.
+    """
+
+    def __init__(self, function: Callable[[str, int, int], None] | None = None) -> None:
+        self._function = function
+        self._label = ""
+        self._started = 0.0
+        self._shown: Progress | Stage | None = None  # of the step that is running
+
+    def __enter__(self) -> "ByteProgress":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.end()
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        """The step of this name has done so many bytes; another name than before begins the next step."""
+        if self._function is not None:
+            self._function(label, done, total)
+            return
+        if label != self._label:
+            self.end()
+            self._label, self._started = label, time.monotonic()
+        if self._shown is None and time.monotonic() - self._started > 1.0:
+            self._shown = Progress(total, label)
+            self._shown.__enter__()
+        if isinstance(self._shown, Progress):
+            self._shown.update(done, f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
+
+    def step(self, label: str, total: int) -> Callable[[int], None]:
+        """Begins a step of `total` bytes; the function returned is called with each number of bytes that were dealt with."""
+        done = 0
+
+        def report(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            self(label, min(done, total), total)
+
+        return report
+
+    def heartbeat(self, label: str) -> None:
+        """Begins a step that cannot tell how far it is."""
+        self.end()
+        if self._function is None:
+            self._shown = Stage(label)
+            self._shown.__enter__()
+
+    def end(self) -> None:
+        """The step is over."""
+        shown, self._shown, self._label = self._shown, None, ""
+        if shown is not None:
+            shown.__exit__(None, None, None)
+
+
 class Watchdog:
     """Dumps the stacks of all threads when `beat` was not called for `seconds`, and calls `on_stall(seconds_without_beat)`; again after each pause.
 

@@ -7,11 +7,13 @@ from cllm._lazy import exports
 __all__ = ["IGNORE", "Batch", "Batches", "Dataset", "TokenSplit", "Windows", "is_packed", "prepare", "stream_texts", "train_tokenizer"]
 
 if TYPE_CHECKING:
-    from cllm.data.pipeline import prepare, stream_texts, train_tokenizer
+    from cllm.data.documents.corpus import stream_texts
+    from cllm.data.pipeline import prepare
     from cllm.data.tokens.batch import IGNORE, Batch
     from cllm.data.tokens.dataset import Dataset, is_packed
     from cllm.data.tokens.loader import Batches
     from cllm.data.tokens.split import TokenSplit
+    from cllm.data.tokens.tokenizer import train_tokenizer
     from cllm.data.tokens.windows import Windows
 
 __getattr__, __dir__ = exports(
@@ -24,8 +26,8 @@ __getattr__, __dir__ = exports(
         "Batches": "cllm.data.tokens.loader",
         "Windows": "cllm.data.tokens.windows",
         "prepare": "cllm.data.pipeline",
-        "stream_texts": "cllm.data.pipeline",
-        "train_tokenizer": "cllm.data.pipeline",
+        "stream_texts": "cllm.data.documents.corpus",
+        "train_tokenizer": "cllm.data.tokens.tokenizer",
         "TokenSplit": "cllm.data.tokens.split",
     },
 )

@@ -10,22 +10,21 @@ Memory stays bounded: text is read, tokenized and written in pieces, whatever th
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cllm.data.documents.corpus import TRAIN, VAL, Corpus, Report, Segment, SplitPlan, load_corpus, plan_split
+from cllm.data.documents.corpus import Corpus, Segment, SplitPlan, describe, load_corpus, pieces, plan_split
 from cllm.data.tokens.dataset import FORMAT, VERSION, Dataset, is_packed, read_info
 from cllm.data.tokens.shards import ShardWriter, folder_written_atomically, write_atomically
-from cllm.data.tokens.tokenizer import END_OF_TEXT, KINDS, Tokenizer, default_vocab_size, pieces
-from cllm.runtime import progress as progress_line
+from cllm.data.tokens.tokenizer import KINDS, SAMPLE_BYTES, Tokenizer, train_on
 from cllm.runtime.errors import DataError, UserError
+from cllm.runtime.progress import ByteProgress
 
 PACK_VERSION = 1
-SAMPLE_BYTES = 1_000_000_000  # the trainer of the tokenizers library counts pairs in 32 bits; more text than this can overflow them
 _BATCH_CHARS = 1 << 21  # characters of text that are tokenized together, and
 _BATCH_PIECES = 1 << 12  # pieces at most
 
@@ -58,11 +57,11 @@ def prepare(
     if is_packed(path):
         return _use_packed(path, tokenizer, tell)
     out = Path(out_dir)
-    with _Progress(progress) as bar:
+    with ByteProgress(progress) as bar:
         corpus = load_corpus(path, out, [out, *exclude], bar)
         bar.end()
         plan = plan_split(corpus.rows, val_fraction)
-        steps = [_describe(corpus, plan, tell)]
+        steps = [describe(corpus, plan, tell)]
         if corpus.num_chars < 2 or (val_fraction and plan.sides is None and plan.cut(corpus.num_chars) < 1):
             raise DataError(f"{path} holds {corpus.num_chars} character of text, too little to learn anything from. Give it more text.")
         chosen, step = _tokenizer(corpus, plan, out, tokenizer, vocab_size, pre_tokenizer, sample_bytes, bar)
@@ -71,40 +70,6 @@ def prepare(
         bar.end()
         tell(f"tokens: {packed[2]} ({packed[1]})")
     return Dataset(dataset.folder, dataset.train, dataset.val, dataset.tokenizer, dataset.info, [*steps, step, packed])
-
-
-def train_tokenizer(
-    path: str | os.PathLike[str],
-    vocab_size: int | None = None,
-    kind: str = "bpe",
-    *,
-    pre_tokenizer: str = "gpt-2",
-    sample_bytes: int = SAMPLE_BYTES,
-    log: Log | None = None,
-    progress: Progress | None = None,
-) -> Tokenizer:
-    """A tokenizer trained on all text at a path, without anything else being written."""
-    with _Progress(progress) as bar:
-        corpus = _measure_only(path, bar, log)
-        plan = plan_split(corpus.rows, 0.0)
-        return _train(corpus, plan, kind, vocab_size, pre_tokenizer, sample_bytes, bar)[0]
-
-
-def stream_texts(path: str | os.PathLike[str], *, log: Log | None = None, progress: Progress | None = None) -> Iterator[str]:
-    """All text at a path as a stream of pieces, documents not marked; for statistics."""
-    with _Progress(progress) as bar:
-        corpus = _measure_only(path, bar, log)
-        for segment in corpus.segments(plan_split(corpus.rows, 0.0), bar.step("Reading text", corpus.num_bytes)):
-            yield from pieces(segment.chunks)
-
-
-def _measure_only(path: str | os.PathLike[str], bar: "_Progress", log: Log | None) -> Corpus:
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="cllm-") as scratch:
-        corpus = load_corpus(path, Path(scratch), (), bar)
-    _describe(corpus, plan_split(corpus.rows, 0.0), log or (lambda line: None))
-    return corpus
 
 
 def _use_packed(path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | Tokenizer | None, tell: Log) -> Dataset:
@@ -126,27 +91,6 @@ def _given_tokenizer(tokenizer: str | os.PathLike[str] | Tokenizer | None) -> To
     return Tokenizer.load(tokenizer)
 
 
-def _describe(corpus: Corpus, plan: SplitPlan, tell: Log) -> tuple[str, str, str]:
-    files, documents = len(corpus.files), len(corpus.rows)
-    words = f"{files:,} file{'s' * (files != 1)}, {documents:,} document{'s' * (documents != 1)}, {corpus.num_bytes / 1e6:,.2f} MB of text"
-    state = "cached" if not corpus.files_read else "done" if corpus.files_read >= files else f"{corpus.files_read:,} read, the others cached"
-    tell(f"files: {words} ({state})")
-    others = sorted({info.charset.codec for _, info in corpus.files} - {"utf-8", "utf-8-sig"})
-    if others:
-        tell(f"  decoded from {', '.join(others)}")
-    if corpus.skipped.total:
-        lines = corpus.skipped.lines()
-        tell(f"  left out {corpus.skipped.total:,}:")
-        for line in lines[:8]:
-            tell(f"    {line}")
-        if len(lines) > 8:
-            tell(f"    and for {len(lines) - 8} other reasons (dataset.json lists them)")
-    if plan.val_fraction:
-        how = "the end of each document, because the documents are few" if documents > 1 else "the end of the text"
-        tell(f"  validation: {how if plan.sides is None else f'{int((plan.sides == VAL).sum()):,} documents, chosen by the hash of their text'}")
-    return "files", "cached" if not corpus.files_read else "done", words
-
-
 # -- tokenizer ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -158,7 +102,7 @@ def _tokenizer(
     vocab_size: int | None,
     pre_tokenizer: str,
     sample_bytes: int,
-    bar: "_Progress",
+    bar: ByteProgress,
 ) -> tuple[Tokenizer, tuple[str, str, str]]:
     given = _given_tokenizer(wanted)
     if given is not None:
@@ -174,53 +118,11 @@ def _tokenizer(
                 return tokenizer, ("tokenizer", "cached", f"{kind}, {tokenizer.vocab_size:,} tokens")
     except (OSError, ValueError, KeyError, TypeError, DataError):
         pass  # never trained, or damaged: train
-    tokenizer, sample = _train(corpus, plan, kind, vocab_size, pre_tokenizer, sample_bytes, bar)
+    tokenizer, sample = train_on(corpus, plan, kind, vocab_size, pre_tokenizer, sample_bytes, bar)
     tokenizer.save(out / "tokenizer.json")
-    record = {"key": learned_from, "tokenizer": tokenizer.hash, "settings": settings, "sample": sample}
+    record = {"key": learned_from, "tokenizer": tokenizer.hash, "settings": settings, "sample": asdict(sample)}
     write_atomically(out / "training.json", json.dumps(record, indent=1).encode("utf-8"))
-    return tokenizer, ("tokenizer", "done", f"{kind}, {tokenizer.vocab_size:,} tokens, learned from {sample['bytes'] / 1e6:,.2f} MB")
-
-
-def _train(
-    corpus: Corpus, plan: SplitPlan, kind: str, vocab_size: int | None, pre_tokenizer: str, sample_bytes: int, bar: "_Progress"
-) -> tuple[Tokenizer, dict[str, Any]]:
-    """BPE learns from the training documents, or from a sample of their pieces when they are too many; characters are taken from all text."""
-    sample: dict[str, Any] = {
-        "bytes": 0,
-        "of_bytes": corpus.num_bytes if kind == "char" else plan.train_bytes(corpus.rows),
-        "pieces": 0,
-        "share": 1.0,
-    }
-    if kind == "bpe":
-        sample["share"] = min(1.0, sample_bytes / max(sample["of_bytes"], 1))
-    texts = _sampled(corpus, plan, kind, sample, bar)
-    specials = (END_OF_TEXT,) if kind == "char" and len(corpus.rows) > 1 else None
-    size = default_vocab_size(sample["of_bytes"]) if vocab_size is None else vocab_size
-    tokenizer = Tokenizer.train(texts, size, kind, pre_tokenizer=pre_tokenizer, specials=specials)
-    bar.end()
-    return tokenizer, sample
-
-
-def _sampled(corpus: Corpus, plan: SplitPlan, kind: str, sample: dict[str, Any], bar: "_Progress") -> Iterator[str]:
-    report = bar.step("Reading text for the tokenizer", corpus.num_bytes)
-    threshold = int(sample["share"] * 2**64)
-    for segment in corpus.segments(plan, report):
-        if kind == "bpe" and segment.side != TRAIN:
-            for _ in segment.chunks:
-                pass
-            continue
-        for number, piece in enumerate(pieces(segment.chunks)):
-            if sample["share"] < 1.0 and _number(segment.key, number) >= threshold:
-                continue
-            sample["bytes"] += len(piece.encode("utf-8"))
-            sample["pieces"] += 1
-            yield piece
-    bar.heartbeat("Learning the vocabulary")
-
-
-def _number(key: int, number: int) -> int:
-    """A hash as an even 64-bit number: which pieces are sampled depends on the documents alone."""
-    return int.from_bytes(hashlib.blake2b(f"{key}:{number}".encode(), digest_size=8).digest(), "little")
+    return tokenizer, ("tokenizer", "done", f"{kind}, {tokenizer.vocab_size:,} tokens, learned from {sample.bytes / 1e6:,.2f} MB")
 
 
 def _digest(*parts: Any) -> str:
@@ -230,7 +132,7 @@ def _digest(*parts: Any) -> str:
 # -- packing --------------------------------------------------------------------------------------------------------------------------
 
 
-def _packed(corpus: Corpus, plan: SplitPlan, out: Path, tokenizer: Tokenizer, bar: "_Progress") -> tuple[Dataset, tuple[str, str, str]]:
+def _packed(corpus: Corpus, plan: SplitPlan, out: Path, tokenizer: Tokenizer, bar: ByteProgress) -> tuple[Dataset, tuple[str, str, str]]:
     key = _digest(PACK_VERSION, corpus.digest(), plan.method, plan.val_fraction, tokenizer.hash)
     folder = out / "tokens"
     try:
@@ -314,56 +216,3 @@ def _token_words(dataset: Dataset) -> str:
 
     num_bytes, num_tokens = dataset.train.num_bytes + dataset.val.num_bytes, dataset.train.num_tokens + dataset.val.num_tokens
     return f"train {side(dataset.train)}, val {side(dataset.val)}, {num_bytes / max(num_tokens, 1):.2f} bytes a token"
-
-
-class _Progress:
-    """Passes progress on: to the caller's function, or to a progress line for each step that takes long enough to need one."""
-
-    def __init__(self, function: Progress | None):
-        self._function = function
-        self._label = ""
-        self._started = 0.0
-        self._shown: Any = None  # the progress line or heartbeat that is running
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.end()
-
-    def __call__(self, label: str, done: int, total: int) -> None:
-        if self._function is not None:
-            self._function(label, done, total)
-            return
-        if label != self._label:
-            self.end()
-            self._label, self._started = label, time.monotonic()
-        if self._shown is None and time.monotonic() - self._started > 1.0:
-            self._shown = progress_line.Progress(total, label)
-            self._shown.__enter__()
-        if self._shown is not None:
-            self._shown.update(done, f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
-
-    def step(self, label: str, total: int) -> Report:
-        """A function that counts the bytes of one step."""
-        done = 0
-
-        def report(num_bytes: int) -> None:
-            nonlocal done
-            done += num_bytes
-            self(label, min(done, total), total)
-
-        return report
-
-    def heartbeat(self, label: str) -> None:
-        """From here to the end of the step there is nothing to count."""
-        self.end()
-        if self._function is None:
-            self._shown = progress_line.stage(label)
-            self._shown.__enter__()
-
-    def end(self) -> None:
-        """The step is over."""
-        shown, self._shown, self._label = self._shown, None, ""
-        if shown is not None:
-            shown.__exit__(None, None, None)

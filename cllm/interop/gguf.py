@@ -207,7 +207,7 @@ def _vocabulary(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
 def _characters(tokenizer: Tokenizer) -> tuple[dict[str, int], list[str], str]:
     """A character as a byte-level token, and the merges that put its bytes together: in UTF-8 the bytes of one character never join those
     of its neighbour, so that nothing else is merged."""
-    from cllm.data.tokens.tokenizer import byte_level_name
+    from cllm.data.tokens.vocabulary import byte_level_name
 
     special = set(tokenizer.special_tokens.values())
     names = {byte_level_name(tokenizer.token_bytes(i)): i for i in range(tokenizer.vocab_size) if i not in special and tokenizer.token_bytes(i)}
@@ -223,7 +223,7 @@ def _merges(content: dict[str, Any]) -> list[str]:
 
 
 def _pre_tokenizer(content: dict[str, Any]) -> str:
-    from cllm.data.tokens.tokenizer import LLAMA_BPE_PATTERN
+    from cllm.data.tokens.vocabulary import LLAMA_BPE_PATTERN
 
     steps = content.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])

@@ -87,3 +87,23 @@ with progress.Watchdog(0.4):
 def test_a_watchdog_of_zero_seconds_never_barks():
     with progress.Watchdog(0, lambda seconds: pytest.fail("barked")):
         time.sleep(0.05)
+
+
+def test_steps_counted_in_bytes_are_passed_on_and_never_exceed_their_total():
+    calls = []
+    with progress.ByteProgress(lambda label, done, total: calls.append((label, done, total))) as bar:
+        report = bar.step("Reading", 10)
+        for count in (4, 4, 4):
+            report(count)
+        bar.heartbeat("Thinking")  # nothing to count: nothing to pass on
+    assert calls == [("Reading", 4, 10), ("Reading", 8, 10), ("Reading", 10, 10)]
+
+
+def test_a_step_that_takes_long_gets_a_line_of_its_own_and_a_short_one_none(capsys):
+    with progress.ByteProgress() as bar:
+        bar("Short", 1_000_000, 2_000_000)
+        bar("Long", 1_000_000, 2_000_000)
+        bar._started -= 2.0
+        bar("Long", 2_000_000, 2_000_000)
+    said = capsys.readouterr().err
+    assert "Long 100%  2.0 of 2.0 MB" in said and "Short" not in said

@@ -11,7 +11,9 @@ document is cut by position: its first int((1 - val_fraction) * characters) char
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+import re
+import tempfile
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +24,13 @@ from cllm.data.documents.charset import Charset
 from cllm.data.documents.files import ROW, FileInfo, Skipped, SourceFile, find, read, scan
 from cllm.data.tokens.shards import write_atomically
 from cllm.runtime.errors import DataError, UserError
+from cllm.runtime.progress import ByteProgress
 
 SCAN_VERSION = 1
 TRAIN, VAL = 0, 1
 Report = Callable[[int], None]  # called with a number of bytes that were just dealt with
+PIECE_CHARS = 1 << 15  # the trainer of the tokenizers library buffers 256 items, so items are small
+_SAFE_CUT = re.compile(r"(?<=[^\W_])(?=[ \n])")
 
 
 class Segment(NamedTuple):
@@ -244,3 +249,101 @@ def _no_text(path: Path, skipped: Skipped) -> str:
     if path.is_file():
         return f"{path} holds no text: it is {next(iter(skipped.counts))}. {kinds}"
     return f"{path} holds no text. Left out: {'; '.join(skipped.lines()[:5])}. {kinds}"
+
+
+# -- the text itself ------------------------------------------------------------------------------------------------------------------
+
+
+def measure(path: str | os.PathLike[str], bar: ByteProgress, log: Callable[[str], None] | None = None) -> Corpus:
+    """All text at a path, found and measured without anything being remembered; `log` hears what was found."""
+    with tempfile.TemporaryDirectory(prefix="cllm-") as scratch:
+        corpus = load_corpus(path, Path(scratch), (), bar)
+    if log is not None:
+        describe(corpus, plan_split(corpus.rows, 0.0), log)
+    return corpus
+
+
+def stream_texts(
+    path: str | os.PathLike[str], *, log: Callable[[str], None] | None = None, progress: Callable[[str, int, int], None] | None = None
+) -> Iterator[str]:
+    """All text at a path as a stream of pieces, documents not marked; for statistics.
+
+    log gets a sentence about what was found; progress(step, bytes done, bytes in all) replaces the progress line.
+    Raises DataError when there is no text.
+    """
+    with ByteProgress(progress) as bar:
+        corpus = measure(path, bar, log)
+        for segment in corpus.segments(plan_split(corpus.rows, 0.0), bar.step("Reading text", corpus.num_bytes)):
+            yield from pieces(segment.chunks)
+
+
+@dataclass
+class TextSample:
+    """The pieces of text that a tokenizer learns from: a share of those of `of_bytes`, counted in `bytes` and `pieces` as they are taken."""
+
+    bytes: int
+    of_bytes: int
+    pieces: int
+    share: float
+
+    def take(self, corpus: Corpus, plan: SplitPlan, sides: Container[int], report: Report) -> Iterator[str]:
+        """The pieces of all documents on these sides that belong to the sample. Which they are depends on the documents alone."""
+        threshold = int(self.share * 2**64)
+        for segment in corpus.segments(plan, report):
+            if segment.side not in sides:
+                for _ in segment.chunks:  # the next segment begins where this one ends
+                    pass
+                continue
+            for number, piece in enumerate(pieces(segment.chunks)):
+                if self.share < 1.0 and _hash(segment.key, number) >= threshold:
+                    continue
+                self.bytes += len(piece.encode("utf-8"))
+                self.pieces += 1
+                yield piece
+
+
+def _hash(key: int, number: int) -> int:
+    """An even 64-bit hash of one piece of a document."""
+    return int.from_bytes(hashlib.blake2b(f"{key}:{number}".encode(), digest_size=8).digest(), "little")
+
+
+def pieces(chunks: Iterable[str], size: int = PIECE_CHARS) -> Iterator[str]:
+    """Cut a stream of text into pieces of `size` to 2 `size` characters; joined they are the text again.
+
+    Cuts fall between a letter or digit and a following blank or newline, where every token of both patterns ends, so that encoding the
+    pieces gives the tokens of the whole. Only where `size` characters hold no such place (one endless word) a piece is cut anywhere.
+    The cuts depend on the text alone, not on the chunks it arrives in.
+    """
+    buffer, start = "", 0
+    for chunk in chunks:
+        buffer = buffer[start:] + chunk
+        start = 0
+        while len(buffer) - start > 2 * size:
+            found = _SAFE_CUT.search(buffer, start + size, start + 2 * size)
+            end = found.start() if found else start + 2 * size
+            yield buffer[start:end]
+            start = end
+    if len(buffer) > start:
+        yield buffer[start:]
+
+
+def describe(corpus: Corpus, plan: SplitPlan, tell: Callable[[str], None]) -> tuple[str, str, str]:
+    """Tells what was found, what was left out and how it is split; returns it as a step of `prepare`: (step, "done" or "cached", in words)."""
+    files, documents = len(corpus.files), len(corpus.rows)
+    words = f"{files:,} file{'s' * (files != 1)}, {documents:,} document{'s' * (documents != 1)}, {corpus.num_bytes / 1e6:,.2f} MB of text"
+    state = "cached" if not corpus.files_read else "done" if corpus.files_read >= files else f"{corpus.files_read:,} read, the others cached"
+    tell(f"files: {words} ({state})")
+    others = sorted({info.charset.codec for _, info in corpus.files} - {"utf-8", "utf-8-sig"})
+    if others:
+        tell(f"  decoded from {', '.join(others)}")
+    if corpus.skipped.total:
+        lines = corpus.skipped.lines()
+        tell(f"  left out {corpus.skipped.total:,}:")
+        for line in lines[:8]:
+            tell(f"    {line}")
+        if len(lines) > 8:
+            tell(f"    and for {len(lines) - 8} other reasons (dataset.json lists them)")
+    if plan.val_fraction:
+        how = "the end of each document, because the documents are few" if documents > 1 else "the end of the text"
+        tell(f"  validation: {how if plan.sides is None else f'{int((plan.sides == VAL).sum()):,} documents, chosen by the hash of their text'}")
+    return "files", "cached" if not corpus.files_read else "done", words

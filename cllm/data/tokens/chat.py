@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from cllm.data.pipeline import _Progress as Steps
 from cllm.data.tokens.chat_template import Part, check_messages, encode_conversation, with_template
 from cllm.data.tokens.conversations import ChatSplit
 from cllm.data.tokens.dataset import FORMAT, VERSION, Dataset, read_info
 from cllm.data.tokens.shards import ShardWriter, folder_written_atomically, write_atomically
 from cllm.data.tokens.tokenizer import Tokenizer
 from cllm.runtime.errors import DataError
+from cllm.runtime.progress import ByteProgress
 
 CHAT_VERSION = 1
 SPLITS = ("train", "val")
@@ -113,7 +113,7 @@ def _pack(path: Path, folder: Path, key: str, tokenizer: Tokenizer, val_fraction
 def _conversations(path: Path, tokenizer: Tokenizer, val_fraction: float, skipped: dict[str, list[int]]) -> Iterator[tuple[int, int, list[Part]]]:
     """(line, 0 train or 1 validation, parts) of every good line. The side is the hash of the conversation: equal ones never lie on both."""
     size = path.stat().st_size
-    with open(path, "rb") as lines, Steps(None) as bar:
+    with open(path, "rb") as lines, ByteProgress() as bar:
         done = 0
         for number, line in enumerate(lines, 1):
             done += len(line)

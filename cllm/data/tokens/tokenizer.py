@@ -16,32 +16,33 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cllm.data.documents.corpus import TRAIN, VAL, Corpus, SplitPlan, TextSample, measure, pieces, plan_split, stream_texts
+from cllm.data.tokens.shards import write_atomically
+from cllm.data.tokens.vocabulary import (
+    CHARACTER_PATTERN,
+    END_OF_TEXT,
+    byte_level_bytes,
+    default_vocab_size,
+    learn_bpe,
+    learn_characters,
+    sentence_piece_bytes,
+)
 from cllm.runtime.errors import DataError, UserError
+from cllm.runtime.progress import ByteProgress
 
-END_OF_TEXT = "<|endoftext|>"
-NAMED_SPECIALS = (END_OF_TEXT, "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
-BPE_SPECIALS = (*NAMED_SPECIALS, *(f"<|reserved_{i}|>" for i in range(len(NAMED_SPECIALS), 16)))
-VOCAB_MULTIPLE = 64  # the output layer's rows come in whole tiles
-MIN_BPE_VOCAB = 320  # 16 special tokens and 256 bytes, rounded up to the multiple
 KINDS = ("bpe", "char")
+SAMPLE_BYTES = 1_000_000_000  # the trainer of the tokenizers library counts pairs in 32 bits; more text than this can overflow them
 SETTINGS = "tokenizer_config.json"
 
-# Verbatim from Llama 3 (known to llama.cpp as "llama-bpe"); the one of GPT-2 is built into the ByteLevel pre-tokenizer.
-LLAMA_BPE_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PRE_TOKENIZERS = ("gpt-2", "llama-bpe")
-_CHAR_PATTERN = r"[\s\S]"
 # Names of the end of a document in tokenizers trained elsewhere, most specific first.
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "[SEP]")
-
-TRAIN_PIECE_CHARS = 1 << 15  # the trainer buffers 256 items, so items are small
-_SAFE_CUT = re.compile(r"(?<=[^\W_])(?=[ \n])")
 
 
 class Tokenizer:
@@ -89,15 +90,13 @@ class Tokenizer:
         if kind not in KINDS:
             raise UserError(f'Tokenizer kind must be one of {", ".join(KINDS)}, got "{kind}".')
         if isinstance(texts, (str, os.PathLike)) and specials is None:  # with its bounded sample, and an end token where there are documents to end
-            from cllm.data.pipeline import train_tokenizer
-
             return train_tokenizer(_place(texts), vocab_size, kind, pre_tokenizer=pre_tokenizer)
         stream = _texts(texts)
         if kind == "char":
-            return cls(_train_char(stream, tuple(specials or ())))
+            return cls(learn_characters(stream, tuple(specials or ())))
         if specials is not None:
             raise UserError('The special tokens of a "bpe" tokenizer have fixed ids; `specials` is for kind="char".')
-        return cls(_train_bpe(stream, vocab_size, pre_tokenizer))
+        return cls(learn_bpe(stream, vocab_size, pre_tokenizer))
 
     def with_end(self, name: str) -> "Tokenizer":
         """The same tokenizer with this token as the end of a text."""
@@ -152,8 +151,6 @@ class Tokenizer:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tokenizer.json (into the folder, when `path` is one), whole or not at all; beside it, where there is something to put there
         (a chat template), tokenizer_config.json."""
-        from cllm.data.tokens.shards import write_atomically
-
         file = Path(path)
         file = file / "tokenizer.json" if file.is_dir() else file
         if self.settings and file.name == "tokenizer.json":
@@ -295,7 +292,7 @@ class Tokenizer:
     @cached_property
     def _bytes(self) -> list[bytes]:
         added = {t["content"] for t in self._content.get("added_tokens") or []}
-        read = str.encode if self.kind == "char" else _byte_level if _uses_byte_level(self._content) else _sentence_piece
+        read = str.encode if self.kind == "char" else byte_level_bytes if _uses_byte_level(self._content) else sentence_piece_bytes
         table = [b""] * self.vocab_size
         for token, i in self._ids.items():
             table[i] = token.encode("utf-8") if token in added else read(token)
@@ -335,30 +332,45 @@ class StreamDecoder:
         return self._decoder.decode(b"", final=True)
 
 
-def pieces(chunks: Iterable[str], size: int = TRAIN_PIECE_CHARS) -> Iterator[str]:
-    """Cut a stream of text into pieces of `size` to 2 `size` characters; joined they are the text again.
+def train_tokenizer(
+    path: str | os.PathLike[str],
+    vocab_size: int | None = None,
+    kind: str = "bpe",
+    *,
+    pre_tokenizer: str = "gpt-2",
+    sample_bytes: int = SAMPLE_BYTES,
+    log: Callable[[str], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Tokenizer:
+    """A tokenizer trained on all text at a path (whatever `cllm train` takes), without anything being written.
 
-    Cuts fall between a letter or digit and a following blank or newline, where every token of both patterns ends, so that encoding the
-    pieces gives the tokens of the whole. Only where `size` characters hold no such place (one endless word) a piece is cut anywhere.
-    The cuts depend on the text alone, not on the chunks it arrives in.
+    vocab_size: of a BPE tokenizer; None chooses by the amount of text. sample_bytes: how much of the text it learns from at most.
+    log gets a sentence about what was found; progress(step, bytes done, bytes in all) replaces the progress line.
+    Raises DataError when there is no text, UserError for a vocabulary that is too small or an unknown pre-tokenizer.
     """
-    buffer, start = "", 0
-    for chunk in chunks:
-        buffer = buffer[start:] + chunk
-        start = 0
-        while len(buffer) - start > 2 * size:
-            found = _SAFE_CUT.search(buffer, start + size, start + 2 * size)
-            end = found.start() if found else start + 2 * size
-            yield buffer[start:end]
-            start = end
-    if len(buffer) > start:
-        yield buffer[start:]
+    with ByteProgress(progress) as bar:
+        corpus = measure(path, bar, log)
+        return train_on(corpus, plan_split(corpus.rows, 0.0), kind, vocab_size, pre_tokenizer, sample_bytes, bar)[0]
 
 
-def default_vocab_size(num_bytes: int) -> int:
-    """A vocabulary that fits the amount of text: about 1.3 x sqrt(bytes), as a power of two from 512 to 32768 (1 MB 1024, 100 MB 16384)."""
-    target = 1.3 * max(num_bytes, 1) ** 0.5
-    return int(2 ** min(15, max(9, round(float(np.log2(target))))))
+def train_on(
+    corpus: Corpus, plan: SplitPlan, kind: str, vocab_size: int | None, pre_tokenizer: str, sample_bytes: int, bar: ByteProgress
+) -> tuple[Tokenizer, TextSample]:
+    """A tokenizer, and what of the text it learned from. BPE learns from the training documents, or from a sample of their pieces where they are
+    more than `sample_bytes`; a character tokenizer takes the characters of all text, validation included, because it could not encode others."""
+    sides = (TRAIN, VAL) if kind == "char" else (TRAIN,)
+    of_bytes = corpus.num_bytes if kind == "char" else plan.train_bytes(corpus.rows)
+    sample = TextSample(0, of_bytes, 0, 1.0 if kind == "char" else min(1.0, sample_bytes / max(of_bytes, 1)))
+
+    def texts() -> Iterator[str]:
+        yield from sample.take(corpus, plan, sides, bar.step("Reading text for the tokenizer", corpus.num_bytes))
+        bar.heartbeat("Learning the vocabulary")  # the library has all text and now counts pairs, without a word
+
+    specials = (END_OF_TEXT,) if kind == "char" and len(corpus.rows) > 1 else None
+    size = default_vocab_size(sample.of_bytes) if vocab_size is None else vocab_size
+    tokenizer = Tokenizer.train(texts(), size, kind, pre_tokenizer=pre_tokenizer, specials=specials)
+    bar.end()
+    return tokenizer, sample
 
 
 def _texts(texts: Any) -> Iterator[str]:
@@ -367,8 +379,6 @@ def _texts(texts: Any) -> Iterator[str]:
         if isinstance(item, str):
             yield from pieces([item])
         else:
-            from cllm.data.pipeline import stream_texts
-
             yield from stream_texts(item)
 
 
@@ -376,63 +386,6 @@ def _place(path: str | os.PathLike[str]) -> Path:
     if isinstance(path, str) and ("\n" in path or len(path) > 4096):
         raise UserError("A single str names a file or folder. Give text itself as a list: [text].")
     return Path(path)
-
-
-def _added_token(token_id: int, content: str) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {"id": token_id, "content": content, **flags}
-
-
-def _train_char(stream: Iterator[str], specials: tuple[str, ...]) -> dict[str, Any]:
-    characters: set[str] = set()
-    for text in stream:
-        characters |= set(text)
-    if not characters:
-        raise DataError("There is no text to take characters from.")
-    tokens = [*sorted(characters), *specials]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [_added_token(len(characters) + i, name) for i, name in enumerate(specials)],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": _CHAR_PATTERN}, "behavior": "Isolated", "invert": False},
-        "post_processor": None,
-        "decoder": {"type": "Fuse"},
-        "model": {"type": "WordLevel", "vocab": {token: i for i, token in enumerate(tokens)}, "unk_token": "<|unk|>"},
-    }
-
-
-def _train_bpe(stream: Iterator[str], vocab_size: int, pre_tokenizer: str) -> dict[str, Any]:
-    if pre_tokenizer not in PRE_TOKENIZERS:
-        raise UserError(f'pre_tokenizer must be one of {", ".join(PRE_TOKENIZERS)}, got "{pre_tokenizer}".')
-    if vocab_size < len(BPE_SPECIALS) + 256:
-        raise UserError(f"vocab_size must be at least {MIN_BPE_VOCAB} for 256 bytes and {len(BPE_SPECIALS)} special tokens, got {vocab_size}.")
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Backend
-
-    backend = Backend(models.BPE())
-    if pre_tokenizer == "gpt-2":
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    else:
-        split = pre_tokenizers.Split(Regex(LLAMA_BPE_PATTERN), behavior="isolated")
-        backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=_round_up(vocab_size),
-        min_frequency=2,
-        special_tokens=list(BPE_SPECIALS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(stream, trainer)
-    size = backend.get_vocab_size()
-    backend.add_special_tokens([f"<|reserved_{i}|>" for i in range(len(BPE_SPECIALS), len(BPE_SPECIALS) + _round_up(size) - size)])
-    return json.loads(backend.to_str())
-
-
-def _round_up(size: int) -> int:
-    return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -466,37 +419,8 @@ def _name(token: Any) -> str | None:
 
 def _is_char(content: dict[str, Any]) -> bool:
     split = content.get("pre_tokenizer") or {}
-    return content["model"].get("type") == "WordLevel" and split.get("pattern") == {"Regex": _CHAR_PATTERN}
+    return content["model"].get("type") == "WordLevel" and split.get("pattern") == {"Regex": CHARACTER_PATTERN}
 
 
 def _uses_byte_level(content: dict[str, Any]) -> bool:
     return '"ByteLevel"' in json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes (Radford et al. 2019, `bytes_to_unicode`)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-_BYTE_OF = _byte_level_alphabet()
-_CHARACTER_OF = {byte: character for character, byte in _BYTE_OF.items()}
-
-
-def byte_level_name(content: bytes) -> str:
-    """Bytes in GPT-2's printable stand-ins."""
-    return "".join(_CHARACTER_OF[byte] for byte in content)
-
-
-def _byte_level(token: str) -> bytes:
-    if all(c in _BYTE_OF for c in token):
-        return bytes(_BYTE_OF[c] for c in token)
-    return token.encode("utf-8")
-
-
-def _sentence_piece(token: str) -> bytes:
-    """Tokens of SentencePiece models: <0x0A> is a byte, U+2581 a blank."""
-    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
-        return bytes([int(token[3:5], 16)])
-    return token.replace("\u2581", " ").encode("utf-8")

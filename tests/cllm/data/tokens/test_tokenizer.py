@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cllm.data.tokens.tokenizer import BPE_SPECIALS, END_OF_TEXT, Tokenizer, default_vocab_size, pieces
+from cllm.data.documents.corpus import pieces
+from cllm.data.tokens.tokenizer import Tokenizer
+from cllm.data.tokens.vocabulary import BPE_SPECIALS, END_OF_TEXT, default_vocab_size
 from cllm.runtime.errors import DataError, UserError
 
 SOURCE = "def area(width, height):\n    return width * height  # caf\u00e9 \u2603\n\n\nprint(area(3, 4), 'it''s 2026')\n"

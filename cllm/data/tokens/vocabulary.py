@@ -1,0 +1,122 @@
+"""The vocabulary inside a tokenizer: how it is learned from text, and the bytes that its entries stand for.
+
+What is learned is given as the content of a Hugging Face tokenizer.json.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from cllm.runtime.errors import DataError, UserError
+
+END_OF_TEXT = "<|endoftext|>"
+NAMED_SPECIALS = (END_OF_TEXT, "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
+BPE_SPECIALS = (*NAMED_SPECIALS, *(f"<|reserved_{i}|>" for i in range(len(NAMED_SPECIALS), 16)))
+VOCAB_MULTIPLE = 64  # the output layer's rows come in whole tiles
+MIN_BPE_VOCAB = 320  # 16 special tokens and 256 bytes, rounded up to the multiple
+
+# Verbatim from Llama 3 (known to llama.cpp as "llama-bpe"); the one of GPT-2 is built into the ByteLevel pre-tokenizer.
+LLAMA_BPE_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PRE_TOKENIZERS = ("gpt-2", "llama-bpe")
+CHARACTER_PATTERN = r"[\s\S]"
+
+
+def default_vocab_size(num_bytes: int) -> int:
+    """A vocabulary that fits the amount of text: about 1.3 x sqrt(bytes), as a power of two from 512 to 32768 (1 MB 1024, 100 MB 16384)."""
+    target = 1.3 * max(num_bytes, 1) ** 0.5
+    return int(2 ** min(15, max(9, round(float(np.log2(target))))))
+
+
+def _added_token(token_id: int, content: str) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"id": token_id, "content": content, **flags}
+
+
+def learn_characters(stream: Iterator[str], specials: tuple[str, ...]) -> dict[str, Any]:
+    """One id for each character of the text, in code point order, then the special tokens. DataError when there is no text."""
+    characters: set[str] = set()
+    for text in stream:
+        characters |= set(text)
+    if not characters:
+        raise DataError("There is no text to take characters from.")
+    tokens = [*sorted(characters), *specials]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_added_token(len(characters) + i, name) for i, name in enumerate(specials)],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": CHARACTER_PATTERN}, "behavior": "Isolated", "invert": False},
+        "post_processor": None,
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "WordLevel", "vocab": {token: i for i, token in enumerate(tokens)}, "unk_token": "<|unk|>"},
+    }
+
+
+def learn_bpe(stream: Iterator[str], vocab_size: int, pre_tokenizer: str) -> dict[str, Any]:
+    """Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019). The vocabulary is rounded up to a multiple of 64.
+
+    Raises UserError for an unknown pre-tokenizer or a vocabulary too small for the bytes.
+    """
+    if pre_tokenizer not in PRE_TOKENIZERS:
+        raise UserError(f'pre_tokenizer must be one of {", ".join(PRE_TOKENIZERS)}, got "{pre_tokenizer}".')
+    if vocab_size < len(BPE_SPECIALS) + 256:
+        raise UserError(f"vocab_size must be at least {MIN_BPE_VOCAB} for 256 bytes and {len(BPE_SPECIALS)} special tokens, got {vocab_size}.")
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend(models.BPE())
+    if pre_tokenizer == "gpt-2":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    else:
+        split = pre_tokenizers.Split(Regex(LLAMA_BPE_PATTERN), behavior="isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_round_up(vocab_size),
+        min_frequency=2,
+        special_tokens=list(BPE_SPECIALS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(stream, trainer)
+    size = backend.get_vocab_size()
+    backend.add_special_tokens([f"<|reserved_{i}|>" for i in range(len(BPE_SPECIALS), len(BPE_SPECIALS) + _round_up(size) - size)])
+    return json.loads(backend.to_str())
+
+
+def _round_up(size: int) -> int:
+    return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes (Radford et al. 2019, `bytes_to_unicode`)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_level_alphabet()
+_CHARACTER_OF = {byte: character for character, byte in _BYTE_OF.items()}
+
+
+def byte_level_name(content: bytes) -> str:
+    """Bytes in GPT-2's printable stand-ins."""
+    return "".join(_CHARACTER_OF[byte] for byte in content)
+
+
+def byte_level_bytes(token: str) -> bytes:
+    """The bytes of an entry in GPT-2's printable stand-ins; of one that is written in other characters, its UTF-8."""
+    if all(c in _BYTE_OF for c in token):
+        return bytes(_BYTE_OF[c] for c in token)
+    return token.encode("utf-8")
+
+
+def sentence_piece_bytes(token: str) -> bytes:
+    """The bytes of an entry of a SentencePiece model: <0x0A> is a byte, U+2581 a blank."""
+    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\u2581", " ").encode("utf-8")
