@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/demo
 
-.PHONY: setup demo test test-triton-3.6 lint clean
+.PHONY: setup demo test peers test-triton-3.6 lint clean
 
 setup: $(VENV)/.ready
 
@@ -14,8 +14,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version). Say make PYTHON=python3.12 or the like"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "make: could not create $(VENV). On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@echo "Installing CLLM and its dependencies into $(VENV) (pinned in constraints.txt; one to three minutes) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,all]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,all]'
 	@touch $@
 
 demo: setup
@@ -25,9 +25,22 @@ demo: setup
 test: setup
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
+# What CLLM is compared with: lm-evaluation-harness, and llama.cpp as a prebuilt library through npm. Without them their tests are skipped.
+# llama.cpp's build for AMX is left out: it crashes where the system does not grant tiles to a process.
+peers: $(VENV)/.peers
+
+$(VENV)/.peers: $(VENV)/.ready
+	@command -v npm >/dev/null || { echo "make: npm not found. On Debian and Ubuntu: apt install npm"; exit 1; }
+	@echo "Installing what CLLM is compared with into $(VENV) ..."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,all,eval]' accelerate
+	@mkdir -p $(VENV)/peers && cd $(VENV)/peers && { test -f package.json || echo '{"private": true}' >package.json; } && \
+		npm install --silent --no-audit --no-fund --ignore-scripts --omit=optional -E node-llama-cpp@3.21.1 @node-llama-cpp/linux-x64@3.21.1
+	@rm -f $(VENV)/peers/node_modules/@node-llama-cpp/linux-x64/bins/linux-x64/libggml-cpu-sapphirerapids.so
+	@touch $@
+
 # What torch 2.11 brings: the GPU kernels interpreted and compiled by the older Triton.
 test-triton-3.6: setup
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/triton-3.6 triton==3.6.0
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $(VENV)/triton-3.6 triton==3.6.0
 	@PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/python -m pytest tests/kernels -k "triton or gpu or compile_lint"
 
 lint: setup

@@ -4,9 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+# Seconds after which a command counts as hanging. It guards against a test that never ends, not against a slow machine: beside other work a
+# command can take twenty times as long as alone.
+PATIENCE = 1500.0
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,23 @@ class Ran:
         return json.loads(lines[0])
 
 
-def cllm(*arguments: object, cwd: Path | None = None, stdin: str = "", timeout: float = 240) -> Ran:
+def wait_until(happened: Callable[[], object], process: subprocess.Popen) -> None:
+    """Returns as soon as `happened()` is true. Fails when the process ends before, with what it printed, or after PATIENCE."""
+    until = time.monotonic() + PATIENCE
+    while not happened():
+        if process.poll() is not None:
+            assert happened(), process.communicate()
+            return
+        assert time.monotonic() < until, f"nothing happened in {PATIENCE:.0f} s"
+        time.sleep(0.005)
+
+
+def lines(path: Path) -> int:
+    """Complete lines of a file; 0 while there is none."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def cllm(*arguments: object, cwd: Path | None = None, stdin: str = "", timeout: float = PATIENCE) -> Ran:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}  # no user has it
     done = subprocess.run(
         [sys.executable, "-m", "cllm", *map(str, arguments)], cwd=cwd, env=environment, input=stdin, capture_output=True, text=True, timeout=timeout

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import torch.distributed as dist
+from command import PATIENCE
 
 from cllm.config.model import ModelConfig
 from cllm.config.train import TrainConfig
@@ -128,19 +129,21 @@ def update_bytes(world, data, parallel, deterministic=False, shard_size=None):
     return sent / 4, sum(each.numel() for each in step.model.parameters()), block, len(blocks)
 
 
-def hang_up(world):
-    """Seconds that the first process waited for the second, which hangs up at once and stays with all its references."""
+def hang_up(world, woken):
+    """Whether the first process notices that the second has hung up, while that one stays with all its references until the file `woken` is there."""
     from cllm.distributed import session
 
     group = dist.group.WORLD
     world.sums([0.0])
     if world.rank == 1:
         session._hang_up()
-        time.sleep(5.0)
-        return group is not None
-    began = time.monotonic()
+        until = time.monotonic() + PATIENCE
+        while not woken.exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        return group is not None and woken.exists()
     try:
         world.sums([0.0])
     except RuntimeError:
-        return time.monotonic() - began
-    return None
+        woken.touch()
+        return True
+    return False

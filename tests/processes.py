@@ -14,6 +14,8 @@ import queue as queues
 import tempfile
 import traceback
 
+from command import PATIENCE
+
 PROCESSES = 4
 
 
@@ -67,7 +69,7 @@ class Pool:
         for process in self._processes:
             process.start()
 
-    def run(self, count, job, *arguments, timeout=120):
+    def run(self, count, job, *arguments, timeout=PATIENCE):
         for queue in self._jobs:
             queue.put((count, job.__module__, job.__name__, arguments))
         answers, failures = [], []

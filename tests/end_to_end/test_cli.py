@@ -6,10 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from command import TINY, cllm
+from command import PATIENCE, TINY, cllm, lines, wait_until
 from safetensors.torch import load_file
 
 FLAGS_OF_TRAIN = {
@@ -91,24 +90,19 @@ def test_plan_prints_sizes_and_trains_nothing(text, tmp_path):
 def test_ctrl_c_writes_a_checkpoint_exits_130_and_the_same_command_goes_on(text, tmp_path):
     command = ["train", text, "--out", tmp_path / "run", "--steps", 100_000, "--checkpoint-every", 100_000, "--eval-every", 100_000, *TINY]
     process = subprocess.Popen([sys.executable, "-m", "cllm", *map(str, command)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 200
     metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-        time.sleep(0.1)
+    wait_until(lambda: lines(metrics) > 3, process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, err
     step = int((tmp_path / "run" / "checkpoints" / "latest").read_text().split("-")[-1])
     assert step >= 3 and "cllm train --resume" in err
     command[command.index("--steps") + 1] = 100_000
     process = subprocess.Popen([sys.executable, "-m", "cllm", *map(str, command)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    rows = metrics.read_text().count("\n")
-    while metrics.read_text().count("\n") < rows + 3:
-        assert process.poll() is None and time.monotonic() < deadline + 200, process.stderr.read()
-        time.sleep(0.1)
+    rows = lines(metrics)
+    wait_until(lambda: lines(metrics) >= rows + 3, process)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and f"resuming after step {step:,}" in err, err
 
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from command import TINY, cllm
+from command import PATIENCE, TINY, cllm
 
 from cllm.checkpoint.safetensors import sha256_of
 from cllm.checkpoint.store import CheckpointStore
@@ -30,7 +30,7 @@ def start(text, out, threads=2) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
-    printed, errors = process.communicate(timeout=240)
+    printed, errors = process.communicate(timeout=PATIENCE)
     assert "Traceback" not in errors, errors
     return process.returncode, printed + errors
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command import PATIENCE
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(*words: object, interpret: bool = False, status: int = 0) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | ({"TRITON_INTERPRET": "1"} if interpret else {})
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=280, env=environment)
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, env=environment)
     assert done.returncode == status, done.stderr[-4000:]
     return done
 

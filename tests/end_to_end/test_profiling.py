@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from command import PATIENCE
 
 from cllm import runtime
 
@@ -18,7 +19,7 @@ TRACE = {"kind", "name", "calls", "ms", "ms_per_step", "share_of_step", "gflops"
 
 
 def run(*words: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=PROFILING, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=PROFILING, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     return done

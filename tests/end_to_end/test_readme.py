@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command import TINY
+from command import PATIENCE, TINY
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -39,7 +39,7 @@ def test_the_commands_of_the_readme_run_one_after_the_other(text, tmp_path):
         begins = "train" in words and "books/" in words
         short = ("--batch-size", 4, "--threads", 2, "--steps", 3)  # a model to start from has its sizes and vocabulary
         extra = small if begins else short if "--from" in words else ("--max-tokens", "8") if words[1] == "generate" else ()
-        done = subprocess.run([sys.executable, "-m", *words, *map(str, extra)], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        done = subprocess.run([sys.executable, "-m", *words, *map(str, extra)], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, f"{words}: {done.stderr}"
         ran.append(words[0] if words[0] != "cllm" else words[1])
     assert {"train", "generate", "evaluate", "export", "doctor", "report", "checkpoint", "torch.distributed.run"} <= set(ran)
@@ -47,7 +47,7 @@ def test_the_commands_of_the_readme_run_one_after_the_other(text, tmp_path):
 
 def test_the_python_example_of_the_readme_runs(tmp_path):
     (example,) = blocks("python")
-    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert "torch.Size([1, 128, 4, 32])" in done.stdout and (tmp_path / "model.cllm").exists()
 
@@ -82,7 +82,7 @@ def test_the_demo_configuration_trains_on_this_machines_python_sources(tmp_path)
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     for words in ("device ", "compute ", "kernels ", "files:", "tokenizer:", "tokens:", "A sample", "cllm generate demo", "Validation:"):

@@ -5,10 +5,10 @@ import os
 import re
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
+from command import PATIENCE, wait_until
 
 from cllm.checkpoint.store import CheckpointStore
 
@@ -42,15 +42,11 @@ class Torchrun:
                 pass
         raise AssertionError(f"no process {rank}")
 
-    def wait_for_step(self, step, seconds=90):
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and self.process.poll() is None:
-            if (CheckpointStore(self.out / "checkpoints").latest() or 0) >= step:
-                return
-            time.sleep(0.01)
-        raise AssertionError(self.log.read_text()[-3000:])
+    def wait_for_step(self, step):
+        store = CheckpointStore(self.out / "checkpoints")
+        wait_until(lambda: (store.latest() or 0) >= step, self.process)
 
-    def end(self, seconds=90):
+    def end(self, seconds=PATIENCE):
         try:
             status = self.process.wait(timeout=seconds)
         finally:
@@ -86,7 +82,7 @@ def test_killed_processes_are_restarted_and_the_bits_are_those_of_one_undisturbe
     assert log.count("resuming after step") == 2
     assert len(errors(log)) == 2 and all("another process of this run ended without a word" in line for line in errors(log))
     alone = subprocess.run(list(map(str, [sys.executable, "-m", "cllm", "train", text, "--out", tmp_path / "alone", "--steps", steps, *SETTINGS])),
-                           capture_output=True, text=True, timeout=90)  # fmt: skip
+                           capture_output=True, text=True, timeout=PATIENCE)  # fmt: skip
     assert alone.returncode == 0, alone.stderr
     assert bits(tmp_path / "run") == bits(tmp_path / "alone") and bits(tmp_path / "run")[0] == steps
 
@@ -95,14 +91,13 @@ def test_an_error_in_one_process_ends_all_with_its_one_message(text, tmp_path):
     """The disk of the checkpoints fails for process 1 alone: its part cannot be written."""
     run = Torchrun(text, tmp_path / "run", tmp_path / "log", "--set", "train.parallel=fsdp", steps=100000)
     run.wait_for_step(5)
-    began = time.monotonic()
     try:
         psutil.Process(run.worker(1).pid).rlimit(psutil.RLIMIT_FSIZE, (100, 100))
     except (psutil.Error, PermissionError, AttributeError):
         run.process.terminate()
         pytest.skip("limits of another process cannot be set here")
     status, log = run.end()
-    assert status != 0 and time.monotonic() - began < 60
+    assert status != 0
     assert len(errors(log)) == 1, log[-3000:]
     assert "process 1 of 2: could not write" in errors(log)[0]
     assert CheckpointStore(tmp_path / "run" / "checkpoints").newest_good().step >= 5
@@ -130,7 +125,7 @@ def test_one_process_imports_nothing_of_torch_distributed():
         "import sys, torch; before = set(sys.modules); import cllm.train.trainer, cllm.train.roles;"
         "print([name for name in set(sys.modules) - before if name.startswith(('torch.distributed', 'cllm.distributed.'))])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=dict(os.environ))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, env=dict(os.environ))
     loaded = set(re.findall(r"'([^']+)'", done.stdout))
     assert done.returncode == 0, done.stderr
     assert loaded <= {"cllm.distributed.share"}, loaded

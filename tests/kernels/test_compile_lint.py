@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command import PATIENCE
 
 pytest.importorskip("triton")
 
@@ -21,7 +22,7 @@ GOOD = Build("a_kernel", "sm_90", "a call", "BLOCK=64 w4 s2", registers=128, sha
 
 def lint(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments, "--json"], capture_output=True, text=True, env=environment, timeout=2400)
+    return subprocess.run([sys.executable, str(SCRIPT), *arguments, "--json"], capture_output=True, text=True, env=environment, timeout=PATIENCE)
 
 
 @pytest.mark.timeout(2400)

@@ -7,8 +7,16 @@ import sys
 import time
 
 import pytest
+from command import PATIENCE
 
 from cllm.runtime import progress
+
+
+def wait_for(happened):
+    until = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (65, "1:05"), (7384, "2:03:04"), (3 * 86400 + 4 * 3600, "3d 4h")])
@@ -37,15 +45,19 @@ def test_the_line_beats_while_the_caller_is_busy():
     stream = io.StringIO()
     with progress.Progress(10, "busy", log_seconds=0.05, stream=stream) as line:
         line.update(1)
-        time.sleep(0.6)
-        beats = stream.getvalue().count("busy")
-    assert beats >= 3
+        wait_for(lambda: stream.getvalue().count("busy") >= 3)
 
 
 def test_a_stage_tells_that_it_still_runs_and_says_nothing_when_it_is_short(capsys):
+    said = ""
+
+    def heard():
+        nonlocal said
+        said += capsys.readouterr().err
+        return "thinking ... " in said
+
     with progress.Stage("thinking", after=0.05):
-        time.sleep(0.3)
-    assert "thinking ... 0 s" in capsys.readouterr().err
+        wait_for(heard)
     with progress.Stage("blinking"):
         pass
     assert capsys.readouterr().err == ""
@@ -61,15 +73,15 @@ def test_said_lines_stand_above_the_progress_line():
 def test_the_watchdog_dumps_all_stacks_when_nothing_moves_and_is_quiet_while_it_does(tmp_path, capsys):
     stalls = []
     with open(tmp_path / "stacks", "w+") as stream:
-        with progress.Watchdog(0.4, stalls.append, stream) as dog:
-            for _ in range(8):
-                time.sleep(0.1)
-                dog.beat()
-            assert stalls == []
-            time.sleep(0.9)
+        with progress.Watchdog(60, stalls.append) as quiet:
+            quiet.beat()
+            quiet._look()
+        assert stalls == []
+        with progress.Watchdog(0.4, stalls.append, stream):
+            wait_for(lambda: stalls)
         stream.seek(0)
         stacks = stream.read()
-    assert stalls and stalls[0] >= 0.4
+    assert stalls[0] >= 0.4
     assert "test_the_watchdog_dumps_all_stacks" in stacks and "Nothing has moved" in capsys.readouterr().err
 
 

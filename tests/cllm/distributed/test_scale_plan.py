@@ -9,6 +9,7 @@ from pathlib import Path
 
 import process_jobs as jobs
 import pytest
+from command import PATIENCE
 from processes import Pool
 
 from cllm.data.pipeline import prepare
@@ -66,7 +67,7 @@ def test_a_process_holds_the_state_that_the_plan_says(scale, pool, data, paralle
 
 def test_the_plan_goes_from_1_to_1024_gpus():
     command = [sys.executable, SCRIPT, "--preset", "cllm-125m", "--parallel", "fsdp", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     assert [row["gpus"] for row in rows] == [2**power for power in range(11)]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from cllm.runtime.errors import UserError
 
 TEXT = "".join(f"On day {n} the {('fox', 'owl', 'cat')[n % 3]} saw {n * 7 % 10} birds by the river. " for n in range(300))
 WITHOUT = importlib.util.find_spec("lm_eval") is None
-needs_harness = pytest.mark.skipif(WITHOUT, reason="lm-evaluation-harness is not installed (pip install 'cllm[eval]')")
+needs_harness = pytest.mark.skipif(WITHOUT, reason="lm-evaluation-harness is not installed (make peers)")
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +49,10 @@ def requests(kind, arguments):
     return [Instance(request_type=kind, doc={}, arguments=each, idx=number) for number, each in enumerate(arguments)]
 
 
-@pytest.mark.skipif(not WITHOUT, reason="lm-evaluation-harness is installed here")
-def test_without_the_harness_the_error_names_the_extra():
+def test_without_the_harness_the_error_names_the_extra(monkeypatch):
+    for name in [name for name in sys.modules if name == "lm_eval" or name.startswith(("lm_eval.", "cllm.evaluate.harness"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     from cllm.evaluate.harness import CLLM, run_tasks
 
     for use in (lambda: CLLM("runs/demo"), lambda: run_tasks(None, None, ["any"])):

@@ -7,6 +7,7 @@ import urllib.request
 
 import pytest
 import torch
+from command import PATIENCE
 
 from cllm.checkpoint.safetensors import sha256_of
 from cllm.config.model import ModelConfig
@@ -148,15 +149,15 @@ def test_prometheus_finds_the_newest_numbers_on_this_machine_alone(tmp_path):
         metrics.write("train", 4, loss=2.25)
         assert metrics.prometheus._server.server_address[0] == "127.0.0.1"
         address = f"http://127.0.0.1:{metrics.prometheus.port}"
-        with urllib.request.urlopen(f"{address}/metrics", timeout=5) as answer:
+        with urllib.request.urlopen(f"{address}/metrics", timeout=PATIENCE) as answer:
             assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
             text = answer.read().decode()
         assert "# TYPE cllm_train_loss gauge\ncllm_train_loss 2.25\n" in text and "cllm_train_step 4.0\n" in text
         assert "cllm_train_gradient_norm +Inf" in text and "note" not in text
         with pytest.raises(urllib.error.HTTPError, match="404"):
-            urllib.request.urlopen(f"{address}/etc/passwd", timeout=5)
+            urllib.request.urlopen(f"{address}/etc/passwd", timeout=PATIENCE)
     with pytest.raises(urllib.error.URLError):
-        urllib.request.urlopen(f"{address}/metrics", timeout=5)
+        urllib.request.urlopen(f"{address}/metrics", timeout=PATIENCE)
 
 
 def test_a_taken_port_is_told():

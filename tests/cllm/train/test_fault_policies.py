@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from command import PATIENCE
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -250,7 +251,7 @@ run.fit()
 
 def test_stalled_data_is_located_and_may_end_the_process(dataset, tmp_path):
     arguments = [sys.executable, "-c", STALL, str(dataset.folder), str(tmp_path / "run"), repr(SETTINGS)]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1
     assert "while reading the data of step 8. The run ends (on_stall = stop). Go on with: cllm train --resume" in done.stderr
     assert "in _microbatches" in done.stderr  # the stack

@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from command import PATIENCE, lines, wait_until
 
 from cllm.checkpoint.safetensors import sha256_of
 from cllm.checkpoint.store import CheckpointStore
@@ -87,14 +88,11 @@ def signalled(dataset, out, number):
     """Trains in a process of its own and signals it at a random step; returns its exit status and what it printed."""
     arguments = [sys.executable, "-c", CHILD, str(dataset.folder), str(out), repr(SIZES), repr(SETTINGS)]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    at, metrics, deadline = random.randint(8, 45), out / "metrics.jsonl", time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if metrics.exists() and metrics.read_bytes().count(b"\n") >= at:
-            break
-        time.sleep(0.002)
+    at = random.randint(8, 45)
+    wait_until(lambda: lines(out / "metrics.jsonl") >= at, process)
     assert process.poll() is None, process.communicate()[1]
     process.send_signal(number)
-    printed, errors = process.communicate(timeout=60)
+    printed, errors = process.communicate(timeout=PATIENCE)
     return process.returncode, printed + errors
 
 
@@ -176,7 +174,7 @@ def test_a_training_works_outside_the_main_thread(dataset, tmp_path):
     results = []
     thread = threading.Thread(target=lambda: results.append(train(dataset, tmp_path / "run", steps=2)))
     thread.start()
-    thread.join(timeout=60)
+    thread.join(timeout=PATIENCE)
     assert results and results[0].step == 2
 
 
@@ -186,7 +184,7 @@ def test_a_stall_shows_the_stacks_of_all_threads(dataset, tmp_path, monkeypatch,
     evaluate = cllm.train.trainer.evaluate
 
     def slow_evaluation(*args, **kwargs):
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while "most recent call first" not in seen() and time.monotonic() < deadline:
             time.sleep(0.05)
         return evaluate(*args, **kwargs)

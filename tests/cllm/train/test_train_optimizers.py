@@ -4,11 +4,11 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from command import PATIENCE, lines, wait_until
 
 from cllm.checkpoint.safetensors import sha256_of
 from cllm.checkpoint.store import CheckpointStore, load, read_checkpoint
@@ -48,7 +48,7 @@ data, out, sizes, settings, last = sys.argv[1], sys.argv[2], eval(sys.argv[3]), 
 dataset = Dataset.open(data)
 trainer = Trainer(Model(ModelConfig(vocab_size=dataset.tokenizer.vocab_size, **sizes)), dataset, TrainConfig(**settings), out=out)
 microbatches = trainer._microbatches
-trainer._microbatches = lambda step: time.sleep(600 if step == last else 0) or microbatches(step)  # waits there to be killed
+trainer._microbatches = lambda step: time.sleep(6000 if step == last else 0) or microbatches(step)  # waits there to be killed
 trainer.fit()
 """
 
@@ -76,12 +76,10 @@ def killed(dataset, out, at, settings):
     """Trains in a process of its own for `at` steps, then kills it."""
     arguments = [sys.executable, "-c", CHILD, str(dataset.folder), str(out), repr(SIZES), repr({**SETTINGS, **settings}), str(at)]
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 240
-    while process.poll() is None and time.monotonic() < deadline and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= at):
-        time.sleep(0.002)
+    wait_until(lambda: lines(out / "metrics.jsonl") >= at, process)
     assert process.poll() is None, process.communicate()[1]
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import PATIENCE
 
 pytest.importorskip("triton.experimental.gluon")
 
@@ -331,7 +332,7 @@ print(json.dumps(found))
 def test_compiles_for_hopper_as_designed(tmp_path):
     """In a process of its own, because here Triton interprets. Products overlap (`wait 1`), nothing spills, nothing is serialised."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     builds = {build["kernel"]: build for build in json.loads(done.stdout.splitlines()[-1])}
     assert len(builds) >= 4

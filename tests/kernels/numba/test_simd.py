@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command import PATIENCE
 from numba import njit
 
 from cllm.kernels.numba import simd
@@ -194,5 +195,5 @@ def test_narrower_vectors_pass_the_same_tests(tmp_path):
     }
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", "not narrower",
                *(str(here / f"test_{name}.py") for name in ("simd", "gemm", "attention"))]  # fmt: skip
-    done = subprocess.run(command, cwd=here.parents[2], env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=here.parents[2], env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
