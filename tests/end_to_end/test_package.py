@@ -1,8 +1,11 @@
 """What is installed: a light import, a wheel that holds every module, one package with three layers side by side."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 from pathlib import Path
 
@@ -47,36 +50,56 @@ def test_public_names_of_the_package_resolve():
         cllm.nothing_like_this  # noqa: B018
 
 
-def test_every_module_imports_from_the_built_wheel(tmp_path):
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)],
-        check=True,
-        capture_output=True,
-    )
-    (wheel,) = tmp_path.glob("cllm-*.whl")
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A source distribution of this checkout, and the wheel that is built from it alone: (sdist, wheel)."""
+    folder = tmp_path_factory.mktemp("built")
+    left_out = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__", "results", "tests")
+    shutil.copytree(ROOT, folder / "checkout", symlinks=True, ignore=left_out)
+    code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, folder], cwd=folder / "checkout", check=True, capture_output=True)
+    (sdist,) = folder.glob("cllm-*.tar.gz")
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "-w", folder, sdist]
+    subprocess.run(pip, check=True, capture_output=True, cwd=folder)
+    (wheel,) = folder.glob("cllm-*.whl")
+    return sdist, wheel
+
+
+def modules() -> list[str]:
+    """Every module of the checkout by its name in the package."""
+    found = []
+    for top in ("runtime", "kernels", "cllm"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            if parts[:2] not in (("cllm", "kernels"), ("cllm", "runtime")) and parts != ("cllm", "__main__"):
+                name = ".".join(parts if top == "cllm" else ("cllm", *parts)).removesuffix(".__init__")
+                found.append(name)
+    return found
+
+
+def test_what_is_built_installs_in_a_fresh_environment_and_every_module_imports_and_the_command_runs(built, tmp_path):
     environment = tmp_path / "venv"
     venv.create(environment, with_pip=False, system_site_packages=False)
-    site = next(environment.glob("lib/python*/site-packages"))
-    # The dependencies come from the environment that runs the tests; only cllm itself must come from the wheel.
-    here = next(Path(p) for p in sys.path if p.endswith("site-packages") and Path(p, "torch").exists())
-    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(site)], check=True)
-    modules = sorted(
-        "cllm." + str(path.relative_to(ROOT)).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
-        if path.parts[len(ROOT.parts)] != "cllm"
-        else str(path.relative_to(ROOT)).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
-        for top in ("runtime", "kernels", "cllm")
-        for path in (ROOT / top).rglob("*.py")
-        if not (top == "cllm" and path.relative_to(ROOT / "cllm").parts[0] in ("kernels", "runtime"))
-    )
-    modules = [m for m in modules if m != "cllm.__main__"]
+    pip = [sys.executable, "-m", "pip", "--python", environment / "bin/python", "install", "--quiet", "--no-deps", "--no-index", built[1]]
+    subprocess.run(pip, check=True, capture_output=True)
+    # The dependencies come from the environment that runs the tests, where cllm itself is a link that a search path does not follow.
+    dependencies = next(path for path in sys.path if path.endswith("site-packages") and Path(path, "torch").exists())
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": dependencies}
+    (tmp_path / "elsewhere").mkdir()
     code = f"""
-import sys, importlib
-sys.path.append({str(here)!r})
-sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
-for name in {modules!r}:
+import importlib
+for name in {modules()!r}:
     importlib.import_module(name)
 import cllm
-assert {str(site)!r} in cllm.__file__, cllm.__file__
+assert cllm.__file__.startswith({str(environment)!r}), cllm.__file__
 """
-    result = subprocess.run([str(environment / "bin/python"), "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    for command in ([environment / "bin/python", "-c", code], [environment / "bin/cllm", "explain", "softmax", "64x64", "--json"]):
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path / "elsewhere", env=variables)
+        assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["op"] == "softmax"
+
+
+def test_the_source_distribution_holds_what_its_readme_speaks_of(built):
+    with tarfile.open(built[0]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"README.md", "CHANGELOG.md", "LICENSE", "Makefile", "constraints.txt", "examples/demo.toml", "cllm/kernels/softmax.py"} <= names
