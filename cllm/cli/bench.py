@@ -8,13 +8,32 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from cllm.cli.console import Console
+import typer
+
+from cllm.cli.console import Console, open_console
+from cllm.cli.options import Json, examples
 from cllm.runtime.errors import CLLMError, UserError
 
 BENCHMARKS = ("kernels", "train", "generate", "scaling", "memory")
 CHECKOUT = Path(__file__).resolve().parents[2]
+
+app = typer.Typer()
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog=examples("cllm bench train --shapes gpt2 --precision bf16", "cllm bench scaling --plot scaling.png", "cllm bench kernels -- --help"),
+)
+def bench(
+    context: typer.Context,
+    benchmark: Annotated[str, typer.Argument(metavar="NAME", help="kernels, train, generate, scaling or memory.")],
+    as_json: Json = False,
+) -> None:
+    """Measure this machine against PyTorch and its own limits: runs profiling/NAME.py of the repository with all further options."""
+    console = open_console(as_json)
+    run(benchmark, context.args, console)
 
 
 def script(name: str, checkout: Path = CHECKOUT) -> Path:
@@ -31,7 +50,7 @@ def script(name: str, checkout: Path = CHECKOUT) -> Path:
     return path
 
 
-def bench(name: str, arguments: Sequence[str], console: Console, checkout: Path = CHECKOUT) -> None:
+def run(name: str, arguments: Sequence[str], console: Console, checkout: Path = CHECKOUT) -> None:
     """Runs one benchmark with the script's own arguments; its rows become the result of the command."""
     command = [sys.executable, str(script(name, checkout)), *arguments]
     last = ""

@@ -35,7 +35,27 @@ class Console:
         self.result({"error": str(error), "kind": type(error).__name__, "exit_status": error.exit_status})
 
 
+_current = Console()
+
+
+def open_console(as_json: bool) -> Console:
+    """The console of the command that begins."""
+    global _current
+    _current = Console(as_json)
+    return _current
+
+
+def current() -> Console:
+    """The console of the command that runs, through which its errors are told."""
+    return _current
+
+
 def table(rows: Sequence[tuple[str, ...]], indent: str = "  ") -> str:
     """Columns padded to their widest cell, for plain terminals and logs alike."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
     return "\n".join((indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths))).rstrip() for row in rows)
+
+
+def readable(value: Any) -> str:
+    """A number with its thousands apart, or to four digits; all else as it is."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -7,21 +7,64 @@ import os
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from cllm import runtime
-from cllm.cli.console import Console, table
-from cllm.data.tokens.chat import is_chat, prepare_chat
-from cllm.evaluate.documents import FEW_DOCUMENTS, RESAMPLES, DocumentScores, Group, Interval, score_documents
-from cllm.evaluate.loss import evaluate
+import typer
+
+from cllm.cli.console import Console, open_console, table
+from cllm.cli.options import Checkpoint, Device, Json, Threads, Weights, examples, load_model
 from cllm.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from cllm.data import TokenSplit
     from cllm.data.tokens.tokenizer import Tokenizer
+    from cllm.evaluate.documents import DocumentScores, Group, Interval
     from cllm.model.model import Model
 
 SHOWN_SOURCES = 20
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog=examples(
+        "cllm evaluate runs/demo more-text/",
+        "cllm evaluate runs/demo more-text/ --stride 128 --by file --worst 10",
+        "cllm evaluate runs/demo --tasks my_task --task-path tasks/",
+    )
+)
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Annotated[str | None, typer.Argument(help="Folder, file or JSONL of text, or a packed token folder.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of context [default: the model's].")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens between windows; targets see seq_len - stride or more [default: seq_len].")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences at a time.")] = 8,
+    confidence: Annotated[float, typer.Option(help="Of the intervals, by resampling whole documents.")] = 0.95,
+    by: Annotated[str, typer.Option(help="Figures for each file or top folder: file, folder, or auto (folder where there are two).")] = "auto",
+    worst: Annotated[int, typer.Option(help="How many of the documents with the highest loss to name.")] = 5,
+    tasks: Annotated[str | None, typer.Option(help="Instead of DATA: tasks of lm-evaluation-harness, separated by commas. Never downloads.")] = None,
+    task_path: Annotated[Path | None, typer.Option(help="Folder with your own task files (YAML).")] = None,
+    weights: Weights = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Loss, perplexity, bits per byte and next-token accuracy of a model on DATA (all of it: the validation split where DATA is packed with one)."""
+    console = open_console(as_json)
+    from cllm import runtime
+
+    if (data is None) == (tasks is None):
+        raise UserError("give either DATA (text to predict) or --tasks (tasks of lm-evaluation-harness).")
+    with runtime.use(threads=threads):
+        model, tokenizer = load_model(checkpoint, weights=weights, device=device)
+        if tasks is not None:
+            values = tasks_run(console, model, tokenizer, [name.strip() for name in tasks.split(",") if name.strip()], task_path, batch_size)
+        else:
+            assert data is not None
+            values = evaluate_run(
+                console, model, tokenizer, data, seq_len=seq_len, stride=stride, batch_size=batch_size, confidence=confidence, by=by, worst=worst
+            )
+    console.result({"checkpoint": checkpoint, "data": data, **values})
 
 
 def evaluate_run(
@@ -42,6 +85,10 @@ def evaluate_run(
         raise UserError(f"--worst must be at least 0, got {worst}.")
     if not 0.0 < confidence < 1.0:  # before the long part
         raise UserError(f"--confidence must be between 0 and 1, got {confidence}. Use a value like 0.95.")
+    from cllm import runtime
+    from cllm.data.tokens.chat import is_chat
+    from cllm.evaluate.documents import RESAMPLES, score_documents
+
     length = min(seq_len or model.config.max_seq_len, model.config.max_seq_len)
     if is_chat(data):
         return _evaluate_chats(console, model, tokenizer, data, length, batch_size)
@@ -82,6 +129,10 @@ def evaluate_run(
 
 def _evaluate_chats(console: Console, model: Model, tokenizer: Tokenizer, data: str, seq_len: int, batch_size: int) -> dict[str, Any]:
     """The answers alone are predicted; conversations are packed whole, so that there is nothing to slide over."""
+    from cllm import runtime
+    from cllm.data.tokens.chat import prepare_chat
+    from cllm.evaluate.loss import evaluate
+
     with tempfile.TemporaryDirectory(prefix="cllm-evaluate-") as scratch, runtime.progress.stage("evaluating"):
         split = prepare_chat(data, scratch, tokenizer, val_fraction=0.0, log=console.print).train
         result = evaluate(model, split, seq_len=seq_len, batch_size=batch_size)
@@ -118,6 +169,8 @@ def _split(console: Console, tokenizer: Tokenizer, data: str, scratch: str) -> T
 
 
 def _interval_words(scores: DocumentScores, interval: Interval | None, confidence: float) -> str:
+    from cllm.evaluate.documents import FEW_DOCUMENTS
+
     if interval is None:
         return "No confidence interval: the text is a single document, and how documents differ cannot be seen in one."
     loss, perplexity, bits, accuracy = interval.loss, interval.perplexity, interval.bits_per_byte, interval.accuracy

@@ -1,20 +1,65 @@
-"""One model in another format: what `cllm export` does."""
+"""`cllm export` and `cllm import`: one model in another format, and back."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-import torch
+import typer
 
+from cllm.cli.console import open_console
+from cllm.cli.options import Checkpoint, Json, examples, load_model
 from cllm.runtime.errors import DataError, UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from cllm.data.tokens.tokenizer import Tokenizer
     from cllm.model.model import Model
 
 FORMATS = ("hf", "gguf", "cllm")
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog=examples(
+        "cllm export runs/demo --to hf --out demo-hf/",
+        "cllm export runs/demo --to gguf --type q8_0 --out demo.gguf",
+        "cllm export runs/demo --to cllm --out demo.cllm",
+    )
+)
+def export(
+    checkpoint: Checkpoint,
+    to: Annotated[str, typer.Option(help="hf (a Hugging Face folder), gguf (one file for llama.cpp) or cllm (one file).")],
+    out: Annotated[Path, typer.Option(help="Folder or file to write.")],
+    type_: Annotated[str | None, typer.Option("--type", help="Numbers: f32, f16, bf16 or (gguf) q8_0 [default: as they are; gguf f32].")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model in another format. Of a LoRA run, the merged model."""
+    console = open_console(as_json)
+    check(to, type_)
+    written = write(checkpoint, to, out, type_, *load_model(checkpoint, need_tokenizer=False))
+    console.print(f"wrote {out} ({written / 1e6:,.2f} MB)")
+    console.result({"checkpoint": checkpoint, "format": to, "type": type_, "out": str(out), "bytes": written})
+
+
+@app.command("import", epilog=examples("cllm import llama-folder/ --out llama.cllm"))
+def import_(
+    folder: Annotated[str, typer.Argument(metavar="HF_DIR", help="A Hugging Face folder with safetensors weights.")],
+    out: Annotated[Path, typer.Option(help="The .cllm file to write.")],
+    as_json: Json = False,
+) -> None:
+    """Read a Llama, Mistral, Qwen2, Qwen3 or GPT-2 folder of Hugging Face's layout into one .cllm file."""
+    console = open_console(as_json)
+    from cllm.checkpoint.store import save
+    from cllm.interop.hf import load_hf
+
+    model, tokenizer = load_hf(folder)
+    save(model, out, tokenizer=tokenizer)
+    console.print(f"wrote {out}: {model.config.family} family, {model.config.num_parameters():,} parameters")
+    console.result({"out": str(out), "family": model.config.family, "parameters": model.config.num_parameters(), "tokenizer": tokenizer is not None})
 
 
 def check(to: str, type: str | None) -> None:
@@ -27,7 +72,7 @@ def check(to: str, type: str | None) -> None:
         raise UserError(f"--type of a gguf export must be one of {', '.join(DTYPES)} or q8_0, got {type!r}.")
 
 
-def export(name: str, to: str, out: Path, type: str | None, model: Model, tokenizer: Tokenizer | None) -> int:
+def write(name: str, to: str, out: Path, type: str | None, model: Model, tokenizer: Tokenizer | None) -> int:
     """Writes `model`, loaded from `name`, and returns the bytes written. type: f32, f16, bf16, for GGUF also q8_0; None as they are (GGUF: f32)."""
     check(to, type)
     if to == "gguf":
@@ -39,9 +84,15 @@ def export(name: str, to: str, out: Path, type: str | None, model: Model, tokeni
     elif to == "hf":
         from cllm.interop.hf import save_hf
 
-        save_hf(model, out, tokenizer=tokenizer, dtype=None if type is None else DTYPES[type])
+        save_hf(model, out, tokenizer=tokenizer, dtype=_dtype(type))
     else:
         from cllm.checkpoint.store import save
 
-        save(model if type is None else model.to(DTYPES[type]), out, tokenizer=tokenizer)
+        save(model if type is None else model.to(_dtype(type)), out, tokenizer=tokenizer)
     return sum(file.stat().st_size for file in ([out] if out.is_file() else out.iterdir()))
+
+
+def _dtype(type: str | None) -> torch.dtype | None:
+    import torch
+
+    return None if type is None else getattr(torch, DTYPES[type])

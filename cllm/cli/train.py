@@ -5,10 +5,13 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from cllm import distributed, runtime
-from cllm.cli.console import Console, table
+from cllm.cli.console import Console, open_console, table
+from cllm.cli.options import Json, examples, with_settings
 from cllm.config.model import ModelConfig
 from cllm.config.schedule import BatchRamp
 from cllm.config.train import TrainConfig
@@ -21,6 +24,42 @@ if TYPE_CHECKING:
     from cllm.model.model import Model
 
 SAMPLE_TOKENS = 160
+
+# The settings that most users change; --set reaches all of them.
+FLAGS = (
+    "start_from", "lora_rank", "tokenizer", "device", "threads", "precision", "preset", "vocab_size", "embed_dim", "num_layers", "num_heads",
+    "num_kv_heads", "ffn_dim", "seq_len", "batch_size", "grad_accum", "steps", "epochs", "learning_rate", "min_lr", "warmup", "schedule", "seed",
+    "checkpoint_every", "keep", "eval_every", "patience", "sample_every", "on_nonfinite", "overfit_one_batch",
+)  # fmt: skip
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog=examples(
+        "cllm train books/",
+        "cllm train notes.txt --preset cllm-5m --epochs 3 --out runs/notes",
+        "cllm train books/ --plan",
+        "cllm train books/ --set optim.beta2=0.99",
+        "cllm train --resume --out runs/books",
+        "cllm train chats.jsonl --from runs/books --lora-rank 8",
+    )
+)
+@with_settings(*FLAGS)
+def train(
+    data: Annotated[str | None, typer.Argument(help="Folder of text or source code, a file, JSONL (chats too), or a packed token folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the run lives [default: runs/ + the name of the data].")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings; flags win over it.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out with its own settings; an error if there is none.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print sizes, memory, speed and every derived value, and stop.")] = False,
+    find_lr: Annotated[bool, typer.Option("--find-lr", help="Try rising learning rates for 100 steps, print and plot the losses, and stop.")] = False,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any other setting; repeatable.")] = None,
+    as_json: Json = False,
+    **settings: Any,
+) -> None:
+    """Train a model on DATA: tokenizer, packing and training in one go, each step cached; the same command continues an interrupted run."""
+    flags = {"data.path": data, **settings}
+    train_run(open_console(as_json), flags=flags, sets=set_ or [], file=config, out=out, resume=resume, plan_only=plan, find_lr=find_lr)
 
 
 def train_run(

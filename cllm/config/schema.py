@@ -12,13 +12,16 @@ import difflib
 import inspect
 import math
 import operator
+import tomllib
 import types
 import typing
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from cllm.config.model import ModelConfig
+from cllm.config.presets import PRESETS
 from cllm.config.schedule import KINDS
 from cllm.runtime.errors import UserError
 
@@ -26,10 +29,15 @@ DEFAULT_PRESET = "cllm-5m"
 OPTIMIZERS = ("adamw", "muon", "lion", "schedule_free")
 
 
-def setting(default: Any, help: str, *, above=None, at_least=None, below=None, at_most=None, choices=None, example=None, result=True) -> Any:
-    """A field with help and limits. `result=False` marks what cannot change the weights (threads, logging): a resume may change it."""
+def setting(
+    default: Any, help: str, *, above=None, at_least=None, below=None, at_most=None, choices=None, example=None, result=True, flag=None
+) -> Any:
+    """A field with help and limits. `result=False` marks what cannot change the weights (threads, logging): a resume may change it.
+
+    `flag` is the option's name where it is not the field's own.
+    """
     limits = {"above": above, "at_least": at_least, "below": below, "at_most": at_most, "choices": choices}
-    return dataclasses.field(default=default, metadata={"help": help, "example": example, "result": result, **limits})
+    return dataclasses.field(default=default, metadata={"help": help, "example": example, "result": result, "flag": flag, **limits})
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,9 @@ class OptimSection:
 
 @dataclass(frozen=True)
 class FinetuneSection:
-    start_from: str = setting("", "Model to start from: a run, a .cllm file or a Hugging Face folder (--from); empty starts from nothing.")
+    start_from: str = setting(
+        "", "Model to start from: a run, a .cllm file or a Hugging Face folder (--from); empty starts from nothing.", flag="from"
+    )
     lora_rank: int = setting(0, "Rank of LoRA adapters, which alone are trained; 0 trains all weights.", at_least=0, example=8)
     lora_alpha: float = setting(0.0, "Adapters are multiplied by lora_alpha / lora_rank; 0 is twice the rank.", at_least=0.0, example=16)
     lora_targets: str = setting("all", "Matrices that get adapters: all of the blocks, or those of attention.", choices=("all", "attention"))
@@ -168,7 +178,7 @@ def _field_docs(schema: type) -> dict[str, str]:
 def _model_section() -> type:
     """[model]: a preset, and every field of ModelConfig, open (None) until given. The vocabulary comes from the tokenizer."""
     hints, docs = typing.get_type_hints(ModelConfig), _field_docs(ModelConfig)
-    preset_help = f"Named sizes to start from; {DEFAULT_PRESET} when no size is given."
+    preset_help = f"Named sizes to start from: {', '.join(PRESETS)}; {DEFAULT_PRESET} when no size is given."
     fields: list[tuple[str, Any, Any]] = [("preset", str | None, setting(None, preset_help))]
     fields += [
         (each.name, hints[each.name] | None, setting(None, docs.get(each.name, f"See ModelConfig.{each.name}.")))
@@ -189,16 +199,91 @@ _SHORT = {key.partition(".")[2]: key for key in FIELDS}
 assert len(_SHORT) == len(FIELDS), "keys must be unique over all sections"
 
 
+def types_of(key: str) -> tuple[type, ...]:
+    """The types that a setting takes, without None."""
+    return tuple(kind for kind in _accepted(key) if kind is not type(None))
+
+
+def _accepted(key: str) -> tuple[type, ...]:
+    hint = HINTS[key]
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def flag(key: str) -> str:
+    """How an option of `cllm train` that gives this setting is written: optim.learning_rate is --learning-rate."""
+    return "--" + (FIELDS[key].metadata["flag"] or key.partition(".")[2]).replace("_", "-")
+
+
 def full_key(key: str, source: str = "") -> str:
-    """The `section.key` of a key with or without its section or written as a flag; UserError with the nearest name for an unknown one."""
-    plain = key.removeprefix("--").replace("-", "_")
-    if plain in FIELDS:
-        return plain
-    if plain in _SHORT:
-        return _SHORT[plain]
-    near = difflib.get_close_matches(plain, [*FIELDS, *_SHORT], n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else f" Sections: {', '.join(SECTIONS)}."
-    raise UserError(f"unknown setting {key!r}{origin(source)}.{hint}")
+    """The `section.key` of a key with or without its section; UserError with the nearest name for an unknown one."""
+    if key in FIELDS:
+        return key
+    if key in _SHORT:
+        return _SHORT[key]
+    near = nearest_key(key)
+    hint = f" Did you mean {near!r}?" if near else f" Sections: {', '.join(SECTIONS)}."
+    raise UserError(f"unknown setting {shortened(key)}{origin(source)}.{hint}")
+
+
+# What other trainers call these settings, and what people shorten them to; no edit distance leads from lr to learning_rate.
+_OTHER_NAMES = {
+    "learning_rate": "lr rate max_lr peak_lr step_size",
+    "min_lr": "lr_min min_learning_rate final_lr end_lr eta_min",
+    "warmup": "warmup_steps warmup_iters num_warmup_steps lr_warmup",
+    "schedule": "scheduler lr_schedule lr_scheduler lr_scheduler_type lr_decay decay_style",
+    "optimizer": "opt optim",
+    "weight_decay": "wd decay l2",
+    "grad_clip": "clip clip_grad gradient_clip max_grad_norm grad_norm clip_norm",
+    "batch_size": "bs batch micro_batch_size microbatch_size per_device_train_batch_size",
+    "grad_accum": "accum accumulate gradient_accumulation gradient_accumulation_steps accumulation_steps",
+    "seq_len": "ctx context ctx_len context_len context_length context_size n_ctx block_size sequence_length max_length window",
+    "steps": "max_steps num_steps iters max_iters num_iters iterations updates",
+    "epochs": "epoch num_epochs max_epochs num_train_epochs passes",
+    "num_layers": "layers layer n_layer n_layers depth blocks num_hidden_layers",
+    "num_heads": "heads head n_head n_heads num_attention_heads",
+    "num_kv_heads": "kv_heads n_kv_heads num_key_value_heads kv",
+    "embed_dim": "dim d_model n_embd width hidden hidden_size hidden_dim model_dim embd emb_dim embedding_dim",
+    "ffn_dim": "ffn d_ff mlp_dim intermediate_size ff_dim",
+    "vocab_size": "vocab n_vocab vocabulary",
+    "val_fraction": "val val_split validation validation_split validation_fraction holdout",
+    "precision": "dtype amp fp16 bf16 mixed_precision",
+    "threads": "num_threads n_threads workers num_workers jobs cores cpus",
+    "eval_every": "eval_interval eval_steps val_every val_interval",
+    "checkpoint_every": "save_every save_steps save_interval ckpt_every checkpoint_interval",
+    "keep": "save_total_limit keep_last max_checkpoints",
+    "patience": "early_stopping early_stop",
+    "label_smoothing": "smoothing",
+    "lora_rank": "rank lora_r lora",
+    "lora_alpha": "alpha",
+    "start_from": "init_from base_model pretrained finetune_from",
+    "seed": "random_seed rng_seed",
+}
+_MEANT = {other: name for name, others in _OTHER_NAMES.items() for other in others.split()}
+
+
+def nearest_key(key: str) -> str | None:
+    """The `section.key` that an unknown key most likely means: the right name in another section, another trainer's name, or the nearest spelling."""
+    section, dot, name = key.strip().lower().replace("-", "_").rpartition(".")
+    name = _MEANT.get(name, name)
+    if name in _SHORT:
+        return _SHORT[name]
+
+    def likeness(candidate: str) -> float:
+        there, _, short = candidate.partition(".")
+        return _ratio(name, short) + (0.1 * _ratio(section, there) if dot else 0.0)
+
+    best = max(FIELDS, key=likeness)
+    return best if _ratio(name, best.partition(".")[2]) >= 0.65 else None
+
+
+def _ratio(first: str, second: str) -> float:
+    return difflib.SequenceMatcher(None, first.replace("_", ""), second.replace("_", ""), autojunk=False).ratio()
+
+
+def shortened(value: Any) -> str:
+    """A wrong value as a message quotes it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
 
 
 def origin(source: str) -> str:
@@ -206,32 +291,81 @@ def origin(source: str) -> str:
     return f" (from {source})" if source and source != "default" else ""
 
 
+_BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+
+
+def parse(key: str, text: str, quotes: bool = False) -> Any:
+    """What a setting's text on the command line means, by the setting's type; text that fits no type comes back as it is, for `checked` to refuse.
+
+    Besides what TOML knows: True, yes, on and 1 for true; 1e6 and 1_000 for whole numbers; none for a value that is to stay open.
+    With `quotes`, text may be written as TOML writes it.
+    """
+    word = text.strip()
+    if type(None) in _accepted(key) and word.lower() in ("none", "null"):
+        return None
+    for kind in types_of(key):
+        try:
+            if kind is bool:
+                return _BOOLEANS[word.lower()]
+            if kind is str:
+                return _unquoted(word) if quotes else text
+            return _whole(word) if kind is int else float(word)
+        except (ValueError, KeyError, ArithmeticError):
+            continue
+    return text
+
+
+def _whole(word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        number = Decimal(word)
+        if not number.is_finite() or number.adjusted() > 18 or number != int(number):
+            raise
+        return int(number)
+
+
+def _unquoted(word: str) -> Any:
+    """A list is no text either, and is not taken for one."""
+    if word[:1] not in ('"', "'", "["):
+        return word
+    try:
+        return tomllib.loads(f"value = {word}")["value"]
+    except tomllib.TOMLDecodeError:
+        return word
+
+
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _LIMITS = {"above": (">", operator.gt), "at_least": (">=", operator.ge), "below": ("<", operator.lt), "at_most": ("<=", operator.le)}
+_LARGEST = 2**63 - 1
 
 
 def checked(key: str, value: Any, source: str) -> Any:
     """The value in its declared type and inside its limits, or a UserError that says what was expected."""
-    each, hint = FIELDS[key], HINTS[key]
+    each, accepted = FIELDS[key], _accepted(key)
     name, meta = each.name, each.metadata
-    accepted = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    got = f"got {shortened(value)}{origin(source)}."
     advice = f" Use a value like {meta['example']}." if meta["example"] is not None else ""
     if value is None and type(None) in accepted:
         return None
     if isinstance(value, Path) and str in accepted:
         value = str(value)
-    if type(value) is int and float in accepted and int not in accepted:
+    if type(value) is int and float in accepted and int not in accepted and abs(value) <= _LARGEST:
         value = float(value)
-    if not any(type(value) is kind for kind in accepted if kind is not type(None)):
-        words = " or ".join(_WORDS[kind] for kind in accepted if kind is not type(None))
-        raise UserError(f"{name} must be {words}, got {value!r}{origin(source)}.{advice}")
+    if type(value) is float and int in accepted and float not in accepted and value.is_integer():
+        value = int(value)  # TOML's 1e6
+    if not any(type(value) is kind for kind in types_of(key)):
+        words = " or ".join(_WORDS[kind] for kind in types_of(key))
+        raise UserError(f"{name} must be {words}, {got}{advice}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{name} must be a finite number, got {value!r}{origin(source)}.{advice}")
+        raise UserError(f"{name} must be a finite number, {got}{advice}")
     for limit, (sign, fits) in _LIMITS.items():
         if meta[limit] is not None and not fits(value, meta[limit]):
-            raise UserError(f"{name} must be {sign} {meta[limit]}, got {value!r}{origin(source)}.{advice}")
+            raise UserError(f"{name} must be {sign} {meta[limit]}, {got}{advice}")
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise UserError(f"{name} must be at most {_LARGEST}, {got}{advice}")
     if meta["choices"] and value not in meta["choices"]:
         near = difflib.get_close_matches(str(value), meta["choices"], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"{name} must be one of {', '.join(meta['choices'])}, got {value!r}{origin(source)}.{hint}")
+        raise UserError(f"{name} must be one of {', '.join(meta['choices'])}, {got}{hint}")
     return value

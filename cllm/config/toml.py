@@ -35,14 +35,6 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def parse_value(text: str) -> Any:
-    """The text of --set as a TOML value; a bare word is text."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
 def write_toml(values: Mapping[str, Any], sources: Mapping[str, str]) -> str:
     """`section.key` -> value as a TOML file, with the help and the source of each as its comment; an open value is a comment alone."""
     lines = []

@@ -26,13 +26,13 @@ from cllm.config.schema import (
     OptimSection,
     TrainSection,
     checked,
+    flag,
     full_key,
     origin,
+    parse,
 )
-from cllm.config.toml import parse_value, read_toml, write_toml
+from cllm.config.toml import read_toml, write_toml
 from cllm.runtime.errors import UserError
-
-_FLAGS = {"start_from": "from"}  # a word of Python's own, which no field can be called
 
 
 @dataclass(frozen=True, init=False)
@@ -118,7 +118,7 @@ class TrainConfig:
 
     @classmethod
     def from_layers(cls, *, file: str | Path | None = None, flags: Mapping[str, Any] | None = None, sets: Iterable[str] = ()) -> TrainConfig:
-        """Defaults, then the TOML file, then flags (None = not given), then `section.key=value` texts; later ones win."""
+        """Defaults, then the TOML file, then flags (text or value; None = not given), then `section.key=value` texts; later ones win."""
         values: dict[str, Any] = {}
         sources: dict[str, str] = {}
         layer_of: dict[str, int] = {}
@@ -136,12 +136,15 @@ class TrainConfig:
                 put(0, key, value, f"file {file}")
         for key, value in (flags or {}).items():
             if value is not None:
-                put(1, key, value, "DATA" if key == "data.path" else "--" + _FLAGS.get(key, key.rpartition(".")[2]).replace("_", "-").lstrip("-"))
+                key = full_key(key)
+                put(1, key, parse(key, value) if isinstance(value, str) else value, "DATA" if key == "data.path" else flag(key))
         for text in sets:
             key, equals, value = text.partition("=")
             if not equals:
                 raise UserError(f"--set needs section.key=value, got {text!r}. Write for example --set optim.beta2=0.99")
-            put(2, key.strip(), parse_value(value.strip()), f"--set {key.strip()}")
+            source = f"--set {key.strip()}"
+            key = full_key(key.strip(), source)
+            put(2, key, parse(key, value, quotes=True), source)
         return cls(sources=sources, **values)
 
     @classmethod

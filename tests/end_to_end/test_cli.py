@@ -1,6 +1,5 @@
 """Every command on real text: what it prints, what it leaves, and how it answers mistakes."""
 
-import inspect
 import json
 import os
 import signal
@@ -10,54 +9,6 @@ import sys
 import pytest
 from command import PATIENCE, TINY, cllm, lines, wait_until
 from safetensors.torch import load_file
-
-FLAGS_OF_TRAIN = {
-    "data",
-    "out",
-    "config",
-    "resume",
-    "tokenizer",
-    "device",
-    "threads",
-    "precision",
-    "preset",
-    "vocab_size",
-    "embed_dim",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "ffn_dim",
-    "seq_len",
-    "batch_size",
-    "grad_accum",
-    "steps",
-    "epochs",
-    "learning_rate",
-    "min_lr",
-    "warmup",
-    "schedule",
-    "seed",
-    "checkpoint_every",
-    "keep",
-    "eval_every",
-    "patience",
-    "sample_every",
-    "on_nonfinite",
-    "overfit_one_batch",
-    "plan",
-    "find_lr",
-    "set_",
-    "as_json",
-    "from_",
-    "lora_rank",
-}
-
-
-def test_the_flags_of_train_are_frozen():
-    """Further settings go through --set; a flag is for what most users change."""
-    from cllm.cli.app import train
-
-    assert set(inspect.signature(train).parameters) == FLAGS_OF_TRAIN
 
 
 def test_train_leaves_a_whole_run_and_tells_what_comes_next(run):

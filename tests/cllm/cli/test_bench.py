@@ -5,7 +5,7 @@ import json
 import pytest
 from command import cllm
 
-from cllm.cli.bench import BENCHMARKS, CHECKOUT, bench, script
+from cllm.cli.bench import BENCHMARKS, CHECKOUT, run, script
 from cllm.cli.console import Console
 from cllm.runtime.errors import CLLMError, UserError
 
@@ -38,12 +38,12 @@ def test_an_unknown_benchmark_names_the_nearest(checkout):
 
 
 def test_options_reach_the_script_and_its_output_the_screen(checkout, capfd):
-    bench("train", ["--rounds", "3"], Console(), checkout)
+    run("train", ["--rounds", "3"], Console(), checkout)
     assert capfd.readouterr().out == "a table\nthe end\n"
 
 
 def test_with_json_stdout_is_one_object_and_the_table_goes_to_stderr(checkout, capfd):
-    bench("train", ["--rounds", "3"], Console(as_json=True), checkout)
+    run("train", ["--rounds", "3"], Console(as_json=True), checkout)
     printed = capfd.readouterr()
     assert json.loads(printed.out) == {"benchmark": "train", "rows": ["--rounds", "3", "--json"]}
     assert printed.err == "a table\n"
@@ -52,7 +52,7 @@ def test_with_json_stdout_is_one_object_and_the_table_goes_to_stderr(checkout, c
 @pytest.mark.parametrize(("status", "error"), [(1, CLLMError), (2, UserError)])
 def test_a_script_that_fails_fails_the_command(checkout, capfd, status, error):
     with pytest.raises(CLLMError, match=f"ended with status {status}") as raised:
-        bench("train", ["--fail", str(status)], Console(as_json=True), checkout)
+        run("train", ["--fail", str(status)], Console(as_json=True), checkout)
     assert type(raised.value) is error
     assert "a table" in capfd.readouterr().err
 

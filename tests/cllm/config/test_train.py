@@ -3,8 +3,11 @@
 import tomllib
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cllm.config.schema import FIELDS
+from cllm.config import schema
+from cllm.config.schema import FIELDS, types_of
 from cllm.config.train import TrainConfig
 from cllm.runtime.errors import UserError
 
@@ -12,6 +15,116 @@ from cllm.runtime.errors import UserError
 def resolved(**values):
     config = TrainConfig(**{"precision": "fp32", **values})
     return config.resolve(config.model_config(512), 100_000)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        *(("data.document_mask", text, True) for text in ("true", "True", "TRUE", "yes", "Yes", "on", "1")),
+        *(("data.document_mask", text, False) for text in ("false", "False", "no", "OFF", "0")),
+        *(("train.steps", text, 1_000_000) for text in ("1000000", "1_000_000", "1e6", "1E+6", "1000000.0", " 1000000 ")),
+        *(("train.steps", text, None) for text in ("none", "None", "null")),
+        *(("optim.learning_rate", text, 0.001) for text in ("1e-3", "0.001", "1E-3", ".001", "0.00_1")),
+        ("optim.learning_rate", "1", 1.0),
+        ("optim.learning_rate", "none", None),
+        ("data.exclude", "none", "none"),
+        ("data.exclude", "2024", "2024"),
+        ("data.exclude", "true", "true"),
+        ("data.exclude", '"a, b"', "a, b"),
+        ("data.exclude", "[a]", "[a]"),
+        ("data.exclude", "it's", "it's"),
+        ("data.exclude", "", ""),
+        ("model.rope_scaling", "null", None),
+        ("model.gated", "yes", True),
+    ],
+)
+def test_a_text_is_read_by_the_type_of_its_setting_as_flag_and_with_set(key, text, value):
+    found = [TrainConfig.from_layers(sets=[f"{key}={text}"])[key]]
+    if not text.startswith('"'):  # quotes are TOML's, which --set is written like
+        found.append(TrainConfig.from_layers(flags={key: text})[key])
+    assert all(each == value and type(each) is type(value) for each in found)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("train.steps", "2M", "steps must be a whole number, got '2M' (from {}). Use a value like 1000."),
+        ("train.steps", "1.5", "steps must be a whole number, got '1.5' (from {}). Use a value like 1000."),
+        ("train.steps", "1,000", "steps must be a whole number, got '1,000' (from {}). Use a value like 1000."),
+        ("train.steps", "true", "steps must be a whole number, got 'true' (from {}). Use a value like 1000."),
+        ("train.steps", "", "steps must be a whole number, got '' (from {}). Use a value like 1000."),
+        ("train.steps", "inf", "steps must be a whole number, got 'inf' (from {}). Use a value like 1000."),
+        ("train.steps", "1e400000000", "steps must be a whole number, got '1e400000000' (from {}). Use a value like 1000."),
+        ("train.steps", "9" * 20, f"steps must be at most 9223372036854775807, got {'9' * 20} (from {{}}). Use a value like 1000."),
+        ("train.keep", "none", "keep must be a whole number, got 'none' (from {}). Use a value like 2."),
+        ("optim.learning_rate", "fast", "learning_rate must be a number, got 'fast' (from {}). Use a value like 3e-4."),
+        ("optim.learning_rate", "nan", "learning_rate must be a finite number, got nan (from {}). Use a value like 3e-4."),
+        ("data.document_mask", "2", "document_mask must be true or false, got '2' (from {})."),
+    ],
+)
+def test_a_text_that_does_not_fit_says_what_was_expected(key, text, message):
+    with pytest.raises(UserError) as caught:
+        TrainConfig.from_layers(sets=[f"{key}={text}"])
+    assert str(caught.value) == message.format(f"--set {key}")
+    with pytest.raises(UserError) as caught:
+        TrainConfig.from_layers(flags={key: text})
+    assert str(caught.value) == message.format("--" + key.partition(".")[2].replace("_", "-"))
+
+
+def test_a_list_is_no_text_and_a_very_long_value_is_not_printed_whole():
+    with pytest.raises(UserError, match=r"exclude must be text, got \['a', 'b'\]"):
+        TrainConfig.from_layers(sets=['data.exclude=["a", "b"]'])
+    with pytest.raises(UserError) as caught:
+        TrainConfig.from_layers(sets=["train.steps=" + "x" * 10_000])
+    assert len(str(caught.value)) < 200
+
+
+@given(text=st.text(max_size=30), key=st.sampled_from(sorted(FIELDS)))
+def test_any_text_is_read_or_refused_in_one_line(text, key):
+    try:
+        value = TrainConfig.from_layers(flags={key: text})[key]
+    except UserError as error:
+        assert "\n" not in str(error) and key.partition(".")[2] in str(error)
+    else:
+        assert value is None or type(value) in types_of(key)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("lr", "optim.learning_rate"),
+        ("optim.lr", "optim.learning_rate"),
+        ("train.lr", "optim.learning_rate"),
+        ("LR", "optim.learning_rate"),
+        ("max-lr", "optim.learning_rate"),
+        ("train.learning_rate", "optim.learning_rate"),
+        ("learningRate", "optim.learning_rate"),
+        ("optim.lerning_rate", "optim.learning_rate"),
+        ("wd", "optim.weight_decay"),
+        ("bs", "train.batch_size"),
+        ("batchsize", "train.batch_size"),
+        ("ctx", "train.seq_len"),
+        ("block_size", "train.seq_len"),
+        ("n_layer", "model.num_layers"),
+        ("model.layers", "model.num_layers"),
+        ("heads", "model.num_heads"),
+        ("dim", "model.embed_dim"),
+        ("epoch", "train.epochs"),
+        ("train.step", "train.steps"),
+        ("dropout", None),
+        ("zzz", None),
+    ],
+)
+def test_a_wrong_key_suggests_the_setting_that_is_meant(wrong, meant):
+    with pytest.raises(UserError) as caught:
+        TrainConfig.from_layers(sets=[f"{wrong}=1"])
+    assert (f"Did you mean {meant!r}?" in str(caught.value)) if meant else ("Did you mean" not in str(caught.value))
+
+
+def test_the_other_names_of_settings_lead_to_settings():
+    assert set(schema._OTHER_NAMES) <= {key.partition(".")[2] for key in FIELDS}
+    assert not set(schema._MEANT) & {key.partition(".")[2] for key in FIELDS}
+    assert len(schema._MEANT) == sum(len(names.split()) for names in schema._OTHER_NAMES.values())
 
 
 def test_later_layers_win_and_each_value_knows_its_source(tmp_path):
@@ -39,7 +152,7 @@ def test_epochs_of_a_flag_replace_steps_of_a_file_but_both_together_are_refused(
     ("values", "message"),
     [
         ({"learning_rate": -1e-3}, r"learning_rate must be > 0.0, got -0.001 .*Use a value like 3e-4"),
-        ({"learnin_rate": 1e-3}, r"unknown setting 'learnin_rate'.*'learning_rate'"),
+        ({"learnin_rate": 1e-3}, r"unknown setting 'learnin_rate'.*'optim.learning_rate'"),
         ({"steps": 1.5}, "steps must be a whole number, got 1.5"),
         ({"steps": True}, "steps must be a whole number, got True"),
         ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),

@@ -1,0 +1,138 @@
+"""`cllm generate` and `cllm chat`: a model continues a text, or answers line by line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cllm.cli.console import Console, open_console
+from cllm.cli.options import Checkpoint, Device, Json, Threads, Weights, examples, load_model, read_text
+from cllm.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from cllm.data.tokens.tokenizer import Tokenizer
+    from cllm.model.model import Model
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog=examples(
+        "cllm generate runs/demo --prompt 'def '",
+        "cllm generate runs/demo --prompt-file start.txt --temperature 0 --max-tokens 500",
+    )
+)
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Choose among the likeliest tokens that make up this probability.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Drop tokens below this share of the likeliest one's probability.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes tokens that occurred less likely.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text at which to stop; repeatable.")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    samples: Annotated[int, typer.Option(help="How many continuations.")] = 1,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute every token from scratch (a check, slow).")] = False,
+    stream: Annotated[bool, typer.Option(help="Print the text as it is written.")] = True,
+    weights: Weights = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a text."""
+    console = open_console(as_json)
+    from cllm import runtime
+    from cllm.generate.decoding import generate as run
+    from cllm.generate.decoding import stream as run_stream
+
+    if (prompt is None) == (prompt_file is None):
+        raise UserError("give the text to continue either as --prompt or as --prompt-file.")
+    if prompt_file is not None:
+        prompt = read_text(prompt_file)
+    assert prompt is not None
+    with runtime.use(threads=threads):
+        model, tokenizer = load_model(checkpoint, weights=weights, device=device)
+        options: dict[str, Any] = dict(  # noqa: C408
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop=tuple(stop or ()),
+            use_cache=not no_cache,
+        )
+        if stream and samples == 1 and not as_json:
+            console.print(prompt, end="")
+            for piece in run_stream(model, tokenizer, prompt, seed=seed, **options):
+                console.print(piece, end="")
+            console.print()
+            return
+        results = run(model, tokenizer, prompt, seed=seed, samples=samples, **options)
+    for number, each in enumerate(results, 1):
+        if samples > 1:
+            console.print(f"--- {number} of {samples} ---")
+        console.print(prompt + each.text)
+    first = results[0]
+    console.result(
+        {
+            "prompt": prompt,
+            "texts": [each.text for each in results],
+            "tokens": [list(each.tokens) for each in results],
+            "finish_reasons": [each.finish_reason for each in results],
+            "prompt_tokens": first.prompt_tokens,
+            "tokens_per_second": round(first.tokens_per_second, 2),
+        }
+    )
+
+
+@app.command(epilog=examples("cllm chat runs/helper", "cllm chat runs/helper --system 'Answer in one sentence.'"))
+def chat(
+    checkpoint: Checkpoint,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="Same seed, same answers.")] = 0,
+    weights: Weights = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Talk with a model that was taught on chats: each line of standard input gets an answer, until it ends (Ctrl-D)."""
+    console = open_console(as_json)
+    from cllm import runtime
+
+    with runtime.use(threads=threads):
+        model, tokenizer = load_model(checkpoint, weights=weights, device=device)
+        messages = converse(console, model, tokenizer, sys.stdin, system, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    console.result({"messages": messages})
+
+
+def converse(console: Console, model: Model, tokenizer: Tokenizer, lines: Iterable[str], system: str | None, **options: Any) -> list[dict[str, str]]:
+    """Answers each line and returns the whole conversation; options as in `cllm.generate.decoding`. UserError for a model without a chat template."""
+    from cllm.data.tokens.chat_template import encode_prompt, end_of_turn
+    from cllm.generate.decoding import stream
+
+    if tokenizer.chat_template is None:
+        raise UserError("this model has no chat template: it was not taught to chat. Teach it with: cllm train CHATS.jsonl --from MODEL")
+    end = end_of_turn(tokenizer)
+    speaker = tokenizer if end is None else tokenizer.with_end(end)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for line in lines:
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line.strip()})
+        answer = ""
+        for piece in stream(model, speaker, encode_prompt(tokenizer, messages), truncate_prompt=True, **options):
+            console.print(piece, end="")
+            answer += piece
+        console.print()
+        messages.append({"role": "assistant", "content": answer})
+    return messages

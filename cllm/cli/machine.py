@@ -1,0 +1,50 @@
+"""`cllm doctor` and `cllm explain`: what this machine has, and what an operation runs on."""
+
+from typing import Annotated
+
+import typer
+
+from cllm.cli.console import open_console
+from cllm.cli.options import Json, Threads, examples
+from cllm.runtime.errors import UserError
+
+app = typer.Typer()
+
+
+@app.command(epilog=examples("cllm doctor --json"))
+def doctor(as_json: Json = False) -> None:
+    """What this machine has, what each operation runs on and why, and what is missing for something better."""
+    console = open_console(as_json)
+    from cllm import kernels, runtime
+
+    report = runtime.describe(operations=kernels.OPERATIONS)
+    console.print(report)
+    console.result(report.to_dict())
+
+
+@app.command(epilog=examples("cllm explain attention 1x1024x12x64", "cllm explain matmul 512x768 768x3072 --dtype bfloat16 --threads 64"))
+def explain(
+    operation: Annotated[str, typer.Argument(metavar="OP", help="attention, matmul, feed_forward, ...")],
+    shapes: Annotated[list[str], typer.Argument(metavar="SHAPE...", help="Shapes of its inputs, as in 1x1024x12x64.")],
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Which backend and how many workers one operation would get for these shapes, and why."""
+    console = open_console(as_json)
+    from cllm import kernels, runtime
+
+    if operation not in kernels.OPERATIONS:
+        raise UserError(f"unknown operation {operation!r}. Known: {', '.join(kernels.OPERATIONS)}.")
+    with runtime.use(threads=threads):
+        answer = runtime.explain(operation, *(_shape(each) for each in shapes), dtype=dtype, device=device)
+    console.print(answer)
+    console.result(answer.to_dict())
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.replace(",", "x").split("x"))
+    except ValueError:
+        raise UserError(f"a shape is whole numbers joined by x, as in 1x1024x12x64; got {text!r}.") from None

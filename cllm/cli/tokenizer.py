@@ -1,0 +1,113 @@
+"""`cllm tokenizer` and `cllm pack`: text to tokens."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cllm.cli.console import open_console, readable, table
+from cllm.cli.options import Json, examples, tokenizer_file
+from cllm.runtime.errors import UserError
+
+app = typer.Typer()
+group = typer.Typer(help="Train, use and measure a tokenizer.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(group, name="tokenizer")
+
+
+@app.command(epilog=examples("cllm pack books/ --tokenizer runs/books/tokenizer.json --out tokens/"))
+def pack(
+    data: Annotated[str, typer.Argument(help="Folder, file or JSONL of text.")],
+    tokenizer: Annotated[str, typer.Option(help="tokenizer.json, or a run that has one.")],
+    out: Annotated[Path, typer.Option(help="Folder for the token shards.")],
+    val_fraction: Annotated[float, typer.Option(help="Share of the documents for validation.")] = 0.1,
+    as_json: Json = False,
+) -> None:
+    """Pack text into token shards that `cllm train` and `cllm evaluate` read as they are."""
+    console = open_console(as_json)
+    from cllm.data.pipeline import prepare
+    from cllm.data.tokens.tokenizer import Tokenizer
+
+    dataset = prepare(data, out, tokenizer=Tokenizer.load(tokenizer_file(tokenizer)), val_fraction=val_fraction, log=console.print)
+    summary = _dataset_summary(dataset)
+    console.print(table([(key.replace("_", " "), readable(value)) for key, value in summary.items()]))
+    console.result({"out": str(out), **summary})
+
+
+def _dataset_summary(dataset: Any) -> dict[str, Any]:
+    return {
+        "train_tokens": dataset.train.num_tokens,
+        "train_documents": dataset.train.num_documents,
+        "val_tokens": dataset.val.num_tokens,
+        "val_documents": dataset.val.num_documents,
+        "vocab_size": dataset.tokenizer.vocab_size,
+        "tokenizer_hash": dataset.tokenizer.hash,
+    }
+
+
+@group.command("train", epilog=examples("cllm tokenizer train books/ --vocab-size 8192 --out tokenizer.json"))
+def train(
+    data: Annotated[str, typer.Argument(help="Folder, file or JSONL of text.")],
+    out: Annotated[Path, typer.Option(help="The tokenizer.json to write.")] = Path("tokenizer.json"),
+    vocab_size: Annotated[int, typer.Option(help="Number of tokens (bpe).")] = 4096,
+    kind: Annotated[str, typer.Option(help="bpe or char.")] = "bpe",
+    as_json: Json = False,
+) -> None:
+    """Train a tokenizer on DATA."""
+    console = open_console(as_json)
+    from cllm.data.tokens.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.train(data, vocab_size=vocab_size, kind=kind)
+    tokenizer.save(out)
+    console.print(f"wrote {out}: {tokenizer.vocab_size:,} tokens, {tokenizer.hash[:12]}")
+    console.result({"out": str(out), "vocab_size": tokenizer.vocab_size, "kind": kind, "hash": tokenizer.hash})
+
+
+@group.command("encode", epilog=examples("cllm tokenizer encode runs/demo 'def main():'"))
+def encode(
+    tokenizer: Annotated[str, typer.Argument(help="tokenizer.json or a run.")],
+    text: Annotated[str | None, typer.Argument(help="Text; without it, standard input.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Text to token ids."""
+    console = open_console(as_json)
+    from cllm.data.tokens.tokenizer import Tokenizer
+
+    ids = Tokenizer.load(tokenizer_file(tokenizer)).encode(sys.stdin.read() if text is None else text)
+    console.print(" ".join(map(str, ids)))
+    console.result({"tokens": ids, "count": len(ids)})
+
+
+@group.command("decode", epilog=examples("cllm tokenizer decode runs/demo 412 87 9"))
+def decode(
+    tokenizer: Annotated[str, typer.Argument(help="tokenizer.json or a run.")],
+    ids: Annotated[list[int] | None, typer.Argument(help="Token ids; without them, standard input.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Token ids to text."""
+    console = open_console(as_json)
+    from cllm.data.tokens.tokenizer import Tokenizer
+
+    if ids is None:
+        try:
+            ids = [int(word) for word in sys.stdin.read().split()]
+        except ValueError as error:
+            raise UserError(f"token ids must be whole numbers ({error}).") from error
+    text = Tokenizer.load(tokenizer_file(tokenizer)).decode(ids)
+    console.print(text)
+    console.result({"text": text})
+
+
+@group.command("stats", epilog=examples("cllm tokenizer stats runs/demo books/"))
+def stats(
+    tokenizer: Annotated[str, typer.Argument(help="tokenizer.json or a run.")],
+    data: Annotated[str, typer.Argument(help="Folder, file or JSONL of text.")],
+    as_json: Json = False,
+) -> None:
+    """How well a tokenizer fits DATA: bytes and characters per token, share of the vocabulary in use."""
+    console = open_console(as_json)
+    from cllm.data.tokens.tokenizer import Tokenizer
+
+    stats = Tokenizer.load(tokenizer_file(tokenizer)).stats(data)
+    console.print(table([(key.replace("_", " "), readable(value)) for key, value in stats.items()]))
+    console.result(stats)
