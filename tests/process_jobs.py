@@ -62,15 +62,15 @@ def model_of(data, embed_dim=32, num_layers=2):
 
 def step_of(world, data, parallel, deterministic=False, embed_dim=32, batch_size=8, shard_size=None):
     """A step as the Trainer makes it, and the microbatches of its first update."""
-    from cllm.data import Batches
-    from cllm.train.roles import Roles
+    from cllm.distributed.sharding import Sharding
+    from cllm.distributed.share import Share
+    from cllm.train.build import make_step
 
     dataset, model = model_of(data, embed_dim)
     config = TrainConfig(**{**SETTINGS, "batch_size": batch_size, "grad_accum": 1, "parallel": parallel, "deterministic": deterministic,
                             "shard_size": shard_size})  # fmt: skip
-    roles = Roles(world, config)
-    roles.store(Path("unused"), 1, 0)
-    return roles.step(model, "fp32", 1e-3, 1.0), roles.share.microbatches(Batches(dataset.train, 16, batch_size), 0)
+    share = Share.of(config, world)
+    return make_step(model, config, world, share, Sharding.of(config, world)), share.microbatches(dataset.train.batches(16, batch_size), 0)
 
 
 def state_bytes(world, data, parallel):

@@ -78,10 +78,12 @@ class SharedStore(CheckpointStore):
 
 
 class StoreOfParts(SharedStore):
-    """The run's checkpoints in parts. `layout` tells of each weight its whole shape and this process's first row; `writes`: not a mere copy."""
+    """The run's checkpoints in parts. `layout`: of each weight its whole shape and this process's first row. `writes`: whether this process
+    writes its rows; False where another one holds the same."""
 
-    layout: Callable[[], Layout]
-    writes = True
+    def __init__(self, folder: str | Path, keep: int, keep_every: int, world: World, layout: Layout, writes: bool) -> None:
+        super().__init__(folder, keep, keep_every, world)
+        self.layout, self.writes = layout, writes
 
     def read(self, step: int, with_optimizer: bool = True) -> Checkpoint:
         """The state alone, every byte verified by the first process; `read_rows` then takes each process's rows from the files."""
@@ -113,12 +115,11 @@ class StoreOfParts(SharedStore):
     def _write(self, beside: Path, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> dict[str, Any]:
         """Writes this process's rows; what the index has to say of them."""
         written: dict[str, Any] = {"digests": {}, "tensors": {}, "model": {}, "optimizer": {}}
-        layout = self.layout()
         for kind, tensors in (("model", weights), ("optimizer", optimizer)) if self.writes else ():
             file = f"{kind}-{self.world.rank:05d}.safetensors"
             mine = {}
             for name, tensor in tensors.items():
-                shape, row = layout.get(name if kind == "model" else name.partition(".")[2], (tuple(tensor.shape), 0))
+                shape, row = self.layout.get(name if kind == "model" else name.partition(".")[2], (tuple(tensor.shape), 0))
                 if tensor.numel() and (tuple(tensor.shape) != shape or self.world.leads):  # what all hold alike is written once
                     mine[name] = tensor
                     rows = tensor.shape[0] if tensor.dim() else 1

@@ -213,7 +213,7 @@ def _plan(model: "Model", config: TrainConfig, dataset: "Dataset", console: Cons
     """Memory predicted, speed measured over a few real steps whose result is thrown away."""
     from cllm.model.memory import choose_recompute, predict
     from cllm.runtime.device import resolve
-    from cllm.train.trainer import make_batches, make_step
+    from cllm.train.build import make_batches, make_step
 
     settings = config.train
     steps = settings.steps or 0

@@ -4,13 +4,11 @@
 
     session.py      the processes of a run: how they find each other, what they agree on, how all of them end when one does
     share.py        which sequences of an update's batch a process learns from
+    sharding.py     which rows of each weight it holds, where weights are sharded
     reduce.py       gradients of all processes together: bucketed all-reduce, and the fixed tree of the deterministic mode
-    step.py         the training step on top of that, with the whole model in each process
-    sharded.py      the same with weights, gradients and optimizer state cut up over the processes (FSDP2)
-    checkpoint.py   who writes a checkpoint, and checkpoints in parts
-    roles.py        what the first process does and the others leave
 
-A single process imports `torch.distributed` nowhere.
+The training steps on top of that are in `cllm.train` (step_parallel.py, step_sharded.py), the checkpoints of several processes in
+`cllm.checkpoint`. A process that trains alone imports none of these modules, and `torch.distributed` nowhere.
 """
 
 from __future__ import annotations

@@ -67,6 +67,11 @@ class World:
 
         return float(gathered(torch.tensor([value], dtype=torch.float64), self.size).max())
 
+    def agreed(self, asked: str | None) -> str | None:
+        """The name of the signal that asked any of the processes to stop (`asked` is what this one received), so that all stop together."""
+        number = int(self.largest(0 if asked is None else signal.Signals[asked]))
+        return signal.Signals(number).name if number else None
+
     def from_first(self, make: Callable[[], Any]) -> Any:
         """What `make` returns in the first process, as JSON. The others wait as long as it lives, for it may take hours (tokenizing)."""
         self._values += 1

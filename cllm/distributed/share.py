@@ -30,7 +30,8 @@ class Share:
 
     @classmethod
     def of(cls, config: TrainConfig, world: World | None) -> Share:
-        """Raises UserError where an update has too little for so many processes."""
+        """The share of this process; `world` is None for one that trains alone. Raises UserError where an update has too few sequences, or in
+        deterministic mode too few leaves, for so many processes."""
         settings = config.train
         sequences = settings.batch_size * settings.grad_accum
         rank, size = (0, 1) if world is None else (world.rank, world.size)

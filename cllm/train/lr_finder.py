@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cllm.runtime import progress
 from cllm.runtime.errors import UserError
+from cllm.train.build import make_batches, make_step
 
 if TYPE_CHECKING:
     from cllm.config.train import TrainConfig
@@ -64,8 +65,6 @@ def find_learning_rate(model: Model, split: TokenSplit, config: TrainConfig, bea
 
     The model is trained by it: throw it away. Raises UserError when not even the first loss is finite.
     """
-    from cllm.train.trainer import make_batches, make_step
-
     step, batches = make_step(model, config), make_batches(split, config)
     count = config.train.grad_accum
     rates: list[float] = []

@@ -19,6 +19,7 @@ from cllm.checkpoint.store import Checkpoint
 from cllm.data.tokens.batch import IGNORE, Batch
 from cllm.distributed.reduce import add_in_place, clip_, measured, norm_of
 from cllm.distributed.session import gathered
+from cllm.distributed.sharding import Sharding
 from cllm.distributed.share import Share
 from cllm.runtime import tree
 from cllm.runtime.errors import UserError
@@ -28,21 +29,6 @@ from cllm.train.step_parallel import sum_of_losses
 if TYPE_CHECKING:
     from cllm.distributed.session import World
     from cllm.model.model import Model
-
-
-def mesh_of(world: World, parallel: str, shard_size: int | None) -> Any:
-    """The DeviceMesh: (n,) named shard for fsdp; (copies, n) named replicate and shard for hybrid. UserError where they do not fit."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    if parallel == "fsdp":
-        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    size = shard_size or world.local_size
-    if world.size % size or size < 2 or size == world.size:
-        raise UserError(
-            f"hybrid sharding needs shard_size to divide the {world.size} processes into several copies of at least 2 processes each, got {size}"
-            f"{'' if shard_size else ' (the processes of one node)'}. Set train.shard_size, or use train.parallel=fsdp."
-        )
-    return init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
 
 
 def shard(model: Model, mesh: Any) -> None:
@@ -113,15 +99,16 @@ class ShardedStep(TrainStep):
 
     uses_graphs = False
 
-    def __init__(self, model: Model, *args: Any, share: Share, world: World, mesh: Any, deterministic: bool, **options: Any) -> None:
+    def __init__(self, model: Model, *args: Any, share: Share, world: World, sharding: Sharding, deterministic: bool, **options: Any) -> None:
+        mesh = sharding.mesh(world.device.type)
         shard(model, mesh)
         self._sharded: dict[str, Any] = dict(model.named_parameters())  # later the model may show whole weights under these names
         self._rows = {name: torch.nn.Parameter(parameter.to_local().detach()) for name, parameter in self._sharded.items()}
         super().__init__(model, *args, **options)
-        self.share, self.world, self.mesh = share, world, mesh
+        self.share, self.world, self.sharding = share, world, sharding
         self._exchanges: list[LeafExchange] = []
         if deterministic:
-            replicate = mesh["replicate"].get_group() if mesh.ndim > 1 else None
+            replicate = mesh["replicate"].get_group() if sharding.copies > 1 else None
             for unit in units_of(model):
                 self._exchanges.append(LeafExchange(world.size, replicate))
                 unit.set_custom_reduce_scatter(self._exchanges[-1])
@@ -163,7 +150,7 @@ class ShardedStep(TrainStep):
     def _update(self, learning_rate: float) -> tuple[float, float, int]:
         gradients = [each.grad for each in self._rows.values() if each.grad is not None]
         rows, largest, nonfinite = measured(gradients)
-        if self.mesh.ndim > 1 and self.mesh.get_coordinate()[0]:
+        if self.sharding.copy:
             rows, nonfinite = [], 0  # the first copy counts for all
         nonfinite = int(self.world.sums([nonfinite])[0])
         norm = norm_of(self._everyones(rows), nonfinite)
@@ -183,12 +170,6 @@ class ShardedStep(TrainStep):
 
     # -- state ----------------------------------------------------------------------------------------------------------------
 
-    def layout(self) -> dict[str, tuple[tuple[int, ...], int]]:
-        """Of each weight the whole shape, and the first row that this process holds."""
-        size, place = self.mesh.shape[-1], self.mesh.get_coordinate()[-1]
-        # As torch.chunk cuts: equal runs of rows, of which the last may be shorter or empty.
-        return {name: (tuple(each.shape), min(each.shape[0], -(-each.shape[0] // size) * place)) for name, each in self._sharded.items()}
-
     def weights(self) -> dict[str, Tensor]:
         """This process's rows."""
         return {name: rows.detach() for name, rows in self._rows.items()}
@@ -197,7 +178,7 @@ class ShardedStep(TrainStep):
         """Reads this process's rows out of a checkpoint in one piece or in parts of any number of processes."""
         from cllm.checkpoint.shared import read_rows
 
-        layout = self.layout()
+        layout = self.sharding.layout(self._sharded)
         with torch.no_grad():
             read_rows(found.path, "model", self.weights(), layout)
             state = self.optimizer.state_dict()

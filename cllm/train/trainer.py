@@ -12,7 +12,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,25 +24,26 @@ from cllm.checkpoint.store import Checkpoint, check_tokenizer, load_weights, rea
 from cllm.checkpoint.writer import CheckpointWriter
 from cllm.config.schedule import BatchRamp, Plateau, Schedule, lr
 from cllm.config.train import TrainConfig
-from cllm.data.tokens.batch import Batch, TrainingBatches
 from cllm.evaluate.loss import Evaluation, evaluate
 from cllm.model.lora import lora_state
 from cllm.model.memory import choose_recompute, explained_out_of_memory
 from cllm.monitor.diagnostics import Diagnostics
 from cllm.monitor.environment import record_environment
-from cllm.monitor.guards import BestLoss, Interrupted, StopSignals
+from cllm.monitor.guards import BestLoss, Interrupted, RunLock, StopSignals
+from cllm.monitor.metrics import Metrics
 from cllm.monitor.reporter import Reporter
+from cllm.monitor.silent import SilentMetrics, SilentReporter
 from cllm.runtime.device import resolve
 from cllm.runtime.errors import CheckpointError, UserError
 from cllm.train.averages import put
+from cllm.train.build import divide, make_batches, make_step, make_store
 from cllm.train.faults import ROLLBACKS, Fault, FaultError, Faults, NonFiniteError, advice
-from cllm.train.roles import Roles
-from cllm.train.step import StepResult, TrainStep
+from cllm.train.step import StepResult
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cllm.data import Dataset, TokenSplit
+    from cllm.data import Batch, Dataset, TokenSplit
     from cllm.data.tokens.tokenizer import Tokenizer
     from cllm.model.model import Model
 
@@ -100,7 +101,8 @@ class Trainer:
         self.config = (config or TrainConfig()).resolve(model.config, dataset.train.num_tokens)
         self._world = distributed.current()
         self.device = resolve(self.config.train.device)[0] if self._world is None else self._world.device
-        self._roles = Roles(self._world, self.config)
+        self._leads = self._world is None or self._world.leads  # whether this process prints and writes
+        self._share, self._sharding = divide(self.config, self._world)
         _check_fit(model, dataset, self.config, self.tokenizer)
         self._batches = make_batches(dataset.train, self.config)
         self.step = 0
@@ -126,8 +128,9 @@ class Trainer:
         if resume not in ("auto", True, False):
             raise UserError(f'resume must be "auto", True or False, got {resume!r}.')
         _make_folder(self.out)
-        roles, threads = self._roles, self.config.train.threads
-        with roles.lock(self.out), runtime.use(threads=threads), roles.reporter(self.out) as report, StopSignals() as stop:
+        lock = RunLock(self.out) if self._leads else nullcontext()
+        reporter = Reporter(self.out, self.config) if self._leads else SilentReporter()
+        with lock, runtime.use(threads=self.config.train.threads), reporter as report, StopSignals() as stop:
             with self._out_of_memory():
                 self._open(resume, report)
             with self._metrics:
@@ -142,7 +145,7 @@ class Trainer:
     def whole_model(self) -> Model | None:
         """The model with all its weights where the run shares them out; None in all processes but the first."""
         whole = self._train_step.whole_model()
-        return whole if self._roles.leads else None
+        return whole if self._leads else None
 
     def _loop(self, report: Reporter, stop: StopSignals) -> None:
         settings = self.config.train
@@ -170,7 +173,7 @@ class Trainer:
                 self._evaluate(report)
             if settings.sample_every and self.step % settings.sample_every == 0:
                 self._sample(report)
-            asked = self._roles.agreed(stop.asked)
+            asked = stop.asked if self._world is None else self._world.agreed(stop.asked)
             if asked and self.step < settings.steps:
                 self._save(report)
                 self._finish_writing(report)
@@ -207,11 +210,11 @@ class Trainer:
         settings = self.config.train
         if self._prepared[0] != step:
             data = 0 if settings.overfit_one_batch else self._faults.data_of(step)
-            if settings.batch_ramp:
+            if self._share is None:
                 first = self._ramp.before(data)
                 self._prepared = step, [self._batches.batch(first + number) for number in range(self._ramp.size(step))]
             else:
-                self._prepared = step, self._roles.share.microbatches(self._batches, data)
+                self._prepared = step, self._share.microbatches(self._batches, data)
         return self._prepared[1]
 
     def _record(self, result: StepResult, report: Reporter) -> None:
@@ -337,7 +340,7 @@ class Trainer:
     def _sample(self, report: Reporter) -> None:
         """Generated text to samples.txt, the only place where training calls generation."""
         model = self._train_step.whole_model()
-        if self.tokenizer is None or model is None or not self._roles.leads:
+        if self.tokenizer is None or model is None or not self._leads:
             return
         from cllm.generate.decoding import generate
 
@@ -372,7 +375,7 @@ class Trainer:
 
     def _open(self, resume: str | bool, report: Reporter) -> None:
         """Prepares everything for the step to start from: a fresh run's first, or the one after the newest good checkpoint."""
-        self._store = self._roles.store(self.out / "checkpoints", self.config.train.keep, self.config.train.keep_every)
+        self._store = make_store(self.out / "checkpoints", self.model, self.config, self._world, self._sharding)
         self._store.clean()
         # Several processes write together; that needs them all at the same place.
         self._writer = CheckpointWriter(self._store, self.config.train.async_checkpoint and self._world is None)
@@ -393,17 +396,18 @@ class Trainer:
         if self.model.recompute != "none":
             report.say(f"the backward computes again: {self.model.recompute} ({why})")
         self._schedule = Schedule(config.optim.learning_rate, config.optim.min_lr, config.optim.warmup, config.train.steps, config.optim.schedule)
-        self._train_step = make_step(self.model, config, self._roles)
+        self._train_step = make_step(self.model, config, self._world, self._share, self._sharding)
         if self.dataset.val.num_tokens >= 2:
             self._unigram = self.dataset.val.unigram_nats(self.dataset.train)
-        if self._roles.leads:
+        if self._leads:
             if self.tokenizer is not None:
                 self.tokenizer.save(self.out / "tokenizer.json")
             write_atomic(self.out / "config.toml", config.to_toml().encode())
             record_environment(self.out)
-        self._metrics = self._roles.metrics(self.out, config.log.tensorboard, config.log.prometheus_port)
+        self._metrics = Metrics(self.out, config.log.tensorboard, config.log.prometheus_port) if self._leads else SilentMetrics()
         self._metrics.text("config", self.step, config.to_toml())
-        parameters = self._train_step.optimizer.parameters if self._roles.looks else {}
+        looks = self._leads and self._sharding is None  # into layers, which takes whole weights
+        parameters = self._train_step.optimizer.parameters if looks else {}
         self._diagnostics = Diagnostics(self.model, parameters, self.dataset, self.tokenizer, config)
         if found is not None:
             self._restore(found)
@@ -497,34 +501,6 @@ class Trainer:
                 report.say(f"error: {error}")
             raise
         self._finish_writing(report)
-
-
-def make_step(model: Model, config: TrainConfig, roles: Roles | None = None) -> TrainStep:
-    """The step that a resolved configuration describes, in one process or in those of `roles`."""
-    settings = config.optim
-    assert settings.learning_rate is not None
-    return (TrainStep if roles is None else roles.step)(
-        model,
-        config.train.precision,
-        settings.learning_rate,
-        settings.grad_clip,
-        weight_decay=settings.weight_decay,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        label_smoothing=settings.label_smoothing,
-        z_loss=settings.z_loss,
-        optimizer=settings.optimizer,
-        momentum=settings.momentum,
-        ema=settings.ema,
-        noise_scale_every=config.log.noise_scale_every,
-    )
-
-
-def make_batches(split: TokenSplit, config: TrainConfig) -> TrainingBatches:
-    """The training batches that a configuration describes: a pure function of its seed and the batch's number."""
-    settings = config.train
-    sizes = settings.seq_len, settings.batch_size
-    return split.batches(*sizes, settings.seed, shuffle=config.data.shuffle, document_mask=config.data.document_mask)
 
 
 def _check_fit(model: Model, dataset: Dataset, config: TrainConfig, tokenizer: Tokenizer | None) -> None:
