@@ -18,9 +18,9 @@ from typing import Any
 import plots
 from report import RESULTS, add_output_options, finish, print_table, run
 
+from cllm.config.schema import OPTIMIZERS
 from cllm.monitor.metrics import read_metrics
 from cllm.runtime.errors import CLLMError
-from cllm.train.optimizers.base import OPTIMIZERS
 
 RECIPE = (
     "--tokenizer", "char", "--embed-dim", 128, "--num-layers", 4, "--num-heads", 4, "--seq-len", 64, "--batch-size", 12, "--checkpoint-every", 100000,

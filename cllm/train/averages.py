@@ -23,7 +23,7 @@ class Ema:
         self.weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
     def update(self, num_updates: int) -> None:
-        """After update number `num_updates`, counted from 1. Each operation rounds once (see `cllm.train.optimizers.base.Optimizer`)."""
+        """After update number `num_updates`, counted from 1. Each operation rounds once (see `cllm.train.optimizers.Optimizer`)."""
         decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
         with torch.no_grad():
             for name, average in self.weights.items():

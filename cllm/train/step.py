@@ -19,7 +19,8 @@ from cllm.data.tokens.batch import IGNORE, Batch, StepResult
 from cllm.runtime.errors import CheckpointError, UserError
 from cllm.train.averages import Ema, put, swapped
 from cllm.train.noise_scale import NoiseScale
-from cllm.train.optimizers.base import AdamW, make_optimizer
+from cllm.train.optimizers.adamw import AdamW
+from cllm.train.optimizers.choice import make_optimizer
 
 if TYPE_CHECKING:
     from cllm.model.model import Model

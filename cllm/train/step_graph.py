@@ -20,7 +20,7 @@ from cllm.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
     from cllm.model.model import Model
-    from cllm.train.optimizers.base import AdamW
+    from cllm.train.optimizers.adamw import AdamW
 
 WARM_UPS = 3  # runs of a graph's body before it is captured: kernels compile and libraries allocate what they keep
 FIRST_LOSS_SCALE = 65536.0  # fp16: halved when a gradient overflows, doubled after GROWTH_INTERVAL good steps (Micikevicius et al. 2018)

@@ -1,33 +1,45 @@
-"""What an optimizer is here, AdamW, and the choice between optimizers.
+"""What all optimizers share: the gradient norm, clipping, weight decay and a state of named tensors.
 
-An optimizer owns the gradients' measure, the clipping and the update, and keeps its state as named tensors. All of them decay the same
-parameters: every matrix, the token and position embeddings included, as GPT-2, Llama and OLMo do (a tied embedding is also the output
-matrix). Vectors, that is biases and norm weights, are not decayed: the decay would only fight their scale.
+Weight decay applies to the same parameters in all of them: to every matrix, token and position embeddings included, as in GPT-2, Llama and OLMo
+(a tied embedding is also the output matrix). Vectors, that is biases and norm weights, are not decayed, because decay would only fight their scale.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
-from cllm.config.schema import OPTIMIZERS
 from cllm.runtime.errors import CheckpointError, UserError
 
 
+class GradientStatistics(NamedTuple):
+    """Of all gradients together, before clipping: the L2 norm, the largest absolute value and the number of elements that are not finite."""
+
+    norm: float
+    largest: float
+    num_nonfinite: int
+
+
 class Optimizer(ABC):
-    """The part that all optimizers share; one of them fills `slots` (kind of state -> parameter's name -> tensor) and writes `step`.
+    """Base class of the optimizers. A subclass names its `kinds` of state and implements `step`.
 
-    named_parameters: (name, parameter) pairs, float32 master weights with gradients in float32 or bfloat16. State is float32.
+    named_parameters: (name, parameter) pairs; float32 master weights whose gradients are float32 or bfloat16. Those that do not require a
+        gradient are left out. UserError when none is left.
+    weight_decay: decoupled decay of the matrices, per unit of learning rate.
 
-    Elementwise work in `step` uses operations that round once (mul, add, sub, div, sqrt, sign), never add with a factor, lerp or addcmul:
-    torch cuts a tensor by its threads and may end each part in scalar code, and nothing promises that this rounds a pair of operations as
-    vector code does, fused or not. Sums and products of matrices go through `cllm.kernels`. So no number of threads changes a bit.
+    The state lies in `slots[kind][name]`, a float32 tensor of the parameter's shape.
+
+    Elementwise work in `step` uses only operations that round once (mul, add, sub, div, sqrt, sign), never lerp, addcmul or add with a factor.
+    PyTorch cuts a tensor among its threads and may process the end of each part in scalar code, and scalar and vector code need not agree on
+    whether they fuse a multiplication with an addition. Reductions and matrix products use `cllm.kernels`. Therefore the number of threads never
+    changes a bit.
     """
 
-    kinds: Sequence[str] = ()  # the kinds of state that every parameter has
-    averaging = False  # whether `averages` gives something
+    kinds: Sequence[str] = ()  # the kinds of state that each parameter has, "exp_avg" for example
+    averaging = False  # whether `averages` returns weights
 
     def __init__(self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], *, weight_decay: float = 0.1) -> None:
         self.parameters = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
@@ -39,13 +51,14 @@ class Optimizer(ABC):
         self.num_updates = 0
 
     def zero_grad(self) -> None:
+        """Sets every gradient to None."""
         for parameter in self.parameters.values():
             parameter.grad = None
 
-    def update(self, learning_rate: float, max_norm: float = 0.0) -> tuple[float, float, int]:
-        """Clips to `max_norm` (0: not at all) and updates in place; returns (gradient norm before clipping, largest |g|, non-finite count).
+    def update(self, learning_rate: float, max_norm: float = 0.0) -> GradientStatistics:
+        """Scales the gradients so that their norm is at most `max_norm` (0: no clipping) and updates the parameters in place.
 
-        When any gradient is not finite, nothing changes and the update is not counted.
+        When any gradient is not finite, nothing changes and the update is not counted in `num_updates`.
         """
         from cllm import kernels
 
@@ -56,14 +69,15 @@ class Optimizer(ABC):
             with torch.no_grad():
                 self.step(((name, grad.float() if clip == 1.0 else grad.float() * clip) for name, grad in zip(names, grads)), learning_rate)
             self.num_updates += 1
-        return norm, largest, int(nonfinite)
+        return GradientStatistics(norm, largest, int(nonfinite))
 
     @abstractmethod
     def step(self, grads: Iterable[tuple[str, torch.Tensor]], learning_rate: float) -> None:
-        """One update in place from clipped, finite float32 gradients, which are made one by one; `num_updates` counts the updates before."""
+        """One update in place. `grads`: (name, gradient) pairs, clipped, finite and float32, made as they are iterated over so that only one copy
+        exists at a time. `num_updates` is the number of updates before this one."""
 
     def averages(self) -> dict[str, torch.Tensor] | None:
-        """The weights to evaluate and to export, where they are not those that gradients are taken at."""
+        """The weights to evaluate and to export by name, where they differ from those that gradients are computed at; otherwise None."""
         return None
 
     def _gradients(self) -> tuple[list[str], list[torch.Tensor]]:
@@ -72,11 +86,12 @@ class Optimizer(ABC):
         return list(found), list(found.values())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """`KIND.NAME` and the number of updates: tensors only, so that safetensors holds them all."""
+        """`KIND.NAME` of each tensor of state, and `num_updates`, int64: tensors only, so that safetensors can hold them all."""
         state = {f"{kind}.{name}": tensor for kind, tensors in self.slots.items() for name, tensor in tensors.items()}
         return state | {"num_updates": torch.tensor(self.num_updates, dtype=torch.int64)}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Copies what `state_dict` returned. CheckpointError, with nothing changed, when names or shapes are not this optimizer's."""
         own = self.state_dict()
         if own.keys() != state.keys():
             odd = sorted(own.keys() ^ state.keys())
@@ -87,75 +102,6 @@ class Optimizer(ABC):
         for name, tensor in state.items():
             own[name].copy_(tensor)
         self.num_updates = int(state["num_updates"])
-
-
-class AdamW(Optimizer):
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over all parameters in two fused passes."""
-
-    kinds = ("exp_avg", "exp_avg_sq")
-
-    def __init__(
-        self,
-        named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
-        *,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.1,
-    ) -> None:
-        super().__init__(named_parameters, weight_decay=weight_decay)
-        self.betas, self.eps = betas, eps
-        self.exp_avg, self.exp_avg_sq = self.slots["exp_avg"], self.slots["exp_avg_sq"]
-
-    def update(self, learning_rate: float, max_norm: float = 0.0) -> tuple[float, float, int]:
-        names, grads = self._gradients()
-        norm, largest, nonfinite = self._fused(names, grads, learning_rate, max_norm).tolist()
-        if not nonfinite:
-            self.num_updates += 1
-        return norm, largest, int(nonfinite)
-
-    def step(self, grads: Iterable[tuple[str, torch.Tensor]], learning_rate: float) -> None:
-        names, tensors = zip(*grads)
-        self._fused(list(names), list(tensors), learning_rate, 0.0)
-
-    def _fused(self, names: list[str], grads: list[torch.Tensor], learning_rate: float, max_norm: float) -> torch.Tensor:
-        from cllm import kernels
-
-        return kernels.adamw_(
-            [self.parameters[name].detach() for name in names],
-            grads,
-            [self.exp_avg[name] for name in names],
-            [self.exp_avg_sq[name] for name in names],
-            learning_rate=learning_rate,
-            betas=self.betas,
-            eps=self.eps,
-            weight_decays=[self.decays[name] for name in names],
-            step=self.num_updates + 1,
-            max_norm=max_norm,
-            skip_nonfinite=True,
-        )
-
-
-def make_optimizer(
-    name: str,
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
-    *,
-    betas: tuple[float, float],
-    eps: float = 1e-8,
-    weight_decay: float = 0.1,
-    momentum: float = 0.95,
-) -> Optimizer:
-    """The optimizer called `name`, one of OPTIMIZERS. Each takes what it knows: `momentum` is Muon's, `eps` not Lion's."""
-    from cllm.train.optimizers import Lion, Muon, ScheduleFreeAdamW
-
-    if name == "adamw":
-        return AdamW(named_parameters, betas=betas, eps=eps, weight_decay=weight_decay)
-    if name == "muon":
-        return Muon(named_parameters, betas=betas, eps=eps, weight_decay=weight_decay, momentum=momentum)
-    if name == "lion":
-        return Lion(named_parameters, betas=betas, weight_decay=weight_decay)
-    if name == "schedule_free":
-        return ScheduleFreeAdamW(named_parameters, betas=betas, eps=eps, weight_decay=weight_decay)
-    raise UserError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}.")
 
 
 def _zeros(parameter: torch.Tensor) -> torch.Tensor:

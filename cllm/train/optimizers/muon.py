@@ -5,7 +5,8 @@ from collections.abc import Iterable
 
 import torch
 
-from cllm.train.optimizers.base import AdamW, Optimizer
+from cllm.train.optimizers.adamw import AdamW
+from cllm.train.optimizers.base import Optimizer
 
 # Five steps of an odd quintic polynomial with these coefficients bring singular values into about [0.7, 1.2]: the slope at 0 is as steep as it
 # can be, and 1 is not quite reached (Keller Jordan, https://kellerjordan.github.io/posts/muon/).

@@ -13,6 +13,7 @@ from command import PATIENCE, lines, wait_until
 from cllm.checkpoint.safetensors import sha256_of
 from cllm.checkpoint.store import CheckpointStore, load, read_checkpoint
 from cllm.config.model import ModelConfig
+from cllm.config.schema import OPTIMIZERS
 from cllm.config.train import TrainConfig
 from cllm.data.pipeline import prepare
 from cllm.evaluate.loss import evaluate
@@ -20,7 +21,6 @@ from cllm.model.memory import predict
 from cllm.model.model import Model
 from cllm.monitor.metrics import TIME_FIELDS, read_metrics
 from cllm.runtime.errors import UserError
-from cllm.train.optimizers.base import OPTIMIZERS
 from cllm.train.step import TrainStep
 from cllm.train.trainer import Trainer
 

@@ -6,7 +6,7 @@ import torch
 from cllm.config.model import ModelConfig
 from cllm.model.model import Model
 from cllm.runtime.errors import CheckpointError, UserError
-from cllm.train.optimizers.base import AdamW
+from cllm.train.optimizers import AdamW
 
 
 def parameters(seed=0):

@@ -7,10 +7,10 @@ import torch
 
 from cllm import runtime
 from cllm.config.model import ModelConfig
+from cllm.config.schema import OPTIMIZERS
 from cllm.model.model import Model
 from cllm.runtime.errors import CheckpointError, UserError
-from cllm.train.optimizers import Lion, Muon, ScheduleFreeAdamW
-from cllm.train.optimizers.base import OPTIMIZERS, make_optimizer
+from cllm.train.optimizers import Lion, Muon, ScheduleFreeAdamW, make_optimizer
 from cllm.train.optimizers.muon import COEFFICIENTS, NUM_STEPS, orthogonal
 
 SHAPES = {"layers.0.wide.weight": (24, 40), "layers.0.tall.weight": (56, 16), "embed_tokens.weight": (30, 24), "norm.weight": (24,)}
