@@ -34,8 +34,8 @@ def train(world, data, out, settings=None, sizes=None, seed=0, stop_after=None):
     if stop_after is not None:
         record = trainer._record
 
-        def recording(result, report):
-            record(result, report)
+        def recording(result):
+            record(result)
             if trainer.step == stop_after:
                 raise Stopped
 

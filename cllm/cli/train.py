@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from cllm.distributed.session import World
     from cllm.model.model import Model
 
-SAMPLE_TOKENS = 160
-
 # The settings that most users change; --set reaches all of them.
 FLAGS = (
     "start_from", "lora_rank", "tokenizer", "device", "threads", "precision", "preset", "vocab_size", "embed_dim", "num_layers", "num_heads",
@@ -123,6 +121,7 @@ def _train(config: TrainConfig, console: Console, out: Path, resume: bool, plan_
                 raise UserError("--find-lr works in one process. Run it without torchrun.")
             _find_lr(model, config, dataset, out, console)
             return
+        from cllm.train.samples import sample_text
         from cllm.train.trainer import Trainer
 
         model = adapt(config, model, dataset.tokenizer, out)
@@ -131,7 +130,7 @@ def _train(config: TrainConfig, console: Console, out: Path, resume: bool, plan_
         trained = trainer.whole_model()
         if trained is None:
             return
-        sample = _sample(trained, dataset)
+        sample = sample_text(trained, dataset.tokenizer, dataset.train)
     console.print(f"\nA sample, starting from nothing:\n\n{_indented(sample)}\n")
     if result.validation is not None:
         console.print(f"Validation: {result.validation}")
@@ -270,16 +269,6 @@ def _find_lr(model: "Model", config: TrainConfig, dataset: "Dataset", out: Path,
         console.print("The loss did not rise again up to the highest learning rate tried: take the suggestion with care.")
     console.print(f"Begin with: cllm train {config.data.path} --learning-rate {found.suggestion:g}")
     console.result({**found.to_dict(), "optimizer": config.optim.optimizer, "picture": None if picture is None else str(picture)})
-
-
-def _sample(model: "Model", dataset: "Dataset") -> str:
-    """Text from where a document begins; without an end-of-text token, from the training text's own beginning."""
-    from cllm.generate.decoding import generate
-
-    tokenizer = dataset.tokenizer
-    start = [int(dataset.train.read(0, 1)[0])] if tokenizer.eot_id is None else [tokenizer.eot_id]
-    room = model.config.max_seq_len - 2
-    return generate(model, tokenizer, start, max_tokens=max(1, min(SAMPLE_TOKENS, room)), temperature=0.7, top_p=0.95, seed=0)[0].text
 
 
 def _indented(text: str) -> str:

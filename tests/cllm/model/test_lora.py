@@ -121,8 +121,8 @@ def train(place, out, steps=6, stop_after=None, **settings):
     if stop_after is not None:
         record = trainer._record
 
-        def killed(result, report):
-            record(result, report)
+        def killed(result):
+            record(result)
             if trainer.step == stop_after + 1:
                 raise KeyboardInterrupt
 

@@ -48,7 +48,7 @@ def test_looking_changes_no_bit_of_training(dataset, tmp_path):
     digests = set()
     for name, values in (("quiet", QUIET), ("loud", LOUD)):
         run = train(dataset, tmp_path / name, threads=2, **values)
-        path = run._store.path(12)
+        path = run._checkpoints.store.path(12)
         digests.add((sha256_of(path / "model.safetensors"), sha256_of(path / "optimizer.safetensors")))
     assert len(digests) == 1
     assert [len(rows(tmp_path / "loud", kind)) for kind in ("train", "layers", "eval", "activations")] == [12, 12, 2, 2]
@@ -78,8 +78,8 @@ def test_a_resumed_run_leaves_the_same_rows(dataset, tmp_path):
     )  # fmt: skip
     record = short._record
 
-    def broken_off(result, report):
-        record(result, report)
+    def broken_off(result):
+        record(result)
         if short.step == 8:
             raise KeyboardInterrupt
 

@@ -45,7 +45,7 @@ def straight(request, dataset, tmp_path_factory):
     out = tmp_path_factory.mktemp("straight") / "run"
     run = trainer(dataset, out, precision=request.param, threads=2)
     run.fit()
-    assert run._batches.num_batches < STEPS * ACCUMULATED
+    assert run.data.batches.num_batches < STEPS * ACCUMULATED
     return request.param, outcome(out)
 
 

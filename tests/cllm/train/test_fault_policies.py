@@ -130,7 +130,7 @@ def trainer(dataset, out, poison=None, factor=math.nan, **values):
     model = Model(ModelConfig(vocab_size=dataset.tokenizer.vocab_size, embed_dim=16, num_layers=1, num_heads=2, max_seq_len=16))
     run = Trainer(model, dataset, TrainConfig(**{**SETTINGS, **values}), out=out)
     if poison is not None:
-        bad, loss = [run._batches.batch(each).tokens for each in poison], model.loss
+        bad, loss = [run.data.batches.batch(each).tokens for each in poison], model.loss
 
         def poisoned(tokens, *args, **kwargs):
             value = loss(tokens, *args, **kwargs)
@@ -163,13 +163,13 @@ def test_a_rollback_goes_back_to_the_checkpoint_and_on_with_other_data(dataset, 
     (event,) = events(tmp_path / "run")
     assert (event["event"], event["action"], event["step"], event["fault_step"], event["data"]) == (kind, "rollback", 20, 23, 22)
     assert event["documents"] and all(name.endswith(".txt") for name in event["documents"])
-    assert [run._faults.data_of(update) for update in (19, 20, 21)] == [19, 23, 24]
+    assert [run.state.faults.data_of(update) for update in (19, 20, 21)] == [19, 23, 24]
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train"] == list(range(1, STEPS + 1))
     said = capfd.readouterr().err
     assert "back to step 20, and on with other data" in said and event["documents"][0] in said
     # The same as a run that never had the poisoned data, but for having begun the step anew: the weights say so.
     clean = trainer(dataset, tmp_path / "clean", **values)
-    clean._faults.rollbacks = [(20, 3)]
+    clean.state.faults.rollbacks = [(20, 3)]
     clean.fit()
     assert outcome(tmp_path / "clean")[1:3] == outcome(tmp_path / "run")[1:3]
 
@@ -179,11 +179,11 @@ def test_a_run_stopped_after_a_rollback_goes_on_with_the_same_bits(dataset, tmp_
     broken = trainer(dataset, tmp_path / "run", [22], on_nonfinite="rollback")
     save, saves = broken._save, []
 
-    def killed_after_the_rollback(report):
-        save(report)
+    def killed_after_the_rollback():
+        save()
         saves.append(broken.step)
         if saves.count(20) > 1 and broken.step == 25:
-            broken._finish_writing(report)
+            broken._checkpoints.finish()
             raise KeyboardInterrupt
 
     broken._save = killed_after_the_rollback
@@ -224,7 +224,7 @@ def test_a_warning_is_recorded_and_changes_no_bit(dataset, tmp_path, capfd):
 
 def test_a_slow_disk_is_recorded_and_loses_nothing(dataset, tmp_path, capfd, monkeypatch):
     save = CheckpointStore.save
-    monkeypatch.setattr("cllm.train.trainer.SLOW_DISK_SECONDS", 0.1)
+    monkeypatch.setattr("cllm.train.checkpoints.SLOW_DISK_SECONDS", 0.1)
     monkeypatch.setattr(CheckpointStore, "save", lambda self, *args: time.sleep(0.4) or save(self, *args))
     run = trainer(dataset, tmp_path / "run", steps=11)
     run.fit()
@@ -243,8 +243,8 @@ from cllm.config.train import TrainConfig
 dataset = Dataset.open(sys.argv[1])
 model = Model(ModelConfig(vocab_size=dataset.tokenizer.vocab_size, embed_dim=16, num_layers=1, num_heads=2, max_seq_len=16))
 run = Trainer(model, dataset, TrainConfig(**eval(sys.argv[3]), watchdog_seconds=6.0, on_stall="stop"), out=sys.argv[2])
-windows = run._batches.windows
-run._batches.windows = lambda first, count: time.sleep(60) if first == 14 else windows(first, count)
+rows = run.data.batches.rows
+run.data.batches.rows = lambda first, count: time.sleep(60) if first == 14 else rows(first, count)
 run.fit()
 """
 
@@ -254,5 +254,5 @@ def test_stalled_data_is_located_and_may_end_the_process(dataset, tmp_path):
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1
     assert "while reading the data of step 8. The run ends (on_stall = stop). Go on with: cllm train --resume" in done.stderr
-    assert "in _microbatches" in done.stderr  # the stack
+    assert "in microbatches" in done.stderr  # the stack
     assert trainer(dataset, tmp_path / "run").fit().resumed_from == 5

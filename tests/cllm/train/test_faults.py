@@ -47,8 +47,8 @@ from cllm.config.train import TrainConfig
 data, out, sizes, settings = sys.argv[1], sys.argv[2], eval(sys.argv[3]), eval(sys.argv[4])
 dataset = Dataset.open(data)
 trainer = Trainer(Model(ModelConfig(vocab_size=dataset.tokenizer.vocab_size, **sizes)), dataset, TrainConfig(**settings), out=out)
-microbatches = trainer._microbatches
-trainer._microbatches = lambda step: time.sleep(0.03) or microbatches(step)  # slow enough to be met in the middle
+microbatches = trainer.data.microbatches
+trainer.data.microbatches = lambda step: time.sleep(0.03) or microbatches(step)  # slow enough to be met in the middle
 try:
     trainer.fit()
 except CLLMError as error:
@@ -179,9 +179,9 @@ def test_a_training_works_outside_the_main_thread(dataset, tmp_path):
 
 
 def test_a_stall_shows_the_stacks_of_all_threads(dataset, tmp_path, monkeypatch, capfd):
-    import cllm.train.trainer
+    import cllm.train.evaluations
 
-    evaluate = cllm.train.trainer.evaluate
+    evaluate = cllm.train.evaluations.evaluate
 
     def slow_evaluation(*args, **kwargs):
         deadline = time.monotonic() + PATIENCE
@@ -196,7 +196,7 @@ def test_a_stall_shows_the_stacks_of_all_threads(dataset, tmp_path, monkeypatch,
         shown += capfd.readouterr().err
         return shown
 
-    monkeypatch.setattr(cllm.train.trainer, "evaluate", slow_evaluation)
+    monkeypatch.setattr(cllm.train.evaluations, "evaluate", slow_evaluation)
     train(dataset, tmp_path / "run", steps=2, watchdog_seconds=0.3)
     assert "Nothing has moved" in seen() and "slow_evaluation" in shown
 

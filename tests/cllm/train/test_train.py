@@ -97,8 +97,8 @@ def test_resuming_twice_gives_the_same_bits_and_the_same_metrics(dataset, tmp_pa
         run = trainer(dataset, tmp_path / "resumed", tiny(dataset, seed=stop_at if stop_at > 3 else 0), **options)
         record = run._record
 
-        def stop(result, report, run=run, record=record, stop_at=stop_at):
-            record(result, report)
+        def stop(result, run=run, record=record, stop_at=stop_at):
+            record(result)
             if run.step == stop_at:
                 raise Stop
 
@@ -112,11 +112,11 @@ def test_resuming_twice_gives_the_same_bits_and_the_same_metrics(dataset, tmp_pa
 
 
 def test_a_stop_between_checkpoint_and_evaluation_loses_no_evaluation(dataset, tmp_path, monkeypatch):
-    import cllm.train.trainer
+    import cllm.train.evaluations
 
     trainer(dataset, tmp_path / "straight").fit()
     with monkeypatch.context() as patch:
-        patch.setattr(cllm.train.trainer, "evaluate", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("killed")))
+        patch.setattr(cllm.train.evaluations, "evaluate", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("killed")))
         with pytest.raises(RuntimeError):
             trainer(dataset, tmp_path / "resumed").fit()
     assert CheckpointStore(tmp_path / "resumed" / "checkpoints").latest() == 4  # saved first, evaluated after
@@ -254,8 +254,8 @@ def test_the_trainer_uses_the_threads_of_its_configuration_and_puts_them_back(da
     before = runtime.settings().threads
     seen = []
     run = trainer(dataset, tmp_path / "run", steps=1, threads=3)
-    evaluate_due = run._evaluation_due
-    run._evaluation_due = lambda: seen.append(runtime.settings().threads) or evaluate_due()
+    loss = run.model.loss
+    run.model.loss = lambda *args, **kwargs: seen.append(runtime.settings().threads) or loss(*args, **kwargs)
     run.fit()
     assert set(seen) == {3} and runtime.settings().threads == before
     assert threading.current_thread() is threading.main_thread()

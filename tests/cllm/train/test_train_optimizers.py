@@ -47,8 +47,8 @@ from cllm.config.train import TrainConfig
 data, out, sizes, settings, last = sys.argv[1], sys.argv[2], eval(sys.argv[3]), eval(sys.argv[4]), int(sys.argv[5])
 dataset = Dataset.open(data)
 trainer = Trainer(Model(ModelConfig(vocab_size=dataset.tokenizer.vocab_size, **sizes)), dataset, TrainConfig(**settings), out=out)
-microbatches = trainer._microbatches
-trainer._microbatches = lambda step: time.sleep(6000 if step == last else 0) or microbatches(step)  # waits there to be killed
+microbatches = trainer.data.microbatches
+trainer.data.microbatches = lambda step: time.sleep(600 if step == last else 0) or microbatches(step)  # waits there to be killed
 trainer.fit()
 """
 
@@ -116,11 +116,11 @@ def test_the_ramp_reaches_the_data_and_takes_each_window_once(dataset, tmp_path)
     run = trainer(dataset, tmp_path / "run", grad_accum=3, batch_ramp=6)
     sizes, taken = [], []
     for step in range(9):
-        microbatches = run._microbatches(step)
+        microbatches = run.data.microbatches(step)
         sizes.append(len(microbatches))
         taken += [each.tokens for each in microbatches]
     assert sizes == [1, 1, 1, 2, 2, 2, 3, 3, 3]
-    assert all(torch.equal(tokens, run._batches.batch(index).tokens) for index, tokens in enumerate(taken))
+    assert all(torch.equal(tokens, run.data.batches.batch(index).tokens) for index, tokens in enumerate(taken))
 
 
 def test_the_plateau_lowers_the_rate_where_the_loss_no_longer_falls(dataset, tmp_path, capfd):
