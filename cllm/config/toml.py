@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import difflib
 import tomllib
@@ -14,13 +15,17 @@ from cllm.runtime.errors import UserError
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """`section.key` -> value of a TOML file with sections, at most two levels deep."""
+    """`section.key` -> value of a TOML file with sections, at most two levels deep.
+
+    Raises UserError when the file cannot be read, is no TOML, or holds an unknown section or key.
+    """
     try:
-        with open(path, "rb") as file:
-            tree = tomllib.load(file)
+        tree = tomllib.loads(_decode(Path(path).read_bytes()))
     except OSError as error:
         raise UserError(f"cannot read the configuration {str(path)!r}: {error.strerror or error}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{str(path)!r} is not valid TOML: byte {error.start} is not {error.encoding.upper()}. Save the file as UTF-8.") from error
+    except tomllib.TOMLDecodeError as error:
         raise UserError(f"{str(path)!r} is not valid TOML: {error}.") from error
     values: dict[str, Any] = {}
     for section, content in tree.items():
@@ -33,6 +38,12 @@ def read_toml(path: str | Path) -> dict[str, Any]:
                 raise UserError(f"{str(path)!r}: [{section}.{key}] is too deep: a configuration has sections and keys, nothing below.")
             values[full_key(f"{section}.{key}", f"file {path}")] = value
     return values
+
+
+def _decode(content: bytes) -> str:
+    """TOML is UTF-8; editors on Windows put a byte order mark before it, and PowerShell's `>` writes UTF-16."""
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if utf16 else "utf-8-sig")
 
 
 def write_toml(values: Mapping[str, Any], sources: Mapping[str, str]) -> str:

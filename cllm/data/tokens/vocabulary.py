@@ -23,6 +23,12 @@ LLAMA_BPE_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N
 PRE_TOKENIZERS = ("gpt-2", "llama-bpe")
 CHARACTER_PATTERN = r"[\s\S]"
 
+# A merge walks through every distinct word that holds its pair, so one word of 30,000 letters (a page of Chinese without punctuation) costs as
+# much in each merge as thousands of ordinary ones. Runs of one kind of character beyond _LONG_RUN, which no ordinary text has, are therefore learned
+# from in parts; one pair in _RUN_PART goes uncounted. Encoding is not touched: its pattern must stay one that llama.cpp knows.
+_LONG_RUN, _RUN_PART = 256, 128
+_LONG_RUNS = re.compile(rf"\w{{{_LONG_RUN + 1},}}|\s{{{_LONG_RUN + 1},}}|[^\w\s]{{{_LONG_RUN + 1},}}")
+
 
 def default_vocab_size(num_bytes: int) -> int:
     """A vocabulary that fits the amount of text: about 1.3 x sqrt(bytes), as a power of two from 512 to 32768 (1 MB 1024, 100 MB 16384)."""
@@ -82,10 +88,21 @@ def learn_bpe(stream: Iterator[str], vocab_size: int, pre_tokenizer: str) -> dic
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(stream, trainer)
+    backend.train_from_iterator((part for text in stream for part in without_long_runs(text)), trainer)
     size = backend.get_vocab_size()
     backend.add_special_tokens([f"<|reserved_{i}|>" for i in range(len(BPE_SPECIALS), len(BPE_SPECIALS) + _round_up(size) - size)])
     return json.loads(backend.to_str())
+
+
+def without_long_runs(text: str) -> Iterator[str]:
+    """The text in parts, cut inside runs of more than 256 letters and digits, of blanks, or of other characters; most texts come back whole."""
+    start = 0
+    for run in _LONG_RUNS.finditer(text):
+        for cut in range(run.start() + _RUN_PART, run.end(), _RUN_PART):
+            yield text[start:cut]
+            start = cut
+    if start < len(text):
+        yield text[start:]
 
 
 def _round_up(size: int) -> int:

@@ -191,6 +191,20 @@ def test_a_wrong_value_names_the_flag_or_file_that_gave_it(tmp_path):
         TrainConfig.from_layers(sets=["learning_rate"])
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-8"])  # as Notepad and PowerShell save it
+def test_a_byte_order_mark_before_a_configuration_is_no_part_of_it(encoding, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_bytes('[data]\r\npath = "B\u00fccher"\r\n'.encode(encoding))
+    assert TrainConfig.from_toml(file).data.path == "B\u00fccher"
+
+
+def test_a_configuration_in_another_charset_is_refused_with_what_to_do(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_bytes('[data]\npath = "B\u00fccher"\n'.encode("cp1252"))
+    with pytest.raises(UserError, match=r"run\.toml.*byte 16 is not UTF-8\. Save the file as UTF-8"):
+        TrainConfig.from_toml(file)
+
+
 def test_the_effective_configuration_survives_toml_and_dictionaries(tmp_path):
     config = resolved(epochs=3, learning_rate=1e-3, path='a "quoted"\n\\path \x7f \u00e9')
     file = tmp_path / "config.toml"

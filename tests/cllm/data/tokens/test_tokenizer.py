@@ -1,6 +1,7 @@
 """The tokenizer's contract: what goes in comes out, ids are stable, and text is never taken for a special token."""
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from cllm.data.documents.corpus import pieces
 from cllm.data.tokens.tokenizer import Tokenizer
-from cllm.data.tokens.vocabulary import BPE_SPECIALS, END_OF_TEXT, default_vocab_size
+from cllm.data.tokens.vocabulary import BPE_SPECIALS, END_OF_TEXT, default_vocab_size, without_long_runs
 from cllm.runtime.errors import DataError, UserError
 
 SOURCE = "def area(width, height):\n    return width * height  # caf\u00e9 \u2603\n\n\nprint(area(3, 4), 'it''s 2026')\n"
@@ -54,6 +55,25 @@ def test_pieces_join_to_the_text_and_give_the_tokens_of_the_whole(bpe, words):
     assert cut == list(pieces(iter(text), size=16)), "the cuts depend on how the text arrives"
     if all(before[-1].isalnum() and piece[0] in " \n" for before, piece in pairwise(cut)):  # each was cut where words end
         assert [i for piece in cut for i in bpe.encode(piece)] == bpe.encode(text)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["\u4e2d", "ab", " ", "-", "7", "\n", "\u0e01\u0e33", "_"]), st.integers(0, 700)), max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_no_word_is_learned_from_that_is_thousands_of_letters_long(runs):
+    text = "".join(character * count for character, count in runs)
+    parts = list(without_long_runs(text))
+    assert "".join(parts) == text and all(parts)
+    for part in parts:
+        assert max((len(run) for run in re.findall(r"\w+|\s+|[^\w\s]+", part)), default=0) <= 256
+    if not re.search(r"\w{257}|\s{257}|[^\w\s]{257}", text):
+        assert parts == [text][: len(text)], "ordinary text must be learned from as before"
+
+
+def test_words_without_end_still_teach_their_pairs_and_leave_the_pattern_alone():
+    clauses = ["\u4eba\u4e4b\u521d\u6027\u672c\u5584", "\u6027\u76f8\u8fd1\u4e60\u76f8\u8fdc"] * 400
+    endless, ordinary = Tokenizer.train(["".join(clauses)], 384), Tokenizer.train([", ".join(clauses)], 384)
+    assert json.loads(endless.to_json())["pre_tokenizer"] == json.loads(ordinary.to_json())["pre_tokenizer"]
+    assert len(endless.encode("".join(clauses))) < 1.2 * len(ordinary.encode("".join(clauses)))
 
 
 def test_ids_match_the_tokenizers_library_and_transformers_reads_the_file(bpe, char, tmp_path):
