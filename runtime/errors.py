@@ -26,3 +26,7 @@ class CheckpointError(CLLMError):
 
 class BackendError(CLLMError):
     """A backend or device that was asked for by name cannot serve this operation."""
+
+
+class OutputError(CLLMError):
+    """A file or folder could not be written: the disk is full, or the place is read-only or missing."""

@@ -10,11 +10,12 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cllm.runtime import progress
+from cllm.runtime import files, progress
 
 
 @lru_cache(maxsize=8)
@@ -86,15 +87,8 @@ def store(key: str, value: Any) -> None:
         values = {}
     values[key] = value
     text = json.dumps(values, indent=1, sort_keys=True)
-    beside = None
-    try:
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=".tuning-")
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(beside, path)
-    except OSError:
-        if beside is not None:
-            Path(beside).unlink(missing_ok=True)
+    with suppress(OSError):
+        files.write_file(path, text.encode())
 
 
 def remembered(key: str, measure: Callable[[], Any], valid: Callable[[Any], bool] = lambda value: value is not None) -> Any:

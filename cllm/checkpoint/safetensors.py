@@ -1,12 +1,9 @@
-"""Files that are written whole: safetensors with a known SHA-256, small files replaced in one step, and what a full disk is told."""
+"""The safetensors format: written with a known SHA-256, read with every failure named, and what the files beside it (JSON) need for that."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import shutil
 import stat
 import struct
 from collections.abc import Iterator, Mapping
@@ -15,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cllm.files import Wording, reason
 from cllm.runtime.errors import CheckpointError
 
 DTYPES = {
@@ -31,6 +29,7 @@ DTYPES = {
 }
 _CHUNK = 16 << 20
 _LARGEST_JSON = 64 << 20  # bytes: a manifest or state of more is no work of ours
+CHECKPOINT = Wording(CheckpointError, "another folder with --out, then run the same command to go on", "Earlier checkpoints are untouched.")
 NOT_A_CHECKPOINT = "Expected a run folder, a checkpoint folder, a .cllm file or a Hugging Face folder."
 
 
@@ -45,7 +44,7 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
-    """Writes and flushes one safetensors file and returns its SHA-256.
+    """Writes one safetensors file and returns its SHA-256. It is on the disk only once it is flushed, as `cllm.files` does.
 
     Ours, because the library's writer orders metadata by a random hash: the same weights must give the same file.
     """
@@ -64,8 +63,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
         for piece in _pieces(struct.pack("<Q", len(head)) + head, (raw_bytes(tensors[name]) for name in names)):
             digest.update(piece)
             file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
     return digest.hexdigest()
 
 
@@ -86,7 +83,7 @@ def file_size(path: Path) -> int:
     try:
         found = path.stat()
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({one_line(error)}).") from error
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}).") from error
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"{path} is not a regular file.")
     return found.st_size
@@ -100,7 +97,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged ({one_line(error)}).") from error
+        raise CheckpointError(f"{path} is damaged ({reason(error)}).") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is damaged: an object was expected.")
     return content
@@ -116,7 +113,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
             # Copied out of the mapping: a checkpoint may be replaced on disk while its weights are in use.
             return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file ({one_line(error)}). {NOT_A_CHECKPOINT}") from error
+        raise CheckpointError(f"{path} is not a readable safetensors file ({reason(error)}). {NOT_A_CHECKPOINT}") from error
 
 
 def read_safetensors_metadata(path: Path) -> dict[str, str]:
@@ -127,52 +124,9 @@ def read_safetensors_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file ({one_line(error)}). {NOT_A_CHECKPOINT}") from error
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+        raise CheckpointError(f"{path} is not a readable safetensors file ({reason(error)}). {NOT_A_CHECKPOINT}") from error
 
 
 def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_flushed(path: Path, content: bytes) -> str:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return hashlib.sha256(content).hexdigest()
-
-
-def flush_folder(folder: Path) -> None:
-    """Makes renames inside the folder survive a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replaces a small file in one step: a reader sees the old text or the new one, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write_flushed(beside, content)
-        os.replace(beside, path)
-        flush_folder(path.parent)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise disk_error(path, len(content), error) from error
-
-
-def disk_error(what: Path, size: int, error: OSError) -> CheckpointError:
-    free = ""
-    with contextlib.suppress(OSError):
-        free = f", {shutil.disk_usage(what.parent).free / 1e6:,.2f} MB are free"
-    return CheckpointError(
-        f"could not write {what}: {one_line(error)} (it needs {size / 1e6:,.2f} MB{free}). Earlier checkpoints are untouched. "
-        "Free some space or choose another folder with --out, then run the same command to go on."
-    )

@@ -11,19 +11,21 @@ Rows are read by slices, so that any number of processes, one included, reads wh
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from cllm.checkpoint.safetensors import DTYPES, disk_error, file_size, one_line, read_json, tensors_bytes, write_flushed, write_safetensors
-from cllm.checkpoint.store import INDEX, OPTIMIZER, STATE, WEIGHTS, Checkpoint, CheckpointStore, describe_tensor, read_state, verify
+from cllm.checkpoint.safetensors import CHECKPOINT, DTYPES, file_size, read_json, tensors_bytes, write_safetensors
+from cllm.checkpoint.store import INDEX, OPTIMIZER, WEIGHTS, Checkpoint, CheckpointStore, complete, describe_tensor, read_state, verify
+from cllm.files import new_folder, reason, reported
 from cllm.runtime.errors import CheckpointError
+from cllm.runtime.files import flush
 
 if TYPE_CHECKING:
     from cllm.distributed.session import World
@@ -93,24 +95,17 @@ class StoreOfParts(SharedStore):
         return Checkpoint(path, step, {}, {}, read_state(path, step))
 
     def save(self, step: int, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-        beside = self.folder / f".step-{step:08d}.{self.world.from_first(os.getpid)}.tmp"
-        needed = tensors_bytes(weights) + tensors_bytes(optimizer)
-        try:
-            self._by_first(lambda: self._make(beside))
-            everyone = self.world.gather(self._write(beside, weights, optimizer))
-            self._by_first(lambda: self._gather(step, beside, everyone, state))
-        except OSError as error:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise disk_error(self.path(step), needed, error) from error
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
-        return self.path(step)
-
-    def _make(self, beside: Path) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.clean()
-        beside.mkdir()
+        num_bytes = tensors_bytes(weights) + tensors_bytes(optimizer)
+        with ExitStack() as folder:  # the first process's: it makes the folder, and renames it or takes it away
+            make = new_folder(self.path(step), CHECKPOINT, num_bytes)
+            beside = self.folder / self._by_first(lambda: folder.enter_context(make).name)
+            with reported(self.path(step), CHECKPOINT, num_bytes):
+                everyone = self.world.gather(self._write(beside, weights, optimizer))
+            self._by_first(lambda: self._gather(step, beside, everyone, state))
+            self._by_first(folder.close)
+        self._by_first(lambda: self._publish(step))
+        return self.path(step)
 
     def _write(self, beside: Path, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> dict[str, Any]:
         """Writes this process's rows; what the index has to say of them."""
@@ -127,6 +122,7 @@ class StoreOfParts(SharedStore):
             written["tensors"][file] = {name: describe_tensor(each) for name, each in mine.items()}
             offsets = {name: entry["part"]["row"] for name, entry in written[kind].items()}
             written["digests"][file] = write_safetensors(beside / file, mine, {"format": "pt", "rows_from": json.dumps(offsets, sort_keys=True)})
+            flush(beside / file)  # here: the first process may be another machine
         return written
 
     def _gather(self, step: int, beside: Path, everyone: list[dict[str, Any]], state: Mapping[str, Any]) -> None:
@@ -139,12 +135,10 @@ class StoreOfParts(SharedStore):
             for kind, entries in index.items():
                 for name, entry in written[kind].items():
                     entries.setdefault(name, {"shape": entry["shape"], "parts": []})["parts"].append(entry["part"])
-        digests[INDEX] = write_flushed(beside / INDEX, json.dumps(index, indent=1).encode())
-        digests[STATE] = write_flushed(beside / STATE, json.dumps({**state, "step": step}, indent=1).encode())
-        self._commit(step, beside, digests, tensors)
-        self.clean()
-        self._point("latest", step)
-        self._prune()
+        content = json.dumps(index, indent=1).encode()
+        (beside / INDEX).write_bytes(content)
+        digests[INDEX] = hashlib.sha256(content).hexdigest()
+        complete(beside, step, digests, tensors, state)
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------------
@@ -168,7 +162,7 @@ def _parts(path: Path, kind: str) -> dict[str, dict[str, Any]]:
                 raise ValueError(f"the parts of {name} do not make up its {whole} rows")
         return entries
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path / INDEX} is damaged ({one_line(error)}).") from error
+        raise CheckpointError(f"{path / INDEX} is damaged ({reason(error)}).") from error
 
 
 def _opened(path: Path) -> Any:
@@ -178,7 +172,7 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file ({one_line(error)}).") from error
+        raise CheckpointError(f"{path} is not a readable safetensors file ({reason(error)}).") from error
 
 
 def read_rows(path: Path, kind: str, into: Mapping[str, Tensor], layout: Layout) -> None:
@@ -218,5 +212,5 @@ def read_whole(path: Path, kind: str) -> dict[str, Tensor]:
                 whole[name] = torch.empty(entry["shape"], dtype=dtypes[file.get_slice(name).get_dtype()])
         read_rows(path, kind, whole, {name: (tuple(tensor.shape), 0) for name, tensor in whole.items()})
     except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, MemoryError) as error:
-        raise CheckpointError(f"{path / INDEX} does not describe the files beside it ({one_line(error)}).") from error
+        raise CheckpointError(f"{path / INDEX} does not describe the files beside it ({reason(error)}).") from error
     return whole

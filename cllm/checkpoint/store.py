@@ -11,9 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cllm.checkpoint.safetensors import (
+    CHECKPOINT,
     DTYPES,
     NOT_A_CHECKPOINT,
-    disk_error,
     file_size,
-    flush_folder,
-    one_line,
     raw_bytes,
     read_json,
     read_safetensors,
@@ -35,11 +31,11 @@ from cllm.checkpoint.safetensors import (
     sha256_of,
     tensor_digest,
     tensors_bytes,
-    write_atomic,
-    write_flushed,
     write_safetensors,
 )
+from cllm.files import MODEL, new_file, new_folder, reason, write_file
 from cllm.runtime.errors import CheckpointError, CLLMError, UserError
+from cllm.runtime.files import clean, remove_folder
 
 if TYPE_CHECKING:
     from cllm.data.tokens.tokenizer import Tokenizer
@@ -159,7 +155,7 @@ def _verify_file(path: Path, entry: Mapping[str, Any]) -> None:
     try:
         digest = sha256_of(path)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({one_line(error)}).") from error
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}).") from error
     if digest != entry["sha256"]:
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not the manifest's.")
 
@@ -198,6 +194,18 @@ def read_checkpoint(path: str | Path, with_optimizer: bool = True) -> Checkpoint
     return Checkpoint(path, manifest["step"], weights, optimizer, state)
 
 
+def complete(folder: Path, step: int, digests: Mapping[str, str], tensors: Mapping[str, Mapping[str, Any]], state: Mapping[str, Any]) -> None:
+    """Adds state.json and the manifest to the files of a new checkpoint folder (name -> SHA-256, and name -> its tensors) and verifies it all."""
+    content = json.dumps({**state, "step": step}, indent=1).encode()
+    (folder / STATE).write_bytes(content)
+    digests = {**digests, STATE: hashlib.sha256(content).hexdigest()}
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in digests.items()}
+    manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "files": files, "tensors": tensors}
+    manifest["sha256"] = _manifest_digest(manifest)
+    (folder / MANIFEST).write_bytes(json.dumps(manifest, indent=1).encode())
+    verify(folder)
+
+
 def read_state(path: Path, step: int) -> dict[str, Any]:
     """The state.json of the checkpoint folder of `step`."""
     state = read_json(path / STATE)
@@ -227,54 +235,26 @@ class CheckpointStore:
 
     def save(self, step: int, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
         """Writes, verifies and commits a checkpoint, then drops the oldest; CheckpointError leaves everything as it was."""
-        target, beside = self.path(step), self.folder / f".step-{step:08d}.{os.getpid()}.tmp"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.clean()
-            beside.mkdir()
+        self.clean()
+        with new_folder(self.path(step), CHECKPOINT, tensors_bytes(weights) + tensors_bytes(optimizer)) as beside:
             digests = {
                 WEIGHTS: write_safetensors(beside / WEIGHTS, weights, {"format": "pt"}),
                 OPTIMIZER: write_safetensors(beside / OPTIMIZER, optimizer, {"format": "pt"}),
-                STATE: write_flushed(beside / STATE, json.dumps({**state, "step": step}, indent=1).encode()),
             }
             parts = {WEIGHTS: weights, OPTIMIZER: optimizer}
             tensors = {file: {name: describe_tensor(each) for name, each in part.items()} for file, part in parts.items()}
-            self._commit(step, beside, digests, tensors)
-        except OSError as error:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise disk_error(target, tensors_bytes(weights) + tensors_bytes(optimizer), error) from error
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
-        self.clean()
+            complete(beside, step, digests, tensors, state)
+        self._publish(step)
+        return self.path(step)
+
+    def _publish(self, step: int) -> None:
+        """Makes the checkpoint of `step` the latest and drops those that need not be kept."""
         self._point("latest", step)
         self._prune()
-        return target
-
-    def _commit(self, step: int, beside: Path, digests: Mapping[str, str], tensors: Mapping[str, Mapping[str, Any]]) -> None:
-        """Manifest, read back, rename: files that lie beside (name -> SHA-256, and name -> tensors) become the checkpoint of the step."""
-        target = self.path(step)
-        files = {name: {"bytes": (beside / name).stat().st_size, "sha256": digest} for name, digest in digests.items()}
-        manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "files": files, "tensors": tensors}
-        manifest["sha256"] = _manifest_digest(manifest)
-        write_flushed(beside / MANIFEST, json.dumps(manifest, indent=1).encode())
-        flush_folder(beside)
-        verify(beside)
-        if target.exists():  # a damaged one of the same step, or the run was taken back behind it
-            old = self.folder / f".step-{step:08d}.{os.getpid()}.old.tmp"
-            os.rename(target, old)
-        os.rename(beside, target)
-        flush_folder(self.folder)
 
     def clean(self) -> None:
-        """Removes what an interrupted write left beside the checkpoints. The run's lock makes sure that nobody is still writing it."""
-        for leftover in self.folder.glob(".*.tmp"):
-            if leftover.name.endswith(".old.tmp") and not self.path(int(leftover.name.split(".")[1][5:])).exists():
-                os.rename(leftover, self.path(int(leftover.name.split(".")[1][5:])))  # stopped between the two renames of `save`
-            elif leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
+        """Removes what an interrupted write left beside the checkpoints. The run's lock makes sure that nobody is still writing there."""
+        clean(self.folder, alone=True)
 
     def mark_best(self, step: int) -> None:
         self._point("best", step)
@@ -307,7 +287,7 @@ class CheckpointStore:
         return read_checkpoint(self.path(step), with_optimizer)
 
     def _point(self, name: str, step: int) -> None:
-        write_atomic(self.folder / name, f"{self.path(step).name}\n".encode())
+        write_file(self.folder / name, f"{self.path(step).name}\n".encode(), CHECKPOINT)
 
     def _pointed(self, name: str) -> int | None:
         with contextlib.suppress(OSError, ValueError):
@@ -319,11 +299,8 @@ class CheckpointStore:
         kept = {*steps[-self.keep :], self.best(), self.latest()}
         for step in steps:
             if step not in kept and not (self.keep_every and step % self.keep_every == 0):
-                # Renamed first: a half-deleted folder must not look like a checkpoint.
-                doomed = self.folder / f".step-{step:08d}.{os.getpid()}.tmp"
                 with contextlib.suppress(OSError):
-                    os.rename(self.path(step), doomed)
-                    shutil.rmtree(doomed, ignore_errors=True)
+                    remove_folder(self.path(step))
 
 
 # -- public: one file, any form --------------------------------------------------------------------------------------------
@@ -344,18 +321,10 @@ def save(model: Model, path: str | Path, tokenizer: Tokenizer | None = None) -> 
         if tokenizer.settings:
             metadata["tokenizer_config"] = json.dumps(tokenizer.settings, sort_keys=True)
     metadata["sha256"] = _content_digest(weights, metadata)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path, MODEL, tensors_bytes(weights)) as beside:
         digest = write_safetensors(beside, weights, metadata)
         if sha256_of(beside) != digest:
             raise CheckpointError(f"{path} did not read back as it was written: the disk is failing.")
-        os.replace(beside, path)
-        flush_folder(path.parent)
-    except OSError as error:
-        raise disk_error(path, tensors_bytes(weights), error) from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _content_digest(weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
@@ -401,7 +370,7 @@ def _load(path: Path, report: Callable[[str], None] | None) -> tuple[Model, Toke
 
             return load_hf(path)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {one_line(error)}.") from error
+        raise CheckpointError(f"cannot read {path}: {reason(error)}.") from error
     if not path.exists():
         raise CheckpointError(f"{path} does not exist. {NOT_A_CHECKPOINT}")
     raise CheckpointError(f"{path} is not a checkpoint. {NOT_A_CHECKPOINT}")
@@ -418,7 +387,7 @@ def _load_file(path: Path) -> tuple[Model, Tokenizer | None]:
     try:
         config = json.loads(metadata["config"])
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} holds a model configuration that is not JSON ({one_line(error)}).") from error
+        raise CheckpointError(f"{path} holds a model configuration that is not JSON ({reason(error)}).") from error
     model = _build(config, weights, path)
     return model, _tokenizer(metadata, path) if "tokenizer" in metadata else None
 
@@ -434,7 +403,7 @@ def _build(config: dict[str, Any], weights: Mapping[str, torch.Tensor], where: P
         with torch.device("meta"):  # no memory and no random numbers for weights that are read anyway
             model = Model(settings)
     except (CLLMError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise CheckpointError(f"{where} holds a model configuration that this CLLM cannot build: {one_line(error)}") from error
+        raise CheckpointError(f"{where} holds a model configuration that this CLLM cannot build: {reason(error)}") from error
     check_weights(model, weights, where)
     model.to_empty(device="cpu")
     load_weights(model, weights, where)

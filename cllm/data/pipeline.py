@@ -19,8 +19,9 @@ import numpy as np
 
 from cllm.data.documents.corpus import Corpus, Segment, SplitPlan, describe, load_corpus, pieces, plan_split
 from cllm.data.tokens.dataset import FORMAT, VERSION, Dataset, is_packed, read_info
-from cllm.data.tokens.shards import ShardWriter, folder_written_atomically, write_atomically
+from cllm.data.tokens.shards import ShardWriter
 from cllm.data.tokens.tokenizer import KINDS, SAMPLE_BYTES, Tokenizer, train_on
+from cllm.files import DATA, new_folder, write_file
 from cllm.runtime.errors import DataError, UserError
 from cllm.runtime.progress import ByteProgress
 
@@ -121,7 +122,7 @@ def _tokenizer(
     tokenizer, sample = train_on(corpus, plan, kind, vocab_size, pre_tokenizer, sample_bytes, bar)
     tokenizer.save(out / "tokenizer.json")
     record = {"key": learned_from, "tokenizer": tokenizer.hash, "settings": settings, "sample": asdict(sample)}
-    write_atomically(out / "training.json", json.dumps(record, indent=1).encode("utf-8"))
+    write_file(out / "training.json", json.dumps(record, indent=1).encode("utf-8"), DATA)
     return tokenizer, ("tokenizer", "done", f"{kind}, {tokenizer.vocab_size:,} tokens, learned from {sample.bytes / 1e6:,.2f} MB")
 
 
@@ -151,7 +152,7 @@ def _packed(corpus: Corpus, plan: SplitPlan, out: Path, tokenizer: Tokenizer, ba
         "num_documents": len(corpus.rows),
         "skipped": corpus.skipped.to_dict(),
     }
-    with folder_written_atomically(folder) as temporary:
+    with new_folder(folder, DATA) as temporary:
         writers = []
         for name in ("train", "val"):
             (temporary / name).mkdir()
@@ -165,7 +166,7 @@ def _packed(corpus: Corpus, plan: SplitPlan, out: Path, tokenizer: Tokenizer, ba
                 writer.abandon()
             raise
         tokenizer.save(temporary / "tokenizer.json")
-        write_atomically(temporary / "dataset.json", json.dumps(info, indent=1).encode("utf-8"))
+        write_file(temporary / "dataset.json", json.dumps(info, indent=1).encode("utf-8"), DATA)
     dataset = Dataset.open(folder, tokenizer.hash)
     return dataset, ("tokens", "done", _token_words(dataset))
 

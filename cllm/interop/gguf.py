@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cllm.files import MODEL, new_file
 from cllm.model.rope import frequencies, plain_frequencies
-from cllm.runtime.errors import CheckpointError, UserError
+from cllm.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from cllm.config.model import ModelConfig
@@ -63,9 +64,7 @@ def save_gguf(model: Model, path: str | os.PathLike[str], tokenizer: Tokenizer, 
     architecture = _architecture(model.config)
     vocabulary = _vocabulary(tokenizer, model.config.vocab_size)
     gguf = _library()
-    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(file, MODEL) as beside:
         writer = gguf.GGUFWriter(beside, architecture)
         try:
             _write_shape(writer, model.config, gguf)
@@ -78,13 +77,6 @@ def save_gguf(model: Model, path: str | os.PathLike[str], tokenizer: Tokenizer, 
             writer.write_tensors_to_file()
         finally:
             writer.close()
-        _flush(beside)
-        os.replace(beside, file)
-        _flush(file.parent)
-    except OSError as error:
-        raise CheckpointError(f"could not write {file}: {error.strerror or error}. Nothing was left there.") from error
-    finally:
-        beside.unlink(missing_ok=True)
     return file
 
 
@@ -251,11 +243,3 @@ def _write_vocabulary(writer: Any, vocabulary: dict[str, Any]) -> None:
     writer.add_add_bos_token(False)
     if vocabulary["template"] is not None:
         writer.add_chat_template(vocabulary["template"])
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

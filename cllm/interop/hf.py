@@ -10,8 +10,7 @@ Parameter names and layouts are already Hugging Face's, so nothing is renamed or
 
 import json
 import os
-import shutil
-import tempfile
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cllm.config.model import ModelConfig
+from cllm.files import MODEL, new_folder
 from cllm.interop.hf_config import config_from_hf, config_to_hf
 from cllm.model.model import Model
 from cllm.runtime.errors import CheckpointError, UserError
@@ -80,28 +80,13 @@ def save_hf(
     eot_id = None if tokenizer is None else tokenizer.eot_id
     config = config_to_hf(model.config, eot_id) | {"dtype": str(dtype).removeprefix("torch.")}
     config["torch_dtype"] = config["dtype"]  # the name before transformers 5
-    from safetensors import SafetensorError
-
-    aside: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        aside.chmod(0o755)
-        _write_weights(model.state_dict(), aside, dtype, max_shard_bytes)
+    with new_folder(folder, MODEL) as beside:
+        _write_weights(model.state_dict(), beside, dtype, max_shard_bytes)
         if tokenizer is not None:
-            tokenizer.save(aside / "tokenizer.json")
-            _write_json(aside / "tokenizer_config.json", _tokenizer_config(tokenizer, model.config))
-        _write_json(aside / "generation_config.json", {"bos_token_id": eot_id, "eos_token_id": _ends(tokenizer), "do_sample": True})
-        _write_json(aside / "config.json", config)
-        if folder.exists():
-            folder.rmdir()  # empty, as checked
-        aside.rename(folder)
-        _flush(folder.parent)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"could not write {folder}: {error}. Nothing was left there.") from error
-    finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
+            tokenizer.save(beside / "tokenizer.json")
+            _write_json(beside / "tokenizer_config.json", _tokenizer_config(tokenizer, model.config))
+        _write_json(beside / "generation_config.json", {"bos_token_id": eot_id, "eos_token_id": _ends(tokenizer), "do_sample": True})
+        _write_json(beside / "config.json", config)
     return folder
 
 
@@ -201,6 +186,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _write_weights(state: dict[str, Tensor], folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
     """One file, or shards of at most `max_shard_bytes` (a larger tensor has its own) and an index."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     shards: list[list[str]] = [[]]
@@ -217,8 +203,10 @@ def _write_weights(state: dict[str, Tensor], folder: Path, dtype: torch.dtype, m
     for number, names in enumerate(shards, 1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: state[name].detach().to("cpu", dtype).contiguous() for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        _flush(folder / file)
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise _system_error(error) from error
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -236,18 +224,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def _system_error(error: Exception) -> OSError:
+    """The OSError inside an error of the safetensors library, which says "... (os error 28)"."""
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
+
+
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    """Makes a file, or the names in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _some(names: list[str]) -> str:

@@ -5,6 +5,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from cllm.files import RUN, reported
 from cllm.runtime.device import devices, operating_system
 
 PACKAGES = ("cllm", "torch", "numba", "numpy", "triton", "tokenizers", "safetensors")
@@ -18,7 +19,8 @@ def record_environment(run: Path) -> None:
         "system": operating_system(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
     }
-    with open(run / "environment.jsonl", "a", encoding="utf-8") as file:
+    path = run / "environment.jsonl"
+    with reported(path, RUN), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cllm.files import RUN, new_file, reported
 from cllm.monitor.prometheus import PrometheusEndpoint
-from cllm.runtime.errors import CheckpointError
 
 # Fields that depend on the machine and the hour, not on the training.
 TIME_FIELDS = (
@@ -48,21 +47,17 @@ class Metrics:
             self._file = None
         if not self.path.exists():
             return
-        kept = "".join(json.dumps(row) + "\n" for row in read_metrics(self.path) if keep(row))
-        beside = self.path.with_name(".metrics.jsonl.tmp")
-        beside.write_text(kept)
-        os.replace(beside, self.path)
+        with new_file(self.path, RUN) as beside, open(beside, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in read_metrics(self.path) if keep(row))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One row, on disk when this returns (flushed to the operating system; a checkpoint's rows survive a kill)."""
         row = {"kind": kind, "step": step, **{key: _plain(value) for key, value in values.items()}}
-        try:
+        with reported(self.path, RUN):
             if self._file is None:
                 self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the run's whole life)
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise CheckpointError(f"could not write {self.path}: {error.strerror or error}. Free some space and run the same command.") from error
         if self.prometheus is not None:
             self.prometheus.update(kind, {"step": step, **values})
         if self._board is not None and (kind != "train" or step % BOARD_EVERY == 0):

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from cllm import __version__
-from cllm.checkpoint.safetensors import write_atomic
+from cllm.files import Wording, write_file
 from cllm.report.charts import Series, heat_map, line_chart, share_bar, short, smoothed
 from cllm.report.layers import layer_values
 from cllm.report.markup import Html, element, join, table
 from cllm.report.reading import RunData, number, read_run, read_runs
 from cllm.report.style import STYLE
 from cllm.report.timing import time_split
-from cllm.runtime.errors import UserError
+from cllm.runtime.errors import OutputError, UserError
 from cllm.runtime.progress import duration
 
 # key, title, unit, logarithmic; train rows as a line, eval rows as dots
@@ -31,6 +31,7 @@ CURVES = (
 )
 # Fields that are drawn above, count something, or say what cannot be drawn
 NOT_OTHER = {"step", "tokens", "seconds", "num_targets", "num_nonfinite", "updated", "best", "time", *(key for key, *_ in CURVES)}
+REPORT = Wording(OutputError, "another file with --out", "Nothing else was changed.")
 MOST_OTHER = 24
 SHOWN_SAMPLES = 4
 MOST_EVENTS = 200
@@ -41,7 +42,7 @@ MOST_FLAGS = 50
 def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -> tuple[Path, list[RunData]]:
     """Writes the report of one run (default: RUN/report.html) or the comparison of several (default: comparison.html in the first).
 
-    Raises UserError where there is no run or the page cannot be written there.
+    Raises UserError where there is no run or no folder to write into, OutputError where the disk does not take the page.
     """
     if not folders:
         raise UserError("no run is named. Give the folder of one, as in cllm report runs/demo.")
@@ -51,7 +52,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
     place = place / default if place.is_dir() else place
     if not place.parent.is_dir():
         raise UserError(f"there is no folder {place.parent} to write {place.name} into. Create it, or choose another with --out.")
-    write_atomic(place, (run_page(runs[0]) if len(runs) == 1 else comparison_page(runs)).encode("utf-8"))
+    write_file(place, (run_page(runs[0]) if len(runs) == 1 else comparison_page(runs)).encode("utf-8"), REPORT)
     return place, runs
 
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm import distributed, runtime
-from cllm.checkpoint.safetensors import write_atomic
 from cllm.checkpoint.store import Checkpoint, CheckpointStore, check_tokenizer, load_weights, read_checkpoint, weights_of
 from cllm.config.schedule import Schedule, lr
 from cllm.config.train import TrainConfig
 from cllm.evaluate.loss import Evaluation
+from cllm.files import RUN, write_file
 from cllm.model.lora import lora_state
 from cllm.model.memory import choose_recompute, explained_out_of_memory
 from cllm.monitor.diagnostics import Diagnostics
@@ -341,7 +341,7 @@ class Trainer:
         if self._leads:
             if self.tokenizer is not None:
                 self.tokenizer.save(self.out / "tokenizer.json")
-            write_atomic(self.out / "config.toml", config.to_toml().encode())
+            write_file(self.out / "config.toml", config.to_toml().encode(), RUN)
             record_environment(self.out)
         self._metrics = Metrics(self.out, config.log.tensorboard, config.log.prometheus_port) if self._leads else SilentMetrics()
         self._metrics.text("config", self.step, config.to_toml())

@@ -9,12 +9,12 @@ Builds are kept on disk under a hash of the compiled PTX's inputs, so that a sec
 import hashlib
 import importlib
 import json
-import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cllm.kernels.triton.launch import Launch, recording
-from cllm.runtime import tuning
+from cllm.runtime import files, tuning
 from cllm.runtime.gpu import DESCRIBED, GPU, described
 
 MODULES = (
@@ -105,10 +105,8 @@ def build(launch: Launch, gpu: GPU, call: str = "") -> Build:
     except (OSError, ValueError, TypeError):
         pass
     found = _compile(source, launch, gpu)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    aside = kept.with_suffix(f".{os.getpid()}")
-    aside.write_text(json.dumps(found))
-    os.replace(aside, kept)
+    with suppress(OSError):  # a cache that cannot be written costs only the next build
+        files.write_file(kept, json.dumps(found).encode())
     return _read({**about, **found})
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from cllm.data.documents.charset import Charset
 from cllm.data.documents.files import ROW, FileInfo, Skipped, SourceFile, find, read, scan
-from cllm.data.tokens.shards import write_atomically
+from cllm.files import DATA, write_file
 from cllm.runtime.errors import DataError, UserError
 from cllm.runtime.progress import ByteProgress
 
@@ -213,8 +213,9 @@ def load_corpus(
         raise DataError(_no_text(Path(path), skipped))
     rows = np.concatenate([info.rows for _, info in used])
     if files_read or set(known) != set(remembered):
-        write_atomically(memory / "sources.bin", rows.tobytes())
-        write_atomically(memory / "sources.json", json.dumps({"version": SCAN_VERSION, "rows": len(rows), "files": remembered}).encode("utf-8"))
+        write_file(memory / "sources.bin", rows.tobytes(), DATA)
+        record = {"version": SCAN_VERSION, "rows": len(rows), "files": remembered}
+        write_file(memory / "sources.json", json.dumps(record).encode("utf-8"), DATA)
     return Corpus(Path(path), used, rows, skipped, files_read)
 
 

@@ -20,8 +20,9 @@ import numpy as np
 from cllm.data.tokens.chat_template import Part, check_messages, encode_conversation, with_template
 from cllm.data.tokens.conversations import ChatSplit
 from cllm.data.tokens.dataset import FORMAT, VERSION, Dataset, read_info
-from cllm.data.tokens.shards import ShardWriter, folder_written_atomically, write_atomically
+from cllm.data.tokens.shards import ShardWriter
 from cllm.data.tokens.tokenizer import Tokenizer
+from cllm.files import DATA, new_folder, write_file
 from cllm.runtime.errors import DataError
 from cllm.runtime.progress import ByteProgress
 
@@ -76,7 +77,7 @@ def _holds(folder: Path, key: str) -> bool:
 
 def _pack(path: Path, folder: Path, key: str, tokenizer: Tokenizer, val_fraction: float, tell: Callable[[str], None]) -> None:
     skipped: dict[str, list[int]] = {}
-    with folder_written_atomically(folder) as temporary:
+    with new_folder(folder, DATA) as temporary:
         writers: list[ShardWriter] = []
         for name in SPLITS:
             (temporary / name / "answers").mkdir(parents=True)
@@ -107,7 +108,7 @@ def _pack(path: Path, folder: Path, key: str, tokenizer: Tokenizer, val_fraction
             "skipped": {reason: len(lines) for reason, lines in skipped.items()},
         }  # fmt: skip
         tokenizer.save(temporary / "tokenizer.json")
-        write_atomically(temporary / "dataset.json", json.dumps(info, indent=1).encode("utf-8"))
+        write_file(temporary / "dataset.json", json.dumps(info, indent=1).encode("utf-8"), DATA)
 
 
 def _conversations(path: Path, tokenizer: Tokenizer, val_fraction: float, skipped: dict[str, list[int]]) -> Iterator[tuple[int, int, list[Part]]]:

@@ -6,113 +6,26 @@
            counts.bin            int64 (vocab_size): how often each token occurs
            index.json            counts, tokenizer hash, and size and BLAKE2b of every file above; written last
 
-A folder appears whole or not at all: it is written beside its place and renamed. Sizes are checked whenever it is opened, checksums by `verify`.
+A folder appears whole or not at all (`cllm.files.new_folder`). Sizes are checked whenever it is opened, checksums by `verify`.
 """
 
-import errno
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import psutil
 
+from cllm.files import DATA, write_file
 from cllm.runtime.errors import DataError
 
 FORMAT = "cllm-tokens"
 VERSION = 1
 SHARD_TOKENS = 1 << 27
 _AGAIN = "Pack the data again (`cllm pack`)."
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
-
-
-@contextmanager
-def writing_to(place: Path) -> Iterator[None]:
-    """Turns what the system says about a full or forbidden disk into a DataError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            try:
-                free = f" ({shutil.disk_usage(_existing(place)).free / 1e6:,.0f} MB free)"
-            except OSError:
-                free = ""
-            raise DataError(
-                f"The disk is full{free}: {place} could not be written, and nothing half-written was left. Free some space or choose another --out."
-            ) from error
-        if error.errno in _DENIED:
-            raise DataError(f"{place} cannot be written ({error.strerror}). Choose another --out.") from error
-        raise
-
-
-def _existing(place: Path) -> Path:
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    return place
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """Write a whole file beside its place, flush it to the disk, rename it; a failure leaves what was there before."""
-    temporary = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    with writing_to(file):
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as out:
-                out.write(content)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(temporary, file)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(file.parent)
-
-
-@contextmanager
-def folder_written_atomically(place: Path) -> Iterator[Path]:
-    """Gives a temporary folder beside `place` that takes its place at the end, replacing what was there; a failure leaves nothing new."""
-    temporary = place.with_name(f".{place.name}.partial-{os.getpid()}")
-    replaced = place.with_name(f".{place.name}.replaced-{os.getpid()}")
-    _remove_leftovers(place)
-    with writing_to(place):
-        try:
-            temporary.mkdir(parents=True)
-            yield temporary
-            _sync_folder(temporary)
-            if place.exists():
-                os.rename(place, replaced)
-            os.rename(temporary, place)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if replaced.exists() and not place.exists():
-                os.rename(replaced, place)
-            raise
-        _sync_folder(place.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _remove_leftovers(place: Path) -> None:
-    """What processes that were killed have left beside this place."""
-    for leftover in [*place.parent.glob(f".{place.name}.partial-*"), *place.parent.glob(f".{place.name}.replaced-*")]:
-        owner = leftover.name.rpartition("-")[2]
-        if owner.isdigit() and (int(owner) == os.getpid() or not psutil.pid_exists(int(owner))):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # some file systems cannot
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 class _HashedFile:
@@ -130,8 +43,6 @@ class _HashedFile:
         self.size += len(content)
 
     def close(self) -> dict[str, Any]:
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
         return {"file": self.path.name, "size": self.size, "blake2b": self._hash.hexdigest()}
 
@@ -205,7 +116,7 @@ class ShardWriter:
             "documents": self._names.close(),
             "counts": counts.close(),
         }
-        write_atomically(self.folder / "index.json", json.dumps(index, indent=1).encode("utf-8"))
+        write_file(self.folder / "index.json", json.dumps(index, indent=1).encode("utf-8"), DATA)
 
     def abandon(self) -> None:
         """Close the files without finishing them."""

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 
 from cllm.data.documents.corpus import TRAIN, VAL, Corpus, SplitPlan, TextSample, measure, pieces, plan_split, stream_texts
-from cllm.data.tokens.shards import write_atomically
 from cllm.data.tokens.vocabulary import (
     CHARACTER_PATTERN,
     END_OF_TEXT,
@@ -34,6 +33,7 @@ from cllm.data.tokens.vocabulary import (
     learn_characters,
     sentence_piece_bytes,
 )
+from cllm.files import DATA, write_file
 from cllm.runtime.errors import DataError, UserError
 from cllm.runtime.progress import ByteProgress
 
@@ -154,8 +154,8 @@ class Tokenizer:
         file = Path(path)
         file = file / "tokenizer.json" if file.is_dir() else file
         if self.settings and file.name == "tokenizer.json":
-            write_atomically(file.with_name(SETTINGS), json.dumps(self.settings, indent=1, ensure_ascii=False).encode("utf-8"))
-        write_atomically(file, self.to_json().encode("utf-8"))
+            write_file(file.with_name(SETTINGS), json.dumps(self.settings, indent=1, ensure_ascii=False).encode("utf-8"), DATA)
+        write_file(file, self.to_json().encode("utf-8"), DATA)
 
     @cached_property
     def hash(self) -> str:

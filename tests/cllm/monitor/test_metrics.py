@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cllm.monitor.metrics import Metrics, read_metrics
-from cllm.runtime.errors import CheckpointError
+from cllm.runtime.errors import OutputError
 
 
 def test_rows_are_on_disk_as_soon_as_they_are_written(tmp_path):
@@ -35,7 +35,7 @@ def test_rows_after_the_checkpoint_and_a_torn_line_are_dropped(tmp_path):
 def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
     metrics = Metrics(tmp_path)
     metrics.path = tmp_path / "absent" / "metrics.jsonl"
-    with pytest.raises(CheckpointError, match=r"could not write .* same command"):
+    with pytest.raises(OutputError, match=r"could not write .*metrics.jsonl: No such file or directory. .* same command"):
         metrics.write("train", 1, loss=1.0)
 
 

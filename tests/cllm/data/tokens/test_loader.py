@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cllm.data import IGNORE, Batches, TokenSplit, Windows
-from cllm.data.tokens.shards import ShardWriter, folder_written_atomically
+from cllm.data.tokens.shards import ShardWriter
+from cllm.files import DATA, new_folder
 from cllm.runtime.errors import DataError, UserError
 
 DOCUMENTS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
@@ -16,7 +17,7 @@ SIZES = st.tuples(st.integers(1, 12), st.integers(1, 7))
 
 def make(folder, lengths):
     """A split whose token at position p is p + 1: a batch then tells where it comes from."""
-    with folder_written_atomically(folder) as temporary:
+    with new_folder(folder, DATA) as temporary:
         writer = ShardWriter(temporary, 2000, "0" * 64, None, shard_tokens=16)
         first = 1
         for number, length in enumerate(lengths):

@@ -9,14 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cllm.data import TokenSplit
-from cllm.data.tokens.shards import ShardWriter, folder_written_atomically, write_atomically
+from cllm.data.tokens.shards import ShardWriter
+from cllm.files import DATA, new_folder
 from cllm.runtime.errors import DataError
 
 HASH = "0" * 64
 
 
 def write(folder, documents, vocab_size=100, shard_tokens=7, tokenizer=HASH):
-    with folder_written_atomically(folder) as temporary:
+    with new_folder(folder, DATA) as temporary:
         writer = ShardWriter(temporary, vocab_size, tokenizer, 0, shard_tokens)
         for number, ids in enumerate(documents):
             half = len(ids) // 2
@@ -131,26 +132,7 @@ def test_a_full_disk_leaves_what_was_there_and_says_so(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(ShardWriter, "append", full)
-    with pytest.raises(DataError, match=r"disk is full .* free.*nothing half-written"):
+    with pytest.raises(DataError, match=r"split, the disk is full: No space left on device \(.* free\)\..*nothing half-written"):
         write(tmp_path / "split", [[4, 5, 6]])
     assert sorted(tmp_path.rglob("*")) == before
     assert TokenSplit(tmp_path / "split").read(0, 3).tolist() == [1, 2, 3]
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    write_atomically(tmp_path / "deep" / "file", b"old")
-
-    def full(handle):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(DataError, match="disk is full"):
-        write_atomically(tmp_path / "deep" / "file", b"new")
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["file"] and (tmp_path / "deep" / "file").read_bytes() == b"old"
-
-
-def test_what_a_killed_process_left_is_cleared_away(tmp_path):
-    (tmp_path / ".split.partial-999999999").mkdir()
-    (tmp_path / ".split.replaced-999999999").mkdir()
-    write(tmp_path / "split", [[1]])
-    assert [path.name for path in tmp_path.iterdir()] == ["split"]

@@ -1,0 +1,114 @@
+"""The one way to write files: whole or not at all, and one clear line when the disk does not take them.
+
+    write_file(run / "config.toml", content, RUN)
+    with new_folder(out, DATA) as beside: ...          # fill `beside`; it becomes `out` at the end of the block
+
+`cllm.runtime.files` says how a file or folder is replaced and what a crash can leave. Here its OSError becomes an error for people, whose class
+and words the caller chooses: a `Wording`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cllm.runtime import files
+from cllm.runtime.errors import CheckpointError, CLLMError, DataError, OutputError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DENIED = (errno.EACCES, errno.EPERM)
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a failed write is reported."""
+
+    error: type[CLLMError]
+    """Class of the error that is raised."""
+    elsewhere: str
+    """Where to write instead, to follow "choose"."""
+    kept: str = "What was there is unchanged, and nothing half-written was left."
+    """A sentence about what the failure has not touched."""
+
+    def of(self, place: Path, error: OSError, num_bytes: int | None = None) -> CLLMError:
+        """The error for `place`, which takes `num_bytes` when that is known."""
+        full, denied = error.errno in _FULL, error.errno in _DENIED
+        remedy = "Free some space or choose" if full else "Make the folder writable or choose" if denied else "Choose"
+        what = f"{place}, the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(place)
+        room = _room(place, num_bytes) if full else ""
+        return self.error(f"could not write {what}: {reason(error)}{room}. {self.kept} {remedy} {self.elsewhere}.")
+
+
+# Files of a run's folder beside its checkpoints; prepared text and tokens; a model in a file or folder of its own.
+RUN = Wording(OutputError, "another folder with --out, then run the same command to go on", "Checkpoints are untouched.")
+DATA = Wording(DataError, "another place with --out")
+MODEL = Wording(CheckpointError, "another place")
+
+
+def write_file(place: str | Path, content: bytes, wording: Wording) -> None:
+    """Creates or replaces a file in one step. Missing parent folders are created. Raises `wording.error`."""
+    with new_file(place, wording, len(content)) as beside:
+        beside.write_bytes(content)
+
+
+@contextmanager
+def new_file(place: str | Path, wording: Wording, num_bytes: int | None = None) -> Iterator[Path]:
+    """Yields the path of an empty file to fill, which becomes `place` at the end of the block. `num_bytes`: its size, for the error.
+
+    Raises `wording.error` when the disk does not take it. `place` is then left as it was, and also when the block raises anything else.
+    """
+    with reported(place, wording, num_bytes), files.new_file(place) as beside:
+        yield beside
+
+
+@contextmanager
+def new_folder(place: str | Path, wording: Wording, num_bytes: int | None = None) -> Iterator[Path]:
+    """Yields the path of an empty folder to fill, which becomes `place` at the end of the block, instead of the folder that was there.
+
+    Raises `wording.error` when the disk does not take it. `place` is then left as it was, and also when the block raises anything else.
+    """
+    with reported(place, wording, num_bytes), files.new_folder(place) as beside:
+        yield beside
+
+
+@contextmanager
+def reported(place: str | Path, wording: Wording, num_bytes: int | None = None) -> Iterator[None]:
+    """Turns an OSError about `place` into `wording.error`. One about another file, such as a source that cannot be read, passes through."""
+    try:
+        yield
+    except OSError as error:
+        if not _concerns(place, error):
+            raise
+        raise wording.of(Path(place), error, num_bytes) from error
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one short line: the system's words for an OSError."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+
+
+def _room(place: Path, num_bytes: int | None) -> str:
+    folder = Path(os.path.abspath(place)).parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    needed = "" if num_bytes is None else f"it needs {num_bytes / 1e6:,.2f} MB, "
+    with contextlib.suppress(OSError):
+        return f" ({needed}{shutil.disk_usage(folder).free / 1e6:,.2f} MB are free)"
+    return ""
+
+
+def _concerns(place: str | Path, error: OSError) -> bool:
+    """Whether an error is about the destination, its temporary entry or its parents. An error without a file name came from writing."""
+    if not isinstance(error.filename, str | os.PathLike):
+        return True
+    real, name = Path(os.path.realpath(place)), Path(os.path.realpath(error.filename))
+    if name == real or name in real.parents or real in name.parents:
+        return True
+    beside = name.relative_to(real.parent).parts[0] if real.parent in name.parents else ""
+    return beside.startswith(".") and beside.endswith(".tmp")

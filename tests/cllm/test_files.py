@@ -1,0 +1,73 @@
+"""What a user reads when a file cannot be written: one line with the place, the reason, what is still there and what to do."""
+
+import errno
+import os
+
+import pytest
+
+from cllm.files import Wording, new_file, new_folder, write_file
+from cllm.runtime.errors import CLLMError
+
+
+class OfTheCaller(CLLMError):
+    pass
+
+
+WORDING = Wording(OfTheCaller, "another shelf", "The books are safe.")
+
+
+def refusing(number, **names):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number), *names.values())
+
+    return refuse
+
+
+ROOM = r" \(it needs 3\.00 MB, [\d,.]+ MB are free\)"
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (errno.ENOSPC, rf", the disk is full: No space left on device{ROOM}\. The books are safe\. Free some space or choose"),
+        (errno.EDQUOT, rf", the disk is full: Disk quota exceeded{ROOM}\. The books are safe\. Free some space or choose"),
+        (errno.EFBIG, rf": File too large{ROOM}\. The books are safe\. Free some space or choose"),
+        (errno.EACCES, r": Permission denied\. The books are safe\. Make the folder writable or choose"),
+        (errno.EROFS, r": Read-only file system\. The books are safe\. Choose"),
+        (errno.EIO, r": Input/output error\. The books are safe\. Choose"),
+    ],
+)
+@pytest.mark.parametrize("call", ["fsync", "replace", "open"])
+def test_the_caller_chooses_the_class_and_the_words(tmp_path, monkeypatch, number, expected, call):
+    monkeypatch.setattr(os, call, refusing(number))
+    with pytest.raises(OfTheCaller, match=rf"^could not write {tmp_path}/shelf/book{expected} another shelf\.$"):
+        write_file(tmp_path / "shelf" / "book", bytes(3_000_000), WORDING)
+    assert not list(tmp_path.glob("shelf/*"))
+
+
+def test_every_way_of_writing_reports_alike(tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    below = tmp_path / "file" / "below"
+    with pytest.raises(OfTheCaller, match=f"^could not write {below}: Not a directory. The books"):
+        write_file(below, b"x", WORDING)
+    with pytest.raises(OfTheCaller, match=f"^could not write {below}: Not a directory. The books"), new_file(below, WORDING):
+        pytest.fail("not reached")
+    with pytest.raises(OfTheCaller, match=f"^could not write {below}: Not a directory. The books"), new_folder(below, WORDING):
+        pytest.fail("not reached")
+    with pytest.raises(OfTheCaller, match="No space left"), new_folder(tmp_path / "folder", WORDING) as beside:
+        (beside / "half").write_bytes(b"x")
+        refusing(errno.ENOSPC)()
+    with pytest.raises(OfTheCaller, match=f"^could not write {tmp_path}/folder: Is a directory"), new_folder(tmp_path / "folder", WORDING) as beside:
+        (beside / "inside").mkdir()
+        (beside / "inside").write_bytes(b"x")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_error_about_another_file_is_not_blamed_on_the_destination(tmp_path):
+    source = tmp_path / "source"
+    with pytest.raises(FileNotFoundError) as caught, new_folder(tmp_path / "folder", WORDING):
+        source.read_bytes()
+    assert caught.value.filename == str(source) and not list(tmp_path.iterdir())
+    with pytest.raises(ValueError), new_file(tmp_path / "file", WORDING):
+        raise ValueError
+    assert not list(tmp_path.iterdir())
