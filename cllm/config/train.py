@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,8 +99,11 @@ class TrainConfig:
         """Rows (key, value, source, help): the effective configuration as it is printed."""
         return [(key, value, self.sources[key], FIELDS[key].metadata["help"]) for key, value in self.flat().items()]
 
-    def differences(self, other: TrainConfig) -> list[str]:
-        """One line for each setting that changes the weights and differs. What was derived here is left out: its inputs are compared instead."""
+    def differences(self, other: TrainConfig, apart_from: Container[str] = ()) -> list[str]:
+        """One line for each setting that changes the weights and differs, except for the keys `apart_from`.
+
+        What was derived here is left out: its inputs are compared instead.
+        """
         # A run written before a setting existed ran with its default.
         here, there = ({key: MODEL_DEFAULTS.get(key) if value is None else value for key, value in each.flat().items()} for each in (self, other))
         same_steps = self.train.steps == other.train.steps  # then it does not matter whether they were said in epochs
@@ -109,6 +112,7 @@ class TrainConfig:
             f"{key}: {there[key]!r} there, {value!r} here{origin(self.sources[key])}"
             for key, value in here.items()
             if (FIELDS[key].metadata["result"] or key in measured)
+            and key not in apart_from
             and value != there[key]
             and not self.sources[key].startswith("derived")
             and not (key == "train.epochs" and same_steps)

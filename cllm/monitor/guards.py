@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import math
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cllm.runtime.errors import CheckpointError, CLLMError
+from cllm.runtime.errors import CheckpointError, CLLMError, UserError
 
 
 class Interrupted(CLLMError):
@@ -48,30 +49,97 @@ class StopSignals:
 
 
 class RunLock:
-    """Keeps a second training out of the same run folder. The kernel drops the lock when its holder dies, however it dies."""
+    """Keeps a second training out of the same run folder, which it makes where there is none. The kernel drops the lock when its holder dies,
+    however it dies.
 
-    def __init__(self, run: Path) -> None:
+    The file `.lock` holds the process id of the owner for others to read. With `sign=False` nothing is written until `sign` is called, so that
+    who only compares, and is then refused, leaves every byte of the folder as it was. A lock may be entered again while it is held.
+    Raises CheckpointError where another process trains in the folder, UserError where it cannot be made or written.
+    """
+
+    def __init__(self, run: Path, sign: bool = True) -> None:
         self.path = run / ".lock"
+        self._sign_at_once = sign
         self._file: Any = None
+        self._depth = 0
+        self._goes_again = False  # the file was made here, or is signed: it is removed with the lock
+        self._made_folders: list[Path] = []
 
     def __enter__(self) -> RunLock:
-        self._file = open(self.path, "a+")  # held open: closing it would release the lock
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
-            raise CheckpointError(
-                f"{self.path.parent} is being trained by process {holder}. Wait for it, stop it, or choose another folder with --out."
-            ) from error
-        self._file.truncate(0)
-        self._file.write(str(os.getpid()))
-        self._file.flush()
+        if not self._depth:
+            self._make_folder()
+            try:
+                self._acquire()
+            except BaseException:
+                self._remove_folders()
+                raise
+            if self._sign_at_once:
+                self.sign()
+        self._depth += 1
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
+        if self._goes_again:
+            self.path.unlink(missing_ok=True)  # still locked: whoever has opened it meanwhile finds that it is not the run's any more
         self._file.close()
+        self._remove_folders()
+
+    @property
+    def made_folder(self) -> bool:
+        """Whether there was no such folder before."""
+        return bool(self._made_folders)
+
+    def sign(self) -> None:
+        """Writes this process's id into the file: from here on it is this process that changes the run."""
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()))
+        self._file.flush()
+        self._goes_again = True
+
+    def _acquire(self) -> None:
+        while True:
+            existed = self.path.exists()
+            try:
+                file = open(self.path, "a+")  # noqa: SIM115 - held open: closing it would release the lock
+            except OSError as error:
+                raise UserError(f"cannot write into {self.path.parent}: {error.strerror or error}. Choose another folder with --out.") from error
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                holder = file.read().strip()
+                file.close()
+                raise CheckpointError(
+                    f"{self.path.parent} is being trained by {f'process {holder}' if holder else 'another process'}. Wait for it, stop it, "
+                    "or choose another folder with --out."
+                ) from error
+            if self._is_of_run(file):
+                self._file, self._goes_again = file, not existed
+                return
+            file.close()  # its last holder removed it between the two calls
+
+    def _is_of_run(self, file: Any) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def _make_folder(self) -> None:
+        run = self.path.parent
+        self._made_folders = [each for each in (run, *run.parents) if not each.exists()]
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot create the run folder {run}: {error.strerror or error}. Choose another with --out.") from error
+
+    def _remove_folders(self) -> None:
+        """What was made for nothing goes again: a refused command leaves no empty folder."""
+        for each in self._made_folders:
+            with contextlib.suppress(OSError):
+                each.rmdir()
 
 
 def peak_memory_bytes() -> int:

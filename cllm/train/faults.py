@@ -16,6 +16,7 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cllm.data.tokens.batch import StepResult
@@ -134,10 +135,15 @@ class Faults:
         self._reported = values.get("reported")
 
 
-def advice(fault: Fault, last_good: object) -> str:
-    """What to do about a fault that ended the run."""
+def advice(fault: Fault, checkpoint: Path | None) -> str:
+    """What to do about a fault that ended the run. checkpoint: the last one, None where none was written yet."""
     if fault.kind == "nonfinite":
         other = " To leave such steps out: --on-nonfinite skip; to go back and take other data: --on-nonfinite rollback."
     else:
         other = f" To go back and take other data: --set train.{'on_spike' if fault.kind == 'spike' else 'on_gradient'}=rollback."
-    return f"Lower learning_rate, lengthen warmup, or set grad_clip. The last good checkpoint is in {last_good}.{other}"
+    if checkpoint is None:
+        kept = "The run has no checkpoint yet: it starts from the beginning, also with other settings, when the command is given again."
+    else:
+        another = f"cllm train DATA --from {checkpoint} --out NEW"
+        kept = f"The last good checkpoint is {checkpoint}; with other settings go on from it as a new run: {another}."
+    return f"Lower learning_rate, lengthen warmup, or set grad_clip. {kept}{other}"

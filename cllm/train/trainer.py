@@ -8,8 +8,6 @@ a run that was stopped anywhere, also by SIGKILL, and resumed writes the same bi
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -38,13 +36,14 @@ from cllm.train.build import divide, make_step, make_store
 from cllm.train.checkpoints import Checkpoints
 from cllm.train.evaluations import Evaluations
 from cllm.train.faults import ROLLBACKS, Fault, FaultError, NonFiniteError, advice
+from cllm.train.run_folder import StoredRun, go_on, identity
 from cllm.train.samples import sample_text
 from cllm.train.state import RunState
 from cllm.train.step import StepResult
 from cllm.train.update_data import UpdateData
 
 if TYPE_CHECKING:
-    from cllm.data import Dataset, TokenSplit
+    from cllm.data import Dataset
     from cllm.data.tokens.tokenizer import Tokenizer
     from cllm.model.model import Model
 
@@ -90,14 +89,23 @@ class Trainer:
 
     Raises UserError for settings that do not fit, DataError for data that cannot be trained on, CheckpointError for a run that cannot be
     resumed or written, Interrupted (exit status 130) after a stop by signal, all with the run left ready to go on.
+    lock: that of `out`, where the caller holds it already; otherwise it is taken while the run is trained.
     """
 
     def __init__(
-        self, model: Model, dataset: Dataset, config: TrainConfig | None = None, *, out: str | Path, tokenizer: Tokenizer | None = None
+        self,
+        model: Model,
+        dataset: Dataset,
+        config: TrainConfig | None = None,
+        *,
+        out: str | Path,
+        tokenizer: Tokenizer | None = None,
+        lock: RunLock | None = None,
     ) -> None:
         self.model, self.dataset, self.out = model, dataset, Path(out)
         self.tokenizer = tokenizer if tokenizer is not None else getattr(dataset, "tokenizer", None)
         self.config = (config or TrainConfig()).resolve(model.config, dataset.train.num_tokens)
+        self._lock = lock
         self._world = distributed.current()
         self.device = resolve(self.config.train.device)[0] if self._world is None else self._world.device
         self._leads = self._world is None or self._world.leads  # whether this process prints and writes
@@ -107,6 +115,7 @@ class Trainer:
         self.data = UpdateData(dataset.train, self.config, self.state.faults, self._share)
         self._seconds_before = 0.0  # training time of the lives of this run before this one
         self._resumed_from: int | None = None
+        self._former_end: int | None = None  # the last step of a run that was finished and is now trained longer
         self._last_step: StepResult | None = None
         self._validation: Evaluation | None = None
 
@@ -119,10 +128,10 @@ class Trainer:
         """Trains to the end. resume: "auto" goes on where `out` holds this run, True demands it, False refuses it."""
         if resume not in ("auto", True, False):
             raise UserError(f'resume must be "auto", True or False, got {resume!r}.')
-        _make_folder(self.out)
-        lock = RunLock(self.out) if self._leads else nullcontext()
+        if self._leads and self._lock is None:
+            self._lock = RunLock(self.out, sign=False)
         reporter = Reporter(self.out, self.config) if self._leads else SilentReporter()
-        with lock, runtime.use(threads=self.config.train.threads), reporter as self._report, StopSignals() as self._stop:
+        with self._lock or nullcontext(), runtime.use(threads=self.config.train.threads), reporter as self._report, StopSignals() as self._stop:
             with self._out_of_memory():
                 self._open(resume)
             with self._metrics:
@@ -145,7 +154,8 @@ class Trainer:
         settings, state, report = self.config.train, self.state, self._report
         assert settings.steps is not None and settings.checkpoint_every is not None
         report.begin(state.step, settings.steps, self.config, self.model.config, self.device)
-        if self._evaluations.due(state.step):  # the run may have stopped between this checkpoint and its evaluation
+        # The run may have stopped between this checkpoint and its evaluation; the checkpoint of a former last step does not know its own either.
+        if self._evaluations.due(state.step) or (self._evaluations.possible and state.step == self._former_end):
             self._evaluate()
         if state.step == 0 and state.faults.may_roll_back:
             self._save()  # where a fault in the first steps goes back to
@@ -299,7 +309,8 @@ class Trainer:
         self._report.say(f"{fault.text}; {where}{': the update was left out' if fault.action == 'skip' else ''}")
         if fault.action == "stop":
             error = NonFiniteError if fault.kind == "nonfinite" else FaultError
-            raise error(f"{fault.text} ({where}). {advice(fault, self._checkpoints.store.folder)}")
+            self._checkpoints.finish()  # the advice names the last one
+            raise error(f"{fault.text} ({where}). {advice(fault, self._last_checkpoint())}")
 
     def _roll_back(self, fault: Fault, where: str) -> None:
         """Goes back to the newest good checkpoint and writes it anew with the note that other data follows, so that a resume knows it too."""
@@ -309,7 +320,7 @@ class Trainer:
         assert found is not None  # one was written before the first step
         if not faults.roll_back(failed - 1, found.step):
             tried = f"after {ROLLBACKS} rollbacks to step {found.step:,}"
-            raise FaultError(f"{fault.text} ({where}), {tried}. {advice(fault, store.folder)}")
+            raise FaultError(f"{fault.text} ({where}), {tried}. {advice(fault, found.path)}")
         rollbacks = list(faults.rollbacks)
         self._train_step.restore(found)
         self.state.load(found)
@@ -320,6 +331,11 @@ class Trainer:
         since = failed - self.step
         self._report.say(f"{fault.text}; {where}: back to step {self.step:,}, and on with other data than that of the {since:,} steps since")
 
+    def _last_checkpoint(self) -> Path | None:
+        store = self._checkpoints.store
+        steps = store.steps()
+        return store.path(steps[-1]) if steps else None
+
     # -- the run's folder ---------------------------------------------------------------------------------------------------
 
     def _open(self, resume: str | bool) -> None:
@@ -328,6 +344,8 @@ class Trainer:
         store = make_store(self.out / "checkpoints", self.model, self.config, self._world, self._sharding)
         store.clean()
         found = self._found_in(store, resume)
+        if self._lock is not None:
+            self._lock.sign()
         config = self.config
         assert config.optim.learning_rate is not None and config.optim.min_lr is not None
         assert config.optim.warmup is not None and config.train.steps is not None
@@ -368,26 +386,17 @@ class Trainer:
         if found is None and resume is True:
             raise CheckpointError(f"{self.out} holds no checkpoint to resume. Start without --resume.")
         if found is not None:
-            self._check_same_run(found)
+            self._check_same_run(found, new_end=resume is True)
         return found
 
-    def _check_same_run(self, found: Checkpoint) -> None:
+    def _check_same_run(self, found: Checkpoint, new_end: bool) -> None:
         """A run goes on with the settings, data and tokenizer that it began with; anything else would be another run under its name."""
-        stored = TrainConfig.from_dict(found.state["config"], found.state["sources"])
-        self.config = self.config.adopt(stored)
-        different = self.config.differences(stored)
-        if found.state["data"] != self._data_identity():
-            different.append(f"data: {found.state['data']} there, {self._data_identity()} here")
-        if different:
-            raise UserError(
-                f"{self.out} holds a run of another configuration:\n  "
-                + "\n  ".join(different)
-                + "\nGive the same settings to go on with it, or choose another folder with --out."
-            )
-        check_tokenizer(self.tokenizer.hash if self.tokenizer is not None else None, found.state["tokenizer_hash"], self.out)
-
-    def _data_identity(self) -> dict[str, Any]:
-        return {name: _split_identity(getattr(self.dataset, name)) for name in ("train", "val")}
+        stored = StoredRun.of(self.out, found.step, found.state)
+        tokenizer_hash = None if self.tokenizer is None else self.tokenizer.hash
+        self.config, sentence = go_on(self.config, stored, identity(self.dataset), tokenizer_hash, new_end=new_end)
+        if sentence is not None:
+            self._former_end = found.step if stored.finished else None
+            self._report.say(sentence)
 
     def _belongs_before_step(self, row: dict[str, Any]) -> bool:
         """Whether a row of metrics stays when the run goes on from `step`: later rows, and the evaluation after its checkpoint, come again."""
@@ -404,7 +413,7 @@ class Trainer:
             "config": self.config.to_dict(),
             "sources": dict(self.config.sources),
             "tokenizer_hash": self.tokenizer.hash if self.tokenizer is not None else None,
-            "data": self._data_identity(),
+            "data": identity(self.dataset),
             **self.state.to_dict(),
             "seconds": self._seconds_before + self._report.seconds,
             "lora": lora_state(self.model),
@@ -425,17 +434,3 @@ def _check_fit(model: Model, dataset: Dataset, config: TrainConfig, tokenizer: T
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         size = tokenizer.vocab_size
         raise UserError(f"the tokenizer has {size} tokens, the model only {model.config.vocab_size}. Build the model with vocab_size={size}.")
-
-
-def _split_identity(split: TokenSplit) -> dict[str, Any]:
-    """What tells one split from another: its length, and the digest of the checksums of its shards and document bounds."""
-    index = json.loads((split.folder / "index.json").read_bytes())
-    sums = [*(shard["blake2b"] for shard in index["shards"]), index["offsets"]["blake2b"]]
-    return {"tokens": split.num_tokens, "digest": hashlib.sha256(" ".join(sums).encode()).hexdigest()[:32]}
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create the run folder {path}: {error.strerror or error}. Choose another with --out.") from error

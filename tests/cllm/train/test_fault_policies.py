@@ -208,10 +208,18 @@ def test_rollbacks_that_do_not_help_end_the_run(dataset, tmp_path):
 
 @pytest.mark.parametrize("policy, factor, error", [("on_nonfinite", math.inf, NonFiniteError), ("on_spike", 50.0, FaultError)])
 def test_stop_ends_the_run_with_the_documents_and_leaves_the_checkpoint(dataset, tmp_path, policy, factor, error):
-    with pytest.raises(error, match=r"step 23: .*data 22 from .*\.txt.*The last good checkpoint is in"):
+    with pytest.raises(error, match=r"step 23: .*data 22 from .*\.txt.*The last good checkpoint is (\S*step-00000020);") as stopped:
         trainer(dataset, tmp_path / "run", [22], factor, **{policy: "stop"}).fit()
+    assert f"--from {tmp_path / 'run' / 'checkpoints' / 'step-00000020'} --out NEW" in str(stopped.value)
     assert CheckpointStore(tmp_path / "run" / "checkpoints").newest_good().step == 20
     assert [(row["action"], row["step"]) for row in events(tmp_path / "run")] == [("stop", 23)]
+
+
+def test_stop_before_the_first_checkpoint_names_none_and_the_run_begins_anew_with_other_settings(dataset, tmp_path):
+    with pytest.raises(NonFiniteError, match="has no checkpoint yet: it starts from the beginning, also with other settings") as stopped:
+        trainer(dataset, tmp_path / "run", [1]).fit()
+    assert "step-" not in str(stopped.value) and not CheckpointStore(tmp_path / "run" / "checkpoints").steps()
+    assert trainer(dataset, tmp_path / "run", learning_rate=1e-4).fit().step == STEPS
 
 
 def test_a_warning_is_recorded_and_changes_no_bit(dataset, tmp_path, capfd):
