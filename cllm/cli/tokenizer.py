@@ -8,6 +8,7 @@ import typer
 
 from cllm.cli.console import open_console, readable, table
 from cllm.cli.options import Json, examples, tokenizer_file
+from cllm.config.schema import FIELDS
 from cllm.runtime.errors import UserError
 
 app = typer.Typer()
@@ -20,7 +21,7 @@ def pack(
     data: Annotated[str, typer.Argument(help="Folder, file or JSONL of text.")],
     tokenizer: Annotated[str, typer.Option(help="tokenizer.json, or a run that has one.")],
     out: Annotated[Path, typer.Option(help="Folder for the token shards.")],
-    val_fraction: Annotated[float, typer.Option(help="Share of the documents for validation.")] = 0.1,
+    val_fraction: Annotated[float | None, typer.Option(help=FIELDS["data.val_fraction"].metadata["help"])] = None,
     as_json: Json = False,
 ) -> None:
     """Pack text into token shards that `cllm train` and `cllm evaluate` read as they are."""

@@ -45,7 +45,10 @@ class DataSection:
     path: str = setting("", "Folder or file to learn from, or a folder of packed tokens.", result=False)
     tokenizer: str = setting("bpe", "Tokenizer: bpe or char (trained on the data), or the path of a tokenizer.json.")
     vocab_size: int | None = setting(None, "Tokens of a new BPE tokenizer; chosen by the amount of text when open.", at_least=257, example=4096)
-    val_fraction: float = setting(0.1, "Share of the documents kept for validation.", at_least=0.0, below=1.0, example=0.1)
+    val_fraction: float | None = setting(
+        None, "Share of the text that is kept for validation, in whole documents; when open, a tenth up to 10 MB of text, then 1 MB, "
+        "from 100 MB on one hundredth, and never more than 8 MB (about 2 million tokens).", at_least=0.0, below=1.0, example=0.1,
+    )  # fmt: skip
     exclude: str = setting("", "Files and folders below path that are left out, separated by commas.")
     document_mask: bool = setting(True, "A token sees only its own document, never the one packed before it.")
     shuffle: str = setting(

@@ -38,7 +38,7 @@ def prepare(
     out_dir: str | os.PathLike[str],
     tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
     vocab_size: int | None = None,
-    val_fraction: float = 0.1,
+    val_fraction: float | None = None,
     *,
     pre_tokenizer: str = "gpt-2",
     sample_bytes: int = SAMPLE_BYTES,
@@ -50,6 +50,7 @@ def prepare(
 
     tokenizer: "bpe" (None) or "char" trains one; a Tokenizer or the path of a tokenizer.json is used as it is.
     vocab_size: of a new BPE tokenizer; None chooses by the amount of text (`default_vocab_size`).
+    val_fraction: the share of the text for validation; None takes a tenth of small texts and less of large ones (`default_val_fraction`).
     exclude: places below `path` that are not data; out_dir never is.
     log gets a sentence for each step; progress(step, bytes done, bytes in all) replaces the progress line.
     Raises DataError when there is no usable text, or it does not give both splits something.
@@ -63,7 +64,7 @@ def prepare(
         bar.end()
         plan = plan_split(corpus.rows, val_fraction)
         steps = [describe(corpus, plan, tell)]
-        if corpus.num_chars < 2 or (val_fraction and plan.sides is None and plan.cut(corpus.num_chars) < 1):
+        if corpus.num_chars < 2 or (plan.val_fraction and plan.sides is None and plan.cut(corpus.num_chars) < 1):
             raise DataError(f"{path} holds {corpus.num_chars} character of text, too little to learn anything from. Give it more text.")
         chosen, step = _tokenizer(corpus, plan, out, tokenizer, vocab_size, pre_tokenizer, sample_bytes, bar)
         tell(f"tokenizer: {step[2]} ({step[1]})")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cllm.data.documents.corpus import default_val_fraction
 from cllm.data.tokens.chat_template import Part, check_messages, encode_conversation, with_template
 from cllm.data.tokens.conversations import ChatSplit
 from cllm.data.tokens.dataset import FORMAT, VERSION, Dataset, read_info
@@ -48,13 +49,15 @@ def is_chat(path: str | os.PathLike[str]) -> bool:
 
 
 def prepare_chat(
-    path: str | os.PathLike[str], out_dir: str | os.PathLike[str], tokenizer: Tokenizer, val_fraction: float = 0.1,
+    path: str | os.PathLike[str], out_dir: str | os.PathLike[str], tokenizer: Tokenizer, val_fraction: float | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Dataset:  # fmt: skip
     """The packed conversations of a JSONL file; what `out_dir` already holds of the same is used again. Lines that are no conversation are left out,
     counted and named. Raises DataError when none is left, UserError for a tokenizer without a chat template and without the tokens of ours."""
     tell = log or (lambda line: None)
     tokenizer = with_template(tokenizer)
+    if val_fraction is None:
+        val_fraction = default_val_fraction(os.path.getsize(path))
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "blake2b").hexdigest()
     key = hashlib.blake2b(json.dumps([CHAT_VERSION, digest, val_fraction, tokenizer.hash, tokenizer.settings]).encode(), digest_size=16).hexdigest()

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cllm.data import Dataset, is_packed, train_tokenizer
-from cllm.data.documents.corpus import TRAIN, VAL, plan_split
+from cllm.data.documents.corpus import TRAIN, VAL, default_val_fraction, plan_split
 from cllm.data.documents.files import ROW
 from cllm.data.pipeline import prepare
 from cllm.data.tokens.shards import ShardWriter
@@ -145,6 +147,28 @@ def test_documents_keep_their_side_when_others_arrive_and_identical_ones_stay_to
     assert (plan_split(rows[:1500], 0.1).sides == whole.sides[:1500]).all()
     doubled = plan_split(np.concatenate([rows, rows[::-1]]), 0.1)
     assert (doubled.sides[:4000] == doubled.sides[4000:][::-1]).all()
+
+
+@pytest.mark.parametrize(
+    "megabytes, validation",
+    [(0.2, 0.02), (1, 0.1), (10, 1.0), (50, 1.0), (100, 1.0), (288, 2.88), (800, 8.0), (50_000, 8.0)],
+)
+def test_validation_is_a_tenth_of_small_texts_and_bounded_on_large_ones(megabytes, validation):
+    size = round(megabytes * 1e6)
+    assert default_val_fraction(size) * size == pytest.approx(validation * 1e6)
+    rng = np.random.default_rng(1)  # documents of very different sizes, as in real folders
+    shares = rng.lognormal(sigma=1.5, size=20_000)
+    rows = rows_of(zip(rng.integers(0, 2**64, 20_000, dtype=np.uint64), np.maximum(1, shares / shares.sum() * size)))
+    plan, total = plan_split(rows, None), int(rows["bytes"].sum())
+    assert plan.val_fraction == default_val_fraction(total) and plan.sides is not None
+    assert 0.3 * validation * 1e6 <= total - plan.train_bytes(rows) <= 2 * validation * 1e6
+    assert plan_split(rows, 0.1).val_fraction == 0.1, "what is given is honoured"
+
+
+@given(st.lists(st.integers(1, 10**12), min_size=2, max_size=20))
+def test_text_that_is_added_only_ever_moves_documents_out_of_validation(sizes):
+    fractions = [default_val_fraction(size) for size in sorted(sizes)]
+    assert fractions == sorted(fractions, reverse=True) and all(0 < each <= 0.1 for each in fractions)
 
 
 def test_few_documents_are_shared_out_in_the_order_of_their_hashes():
