@@ -16,13 +16,13 @@ _HOME = {
     "Trainer": "cllm.train.trainer",
     "TrainConfig": "cllm.config.train",
     "TrainStep": "cllm.train.step",
-    "load": "cllm.checkpoint.store",
-    "save": "cllm.checkpoint.store",
+    "load": "cllm.checkpoint.model_file",
+    "save": "cllm.checkpoint.model_file",
 }
 __all__ = ["Model", "ModelConfig", "Tokenizer", "TrainConfig", "TrainStep", "Trainer", "load", "save"]
 
 if TYPE_CHECKING:
-    from cllm.checkpoint.store import load, save
+    from cllm.checkpoint.model_file import load, save
     from cllm.config.model import ModelConfig
     from cllm.config.train import TrainConfig
     from cllm.data.tokens.tokenizer import Tokenizer

@@ -21,7 +21,8 @@ from report import add_output_options, finish, print_table, run
 from train import our_config
 
 from cllm import Model, TrainStep, runtime
-from cllm.checkpoint.store import CheckpointStore, weights_of
+from cllm.checkpoint.store import CheckpointStore
+from cllm.checkpoint.weights import weights_of
 from cllm.checkpoint.writer import CheckpointWriter
 from cllm.config.train import TrainConfig
 from cllm.data import Batch

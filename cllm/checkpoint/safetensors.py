@@ -1,4 +1,8 @@
-"""The safetensors format: written with a known SHA-256, read with every failure named, and what the files beside it (JSON) need for that."""
+"""The safetensors format: written with a known SHA-256, and read with a clear error for every way in which a file can be wrong.
+
+A file is the length of its header in eight bytes, the header as JSON (dtype, shape and place of each tensor, and a table of strings), and the
+bytes of the tensors. The checks of a file's size and kind, and the reading of the JSON files beside it, stand here too.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from typing import Any
 
 import torch
 
-from cllm.files import Wording, reason
+from cllm.files import reason
 from cllm.runtime.errors import CheckpointError
 
 DTYPES = {
@@ -27,29 +31,45 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_CHUNK = 16 << 20
-_LARGEST_JSON = 64 << 20  # bytes: a manifest or state of more is no work of ours
-CHECKPOINT = Wording(CheckpointError, "another folder with --out, then run the same command to go on", "Earlier checkpoints are untouched.")
 NOT_A_CHECKPOINT = "Expected a run folder, a checkpoint folder, a .cllm file or a Hugging Face folder."
+_CHUNK_BYTES = 16 << 20
+_LARGEST_JSON_BYTES = 64 << 20  # no manifest or state of a checkpoint comes near it
+
+
+# -- tensors as bytes ------------------------------------------------------------------------------------------------------
 
 
 def tensors_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """The number of bytes that the tensors take together."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order, without a copy where it already lies so on the CPU."""
+    """The bytes of a tensor in row-major order. They are not copied where they already lie that way on the CPU."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
-    """Writes one safetensors file and returns its SHA-256. It is on the disk only once it is flushed, as `cllm.files` does.
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's bytes in row-major order."""
+    return hashlib.sha256(raw_bytes(tensor)).hexdigest()
 
-    Ours, because the library's writer orders metadata by a random hash: the same weights must give the same file.
+
+def describe_tensor(tensor: torch.Tensor) -> dict[str, Any]:
+    """What a manifest says of a tensor: dtype, shape and SHA-256."""
+    return {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "sha256": tensor_digest(tensor)}
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------------
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """Writes a file and returns its SHA-256. The caller flushes it to the disk, as `cllm.files` does.
+
+    The library's own writer orders the metadata by a random hash, and the same weights must give the same file.
     """
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    # Widest numbers first keeps every tensor aligned to its own size, as the format asks.
+    # The widest numbers come first, so that every tensor is aligned to its own element size, as the format asks.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     offset = 0
     for name in names:
@@ -69,17 +89,51 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
 def _pieces(head: bytes, blobs: Iterator[memoryview]) -> Iterator[bytes | memoryview]:
     yield head
     for blob in blobs:
-        for start in range(0, len(blob), _CHUNK):
-            yield blob[start : start + _CHUNK]
+        for start in range(0, len(blob), _CHUNK_BYTES):
+            yield blob[start : start + _CHUNK_BYTES]
 
 
-def tensor_digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's bytes in row-major order."""
-    return hashlib.sha256(raw_bytes(tensor)).hexdigest()
+# -- reading ---------------------------------------------------------------------------------------------------------------
+
+
+def open_safetensors(path: Path) -> Any:
+    """The file as the library's handle, a context manager from which tensors are read one by one or by slices.
+
+    Raises CheckpointError when it is not a safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file_size(path)
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors and the metadata of a file. Raises CheckpointError when it is not a safetensors file."""
+    from safetensors import SafetensorError
+
+    try:
+        with open_safetensors(path) as file:
+            # Copied out of the mapped file, which may be replaced on disk while its weights are in use.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_safetensors_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a file, without its tensors. Raises CheckpointError when it is not a safetensors file."""
+    with open_safetensors(path) as file:
+        return dict(file.metadata() or {})
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} is not a readable safetensors file ({reason(error)}). {NOT_A_CHECKPOINT}")
 
 
 def file_size(path: Path) -> int:
-    """The size of a regular file; CheckpointError for anything else: opening a pipe or a device might wait for ever."""
+    """The size of a regular file in bytes. Raises CheckpointError for anything else: opening a pipe or a device might wait for ever."""
     try:
         found = path.stat()
     except (OSError, ValueError) as error:
@@ -89,10 +143,16 @@ def file_size(path: Path) -> int:
     return found.st_size
 
 
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a whole file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; CheckpointError for anything else, however large or deep."""
+    """The object in a JSON file. Raises CheckpointError for anything else, however large or deep it is."""
     size = file_size(path)
-    if size > _LARGEST_JSON:
+    if size > _LARGEST_JSON_BYTES:
         raise CheckpointError(f"{path} is damaged: {size:,} bytes are too many for it.")
     try:
         content = json.loads(path.read_bytes())
@@ -101,32 +161,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is damaged: an object was expected.")
     return content
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors and the metadata of a safetensors file; CheckpointError when it is not one."""
-    from safetensors import SafetensorError, safe_open
-
-    file_size(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            # Copied out of the mapping: a checkpoint may be replaced on disk while its weights are in use.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file ({reason(error)}). {NOT_A_CHECKPOINT}") from error
-
-
-def read_safetensors_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file, without its tensors; CheckpointError when it is not one."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file ({reason(error)}). {NOT_A_CHECKPOINT}") from error
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

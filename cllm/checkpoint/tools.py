@@ -9,20 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cllm.checkpoint.store import (
-    MANIFEST,
-    OPTIMIZER,
-    STATE,
-    WEIGHTS,
-    Checkpoint,
-    CheckpointStore,
-    describe_tensor,
-    load,
-    read_checkpoint,
-    read_manifest,
-    verify,
-    weights_of,
-)
+from cllm.checkpoint.folder import MANIFEST, STATE, Checkpoint, read_checkpoint, read_manifest, verify
+from cllm.checkpoint.model_file import load
+from cllm.checkpoint.parts import OPTIMIZER, WEIGHTS
+from cllm.checkpoint.safetensors import describe_tensor
+from cllm.checkpoint.store import CheckpointStore
+from cllm.checkpoint.weights import weights_of
 from cllm.runtime.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:

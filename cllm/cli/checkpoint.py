@@ -88,7 +88,7 @@ def average(
 ) -> None:
     """The mean of the weights of several checkpoints as one model; often better than the last of them."""
     console = open_console(as_json)
-    from cllm.checkpoint.store import save
+    from cllm.checkpoint.model_file import save
     from cllm.checkpoint.tools import average
 
     model, tokenizer, used = average(checkpoints, last, console.print)

@@ -53,7 +53,7 @@ def import_(
 ) -> None:
     """Read a Llama, Mistral, Qwen2, Qwen3 or GPT-2 folder of Hugging Face's layout into one .cllm file."""
     console = open_console(as_json)
-    from cllm.checkpoint.store import save
+    from cllm.checkpoint.model_file import save
     from cllm.interop.hf import load_hf
 
     model, tokenizer = load_hf(folder)
@@ -86,7 +86,7 @@ def write(name: str, to: str, out: Path, type: str | None, model: Model, tokeniz
 
         save_hf(model, out, tokenizer=tokenizer, dtype=_dtype(type))
     else:
-        from cllm.checkpoint.store import save
+        from cllm.checkpoint.model_file import save
 
         save(model if type is None else model.to(_dtype(type)), out, tokenizer=tokenizer)
     return sum(file.stat().st_size for file in ([out] if out.is_file() else out.iterdir()))

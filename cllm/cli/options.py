@@ -61,7 +61,7 @@ def _metavar(key: str) -> str:
 
 
 def load_model(path: str, need_tokenizer: bool = True, weights: str | None = None, device: str = "cpu") -> tuple[Any, Any]:
-    from cllm.checkpoint.store import load
+    from cllm.checkpoint.model_file import load
     from cllm.runtime.device import resolve
 
     # int8 weights have fast kernels on the CPU alone.

@@ -176,7 +176,7 @@ def _check_installed() -> None:
 
 
 def _load(checkpoint: str, weights: str | None, device: str | None) -> tuple[Any, Any]:
-    from cllm.checkpoint.store import load
+    from cllm.checkpoint.model_file import load
     from cllm.runtime.device import resolve
 
     if not checkpoint:

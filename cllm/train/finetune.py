@@ -10,8 +10,9 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cllm.checkpoint.model_file import load, save
 from cllm.checkpoint.safetensors import read_safetensors_metadata
-from cllm.checkpoint.store import CheckpointStore, load, save
+from cllm.checkpoint.store import CheckpointStore
 from cllm.model.lora import LoraConfig, add_lora
 from cllm.runtime.errors import DataError, UserError
 

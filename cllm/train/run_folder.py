@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cllm.checkpoint.folder import STATE, read_manifest, read_state
 from cllm.checkpoint.safetensors import sha256_of
-from cllm.checkpoint.store import STATE, CheckpointStore, check_tokenizer, read_manifest, read_state
+from cllm.checkpoint.store import CheckpointStore
+from cllm.checkpoint.weights import check_tokenizer
 from cllm.config.schedule import Schedule, lr
 from cllm.config.train import TrainConfig
 from cllm.monitor.guards import BestLoss

@@ -11,7 +11,7 @@ from cllm.runtime.errors import CheckpointError
 from cllm.train.faults import Faults
 
 if TYPE_CHECKING:
-    from cllm.checkpoint.store import Checkpoint
+    from cllm.checkpoint.folder import Checkpoint
     from cllm.config.train import TrainConfig
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cllm.checkpoint.store import Checkpoint, load_weights, weights_of
+from cllm.checkpoint.folder import Checkpoint
+from cllm.checkpoint.weights import load_weights, weights_of
 from cllm.data.tokens.batch import IGNORE, Batch, StepResult
 from cllm.runtime.errors import CheckpointError, UserError
 from cllm.train.averages import Ema, put, swapped

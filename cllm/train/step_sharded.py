@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cllm.checkpoint.store import Checkpoint
+from cllm.checkpoint.folder import Checkpoint
 from cllm.data.tokens.batch import IGNORE, Batch
 from cllm.distributed.reduce import add_in_place, clip_, measured, norm_of
 from cllm.distributed.session import gathered
@@ -176,7 +176,7 @@ class ShardedStep(TrainStep):
 
     def restore(self, found: Checkpoint) -> None:
         """Reads this process's rows out of a checkpoint in one piece or in parts of any number of processes."""
-        from cllm.checkpoint.shared import read_rows
+        from cllm.checkpoint.parts import read_rows
 
         layout = self.sharding.layout(self._sharded)
         with torch.no_grad():

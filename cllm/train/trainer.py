@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm import distributed, runtime
-from cllm.checkpoint.store import Checkpoint, CheckpointStore, check_tokenizer, load_weights, read_checkpoint, weights_of
+from cllm.checkpoint.folder import Checkpoint, read_checkpoint
+from cllm.checkpoint.store import CheckpointStore
+from cllm.checkpoint.weights import check_tokenizer, load_weights, weights_of
 from cllm.config.schedule import Schedule, lr
 from cllm.config.train import TrainConfig
 from cllm.evaluate.loss import Evaluation

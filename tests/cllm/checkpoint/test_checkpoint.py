@@ -13,9 +13,12 @@ import pytest
 import torch
 from command import cllm
 
+from cllm.checkpoint.folder import read_checkpoint, verify
+from cllm.checkpoint.model_file import load, save
 from cllm.checkpoint.safetensors import sha256_of, write_safetensors
-from cllm.checkpoint.store import CheckpointStore, check_tokenizer, load, read_checkpoint, save, verify, weights_of
+from cllm.checkpoint.store import CheckpointStore
 from cllm.checkpoint.tools import average, diff, verify_all
+from cllm.checkpoint.weights import check_tokenizer, weights_of
 from cllm.checkpoint.writer import CheckpointWriter
 from cllm.config.model import ModelConfig
 from cllm.model.model import Model

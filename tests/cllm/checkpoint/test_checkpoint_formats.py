@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from cllm.checkpoint.folder import FORMAT_VERSION, read_manifest, verify
+from cllm.checkpoint.model_file import load
 from cllm.checkpoint.safetensors import tensor_digest
-from cllm.checkpoint.store import FORMAT_VERSION, CheckpointStore, load, read_manifest, verify, weights_of
+from cllm.checkpoint.store import CheckpointStore
+from cllm.checkpoint.weights import weights_of
 
 FIXTURES = sorted((Path(__file__).parents[2] / "fixtures").glob("checkpoint-v*"))
 

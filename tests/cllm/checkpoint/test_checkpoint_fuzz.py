@@ -15,9 +15,12 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from cllm.checkpoint.folder import MANIFEST, _manifest_digest, read_checkpoint
+from cllm.checkpoint.model_file import _content_digest, load, save
 from cllm.checkpoint.safetensors import sha256_of, write_safetensors
-from cllm.checkpoint.store import MANIFEST, CheckpointStore, _content_digest, _manifest_digest, load, read_checkpoint, save, weights_of
+from cllm.checkpoint.store import CheckpointStore
 from cllm.checkpoint.tools import inspect, verify_all
+from cllm.checkpoint.weights import weights_of
 from cllm.config.model import ModelConfig
 from cllm.data.tokens.tokenizer import Tokenizer
 from cllm.model.model import Model

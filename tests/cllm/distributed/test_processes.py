@@ -7,7 +7,8 @@ import process_jobs as jobs
 import pytest
 from processes import Pool
 
-from cllm.checkpoint.store import CheckpointStore, load
+from cllm.checkpoint.model_file import load
+from cllm.checkpoint.store import CheckpointStore
 from cllm.data.pipeline import prepare
 from cllm.monitor.metrics import TIME_FIELDS, read_metrics
 from cllm.runtime.errors import CheckpointError

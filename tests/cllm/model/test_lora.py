@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cllm import load, runtime, save
-from cllm.checkpoint.store import load_weights, weights_of
+from cllm.checkpoint.weights import load_weights, weights_of
 from cllm.config.model import ModelConfig
 from cllm.config.train import TrainConfig
 from cllm.data.pipeline import prepare

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from cllm import runtime
+from cllm.checkpoint.model_file import load
 from cllm.checkpoint.safetensors import sha256_of
-from cllm.checkpoint.store import CheckpointStore, load
+from cllm.checkpoint.store import CheckpointStore
 from cllm.config.model import ModelConfig
 from cllm.config.train import TrainConfig
 from cllm.data.pipeline import prepare

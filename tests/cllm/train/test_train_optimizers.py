@@ -10,8 +10,10 @@ import pytest
 import torch
 from command import PATIENCE, lines, wait_until
 
+from cllm.checkpoint.folder import read_checkpoint
+from cllm.checkpoint.model_file import load
 from cllm.checkpoint.safetensors import sha256_of
-from cllm.checkpoint.store import CheckpointStore, load, read_checkpoint
+from cllm.checkpoint.store import CheckpointStore
 from cllm.config.model import ModelConfig
 from cllm.config.schema import OPTIMIZERS
 from cllm.config.train import TrainConfig

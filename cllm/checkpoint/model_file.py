@@ -1,0 +1,187 @@
+"""`save` writes a model as one .cllm file; `load` reads a model from whatever holds one.
+
+A .cllm file is a safetensors file whose metadata carries the model's configuration, its tokenizer, and a SHA-256 of all that it holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cllm.checkpoint.folder import MANIFEST, Checkpoint, read_checkpoint
+from cllm.checkpoint.safetensors import (
+    DTYPES,
+    NOT_A_CHECKPOINT,
+    raw_bytes,
+    read_safetensors,
+    read_safetensors_metadata,
+    sha256_of,
+    tensors_bytes,
+    write_safetensors,
+)
+from cllm.checkpoint.store import CheckpointStore
+from cllm.checkpoint.weights import check_tokenizer, check_weights, load_weights, weights_of
+from cllm.files import MODEL, new_file, reason
+from cllm.runtime.errors import CheckpointError, CLLMError, UserError
+
+if TYPE_CHECKING:
+    from cllm.data.tokens.tokenizer import Tokenizer
+    from cllm.model.model import Model
+
+FILE_VERSION = 1
+WEIGHTS_FORMATS = ("fp32", "bf16", "int8")
+
+
+def save(model: Model, path: str | Path, tokenizer: Tokenizer | None = None) -> None:
+    """Writes the model, its configuration and, where given, its tokenizer as one .cllm file, whole or not at all.
+
+    Raises UserError for another suffix, CheckpointError when the disk does not take it.
+    """
+    path = Path(path)
+    if path.suffix != ".cllm":
+        raise UserError(f"save writes a .cllm file, got {str(path)!r}. For a Hugging Face folder use cllm.interop.hf.save_hf or `cllm export`.")
+    weights = weights_of(model)
+    metadata = {"format": "pt", "cllm_format": str(FILE_VERSION), "config": json.dumps(model.config.to_dict(), sort_keys=True)}
+    if tokenizer is not None:
+        metadata |= {"tokenizer": tokenizer.to_json(), "tokenizer_hash": tokenizer.hash}
+        if tokenizer.settings:
+            metadata["tokenizer_config"] = json.dumps(tokenizer.settings, sort_keys=True)
+    metadata["sha256"] = _content_digest(weights, metadata)
+    with new_file(path, MODEL, tensors_bytes(weights)) as beside:
+        digest = write_safetensors(beside, weights, metadata)
+        if sha256_of(beside) != digest:
+            raise CheckpointError(f"{path} did not read back as it was written: the disk is failing.")
+
+
+def load(path: str | Path, report: Callable[[str], None] | None = None, weights: str | None = None) -> tuple[Model, Tokenizer | None]:
+    """The model and tokenizer in a run folder (its newest good checkpoint), a checkpoint folder, a .cllm file or a Hugging Face folder.
+
+    weights: None for the weights as they are; for generation "fp32", "bf16" (weights and activations) or "int8" (weights; see
+    `Model.quantize_`). report: told of damaged checkpoints that are passed over. Raises CheckpointError for anything else. Nothing is ever
+    unpickled.
+    """
+    if weights not in (None, *WEIGHTS_FORMATS):
+        raise UserError(f"weights must be one of {', '.join(WEIGHTS_FORMATS)}, got {weights!r}.")
+    model, tokenizer = _load(Path(path), report)
+    if weights is not None:
+        model = model.to(torch.float32 if weights == "fp32" else torch.bfloat16)
+    return model.quantize_() if weights == "int8" else model, tokenizer
+
+
+def _load(path: Path, report: Callable[[str], None] | None) -> tuple[Model, Tokenizer | None]:
+    try:
+        if path.is_file():
+            return _load_file(path)
+        if (path / MANIFEST).is_file():
+            return _load_checkpoint(read_checkpoint(path, with_optimizer=False))
+        if (path / "checkpoints").is_dir():
+            checkpoint = CheckpointStore(path / "checkpoints").newest_good(report, with_optimizer=False)
+            if checkpoint is None:
+                raise CheckpointError(f"{path} has no checkpoint yet. Train it first: cllm train DATA --out {path}")
+            return _load_checkpoint(checkpoint)
+        if (path / "config.json").is_file():
+            from cllm.interop.hf import load_hf
+
+            return load_hf(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {reason(error)}.") from error
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist. {NOT_A_CHECKPOINT}")
+    raise CheckpointError(f"{path} is not a checkpoint. {NOT_A_CHECKPOINT}")
+
+
+# -- one file --------------------------------------------------------------------------------------------------------------
+
+
+def _load_file(path: Path) -> tuple[Model, Tokenizer | None]:
+    weights, metadata = read_safetensors(path)
+    if "cllm_format" not in metadata or "config" not in metadata:
+        raise CheckpointError(f"{path} is a safetensors file without a CLLM configuration. {NOT_A_CHECKPOINT}")
+    if metadata["cllm_format"] != str(FILE_VERSION):
+        raise CheckpointError(f"{path} has format version {metadata['cllm_format']:.40}, this CLLM reads {FILE_VERSION}. Use the CLLM that wrote it.")
+    if metadata.get("sha256") != _content_digest(weights, metadata):
+        raise CheckpointError(f"{path} is damaged: its SHA-256 does not match. Copy it again from its source.")
+    try:
+        config = json.loads(metadata["config"])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} holds a model configuration that is not JSON ({reason(error)}).") from error
+    model = _build(config, weights, path)
+    return model, _tokenizer(metadata, path) if "tokenizer" in metadata else None
+
+
+def _content_digest(weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(metadata.keys() - {"sha256"}):
+        digest.update(json.dumps([key, metadata[key]]).encode())
+    for name in sorted(weights):
+        digest.update(json.dumps([name, DTYPES[weights[name].dtype], list(weights[name].shape)]).encode())
+        digest.update(raw_bytes(weights[name]))
+    return digest.hexdigest()
+
+
+def _tokenizer(metadata: Mapping[str, str], where: Path) -> Tokenizer:
+    from cllm.data.tokens.tokenizer import Tokenizer
+
+    settings = json.loads(metadata["tokenizer_config"]) if "tokenizer_config" in metadata else None
+    tokenizer = Tokenizer.from_json(metadata["tokenizer"], settings=settings)
+    check_tokenizer(tokenizer.hash, metadata.get("tokenizer_hash"), where)
+    return tokenizer
+
+
+# -- a checkpoint of a run -------------------------------------------------------------------------------------------------
+
+
+def _load_checkpoint(checkpoint: Checkpoint) -> tuple[Model, Tokenizer | None]:
+    run = checkpoint.path.resolve().parent.parent  # RUN/checkpoints/step-00001000
+    if checkpoint.state.get("lora"):
+        return _merged(checkpoint, run)
+    model = _build(checkpoint.state["model"], checkpoint.weights, checkpoint.path)
+    # The tokenizer belongs to the run. A checkpoint that was copied elsewhere has none.
+    stored, wanted = run / "tokenizer.json", checkpoint.state.get("tokenizer_hash")
+    if wanted is None or not stored.is_file():
+        return model, None
+    from cllm.data.tokens.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(stored)
+    check_tokenizer(tokenizer.hash, wanted, stored)
+    return model, tokenizer
+
+
+def _merged(checkpoint: Checkpoint, run: Path) -> tuple[Model, Tokenizer | None]:
+    """The frozen base model of a LoRA run with the adapters of a checkpoint added to its weights."""
+    from cllm.model.lora import LoraConfig, add_lora, merge_lora
+
+    base, lora = run / "base.cllm", LoraConfig.from_dict(checkpoint.state["lora"])
+    if not base.is_file():
+        raise CheckpointError(
+            f"{checkpoint.path} holds LoRA adapters alone, and the weights that they belong to are missing: {base}. Keep both in one run."
+        )
+    if read_safetensors_metadata(base).get("sha256") != lora.base:
+        raise CheckpointError(f"{base} is not the file that the adapters in {checkpoint.path} were trained on (its SHA-256 differs).")
+    model, tokenizer = _load_file(base)
+    load_weights(add_lora(model, lora), checkpoint.weights, checkpoint.path)
+    return merge_lora(model), tokenizer
+
+
+def _build(config: dict[str, Any], weights: Mapping[str, torch.Tensor], where: Path) -> Model:
+    """A model of this configuration with these weights. Raises CheckpointError when the one cannot be built or the others do not fit."""
+    from cllm.config.model import ModelConfig
+    from cllm.model.model import Model
+
+    try:
+        settings = ModelConfig.from_dict(config)
+        if settings.num_layers > len(weights):  # refused before so many blocks are built
+            raise CheckpointError(f"its {settings.num_layers:,} layers cannot be in {len(weights):,} tensors")
+        with torch.device("meta"):  # takes no memory and draws no random numbers for weights that are read anyway
+            model = Model(settings)
+    except (CLLMError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(f"{where} holds a model configuration that this CLLM cannot build: {reason(error)}") from error
+    check_weights(model, weights, where)
+    model.to_empty(device="cpu")
+    load_weights(model, weights, where)
+    return model
