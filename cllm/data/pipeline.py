@@ -3,6 +3,7 @@
     OUT/sources.json, sources.bin      what each file holds                         depends on the files' sizes, times and inodes
         tokenizer.json, training.json  the tokenizer that was trained, and on what  depends on the training documents and its settings
         tokens/                        the packed data set (see dataset.py)         depends on all documents, the split and the tokenizer
+        tokens-DIGEST/                 instead, where those of other text are kept  (`keep_others`, as in the folder of a run)
 
 Memory stays bounded: text is read, tokenized and written in pieces, whatever the size of the files.
 """
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from cllm.data.documents.corpus import Corpus, Segment, SplitPlan, describe, load_corpus, pieces, plan_split
-from cllm.data.tokens.dataset import FORMAT, VERSION, Dataset, is_packed, read_info
+from cllm.data.tokens.dataset import FORMAT, VERSION, Dataset, folder_for, is_packed, read_info, token_words
 from cllm.data.tokens.shards import ShardWriter
 from cllm.data.tokens.tokenizer import KINDS, SAMPLE_BYTES, Tokenizer, train_on
 from cllm.files import DATA, new_folder, write_file
@@ -43,6 +44,7 @@ def prepare(
     pre_tokenizer: str = "gpt-2",
     sample_bytes: int = SAMPLE_BYTES,
     exclude: Iterable[str | os.PathLike[str]] = (),
+    keep_others: bool = False,
     log: Log | None = None,
     progress: Progress | None = None,
 ) -> Dataset:
@@ -52,6 +54,7 @@ def prepare(
     vocab_size: of a new BPE tokenizer; None chooses by the amount of text (`default_vocab_size`).
     val_fraction: the share of the text for validation; None takes a tenth of small texts and less of large ones (`default_val_fraction`).
     exclude: places below `path` that are not data; out_dir never is.
+    keep_others: never replaces packed tokens of other text, another split or another tokenizer; each get a folder of their own in out_dir.
     log gets a sentence for each step; progress(step, bytes done, bytes in all) replaces the progress line.
     Raises DataError when there is no usable text, or it does not give both splits something.
     """
@@ -68,7 +71,7 @@ def prepare(
             raise DataError(f"{path} holds {corpus.num_chars} character of text, too little to learn anything from. Give it more text.")
         chosen, step = _tokenizer(corpus, plan, out, tokenizer, vocab_size, pre_tokenizer, sample_bytes, bar)
         tell(f"tokenizer: {step[2]} ({step[1]})")
-        dataset, packed = _packed(corpus, plan, out, chosen, bar)
+        dataset, packed = _packed(corpus, plan, out, chosen, bar, keep_others)
         bar.end()
         tell(f"tokens: {packed[2]} ({packed[1]})")
     return Dataset(dataset.folder, dataset.train, dataset.val, dataset.tokenizer, dataset.info, [*steps, step, packed])
@@ -77,7 +80,7 @@ def prepare(
 def _use_packed(path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | Tokenizer | None, tell: Log) -> Dataset:
     given = _given_tokenizer(tokenizer)
     dataset = Dataset.open(path, None if given is None else given.hash)
-    words = _token_words(dataset)
+    words = token_words(dataset)
     tell(f"tokens: {words}, packed before (cached)")
     return Dataset(dataset.folder, dataset.train, dataset.val, dataset.tokenizer, dataset.info, [("tokens", "cached", words)])
 
@@ -134,13 +137,15 @@ def _digest(*parts: Any) -> str:
 # -- packing --------------------------------------------------------------------------------------------------------------------------
 
 
-def _packed(corpus: Corpus, plan: SplitPlan, out: Path, tokenizer: Tokenizer, bar: ByteProgress) -> tuple[Dataset, tuple[str, str, str]]:
+def _packed(
+    corpus: Corpus, plan: SplitPlan, out: Path, tokenizer: Tokenizer, bar: ByteProgress, keep_others: bool
+) -> tuple[Dataset, tuple[str, str, str]]:
     key = _digest(PACK_VERSION, corpus.digest(), plan.method, plan.val_fraction, tokenizer.hash)
-    folder = out / "tokens"
+    folder = folder_for(out, "tokens", key, keep_others)
     try:
         if read_info(folder)["key"] == key:
             dataset = Dataset.open(folder, tokenizer.hash)
-            return dataset, ("tokens", "cached", _token_words(dataset))
+            return dataset, ("tokens", "cached", token_words(dataset))
     except DataError:
         pass  # never packed, of other data, or damaged: pack
     info = {
@@ -169,7 +174,7 @@ def _packed(corpus: Corpus, plan: SplitPlan, out: Path, tokenizer: Tokenizer, ba
         tokenizer.save(temporary / "tokenizer.json")
         write_file(temporary / "dataset.json", json.dumps(info, indent=1).encode("utf-8"), DATA)
     dataset = Dataset.open(folder, tokenizer.hash)
-    return dataset, ("tokens", "done", _token_words(dataset))
+    return dataset, ("tokens", "done", token_words(dataset))
 
 
 def _pack(segments: Iterator[Segment], tokenizer: Tokenizer, writers: list[ShardWriter]) -> None:
@@ -210,11 +215,3 @@ def _pack(segments: Iterator[Segment], tokenizer: Tokenizer, writers: list[Shard
         if previous is not None:
             put(segment, previous, True)
     flush()
-
-
-def _token_words(dataset: Dataset) -> str:
-    def side(split: Any) -> str:
-        return f"{split.num_tokens:,} in {split.num_documents:,} document{'s' * (split.num_documents != 1)}"
-
-    num_bytes, num_tokens = dataset.train.num_bytes + dataset.val.num_bytes, dataset.train.num_tokens + dataset.val.num_tokens
-    return f"train {side(dataset.train)}, val {side(dataset.val)}, {num_bytes / max(num_tokens, 1):.2f} bytes a token"

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from cllm.checkpoint.weights import check_tokenizer
 from cllm.config.schedule import Schedule, lr
 from cllm.config.train import TrainConfig
 from cllm.monitor.guards import BestLoss
+from cllm.runtime import files
 from cllm.runtime.errors import CheckpointError, DataError, UserError
 
 if TYPE_CHECKING:
@@ -150,8 +150,9 @@ def prune_tokens(out: Path, needed: Path) -> None:
     if CheckpointStore(out / CHECKPOINTS).steps():
         return
     doomed = [each for each in packed_folders(out) if not each.samefile(needed)]
-    for each in [*doomed, *(out / DATA).glob(".*.partial-*"), *(out / DATA).glob(".*.replaced-*")]:
-        shutil.rmtree(each, ignore_errors=True)
+    for each in doomed:
+        files.remove_folder(each)
+    files.clean(out / DATA, alone=True)
 
 
 # -- going on --------------------------------------------------------------------------------------------------------------

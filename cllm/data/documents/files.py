@@ -43,7 +43,8 @@ GENERATED_ENDINGS = (".min.js", ".min.css", ".js.map", ".css.map")
 LONG_LINE = 5000  # characters in the longest line, and
 LONG_MEAN = 200  # on average, from which source code counts as minified or generated
 VCS_FOLDERS = frozenset({"CVS", "_darcs", "_svn", "SCCS"})
-_OUTPUTS = (("dataset.json",), ("tokens/dataset.json",), ("metrics.jsonl", "config.toml"))  # files that give away a folder of results
+# Files that give away a folder of results: packed tokens, prepared text, a trained run, a run that is being prepared.
+_OUTPUTS = (("dataset.json",), ("tokens/dataset.json",), ("sources.json", "sources.bin"), ("metrics.jsonl", "config.toml"), ("config.toml", ".lock"))
 FOREIGN_FOLDERS = {"__pycache__": "compiled files"} | dict.fromkeys(("node_modules", "site-packages", "dist-packages"), "installed packages")
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from cllm.data.documents.corpus import default_val_fraction
 from cllm.data.tokens.chat_template import Part, check_messages, encode_conversation, with_template
 from cllm.data.tokens.conversations import ChatSplit
-from cllm.data.tokens.dataset import FORMAT, VERSION, Dataset, read_info
+from cllm.data.tokens.dataset import FORMAT, VERSION, Dataset, folder_for, read_info
 from cllm.data.tokens.shards import ShardWriter
 from cllm.data.tokens.tokenizer import Tokenizer
 from cllm.files import DATA, new_folder, write_file
@@ -50,18 +50,19 @@ def is_chat(path: str | os.PathLike[str]) -> bool:
 
 def prepare_chat(
     path: str | os.PathLike[str], out_dir: str | os.PathLike[str], tokenizer: Tokenizer, val_fraction: float | None = None,
-    log: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None, keep_others: bool = False,
 ) -> Dataset:  # fmt: skip
-    """The packed conversations of a JSONL file; what `out_dir` already holds of the same is used again. Lines that are no conversation are left out,
-    counted and named. Raises DataError when none is left, UserError for a tokenizer without a chat template and without the tokens of ours."""
+    """The packed conversations of a JSONL file; what `out_dir` already holds of the same is used again.
+
+    Lines that are no conversation are left out, counted and named. keep_others: never replaces conversations of another file or split. Raises
+    DataError when no conversation is left, UserError for a tokenizer without a chat template and without the tokens of ours.
+    """
     tell = log or (lambda line: None)
     tokenizer = with_template(tokenizer)
     if val_fraction is None:
         val_fraction = default_val_fraction(os.path.getsize(path))
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "blake2b").hexdigest()
-    key = hashlib.blake2b(json.dumps([CHAT_VERSION, digest, val_fraction, tokenizer.hash, tokenizer.settings]).encode(), digest_size=16).hexdigest()
-    folder, state = Path(out_dir) / "chat", "cached"
+    key = chat_key(path, tokenizer, val_fraction)
+    folder, state = folder_for(Path(out_dir), "chat", key, keep_others), "cached"
     if not _holds(folder, key):
         state = "done"
         _pack(Path(path), folder, key, tokenizer, val_fraction, tell)
@@ -69,6 +70,14 @@ def prepare_chat(
     words = f"train {train.num_documents:,} conversations of {train.num_tokens:,} tokens, val {val.num_documents:,} of {val.num_tokens:,}"
     tell(f"chats: {words} ({state})")
     return Dataset(folder, train, val, tokenizer, read_info(folder), [("chats", state, words)])
+
+
+def chat_key(path: str | os.PathLike[str], tokenizer: Tokenizer, val_fraction: float) -> str:
+    """A digest of everything that the packed conversations of a file depend on; `tokenizer` has its chat template."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "blake2b").hexdigest()
+    parts = [CHAT_VERSION, digest, val_fraction, tokenizer.hash, tokenizer.settings]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def _holds(folder: Path, key: str) -> bool:

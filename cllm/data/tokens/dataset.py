@@ -2,7 +2,7 @@
 
     FOLDER/tokens/train/   tokens/val/   tokens/tokenizer.json   tokens/dataset.json (written last)
 
-`tokens` alone can be moved anywhere; `Dataset.open` takes it or the folder that holds it.
+`tokens` alone can be moved anywhere; `Dataset.open` takes it or the folder that holds it. In the folder of a run it is called tokens-DIGEST.
 """
 
 import json
@@ -77,6 +77,31 @@ def read_info(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as a data set: {error}. Pack the data again (`cllm pack`).") from None
     return info
+
+
+def folder_for(out: Path, name: str, key: str, keep_others: bool) -> Path:
+    """Where in `out` the packed tokens with this key are or belong: the folder `name`, or with `keep_others` one that no other key shares.
+
+    Runs of older versions have the folder without a key; where it holds these very tokens it is used on.
+    """
+    if not keep_others:
+        return out / name
+    try:
+        if read_info(out / name)["key"] == key:
+            return out / name
+    except DataError:
+        pass  # there is none, or a damaged one: it is left alone
+    return out / f"{name}-{key[:16]}"
+
+
+def token_words(dataset: Dataset) -> str:
+    """How much a data set holds, for people."""
+
+    def side(split: Any) -> str:
+        return f"{split.num_tokens:,} in {split.num_documents:,} document{'s' * (split.num_documents != 1)}"
+
+    num_bytes, num_tokens = dataset.train.num_bytes + dataset.val.num_bytes, dataset.train.num_tokens + dataset.val.num_tokens
+    return f"train {side(dataset.train)}, val {side(dataset.val)}, {num_bytes / max(num_tokens, 1):.2f} bytes a token"
 
 
 def _folder(path: Path) -> Path | None:

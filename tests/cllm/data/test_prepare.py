@@ -15,6 +15,7 @@ from cllm.data import Dataset, is_packed, train_tokenizer
 from cllm.data.documents.corpus import TRAIN, VAL, default_val_fraction, plan_split
 from cllm.data.documents.files import ROW
 from cllm.data.pipeline import prepare
+from cllm.data.tokens.dataset import read_info
 from cllm.data.tokens.shards import ShardWriter
 from cllm.data.tokens.tokenizer import Tokenizer
 from cllm.runtime.errors import DataError, UserError
@@ -91,6 +92,40 @@ def test_a_second_run_redoes_nothing_and_a_change_redoes_what_depends_on_it(tmp_
     changed = prepare(data, out, "bpe", 384)
     assert states(changed) == {"files": "done", "tokenizer": "done", "tokens": "done"}
     assert sentence(1000) in text_of(changed, changed.train) + text_of(changed, changed.val)
+
+
+def test_tokens_of_other_text_another_split_or_another_tokenizer_are_kept_where_asked(tmp_path):
+    data, out = fill(tmp_path / "data", 20), tmp_path / "out"
+    first = prepare(data, out, "bpe", 320, keep_others=True)
+    kept = {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()}
+    (data / "000.txt").write_text(sentence(1000))
+    others = [prepare(data, out, *how, keep_others=True) for how in (("bpe", 320), ("bpe", 320, 0.3), ("char",))]
+    assert len({first.folder, *(each.folder for each in others)}) == 4
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    (data / "000.txt").write_text(sentence(0))
+    again = prepare(data, out, "bpe", 320, keep_others=True)
+    assert again.folder == first.folder and states(again)["tokens"] == "cached"
+    assert all(read_info(each.folder)["key"].startswith(each.folder.name.removeprefix("tokens-")) for each in (first, *others))
+
+
+def test_tokens_in_the_folder_of_older_runs_are_used_on_and_never_replaced(tmp_path):
+    data, out = fill(tmp_path / "data", 20), tmp_path / "out"
+    old = prepare(data, out, "bpe", 320)
+    assert old.folder == out / "tokens"
+    assert prepare(data, out, "bpe", 320, keep_others=True).folder == out / "tokens"
+    (data / "000.txt").write_text(sentence(1000))
+    assert prepare(data, out, "bpe", 320, keep_others=True).folder != out / "tokens"
+    assert Dataset.open(out).info == old.info
+
+
+def test_a_run_that_is_being_prepared_is_not_text(tmp_path):
+    data = fill(tmp_path / "data", 20)
+    prepare(data, data / "runs" / "a" / "data", "bpe", 320, keep_others=True)
+    for name in ("config.toml", ".lock"):
+        (data / "runs" / "b").mkdir(exist_ok=True)
+        (data / "runs" / "b" / name).touch()
+    dataset = prepare(data, tmp_path / "out", "bpe", 320)
+    assert dataset.info["num_files"] == 20 and dataset.info["skipped"]["output of cllm"]["count"] == 2
 
 
 def test_damaged_caches_are_made_again(tmp_path):

@@ -176,7 +176,7 @@ def test_only_tokens_that_nothing_refers_to_are_pruned(tmp_path):
     data = tmp_path / "run" / "data"
     needed = prepare(text(tmp_path / "a.txt"), data, tokenizer="char").folder
     prepare(text(tmp_path / "b.txt", seed=3), tmp_path / "b", tokenizer="char").folder.rename(data / "tokens-old")
-    (data / ".tokens-old.partial-1").mkdir()
+    (data / ".tokens-old.0123456789abcdef.tmp").mkdir()  # half-written by a process that was killed
     (data / "mine").mkdir()
     prune_tokens(tmp_path / "run", needed)
     assert sorted(each.name for each in data.iterdir()) == ["mine", "sources.bin", "sources.json", "tokenizer.json", "tokens", "training.json"]
