@@ -130,20 +130,37 @@ def update_bytes(world, data, parallel, deterministic=False, shard_size=None):
 
 
 def hang_up(world, woken):
-    """Whether the first process notices that the second has hung up, while that one stays with all its references until the file `woken` is there."""
-    from cllm.distributed import session
+    """What the first process hears when the second hangs up, which stays with all its references until the file `woken` is there."""
+    from cllm.distributed.failure import _library_message, close_connections, is_peer_error
 
     group = dist.group.WORLD
     world.sums([0.0])
     if world.rank == 1:
-        session._hang_up()
+        close_connections()
         until = time.monotonic() + PATIENCE
         while not woken.exists() and time.monotonic() < until:
             time.sleep(0.02)
         return group is not None and woken.exists()
     try:
         world.sums([0.0])
-    except RuntimeError:
+    except RuntimeError as error:
         woken.touch()
-        return True
-    return False
+        return is_peer_error(error), _library_message(error)
+    return None
+
+
+def not_answered(world):
+    """What the first process hears after half a second without an answer from the second."""
+    from datetime import timedelta
+
+    from cllm.distributed.failure import _library_message, is_peer_error
+
+    impatient = dist.new_group(timeout=timedelta(seconds=0.5))
+    heard = None
+    if world.rank == 0:
+        try:
+            world.sums([0.0], impatient)
+        except RuntimeError as error:
+            heard = is_peer_error(error), _library_message(error)
+    world.sums([0.0])
+    return heard

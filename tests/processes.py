@@ -24,8 +24,8 @@ def _serve(rank, size, folder, jobs, results):
     import torch
     import torch.distributed as dist
 
-    from cllm import distributed
-    from cllm.distributed.session import World
+    from cllm.distributed.launch import entered
+    from cllm.distributed.world import World
 
     torch.set_num_threads(1)
     number = 0
@@ -38,13 +38,12 @@ def _serve(rank, size, folder, jobs, results):
             store = dist.FileStore(os.path.join(folder, f"store-{number}"), count)
             dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=count)
             world = World(rank, count, rank, count, torch.device("cpu"), dist.PrefixStore("cllm", store), 60.0)
-            distributed._current = world
             dist.barrier()  # a job may exchange nothing: who ends it first must not close connections that others are still making
-            results.put((rank, True, getattr(importlib.import_module(module), name)(world, *arguments)))
+            with entered(world):
+                results.put((rank, True, getattr(importlib.import_module(module), name)(world, *arguments)))
         except BaseException:
             results.put((rank, False, traceback.format_exc()))
         finally:
-            distributed._current = None
             if dist.is_initialized():
                 dist.destroy_process_group()
 

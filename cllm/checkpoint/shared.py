@@ -19,7 +19,7 @@ from cllm.checkpoint.store import CHECKPOINT, CheckpointStore
 from cllm.files import new_folder, reported
 
 if TYPE_CHECKING:
-    from cllm.distributed.session import World
+    from cllm.distributed.world import World
 
 
 class SharedStore(CheckpointStore):

@@ -20,7 +20,7 @@ from cllm.runtime.errors import UserError
 if TYPE_CHECKING:
     from cllm.data import Dataset
     from cllm.data.tokens.tokenizer import Tokenizer
-    from cllm.distributed.session import World
+    from cllm.distributed.world import World
     from cllm.model.model import Model
 
 # The settings that most users change; --set reaches all of them.
@@ -80,7 +80,7 @@ def train_run(
         file = out / "config.toml"
         if not file.exists():
             raise UserError(f"{out} holds no run to continue (no config.toml). Start one with cllm train DATA --out {out}.")
-    with distributed.alike():
+    with distributed.fail_together():
         config = TrainConfig.from_layers(file=file, flags=flags, sets=sets)
     if not config.data.path:
         raise UserError("nothing to learn from: give a folder or file of text, as in cllm train books/.")

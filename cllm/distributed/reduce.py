@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cllm.distributed.session import gathered
+from cllm.distributed.world import gathered
 from cllm.runtime import tree
 
 if TYPE_CHECKING:
-    from cllm.distributed.session import World
     from cllm.distributed.share import Share
+    from cllm.distributed.world import World
 
 BUCKET_BYTES = 25 << 20  # large enough for full bandwidth, small enough to start while the backward still runs (Li et al. 2020, arXiv 2006.15704)
 SLICE_ELEMENTS = 1 << 20  # float64 copies of gradients are made in slices of so many elements

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from cllm.config.train import TrainConfig
-    from cllm.distributed.session import World
+    from cllm.distributed.world import World
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from cllm.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from cllm.config.train import TrainConfig
-    from cllm.distributed.session import World
+    from cllm.distributed.world import World
 
 
 @dataclass(frozen=True)

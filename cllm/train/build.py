@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from cllm.config.train import TrainConfig
     from cllm.data import TokenSplit
     from cllm.data.tokens.batch import TrainingBatches
-    from cllm.distributed.session import World
     from cllm.distributed.sharding import Sharding
     from cllm.distributed.share import Share
+    from cllm.distributed.world import World
     from cllm.model.model import Model
 
 

@@ -13,7 +13,7 @@ from cllm.runtime import tree
 from cllm.train.step import TrainStep, targets_of
 
 if TYPE_CHECKING:
-    from cllm.distributed.session import World
+    from cllm.distributed.world import World
     from cllm.model.model import Model
 
 

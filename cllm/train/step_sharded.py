@@ -18,16 +18,16 @@ from torch import Tensor
 from cllm.checkpoint.folder import Checkpoint
 from cllm.data.tokens.batch import IGNORE, Batch
 from cllm.distributed.reduce import add_in_place, clip_, measured, norm_of
-from cllm.distributed.session import gathered
 from cllm.distributed.sharding import Sharding
 from cllm.distributed.share import Share
+from cllm.distributed.world import gathered
 from cllm.runtime import tree
 from cllm.runtime.errors import UserError
 from cllm.train.step import TrainStep, targets_of
 from cllm.train.step_parallel import sum_of_losses
 
 if TYPE_CHECKING:
-    from cllm.distributed.session import World
+    from cllm.distributed.world import World
     from cllm.model.model import Model
 
 

@@ -1,6 +1,7 @@
 """Several processes train one model: with the same bits in deterministic mode, sharded or not, and from each other's checkpoints."""
 
 import json
+import re
 import shutil
 
 import process_jobs as jobs
@@ -132,4 +133,11 @@ def test_each_process_holds_its_share_of_the_state(pool, data):
 
 
 def test_a_process_that_hangs_up_wakes_the_others_though_something_still_refers_to_their_group(pool, tmp_path):
-    assert pool.run(2, jobs.hang_up, tmp_path / "woken") == [True, True]
+    heard, refers = pool.run(2, jobs.hang_up, tmp_path / "woken")
+    assert refers and heard is not None
+    assert heard[0] and re.match("Connection (closed|reset) by peer", heard[1]), heard
+
+
+def test_a_process_that_does_not_answer_is_known_from_what_the_library_raises(pool):
+    of_a_peer, words = pool.run(2, jobs.not_answered)[0]
+    assert of_a_peer and re.fullmatch("Timed out waiting 500ms for (send|recv) operation to complete", words), words
