@@ -45,8 +45,8 @@ def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def cllm(*arguments: object, cwd: Path | None = None, stdin: str = "", timeout: float = PATIENCE) -> Ran:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}  # no user has it
+def cllm(*arguments: object, cwd: Path | None = None, stdin: str = "", timeout: float = PATIENCE, **variables: str) -> Ran:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables  # no user has that one
     done = subprocess.run(
         [sys.executable, "-m", "cllm", *map(str, arguments)], cwd=cwd, env=environment, input=stdin, capture_output=True, text=True, timeout=timeout
     )

@@ -4,9 +4,7 @@ A command reads its options, calls the library and prints what came out. Whateve
 `cllm --help` stays quick. To add a command: a file with a `typer.Typer` of its own, and its line in the loop below.
 """
 
-import errno
 import os
-import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
@@ -15,7 +13,8 @@ import typer
 
 from cllm import __version__
 from cllm.cli import bench, checkpoint, evaluate, export, generate, machine, report, tokenizer, train
-from cllm.cli.console import current, open_console
+from cllm.cli.console import ReaderGone, current, open_console, prepare_streams, silence_stdout
+from cllm.cli.mistakes import system_error, wrong_usage
 from cllm.runtime.errors import CLLMError, DataError
 
 app = typer.Typer(
@@ -44,21 +43,9 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
     pass
 
 
-def _fail(error: CLLMError) -> NoReturn:
-    current().error(error)
-    sys.exit(error.exit_status)
-
-
-def _disk_or_file_error(error: OSError) -> CLLMError:
-    where = f" ({error.filename})" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DataError(f"the disk is full{where}. Free some space and run the same command again; nothing that was complete is lost.")
-    return DataError(f"{(error.strerror or str(error)).lower()}{where}.")
-
-
 def main(argv: list[str] | None = None) -> NoReturn:
     """Entry point of the `cllm` command. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `cllm ... | head` ends quietly
+    prepare_streams()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     command: Callable[..., Any] = typer.main.get_command(app)
     arguments = sys.argv[1:] if argv is None else argv
@@ -66,13 +53,24 @@ def main(argv: list[str] | None = None) -> NoReturn:
     try:
         sys.exit(command(args=arguments, prog_name="cllm", standalone_mode=False) or 0)
     except _UsageError as error:
-        error.show()
-        current().result({"error": error.format_message(), "kind": type(error).__name__, "exit_status": 2})
-        sys.exit(2)
+        if type(error).__name__ == "NoArgsIsHelpError":  # typer does not export it
+            typer.echo(error.format_message(), err=True)
+            sys.exit(2)
+        _fail(wrong_usage(error))
     except (typer.Abort, KeyboardInterrupt):
         sys.stderr.write("interrupted\n")
         sys.exit(130)
+    except ReaderGone as error:
+        sys.exit(error.exit_status)
     except CLLMError as error:
         _fail(error)
     except OSError as error:
-        _fail(_disk_or_file_error(error))
+        _fail(system_error(error))
+
+
+def _fail(error: CLLMError) -> NoReturn:
+    try:
+        current().error(error)
+    except (OSError, DataError):  # nobody can read the object either; the line on stderr has said it
+        silence_stdout()
+    sys.exit(error.exit_status)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from dataclasses import asdict
@@ -111,20 +110,18 @@ def evaluate_run(
         console.print(f"\nby source{more}:\n{_group_table(sources[:SHOWN_SOURCES], confidence)}")
     if poorest and scores.num_documents > 1:
         console.print(f"\ndocuments with the highest loss:\n{_group_table(poorest, None)}")
-    return plain(
-        {
-            **total.to_dict(),
-            "seq_len": length,
-            "stride": stride or length,
-            "num_documents": scores.num_documents,
-            "num_bytes": int(scores.num_bytes.sum()),
-            "confidence": confidence,
-            "resamples": RESAMPLES,
-            "interval": None if interval is None else asdict(interval),
-            "sources": [group.to_dict() for group in sources],
-            "worst_documents": [group.to_dict() for group in poorest],
-        }
-    )
+    return {
+        **total.to_dict(),
+        "seq_len": length,
+        "stride": stride or length,
+        "num_documents": scores.num_documents,
+        "num_bytes": int(scores.num_bytes.sum()),
+        "confidence": confidence,
+        "resamples": RESAMPLES,
+        "interval": None if interval is None else asdict(interval),
+        "sources": [group.to_dict() for group in sources],
+        "worst_documents": [group.to_dict() for group in poorest],
+    }
 
 
 def _evaluate_chats(console: Console, model: Model, tokenizer: Tokenizer, data: str, seq_len: int, batch_size: int) -> dict[str, Any]:
@@ -137,7 +134,7 @@ def _evaluate_chats(console: Console, model: Model, tokenizer: Tokenizer, data: 
         split = prepare_chat(data, scratch, tokenizer, val_fraction=0.0, log=console.print).train
         result = evaluate(model, split, seq_len=seq_len, batch_size=batch_size)
     console.print(result)
-    return {**plain(result.to_dict()), "seq_len": seq_len, "num_conversations": split.num_documents}
+    return {**result.to_dict(), "seq_len": seq_len, "num_conversations": split.num_documents}
 
 
 def tasks_run(console: Console, model: Model, tokenizer: Tokenizer, tasks: list[str], task_path: Path | None, batch_size: int) -> dict[str, Any]:
@@ -154,7 +151,7 @@ def tasks_run(console: Console, model: Model, tokenizer: Tokenizer, tasks: list[
                 error = figures.get(f"{metric}_stderr,{rest}")
                 rows.append((name, metric, f"{value:.4f}", f"{error:.4f}" if isinstance(error, int | float) else ""))
     console.print(table(rows))
-    return {"results": plain(results)}
+    return {"results": results}
 
 
 def _split(console: Console, tokenizer: Tokenizer, data: str, scratch: str) -> TokenSplit:
@@ -203,12 +200,3 @@ def _group_table(groups: list[Group], confidence: float | None) -> str:
             row += ("one document" if group.interval is None else f"{group.interval.loss[0]:.4f} to {group.interval.loss[1]:.4f}",)
         rows.append(row)
     return table(rows)
-
-
-def plain(value: Any) -> Any:
-    """The same with what JSON cannot hold, as metrics.jsonl writes it: nan and inf become their names."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

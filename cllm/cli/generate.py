@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cllm.cli.console import Console, open_console
+from cllm.cli.console import Console, open_console, standard_input
 from cllm.cli.options import Checkpoint, Device, Json, Threads, Weights, examples, load_model, read_text
 from cllm.runtime.errors import UserError
 
@@ -70,16 +70,15 @@ def generate(
             use_cache=not no_cache,
         )
         if stream and samples == 1 and not as_json:
-            console.print(prompt, end="")
-            for piece in run_stream(model, tokenizer, prompt, seed=seed, **options):
-                console.print(piece, end="")
-            console.print()
+            pieces = run_stream(model, tokenizer, prompt, seed=seed, **options)  # checks all of it, before the prompt is shown
+            for piece in chain((prompt,), pieces, ("\n",)):
+                console.write(piece)
             return
         results = run(model, tokenizer, prompt, seed=seed, samples=samples, **options)
     for number, each in enumerate(results, 1):
         if samples > 1:
             console.print(f"--- {number} of {samples} ---")
-        console.print(prompt + each.text)
+        console.write(f"{prompt}{each.text}\n")
     first = results[0]
     console.result(
         {
@@ -111,7 +110,7 @@ def chat(
 
     with runtime.use(threads=threads):
         model, tokenizer = load_model(checkpoint, weights=weights, device=device)
-        messages = converse(console, model, tokenizer, sys.stdin, system, max_tokens=max_tokens, temperature=temperature, seed=seed)
+        messages = converse(console, model, tokenizer, standard_input(), system, max_tokens=max_tokens, temperature=temperature, seed=seed)
     console.result({"messages": messages})
 
 
@@ -131,7 +130,7 @@ def converse(console: Console, model: Model, tokenizer: Tokenizer, lines: Iterab
         messages.append({"role": "user", "content": line.strip()})
         answer = ""
         for piece in stream(model, speaker, encode_prompt(tokenizer, messages), truncate_prompt=True, **options):
-            console.print(piece, end="")
+            console.write(piece)
             answer += piece
         console.print()
         messages.append({"role": "assistant", "content": answer})

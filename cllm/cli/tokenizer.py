@@ -1,12 +1,11 @@
 """`cllm tokenizer` and `cllm pack`: text to tokens."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cllm.cli.console import open_console, readable, table
+from cllm.cli.console import open_console, readable, standard_input, table
 from cllm.cli.options import Json, examples, tokenizer_file
 from cllm.config.schema import FIELDS
 from cllm.runtime.errors import UserError
@@ -74,7 +73,7 @@ def encode(
     console = open_console(as_json)
     from cllm.data.tokens.tokenizer import Tokenizer
 
-    ids = Tokenizer.load(tokenizer_file(tokenizer)).encode(sys.stdin.read() if text is None else text)
+    ids = Tokenizer.load(tokenizer_file(tokenizer)).encode("".join(standard_input()) if text is None else text)
     console.print(" ".join(map(str, ids)))
     console.result({"tokens": ids, "count": len(ids)})
 
@@ -91,11 +90,11 @@ def decode(
 
     if ids is None:
         try:
-            ids = [int(word) for word in sys.stdin.read().split()]
+            ids = [int(word) for word in "".join(standard_input()).split()]
         except ValueError as error:
             raise UserError(f"token ids must be whole numbers ({error}).") from error
     text = Tokenizer.load(tokenizer_file(tokenizer)).decode(ids)
-    console.print(text)
+    console.write(text + "\n")
     console.result({"text": text})
 
 

@@ -57,7 +57,8 @@ def train(
 ) -> None:
     """Train a model on DATA: tokenizer, packing and training in one go, each step cached; the same command continues an interrupted run."""
     flags = {"data.path": data, **settings}
-    train_run(open_console(as_json), flags=flags, sets=set_ or [], file=config, out=out, resume=resume, plan_only=plan, find_lr=find_lr)
+    console = open_console(as_json, needs_reader=False)
+    train_run(console, flags=flags, sets=set_ or [], file=config, out=out, resume=resume, plan_only=plan, find_lr=find_lr)
 
 
 def train_run(

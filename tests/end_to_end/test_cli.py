@@ -185,3 +185,54 @@ def test_a_run_with_another_optimizer_and_restored_weights_is_used_like_any_othe
     assert cllm("generate", tmp_path / "run", "--prompt", "def ", "--max-tokens", 5, "--json").status == 0
     wrong = cllm("train", text, "--out", tmp_path / "other", "--set", "optim.optimizer=muom", *TINY)
     assert wrong.status == 2 and "Did you mean 'muon'?" in wrong.err
+
+
+def test_a_terminal_that_knows_only_ascii_stops_no_command(tmp_path):
+    folder = tmp_path / "caf\u00e9 \x1b[31m \u4e2d"
+    folder.mkdir()
+    (folder / "na\u00efve.txt").write_text("Il \u00e9tait une fois \u4e2d\u6587 \U0001f600. " * 60)
+    options = ("--steps", 2, "--set", "data.val_fraction=0", *TINY)
+    ran = cllm("train", folder, "--out", tmp_path / "run \u00e9", *options, PYTHONIOENCODING="ascii")
+    assert ran.status == 0 and (ran.out + ran.err).isascii() and "\x1b" not in ran.out + ran.err
+    ran = cllm("generate", tmp_path / "run \u00e9", "--prompt", "\u00e9 \u4e2d", "--max-tokens", 5, PYTHONIOENCODING="ascii")
+    assert ran.status == 0 and ran.out.startswith(r"\xe9 \u4e2d")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--temperature", -1), ("--top-p", 2), ("--max-tokens", 0), ("--stop", ""), ("--prompt", "a b " * 200), ("--prompt", "\udcff")],
+    ids=str,
+)
+def test_nothing_is_printed_before_all_options_are_found_good(run, options):
+    ran = cllm("generate", run, *(() if "--prompt" in options else ("--prompt", "def ")), *options)
+    assert ran.status == 2 and ran.out == "" and ran.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("train", "--lr", "1"), "there is no option --lr. Did you mean --learning-rate? See cllm train --help."),
+        (("train", "--weight-decay", "1"), "Did you mean --set optim.weight_decay=VALUE?"),
+        (("train", "--n-layer=3"), "Did you mean --num-layers?"),
+        (("train", "--find-rl"), "Did you mean --find-lr?"),
+        (("generate", "M", "--promt", "x"), "there is no option --promt. Did you mean --prompt? See cllm generate --help."),
+        (("trian",), "no such command 'trian'. Did you mean 'train'? See cllm --help."),
+        (("tokenizer", "trane"), "Did you mean 'train'? See cllm tokenizer --help."),
+        (("generate",), "missing argument 'CKPT'. See cllm generate --help."),
+        (("generate", "M", "N"), "unexpected extra argument"),
+        (("generate", "M", "--prompt"), "option '--prompt' requires an argument."),
+        (("export", "M"), "missing option '--to'"),
+    ],
+)
+def test_a_mistake_in_the_command_line_is_one_line_that_says_what_is_meant(arguments, words):
+    ran = cllm(*arguments)
+    assert ran.status == 2 and ran.out == "" and words in ran.err and ran.err.startswith("error: ") and ran.err.count("\n") == 1
+
+
+def test_a_mistake_in_the_command_line_is_an_object_under_json():
+    told = cllm("train", "--lr", 1, "--json").json
+    assert told["exit_status"] == 2 and "--learning-rate" in told["error"]
+
+
+def test_a_command_without_arguments_shows_its_help():
+    assert "Commands:" in cllm("tokenizer").err
