@@ -4,22 +4,26 @@ Each is a `torch.library` operator (`torch.ops.cllm.*`), so that `torch.compile`
 chooses the backend of a call: numba or plain torch on a CPU.
 """
 
-from cllm.kernels._register import OPERATIONS
+from cllm.kernels._register import add_backend
 from cllm.kernels.adamw import adamw_, gradient_statistics
 from cllm.kernels.attention import attention
+from cllm.kernels.backend import Backend
 from cllm.kernels.cross_entropy import cross_entropy
 from cllm.kernels.embedding import embedding
 from cllm.kernels.feed_forward import feed_forward
 from cllm.kernels.linear_cross_entropy import LossStats, linear_cross_entropy
 from cllm.kernels.matmul import matmul
 from cllm.kernels.norm import layer_norm, rms_norm
+from cllm.kernels.operations import OPERATIONS
 from cllm.kernels.rotary import rotary
 from cllm.kernels.softmax import softmax
 
 __all__ = [
     "OPERATIONS",
+    "Backend",
     "LossStats",
     "adamw_",
+    "add_backend",
     "attention",
     "cross_entropy",
     "embedding",

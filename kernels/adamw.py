@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cllm.kernels._register import backend, operation
+from cllm.kernels._operator import operation
+from cllm.kernels._register import backend
 from cllm.runtime.errors import UserError
 
 
@@ -66,7 +67,7 @@ def _statistics(grads: list[Tensor]) -> Tensor:
     if not grads:
         return torch.zeros(3)
     size = sum(grad.numel() for grad in grads)
-    serving = backend("adamw", ((size,),), grads[0].dtype, grads[0].device.type, 4.0 * size)
+    serving = backend("adamw", ((size,),), grads[0].dtype, grads[0].device.type)
     return serving.statistics(grads)
 
 
@@ -83,5 +84,5 @@ def _adamw(
     if not params:
         return torch.zeros(3)
     size = sum(param.numel() for param in params)
-    serving = backend("adamw", ((size,),), params[0].dtype, params[0].device.type, 28.0 * size)
+    serving = backend("adamw", ((size,),), params[0].dtype, params[0].device.type)
     return serving.step(params, grads, exp_avgs, exp_avg_sqs, learning_rate, beta1, beta2, eps, weight_decays, step, max_norm, skip_nonfinite)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from cllm import runtime
-from cllm.kernels._register import backend, check_floating, operation, stats_dtype
+from cllm.kernels._checks import check_floating
+from cllm.kernels._operator import operation, stats_dtype
+from cllm.kernels._register import backend
 from cllm.runtime.errors import UserError
 
 
@@ -59,7 +61,7 @@ def _library(
     settings = runtime.settings()
     if q.device.type == "cpu" and settings.backend != "sdpa":
         return None
-    serving = backend("attention", (q.shape, k.shape), q.dtype, q.device.type, _flops(q, k, causal))
+    serving = backend("attention", (q.shape, k.shape), q.dtype, q.device.type)
     can_serve = getattr(serving, "can_serve", None)
     if getattr(serving, "direct", None) is None or can_serve is None:
         return None
@@ -110,10 +112,6 @@ def _check_bounds(cu_seqlens: Tensor | None, num_tokens: int) -> None:
             raise UserError(f"attention: cu_seqlens must rise from 0 to the number of tokens, {num_tokens}, got {bounds[:4]}...{bounds[-1]}.")
 
 
-def _flops(q: Tensor, k: Tensor, causal: bool) -> float:
-    return (2.0 if causal else 4.0) * q.numel() * k.shape[1]
-
-
 def _attention_fake(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int, softcap: float, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -130,7 +128,7 @@ def _attention_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     causal: bool, scale: float, window: int, softcap: float, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    serving = backend("attention", (q.shape, k.shape), q.dtype, q.device.type, 2.5 * _flops(q, k, causal))
+    serving = backend("attention", (q.shape, k.shape), q.dtype, q.device.type)
     if dlse is not None:
         dlse = dlse.contiguous()
     return serving.backward(dout.contiguous(), dlse, q, k, v, out, lse, causal, scale, window, softcap, cu_seqlens)
@@ -155,5 +153,5 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int, softcap: float, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check_bounds(cu_seqlens, q.shape[1])
-    serving = backend("attention", (q.shape, k.shape), q.dtype, q.device.type, _flops(q, k, causal))
+    serving = backend("attention", (q.shape, k.shape), q.dtype, q.device.type)
     return serving.forward(q, k, v, causal, scale, window, softcap, cu_seqlens)

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cllm.kernels._register import backend, check_floating, check_integer_range, operation, stats_dtype
+from cllm.kernels._checks import check_floating, check_integer_range
+from cllm.kernels._operator import operation, stats_dtype
+from cllm.kernels._register import backend
 from cllm.kernels.torch import as_rows, fixed_order_sum
 from cllm.runtime.errors import UserError
 
@@ -60,9 +62,8 @@ def row_gradients(dloss: Tensor, divisor: Tensor, reduction: str, num_rows: int)
     return dlosses.contiguous()
 
 
-def _serving(logits: Tensor, num_passes: int) -> Any:
-    work = float(num_passes * logits.numel() * logits.element_size())
-    return backend("cross_entropy", (logits.shape,), logits.dtype, logits.device.type, work)
+def _serving(logits: Tensor) -> Any:
+    return backend("cross_entropy", (logits.shape,), logits.dtype, logits.device.type)
 
 
 @operation("cross_entropy_backward", lambda dlosses, logits, *_: logits.new_empty(logits.shape))
@@ -72,7 +73,7 @@ def _cross_entropy_backward(
 ) -> Tensor:  # fmt: skip
     """Gradient of logits (..., V), given that of each row's loss (N,)."""
     rows = as_rows(logits)
-    dlogits = _serving(rows, 3).backward(dlosses, rows, targets.reshape(-1), lse, ignore_index, label_smoothing, z_loss, softcap)
+    dlogits = _serving(rows).backward(dlosses, rows, targets.reshape(-1), lse, ignore_index, label_smoothing, z_loss, softcap)
     return dlogits.view(logits.shape)
 
 
@@ -105,7 +106,7 @@ def _cross_entropy(
     """(loss, log-sum-exp of each row (N,), what the sum was divided by)."""
     check_integer_range("cross_entropy", "targets", targets, logits.shape[-1], ignore_index)
     rows, flat_targets = as_rows(logits), targets.reshape(-1)
-    losses, _, _, lse = _serving(rows, 1).forward(rows, flat_targets, ignore_index, label_smoothing, z_loss, softcap)
+    losses, _, _, lse = _serving(rows).forward(rows, flat_targets, ignore_index, label_smoothing, z_loss, softcap)
     if reduction == "none":
         return losses.view(targets.shape), lse, lse.new_ones(())
     divisor = num_valid(targets, ignore_index).to(lse.dtype) if reduction == "mean" else lse.new_ones(())

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cllm import runtime
+from cllm.kernels._register import backend_for
 from cllm.kernels.quantized import Quantized
 
 
@@ -76,8 +76,8 @@ def make_decoder(stack: Stack, keys: Sequence[Tensor], values: Sequence[Tensor],
     batch, num_keys = keys[0].shape[:2]
     heads = stack.layers[0].q.weight.shape[0] // stack.head_dim
     shapes = ((batch, 1, heads, stack.head_dim), (batch, num_keys, keys[0].shape[2], stack.head_dim))
-    if runtime.plan("attention", shapes, dtype, keys[0].device.type, 1.0).backend != "numba":
+    chosen = backend_for("attention", shapes, dtype, keys[0].device.type)
+    if not chosen.has("decoding"):
         return None
-    from cllm.kernels.numba import decoding
-
+    decoding = chosen.module("decoding")
     return decoding.Decoder(stack, keys, values, dtype) if batch <= decoding.MOST_ROWS else None

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cllm.kernels._register import backend, check_integer_range, operation
+from cllm.kernels._checks import check_integer_range
+from cllm.kernels._operator import operation
+from cllm.kernels._register import backend
 from cllm.runtime.errors import UserError
 
 
@@ -60,10 +62,9 @@ class _Tied(torch.autograd.Function):
 
 
 def _serving(weight_shape: tuple[int, int], tokens: Tensor, weight_dtype: torch.dtype, dtype: torch.dtype) -> Any:
-    work = 2.0 * tokens.numel() * weight_shape[1] * dtype.itemsize
     # Rows are stored and returned in two dtypes: a backend must know both, and is asked for the less common one.
     asked = dtype if weight_dtype in (torch.float32, torch.bfloat16) else weight_dtype
-    return backend("embedding", (tokens.shape, weight_shape), asked, tokens.device.type, work)
+    return backend("embedding", (tokens.shape, weight_shape), asked, tokens.device.type)
 
 
 def _backward_fake(dy: Tensor, tokens: Tensor, num_rows: int, weight_dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cllm.kernels._register import backend, check_floating, check_weight, like_weight, operation, tensor_or_empty
+from cllm.kernels._checks import check_floating, check_weight
+from cllm.kernels._operator import like_weight, operation, tensor_or_empty
+from cllm.kernels._register import backend
 from cllm.runtime.errors import UserError
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
@@ -50,9 +52,8 @@ def feed_forward(
     return _feed_forward(x, w_gate, w_up, w_down, activation, b_up, b_down, needs_grad and not recompute)[0]
 
 
-def _serving(x: Tensor, w_gate: Tensor | None, w_up: Tensor, flops_factor: float) -> Any:
-    work = flops_factor * (2.0 if w_gate is None else 3.0) * x.numel() * w_up.shape[0]
-    return backend("feed_forward", (x.shape, w_up.shape), x.dtype, x.device.type, work)
+def _serving(x: Tensor, w_up: Tensor) -> Any:
+    return backend("feed_forward", (x.shape, w_up.shape), x.dtype, x.device.type)
 
 
 def _feed_forward_fake(
@@ -77,8 +78,7 @@ def _feed_forward_backward(
     b_up: Tensor | None, b_down: Tensor | None, kept_z: Tensor | None, kept_up: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dw_gate, dw_up, dw_down, db_up, db_down), gradients in the layout of their weights; what has no input is empty."""
-    serving = _serving(x, w_gate, w_up, 6.0 if kept_z is None else 4.0)
-    grads = serving.backward(dy.contiguous(), x, w_gate, w_up, w_down, activation, b_up, b_down, kept_z, kept_up)
+    grads = _serving(x, w_up).backward(dy.contiguous(), x, w_gate, w_up, w_down, activation, b_up, b_down, kept_z, kept_up)
     dx, dw_gate, dw_up, dw_down, db_up, db_down = (tensor_or_empty(grad, x) for grad in grads)
     return dx, like_weight(dw_gate, w_gate), like_weight(dw_up, w_up), like_weight(dw_down, w_down), db_up, db_down
 
@@ -114,5 +114,5 @@ def _feed_forward(
     x: Tensor, w_gate: Tensor | None, w_up: Tensor, w_down: Tensor, activation: str, b_up: Tensor | None, b_down: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, z, up): z and up, the activation's inputs, are empty unless `keep` (and up unless gated)."""
-    y, z, up = _serving(x, w_gate, w_up, 2.0).forward(x, w_gate, w_up, w_down, activation, b_up, b_down, keep)
+    y, z, up = _serving(x, w_up).forward(x, w_gate, w_up, w_down, activation, b_up, b_down, keep)
     return y, tensor_or_empty(z, x), tensor_or_empty(up, x)

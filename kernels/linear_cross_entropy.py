@@ -5,7 +5,9 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from cllm.kernels._register import backend, check_floating, check_integer_range, check_weight, operation, stats_dtype
+from cllm.kernels._checks import check_floating, check_integer_range, check_weight
+from cllm.kernels._operator import operation, stats_dtype
+from cllm.kernels._register import backend
 from cllm.kernels.cross_entropy import check_loss, num_valid, reduced, row_gradients
 from cllm.kernels.torch import as_rows
 from cllm.runtime.errors import UserError
@@ -61,9 +63,8 @@ def linear_cross_entropy(
     return (loss, LossStats(losses, correct, lse)) if return_stats else loss
 
 
-def _serving(x: Tensor, weight: Tensor, flops_factor: float) -> Any:
-    work = flops_factor * x.shape[0] * weight.numel()
-    return backend("linear_cross_entropy", (x.shape, weight.shape), x.dtype, x.device.type, work)
+def _serving(x: Tensor, weight: Tensor) -> Any:
+    return backend("linear_cross_entropy", (x.shape, weight.shape), x.dtype, x.device.type)
 
 
 def _backward_fake(dlosses: Tensor, x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -77,9 +78,7 @@ def _linear_cross_entropy_backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of x (..., E) and weight, given that of each row's loss (N,)."""
     rows = as_rows(x)
-    dx, dweight = _serving(rows, weight, 6.0).backward(
-        dlosses, rows, weight, targets.reshape(-1), lse, ignore_index, label_smoothing, z_loss, softcap
-    )
+    dx, dweight = _serving(rows, weight).backward(dlosses, rows, weight, targets.reshape(-1), lse, ignore_index, label_smoothing, z_loss, softcap)
     return dx.view(x.shape), dweight
 
 
@@ -159,14 +158,14 @@ def _linear_cross_entropy(
     if with_grads:
         # On a GPU the number of targets is not looked at: the host would wait for all that was launched before.
         scale = 1.0 if reduction != "mean" else 1.0 / divisor if divisor is not None else 1.0 / float(total) if x.device.type == "cpu" else None
-        serving = _serving(rows, weight, 6.0)
+        serving = _serving(rows, weight)
         losses, plain, correct, lse, dx, dweight = serving.forward_with_grads(rows, weight, flat_targets, *options, 1.0 if scale is None else scale)
         if scale is None:
             dx.div_(total)
             dweight.div_(total)
         dx = dx.view(x.shape)
     else:
-        losses, plain, correct, lse = _serving(rows, weight, 2.0).forward(rows, weight, flat_targets, *options)
+        losses, plain, correct, lse = _serving(rows, weight).forward(rows, weight, flat_targets, *options)
         dx, dweight = x.new_empty(0), weight.new_empty(0)
     loss = losses.view(targets.shape) if reduction == "none" else reduced(losses, total)
     return loss, plain, correct, lse, total, dx, dweight

@@ -4,7 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from cllm.kernels._register import backend, check_floating, check_weight, operation
+from cllm.kernels._checks import check_floating, check_weight
+from cllm.kernels._operator import operation
+from cllm.kernels._register import backend
 from cllm.kernels.torch import as_rows
 from cllm.runtime.errors import UserError
 
@@ -26,9 +28,8 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return _matmul(a, b, bias)
 
 
-def _serving(rows: Tensor, b: Tensor, flops_factor: float) -> Any:
-    work = flops_factor * rows.numel() * b.shape[1]
-    return backend("matmul", (rows.shape, b.shape), rows.dtype, rows.device.type, work)
+def _serving(rows: Tensor, b: Tensor) -> Any:
+    return backend("matmul", (rows.shape, b.shape), rows.dtype, rows.device.type)
 
 
 def _is_transposed(b: Tensor) -> bool:
@@ -54,7 +55,7 @@ def _matmul_backward(
     """(da, db, dbias); what is not needed is empty."""
     rows = as_rows(a)
     drows = as_rows(dy)
-    serving = _serving(rows, b, 4.0)
+    serving = _serving(rows, b)
     product = serving.matmul
     da, db, dbias = a.new_empty(0), b.new_empty(0), b.new_empty(0)
     if needs_a:
@@ -80,4 +81,4 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 @operation("matmul", lambda a, b, bias: a.new_empty((*a.shape[:-1], b.shape[1])), setup_context=_save, backward=_backward)
 def _matmul(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     rows = as_rows(a)
-    return _serving(rows, b, 2.0).matmul(rows, b, bias, a.dtype).view(*a.shape[:-1], b.shape[1])
+    return _serving(rows, b).matmul(rows, b, bias, a.dtype).view(*a.shape[:-1], b.shape[1])

@@ -5,7 +5,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from cllm.kernels._register import backend, check_floating, check_weight, operation, stats_dtype, tensor_or_empty
+from cllm.kernels._checks import check_floating, check_weight
+from cllm.kernels._operator import operation, stats_dtype, tensor_or_empty
+from cllm.kernels._register import backend
 from cllm.runtime.errors import UserError
 
 
@@ -64,8 +66,8 @@ def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
         raise UserError(f"{op}: weight is {weight.dtype} and bias {bias.dtype}. They must have one dtype.")
 
 
-def _serving(op: str, x: Tensor, num_passes: int) -> Any:
-    return backend(op, (x.shape,), x.dtype, x.device.type, float(num_passes * x.numel() * x.element_size()))
+def _serving(op: str, x: Tensor) -> Any:
+    return backend(op, (x.shape,), x.dtype, x.device.type)
 
 
 def _y_and_rstd(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +84,7 @@ def _rms_norm_backward_fake(
 def _rms_norm_backward(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     if dh is not None:
         dh = dh.contiguous()
-    return _serving("rms_norm", h, 3).rms_norm_backward(dy.contiguous(), dh, h, weight, rstd)
+    return _serving("rms_norm", h).rms_norm_backward(dy.contiguous(), dh, h, weight, rstd)
 
 
 def _rms_norm_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -97,7 +99,7 @@ def _rms_norm_grad(ctx: Any, dy: Tensor, drstd: Tensor | None) -> tuple[Tensor |
 
 @operation("rms_norm", lambda x, weight, eps: _y_and_rstd(x), setup_context=_rms_norm_save, backward=_rms_norm_grad)
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    y, _, rstd = _serving("rms_norm", x, 2).rms_norm_forward(x, weight, eps, None)
+    y, _, rstd = _serving("rms_norm", x).rms_norm_forward(x, weight, eps, None)
     return y, rstd
 
 
@@ -123,7 +125,7 @@ def _rms_norm_residual_grad(
 
 @operation("rms_norm_residual", _rms_norm_residual_fake, setup_context=_rms_norm_residual_save, backward=_rms_norm_residual_grad)
 def _rms_norm_residual(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _serving("rms_norm", x, 4).rms_norm_forward(x, weight, eps, residual)
+    return _serving("rms_norm", x).rms_norm_forward(x, weight, eps, residual)
 
 
 def _layer_norm_backward_fake(
@@ -138,7 +140,7 @@ def _layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if dh is not None:
         dh = dh.contiguous()
-    serving = _serving("layer_norm", h, 3)
+    serving = _serving("layer_norm", h)
     dx, dweight, dbias = serving.layer_norm_backward(dy.contiguous(), dh, h, weight, has_bias, mean, rstd)
     return dx, dweight, tensor_or_empty(dbias, weight)
 
@@ -166,7 +168,7 @@ def _layer_norm_fake(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float)
 
 @operation("layer_norm", _layer_norm_fake, setup_context=_layer_norm_save, backward=_layer_norm_grad)
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    y, _, mean, rstd = _serving("layer_norm", x, 2).layer_norm_forward(x, weight, bias, eps, None)
+    y, _, mean, rstd = _serving("layer_norm", x).layer_norm_forward(x, weight, bias, eps, None)
     return y, mean, rstd
 
 
@@ -203,4 +205,4 @@ def _layer_norm_residual_grad(ctx: Any, dy: Tensor | None, dh: Tensor | None, *_
 def _layer_norm_residual(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _serving("layer_norm", x, 4).layer_norm_forward(x, weight, bias, eps, residual)
+    return _serving("layer_norm", x).layer_norm_forward(x, weight, bias, eps, residual)

@@ -94,4 +94,4 @@ def quantized_feed_forward(
 def _serving(rows: Tensor, weight: Quantized) -> Any:
     if rows.shape[1] != weight.shape[1]:
         raise UserError(f"int8 weights {weight.shape} do not fit inputs of width {rows.shape[1]}.")
-    return backend("quantized", (tuple(rows.shape), weight.shape), rows.dtype, rows.device.type, 2.0 * rows.numel() * weight.shape[0])
+    return backend("quantized", (tuple(rows.shape), weight.shape), rows.dtype, rows.device.type)

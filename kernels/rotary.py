@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cllm.kernels._register import backend, check_floating, check_integer_range, check_weight, operation, stats_dtype
+from cllm.kernels._checks import check_floating, check_integer_range, check_weight
+from cllm.kernels._operator import operation, stats_dtype
+from cllm.kernels._register import backend
 from cllm.runtime.errors import UserError
 
 
@@ -62,20 +64,20 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     backward=_backward,
 )
 def _rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool) -> Tensor:
-    return _serving(x, cos, positions, 2).apply(x, cos, sin, positions, inverse)
+    return _serving(x, cos, positions).apply(x, cos, sin, positions, inverse)
 
 
-def _serving(x: Tensor, cos: Tensor, positions: Tensor | None, num_passes: int) -> Any:
+def _serving(x: Tensor, cos: Tensor, positions: Tensor | None) -> Any:
     if positions is not None:
         check_integer_range("rotary", "positions", positions, cos.shape[0])
-    return backend("rotary", (x.shape,), x.dtype, x.device.type, float(num_passes * x.numel() * x.element_size()))
+    return backend("rotary", (x.shape,), x.dtype, x.device.type)
 
 
 @operation("norm_rotary_backward", lambda dy, x, weight, *_: (x.new_empty(x.shape), weight.new_empty(weight.shape)))
 def _norm_rotary_backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _serving(x, cos, positions, 3).norm_backward(dy.contiguous(), x, weight, rstd, cos, sin, positions)
+    return _serving(x, cos, positions).norm_backward(dy.contiguous(), x, weight, rstd, cos, sin, positions)
 
 
 def _norm_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -98,4 +100,4 @@ def _norm_grad(ctx: Any, dy: Tensor, drstd: Tensor | None) -> tuple[Tensor | Non
 def _norm_rotary(
     x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, positions: Tensor | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _serving(x, cos, positions, 2).norm_forward(x, weight, eps, cos, sin, positions)
+    return _serving(x, cos, positions).norm_forward(x, weight, eps, cos, sin, positions)

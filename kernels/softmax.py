@@ -4,7 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from cllm.kernels._register import backend, check_floating, operation
+from cllm.kernels._checks import check_floating
+from cllm.kernels._operator import operation
+from cllm.kernels._register import backend
 from cllm.runtime.errors import UserError
 
 
@@ -23,13 +25,13 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     return _softmax(x.movedim(dim, -1)).movedim(-1, dim)
 
 
-def _serving(x: Tensor, num_passes: int) -> Any:
-    return backend("softmax", (x.shape,), x.dtype, x.device.type, float(num_passes * x.numel() * x.element_size()))
+def _serving(x: Tensor) -> Any:
+    return backend("softmax", (x.shape,), x.dtype, x.device.type)
 
 
 @operation("softmax_backward", lambda dy, y: y.new_empty(y.shape))
 def _softmax_backward(dy: Tensor, y: Tensor) -> Tensor:
-    return _serving(y, 3).backward(dy.contiguous(), y)
+    return _serving(y).backward(dy.contiguous(), y)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -42,4 +44,4 @@ def _backward(ctx: Any, dy: Tensor) -> Tensor:
 
 @operation("softmax", lambda x: x.new_empty(x.shape), setup_context=_save, backward=_backward)
 def _softmax(x: Tensor) -> Tensor:
-    return _serving(x, 2).forward(x)
+    return _serving(x).forward(x)

@@ -8,9 +8,9 @@ runtime.describe()
 from cllm.runtime import compiler, device, gpu, profiler, progress, threads, tree, tuning
 from cllm.runtime.ceiling import Ceilings, ceilings, register_probe
 from cllm.runtime.compiler import numba_setup
-from cllm.runtime.describe import Report, describe, explain
+from cllm.runtime.describe import Report, describe
 from cllm.runtime.errors import BackendError, CheckpointError, CLLMError, DataError, UserError
-from cllm.runtime.plan import LaunchPlan, Settings, backends, plan, register_backend, settings, use
+from cllm.runtime.plan import LaunchPlan, Settings, backends, explain, plan, register_backend, register_operation, settings, use
 
 __all__ = [
     "BackendError",
@@ -34,6 +34,7 @@ __all__ = [
     "profiler",
     "progress",
     "register_backend",
+    "register_operation",
     "register_probe",
     "settings",
     "threads",

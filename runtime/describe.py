@@ -7,32 +7,7 @@ from typing import Any
 
 from cllm.runtime import ceiling, compiler, tree, tuning
 from cllm.runtime.device import available_memory, cpu, devices, gpus, operating_system
-from cllm.runtime.plan import LaunchPlan, plan, settings
-
-EXAMPLE_SHAPES = ((1, 1024, 12, 64),)
-
-
-def explain(op: str, *shapes: tuple[int, ...], dtype: Any = "float32", device: str = "cpu") -> LaunchPlan:
-    """The plan for `op` on these shapes: str() of it says which backend would run, with how many workers, and why no other."""
-    if not shapes:
-        return plan(op, EXAMPLE_SHAPES, dtype, device)
-    return plan(op, shapes, dtype, device, work=_work(op, shapes))
-
-
-def _work(op: str, shapes: tuple[tuple[int, ...], ...]) -> float:
-    """Floating-point operations of the forward pass, from the shapes of the inputs; elementwise operations count what they move."""
-    size = 1.0
-    for length in shapes[0]:
-        size *= length
-    if op == "attention" and len(shapes[0]) == 4:
-        keys = shapes[1][1] if len(shapes) > 1 and len(shapes[1]) == 4 else shapes[0][1]
-        return 4.0 * size * keys
-    if op in ("matmul", "linear_cross_entropy", "feed_forward") and len(shapes) > 1:
-        products = 1.0
-        for shape in shapes[1:]:
-            products += 2.0 * size * (shape[-1] if op == "matmul" else shape[0])
-        return products
-    return 8.0 * size
+from cllm.runtime.plan import explain, settings
 
 
 @dataclass(frozen=True)

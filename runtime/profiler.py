@@ -48,6 +48,8 @@ class Event:
     function: str = ""
     backend: str = ""
     operands: tuple[Any, ...] = ()
+    workers: int = 1
+    """The most threads that a numba kernel in it ran on; other backends do not tell, and have 1."""
     flops: float | None = None
     bytes: float | None = None
 
@@ -63,6 +65,8 @@ class Event:
             about["shapes"] = ", ".join(shapes)
         if self.backend:
             about["backend"] = self.backend
+            if self.workers > 1:
+                about["workers"] = self.workers
         for unit, amount in (("FLOP", self.flops), ("bytes", self.bytes)):
             if amount is not None:
                 about[unit] = amount
@@ -101,6 +105,7 @@ class Recording:
     events: list[Event] = field(default_factory=list)
     threads: dict[int, str] = field(default_factory=dict)
     _watched: dict[tuple[str, str], "_Watched"] = field(default_factory=dict, repr=False)
+    _running: threading.local = field(default_factory=threading.local, repr=False)
 
     def add(self, name: str, start_ns: int, end_ns: int, **about: Any) -> Event:
         """A range whose times (of `time.perf_counter_ns`) the caller took, in the calling thread."""
@@ -117,6 +122,10 @@ class Recording:
             yield
         finally:
             self.add(name, start, time.perf_counter_ns())
+
+    def launched(self, workers: int) -> None:
+        """Tells that the calling thread starts a kernel on so many workers."""
+        self._running.workers = max(workers, getattr(self._running, "workers", 1))
 
     def watch(self, operation: str, module: ModuleType) -> Any:
         """Stands in for a backend's module and records each call of one of its functions."""
@@ -165,11 +174,13 @@ class _Watched:
                 "backend": self._backend,
                 "operands": tuple(map(_operand, (*args, *kwargs.values()))),
             }
+            running = self._recording._running
+            running.workers = 1
             start = time.perf_counter_ns()
             try:
                 return target(*args, **kwargs)
             finally:
-                self._recording.add(name, start, time.perf_counter_ns(), **about)
+                self._recording.add(name, start, time.perf_counter_ns(), workers=running.workers, **about)
 
         vars(self)[function] = call  # found without __getattr__ from now on
         return call

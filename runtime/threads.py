@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from cllm.runtime import profiler
 from cllm.runtime.device import usable_cores
 from cllm.runtime.errors import UserError
 
@@ -59,6 +60,8 @@ def _start_numba() -> Callable[[int], Any]:
 
 def numba_workers(count: int) -> None:
     """The number of threads of the next numba kernel that this thread starts (about 0.3 us)."""
+    if profiler.recording is not None:
+        profiler.recording.launched(count)
     (_set_numba or _start_numba())(min(count, _most_numba))
 
 

@@ -2,3 +2,28 @@
 
 Nothing is imported here: numba costs half a second, so a kernel is loaded when it is first used.
 """
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from cllm.kernels.backend import Backend
+from cllm.kernels.operations import OPERATIONS, Shapes
+
+
+class _Numba(Backend):
+    def workers(self, op: str, shapes: Shapes, dtype: str, planned: int, options: Mapping[str, Any]) -> tuple[int, str]:
+        kernels = self.module(OPERATIONS[op].file)
+        working = kernels.launched_workers(planned, shapes, getattr(torch, dtype), **options)
+        return working, f"the work is cut into parts for {working}"
+
+
+BACKEND = _Numba(
+    package=__name__,
+    priority={"cpu": 100},
+    reason="explicit SIMD, every core",
+    dtypes=("float32", "bfloat16"),
+    requires="numba",
+    max_head_dim=256,
+)

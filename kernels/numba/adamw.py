@@ -5,6 +5,7 @@ squares are float64, added up block by block in a fixed tree.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from numba import types
 from numba.extending import models, register_model
 from torch import Tensor
 
-from cllm.kernels.numba.launch import FANOUT, Kernel, dense, float32_at, int64_at, is_half, load, load_whole, num_workers, store
+from cllm.kernels.numba.launch import FANOUT, Kernel, at_most, dense, float32_at, int64_at, is_half, load, load_whole, num_workers, store
 from cllm.kernels.numba.micro import prefetch_l1
 from cllm.kernels.numba.simd import (
     W,
@@ -36,6 +37,7 @@ from cllm.kernels.numba.simd import (
     vsub,
     vzero,
 )
+from cllm.kernels.operations import Shapes
 
 BLOCK_ELEMENTS = 16384
 AHEAD = 2048  # elements that are on their way to the L1 cache: pages end the processor's own prefetching
@@ -173,11 +175,21 @@ class _Table:
         rows, num_blocks = np.zeros((len(params), NUM_FIELDS), np.int64), 0
         counts = np.zeros(len(params), np.int64)
         for i, (param, grad, avg, avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
-            counts[i] = -(-param.numel() // BLOCK_ELEMENTS)
+            counts[i] = _num_blocks(param.numel())
             rows[i] = (param.data_ptr(), grad.data_ptr(), avg.data_ptr(), avg_sq.data_ptr(), is_half(grad), param.numel(), num_blocks)
             num_blocks += int(counts[i])
         self.rows, self.num_blocks = rows, num_blocks
         self.block_tensor = np.repeat(np.arange(len(params), dtype=np.int64), counts)
+
+
+def _num_blocks(elements: int) -> int:
+    """Blocks of one tensor."""
+    return -(-elements // BLOCK_ELEMENTS)
+
+
+def launched_workers(planned: int, shapes: Shapes, dtype: torch.dtype, **options: Any) -> int:
+    """How many of the planned workers an update uses."""
+    return at_most(planned, sum(_num_blocks(math.prod(shape)) for shape in shapes))
 
 
 def statistics(grads: list[Tensor]) -> Tensor:
@@ -187,7 +199,7 @@ def statistics(grads: list[Tensor]) -> Tensor:
     squares, largest, nonfinite = (np.zeros(table.num_blocks) for _ in range(3))
     ints = (table.rows.ctypes.data, table.block_tensor.ctypes.data, squares.ctypes.data, largest.ctypes.data, nonfinite.ctypes.data)
     elements = sum(t.numel() for t in grads)
-    _measure_kernel(table.num_blocks, num_workers("adamw", ((elements,),), torch.float32, 4.0 * elements), ints)
+    _measure_kernel(table.num_blocks, num_workers("adamw", ((elements,),), torch.float32, update=False), ints)
     found = math.sqrt(_tree_sum(squares)), float(largest.max(initial=0.0)), float(nonfinite.sum())
     return torch.tensor(found, dtype=torch.float32)
 
@@ -207,7 +219,7 @@ def step(
     ints = (table.rows.ctypes.data, table.block_tensor.ctypes.data, squares.ctypes.data, largest.ctypes.data,
             nonfinite.ctypes.data, decays.ctypes.data)  # fmt: skip
     elements = sum(t.numel() for t in params)
-    workers = num_workers("adamw", ((elements,),), torch.float32, 28.0 * elements)
+    workers = num_workers("adamw", ((elements,),), torch.float32)
     _measure_kernel(blocks, workers, ints)
     norm = math.sqrt(_tree_sum(squares))
     num_nonfinite = int(nonfinite.sum())  # whole numbers: exact in any order

@@ -16,7 +16,7 @@ from cllm.kernels.numba import attention_tile as at
 from cllm.kernels.numba.attention_tile import KEYS, WORD
 from cllm.kernels.numba.gemm import TILES as TILES_KERNEL
 from cllm.kernels.numba.gemm import bf16_kernel
-from cllm.kernels.numba.launch import Kernel, float32_at, inline, int64_at, is_half, jit, num_workers, put_float32, scratch
+from cllm.kernels.numba.launch import Kernel, at_most, float32_at, inline, int64_at, is_half, jit, num_workers, put_float32, scratch
 from cllm.kernels.numba.simd import (
     W,
     vadd,
@@ -38,6 +38,7 @@ from cllm.kernels.numba.simd import (
     vtanh,
     vzero,
 )
+from cllm.kernels.operations import Shapes
 
 ROWS = 64  # query rows of a tile: a multiple of at.MR and of amx.LANES
 
@@ -287,7 +288,6 @@ class _Grid(NamedTuple):
     pack_table: np.ndarray  # the same; TASKS counts blocks of keys
     tasks: int
     blocks: int
-    pairs: float  # of a query and a key in one segment
 
 
 def _grid(table: np.ndarray, heads: int, kv_heads: int) -> _Grid:
@@ -298,12 +298,18 @@ def _grid(table: np.ndarray, heads: int, kv_heads: int) -> _Grid:
     tile_queries = np.clip(queries, 1, ROWS)
     parts = -(-group // np.minimum(group, ROWS // tile_queries))
     tasks = at.count(table, at.TASKS, kv_heads * parts * -(-queries // tile_queries))
-    return _Grid(table, pack_table, tasks, blocks, float((queries * num_keys).sum()))
+    return _Grid(table, pack_table, tasks, blocks)
 
 
 @lru_cache(maxsize=256)
 def _dense_grid(batch: int, queries: int, num_keys: int, heads: int, kv_heads: int) -> _Grid:
     return _grid(at.dense(batch, queries, num_keys), heads, kv_heads)
+
+
+def launched_workers(planned: int, shapes: Shapes, dtype: torch.dtype, **options: Any) -> int:
+    """How many of the planned workers the forward pass uses."""
+    (batch, queries, heads, dim), (_, num_keys, kv_heads, _) = shapes if len(shapes) == 2 else (*shapes, *shapes)
+    return at_most(planned, _dense_grid(batch, queries, num_keys, heads, kv_heads).tasks) if dim else 1
 
 
 def work_bytes(dim: int) -> int:
@@ -327,10 +333,11 @@ def forward(
     q, k, v = at.strided(q), at.strided(k), at.strided(v)
     if cu_seqlens is None:
         grid = _dense_grid(batch, tokens, k.shape[1], heads, kv_heads)
+        planned = num_workers("attention", shapes, dtype, causal=causal, window=window)
     else:
         grid = _grid(at.documents(cu_seqlens), heads, kv_heads)
-    work = (2.0 if causal else 4.0) * heads * dim * grid.pairs
-    workers = min(grid.tasks, num_workers("attention", shapes, dtype, work))
+        planned = num_workers("attention", shapes, dtype, pairs=at.visible_pairs(grid.table, causal, window))
+    workers = at_most(planned, grid.tasks)
     block_size, size = KEYS * (-(-dim // W) * W) * WORD, work_bytes(dim)
     owner, address = scratch("attention", size * workers)
     tiles = int(dtype == torch.bfloat16 and scale > 0 and bf16_kernel() == TILES_KERNEL)

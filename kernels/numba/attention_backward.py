@@ -580,8 +580,7 @@ def backward(
     key_tasks = at.count(table, at.TASKS, kv_heads * -(-num_keys // KEYS))
     query_tasks = at.count(table, at.BLOCKS, heads * -(-queries // ROWS))
 
-    work = (5.0 if causal else 10.0) * heads * dim * float((queries * num_keys).sum())
-    workers = num_workers("attention", shapes, dtype, work)
+    workers = num_workers("attention", shapes, dtype, pairs=at.visible_pairs(table, causal, window), backward=True)
     width = -(-dim // W) * W
     query_blocks, key_blocks = heads // kv_heads * -(-int(queries.max()) // ROWS), -(-int(num_keys.max()) // KEYS)
     tiles = int(dtype == torch.bfloat16 and scale > 0 and bf16_kernel() == TILES_KERNEL)

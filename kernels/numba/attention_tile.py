@@ -15,6 +15,7 @@ from llvmlite import ir
 from numba import types
 from torch import Tensor
 
+from cllm.kernels import operations
 from cllm.kernels.numba import simd
 from cllm.kernels.numba.launch import inline, int64_at, jit, load, store
 from cllm.kernels.numba.pack import BF16_WIDENED, F32_AS_IS, pack_strip
@@ -292,6 +293,11 @@ def documents(cu_seqlens: Tensor) -> np.ndarray:
     table[:, START] = bounds[:-1]
     table[:, QUERIES] = table[:, NUM_KEYS] = np.diff(bounds)
     return table
+
+
+def visible_pairs(table: np.ndarray, causal: bool, window: int) -> int:
+    """Pairs of a query and a key that it sees, over all segments."""
+    return int(operations.visible_pairs(table[:, QUERIES], table[:, NUM_KEYS], causal, window).sum())
 
 
 def count(table: np.ndarray, field: int, numbers: np.ndarray) -> int:

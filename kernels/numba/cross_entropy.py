@@ -4,6 +4,7 @@ The formulas stand in kernels/torch/cross_entropy.py.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from cllm.kernels.numba.launch import (
     Kernel,
     as_rows,
+    at_most,
     float32_at,
     inline,
     int64_at,
@@ -40,6 +42,7 @@ from cllm.kernels.numba.simd import (
     vtanh,
     vzero,
 )
+from cllm.kernels.operations import Shapes
 
 ELEMENTS_PER_TASK = 16384  # a task is at least one row
 
@@ -139,12 +142,16 @@ def _backward(p, f, task, worker):
 _forward_kernel, _backward_kernel = Kernel(_forward), Kernel(_backward)
 
 
-def _task_rows(columns: int) -> int:
-    return max(1, ELEMENTS_PER_TASK // columns)
+def _tasks(num_rows: int, columns: int) -> tuple[int, int]:
+    """(number of tasks, rows of each)."""
+    task_rows = max(1, ELEMENTS_PER_TASK // columns)
+    return -(-num_rows // task_rows), task_rows
 
 
-def _workers(logits: Tensor) -> int:
-    return num_workers("cross_entropy", (tuple(logits.shape),), logits.dtype, 2.0 * logits.numel() * logits.element_size())
+def launched_workers(planned: int, shapes: Shapes, dtype: torch.dtype, **options: Any) -> int:
+    """How many of the planned workers the forward pass uses."""
+    ((*rows, columns),) = shapes
+    return at_most(planned, _tasks(math.prod(rows), columns)[0]) if columns else 1
 
 
 def forward(
@@ -154,10 +161,10 @@ def forward(
     rows, targets = as_rows(logits), targets.contiguous()
     losses, plain, correct, lse = (torch.empty(rows.shape[0]) for _ in range(4))
     if rows.numel():
-        task_rows = _task_rows(rows.shape[1])
+        tasks, task_rows = _tasks(*rows.shape)
         _forward_kernel(
-            -(-rows.shape[0] // task_rows),
-            _workers(rows),
+            tasks,
+            num_workers("cross_entropy", (rows.shape,), rows.dtype),
             (rows.data_ptr(), row_bytes(rows), is_half(rows), targets.data_ptr(), rows.shape[0], rows.shape[1], task_rows,
              ignore_index, losses.data_ptr(), plain.data_ptr(), correct.data_ptr(), lse.data_ptr(), 0, 0),
             (label_smoothing, z_loss, softcap),
@@ -174,10 +181,10 @@ def backward(
     dlosses, lse = dlosses.detach().float().contiguous(), lse.detach().float().contiguous()
     dlogits = torch.empty(logits.shape, dtype=logits.dtype)
     if rows.numel():
-        task_rows = _task_rows(rows.shape[1])
+        tasks, task_rows = _tasks(*rows.shape)
         _backward_kernel(
-            -(-rows.shape[0] // task_rows),
-            _workers(rows),
+            tasks,
+            num_workers("cross_entropy", (rows.shape,), rows.dtype, backward=True),
             (rows.data_ptr(), row_bytes(rows), is_half(rows), targets.data_ptr(), rows.shape[0], rows.shape[1], task_rows,
              ignore_index, dlosses.data_ptr(), 0, 0, lse.data_ptr(), dlogits.data_ptr(), rows.shape[1] * rows.element_size()),
             (label_smoothing, z_loss, softcap),

@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cllm import runtime
 from cllm.kernels.decoding import Linear, Norm, Stack
 from cllm.kernels.numba import attention, matvec, norm, rotary
 from cllm.kernels.numba import attention_amx as amx
 from cllm.kernels.numba import attention_tile as at
 from cllm.kernels.numba.gemm import TILES, bf16_kernel
-from cllm.kernels.numba.launch import Kernel, _call, is_half
+from cllm.kernels.numba.launch import Kernel, _call, is_half, num_workers
 from cllm.kernels.numba.matvec import MOST_ROWS, Output
 from cllm.runtime import threads
 
@@ -72,7 +71,7 @@ class Decoder:
         matrices = [each.weight.shape for layer in stack.layers for each in (*layer, stack.output) if isinstance(each, Linear)]
         work, depth = sum(2.0 * self.batch * math.prod(shape) for shape in matrices), max(shape[1] for shape in matrices)
         shapes = ((self.batch, stack.output.weight.shape[1]), tuple(reversed(stack.output.weight.shape)))
-        self.workers = runtime.plan("matmul", shapes, dtype, "cpu", work).workers
+        self.workers = num_workers("matmul", shapes, dtype, work=work)
         self.attention_scratch = 0
         self.scratch_bytes = matvec.scratch_bytes(depth, self.batch)
         self.scratch = self._aligned(self.scratch_bytes * self.workers)

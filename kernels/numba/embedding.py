@@ -3,6 +3,9 @@
 V rows of the table, E columns, N tokens.
 """
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,7 @@ from cllm.kernels.numba._arrays import as_flat
 from cllm.kernels.numba.launch import (
     Kernel,
     as_rows,
+    at_most,
     copy_bytes,
     int64_at,
     is_half,
@@ -22,6 +26,7 @@ from cllm.kernels.numba.launch import (
     store_whole,
 )
 from cllm.kernels.numba.simd import W, vadd, vzero
+from cllm.kernels.operations import Shapes
 
 TOKENS_PER_TASK = 16
 ROWS_PER_TASK = 16
@@ -79,14 +84,24 @@ def _group_by_row(tokens, starts, order):
     starts[0] = 0
 
 
+def _tasks(num_tokens: int) -> int:
+    return -(-num_tokens // TOKENS_PER_TASK)
+
+
+def launched_workers(planned: int, shapes: Shapes, dtype: torch.dtype, **options: Any) -> int:
+    """How many of the planned workers the forward pass uses."""
+    tokens, (_, columns) = shapes
+    return at_most(planned, _tasks(math.prod(tokens))) if columns else 1
+
+
 def forward(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """tokens int64 (...), weight (V, E) -> (..., E) in dtype."""
     table, flat = as_rows(weight), tokens.reshape(-1).contiguous()
     out = torch.empty((flat.numel(), table.shape[1]), dtype=dtype)
     if out.numel():
         _forward_kernel(
-            -(-flat.numel() // TOKENS_PER_TASK),
-            num_workers("embedding", (tuple(tokens.shape), tuple(weight.shape)), dtype, 2.0 * out.numel() * out.element_size()),
+            _tasks(flat.numel()),
+            num_workers("embedding", (tokens.shape, weight.shape), dtype),
             (table.data_ptr(), row_bytes(table), is_half(table), flat.data_ptr(), out.data_ptr(), row_bytes(out), is_half(out),
              flat.numel(), table.shape[1]),
         )  # fmt: skip
@@ -99,10 +114,9 @@ def _sum_rows(dy: Tensor, order: Tensor, starts: Tensor, most_rows: int, dtype: 
     source, columns = as_rows(dy), dy.shape[-1]
     sums = torch.empty((starts.numel() - 1, columns), dtype=dtype)
     if sums.numel():
-        work = float(source.numel() * source.element_size() + most_rows * columns * sums.element_size())
         _backward_kernel(
             -(-sums.shape[0] // ROWS_PER_TASK),
-            num_workers("embedding", ((order.numel(),), (most_rows, columns)), dy.dtype, work),
+            num_workers("embedding", ((order.numel(),), (most_rows, columns)), dy.dtype, backward=True),
             (source.data_ptr(), row_bytes(source), is_half(source), order.data_ptr(), starts.data_ptr(), sums.data_ptr(),
              row_bytes(sums), is_half(sums), sums.shape[0], columns),
         )  # fmt: skip

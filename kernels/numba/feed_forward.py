@@ -4,13 +4,18 @@ N rows, E embed, F hidden. What goes into the activation (z, and up when gated) 
 or made again there, so that both give the same bits, in training and in generation.
 """
 
+import math
 from functools import cached_property
+from typing import Any
 
 import torch
 
+from cllm.kernels.numba import gemm as product
 from cllm.kernels.numba.activation import ACTIVATE, DIFFERENTIATE, Epilogue
-from cllm.kernels.numba.gemm import Packed, gemm, gemm_activated, workers_for
+from cllm.kernels.numba.gemm import Packed, gemm, gemm_activated
+from cllm.kernels.numba.launch import num_workers
 from cllm.kernels.numba.sums import column_sums
+from cllm.kernels.operations import Shapes
 
 _HIDDEN_BYTES = 32 << 20  # float32 hidden values of one row block
 
@@ -21,9 +26,12 @@ def _row_blocks(rows: int, hidden: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _plan(x: torch.Tensor, w_gate: torch.Tensor | None, w_up: torch.Tensor, factor: float) -> int:
-    work = factor * (2.0 if w_gate is None else 3.0) * x.numel() * w_up.shape[0]
-    return workers_for("feed_forward", (tuple(x.shape), tuple(w_up.shape)), x.dtype, work)
+def launched_workers(planned: int, shapes: Shapes, dtype: torch.dtype, **options: Any) -> int:
+    """How many of the planned workers the forward pass uses, of a layer that is as wide behind as before."""
+    (*rows, embed), (hidden, _) = shapes
+    blocks = _row_blocks(math.prod(rows), hidden)
+    products = ((block.stop - block.start, *each) for block in blocks for each in ((embed, hidden), (hidden, embed)))
+    return max((product.launched_workers(planned, *each, dtype, len(blocks) > 1) for each in products), default=1)
 
 
 class _Weights:
@@ -64,7 +72,7 @@ def forward(
     b_up: torch.Tensor | None, b_down: torch.Tensor | None, keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """(y, z, up); z and up (N, F) in x's dtype only when `keep`, up only when gated."""
-    workers = _plan(x, w_gate, w_up, 2.0)
+    workers = num_workers("feed_forward", (x.shape, w_up.shape), x.dtype, gated=w_gate is not None)
     rows = x.reshape(-1, x.shape[-1])  # (N, E)
     num_rows, hidden_size = rows.shape[0], w_up.shape[0]
     y = torch.empty((num_rows, w_down.shape[0]), dtype=x.dtype)
@@ -111,7 +119,7 @@ def backward(
 ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
     """Gradients (dx, dw_gate, dw_up, dw_down, db_up, db_down); z and up are computed again where they were not kept."""
     dtype, hidden_size = x.dtype, w_up.shape[0]
-    workers = _plan(x, w_gate, w_up, 4.0 if kept_z is not None else 6.0)
+    workers = num_workers("feed_forward", (x.shape, w_up.shape), dtype, gated=w_gate is not None, backward=True, recompute=kept_z is None)
     rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     dx = torch.empty((rows.shape[0], rows.shape[1]), dtype=dtype)
     blocks = _row_blocks(rows.shape[0], hidden_size)

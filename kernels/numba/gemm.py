@@ -19,14 +19,13 @@ import numpy as np
 import torch
 
 from cllm.kernels.numba import activation, micro, pack
-from cllm.kernels.numba.launch import share
+from cllm.kernels.numba.launch import num_workers, share
 from cllm.kernels.numba.micro import BLOCK_BYTES, HAS_TILES, MR, NV, WORD, make_micro, make_tile_micro, make_writing_micro, prefetch
 from cllm.kernels.numba.pack import pack_lines, pack_strip
 from cllm.kernels.numba.simd import HAS_PAIRS, W, vadd, vload, vload_masked, vstore, vstore_bf16, vstore_bf16_masked, vstore_masked
 from cllm.runtime import threads
 from cllm.runtime.device import cpu
 from cllm.runtime.errors import BackendError
-from cllm.runtime.plan import plan
 
 FP32, PAIRS, TILES, WIDENED = "fp32", "vdpbf16ps", "amx", "widened"  # micro-kernels; the last three compute bfloat16
 
@@ -543,10 +542,6 @@ def _aligned(t: torch.Tensor) -> int:
     return (t.data_ptr() + 63) & ~63
 
 
-def workers_for(op: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, work: float) -> int:
-    return plan(op, shapes, dtype, work=work).workers
-
-
 class Packed:
     """B packed once for many products (weights used by several row blocks)."""
 
@@ -654,7 +649,7 @@ def gemm(
         gemm(b.t(), a.t(), out=out.t(), add=None if add is None else add.t(), compute=compute, workers=workers)
         return out
     if workers is None:
-        workers = workers_for("matmul", ((rows, depth), (depth, columns)), compute, 2.0 * rows * columns * depth)
+        workers = num_workers("matmul", ((rows, depth), (depth, columns)), compute)
     _sum_parts(a, b, out, add, bias, kernel_for(compute), workers, None)
     return out
 
@@ -761,6 +756,23 @@ def _block_plan(
     p[SCRATCH_STRIDE] = stride
     workers = max(1, min(workers, max(tiles, int(p[TASKS_A] + p[TASKS_B]))))
     return _BlockPlan(p, workers, stride * workers + 64, _round_up(rows, 2 * W) // W * strip + 64, b_bytes)
+
+
+def launched_workers(planned: int, rows: int, depth: int, columns: int, dtype: torch.dtype, packed: bool = False) -> int:
+    """How many of the planned workers a product of operands that lie row by row uses; packed: B was packed before."""
+    if not rows * depth * columns:
+        return 1
+    kernel, most = kernel_for(dtype), 1
+    for _, num_k in _parts(depth):
+        row_part, column_part = _cut(rows, columns, num_k, kernel, packed)
+        for r0 in range(0, rows, row_part):
+            for c0 in range(0, columns, column_part):
+                plan = _block_plan(
+                    min(row_part, rows - r0), min(column_part, columns - c0), num_k, kernel, planned, (depth, 1), dtype,
+                    None if packed else (1, depth), None if packed else dtype, dtype, False, c0 == 0,
+                )  # fmt: skip
+                most = max(most, plan.workers)
+    return most
 
 
 def _part(

@@ -163,8 +163,14 @@ class Kernel:
             _run_workers(self.entry(), p, f, tasks, workers, self.dealt)
 
 
-def num_workers(op: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, work: float) -> int:
-    return int(runtime.plan(op, shapes, dtype, "cpu", work).workers)
+def num_workers(op: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, **options: Any) -> int:
+    """The planned number of workers for `op`, whose work kernels/operations.py counts from these shapes and options."""
+    return runtime.plan(op, shapes, dtype, **options).workers
+
+
+def at_most(planned: int, tasks: int) -> int:
+    """How many of the planned workers a launch of `tasks` tasks puts to work."""
+    return max(1, min(planned, tasks))
 
 
 class _Scratch(threading.local):

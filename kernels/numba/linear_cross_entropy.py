@@ -5,14 +5,16 @@ dtype. Statistics of a row are made by one worker in a fixed order, so no bit de
 """
 
 import math
+from typing import Any
 
 import numba
 import numpy as np
 import torch
 
+from cllm.kernels.numba import gemm as product
 from cllm.kernels.numba._arrays import as_flat
-from cllm.kernels.numba.gemm import Packed, gemm, workers_for
-from cllm.kernels.numba.launch import scratch
+from cllm.kernels.numba.gemm import Packed, gemm
+from cllm.kernels.numba.launch import at_most, num_workers, scratch
 from cllm.kernels.numba.simd import (
     W,
     vadd,
@@ -36,6 +38,7 @@ from cllm.kernels.numba.simd import (
     vtanh,
     vzero,
 )
+from cllm.kernels.operations import Shapes
 from cllm.runtime import threads
 
 _LOGIT_BYTES = 64 << 20
@@ -191,6 +194,14 @@ def _row_blocks(rows: int, vocabulary: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
+def launched_workers(planned: int, shapes: Shapes, dtype: torch.dtype, **options: Any) -> int:
+    """How many of the planned workers the forward pass uses."""
+    (*rows, embed), (vocabulary, _) = shapes
+    blocks = _row_blocks(math.prod(rows), vocabulary)
+    products = (product.launched_workers(planned, block.stop - block.start, embed, vocabulary, dtype, len(blocks) > 1) for block in blocks)
+    return max([at_most(planned, blocks[0].stop), *products]) if blocks else 1
+
+
 class _Pass:
     """One walk over the row blocks: logits, statistics, and gradients where asked for."""
 
@@ -199,8 +210,7 @@ class _Pass:
         options: tuple[int, float, float, float], gradient: bool,
     ):  # fmt: skip
         self.x, self.weight, self.targets, self.options, self.gradient = x, weight, targets.contiguous(), options, gradient
-        work = (6.0 if gradient else 2.0) * x.shape[0] * weight.numel()
-        self.workers = workers_for("linear_cross_entropy", (tuple(x.shape), tuple(weight.shape)), x.dtype, work)
+        self.workers = num_workers("linear_cross_entropy", (x.shape, weight.shape), x.dtype, gradients=gradient)
         self.blocks = _row_blocks(x.shape[0], weight.shape[0])
         rows = x.shape[0]
         self.losses, self.plain, self.lse = (torch.empty(rows, dtype=torch.float32) for _ in range(3))

@@ -5,6 +5,7 @@ the blocks are added up by a tree of fan-out 12.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from cllm.kernels.numba.launch import (
     Kernel,
     as_rows,
+    at_most,
     dense,
     float32_at,
     inline,
@@ -30,6 +32,7 @@ from cllm.kernels.numba.launch import (
 )
 from cllm.kernels.numba.simd import W, vadd, vfma, vhsum, vlanes_below, vload, vmul, vselect, vset, vstore, vsub, vzero
 from cllm.kernels.numba.sums import add_up
+from cllm.kernels.operations import Shapes
 
 ROWS_PER_TASK = 16
 
@@ -193,8 +196,14 @@ def _backward(p, f, task, worker):
 _forward_kernel, _backward_kernel = Kernel(_forward), Kernel(_backward)
 
 
-def _workers(op: str, x: Tensor, passes: int) -> int:
-    return num_workers(op, (tuple(x.shape),), x.dtype, float(passes * x.numel() * x.element_size()))
+def _tasks(num_rows: int) -> int:
+    return -(-num_rows // ROWS_PER_TASK)
+
+
+def launched_workers(planned: int, shapes: Shapes, dtype: torch.dtype, **options: Any) -> int:
+    """How many of the planned workers the forward pass uses."""
+    ((*rows, columns),) = shapes
+    return at_most(planned, _tasks(math.prod(rows))) if columns else 1
 
 
 def _address(t: Tensor | None) -> int:
@@ -215,8 +224,8 @@ def _norm(
         bias = None if bias is None else dense(bias)
         row = rows.shape[1] * y.element_size()  # of y and h
         _forward_kernel(
-            -(-rows.shape[0] // ROWS_PER_TASK),
-            _workers(op, x, 2),
+            _tasks(rows.shape[0]),
+            num_workers(op, (x.shape,), x.dtype, residual=residual is not None),
             (rows.data_ptr(), row_bytes(rows), _address(added), 0 if added is None else row_bytes(added), _address(h), row,
              y.data_ptr(), row, is_half(x), weight.data_ptr(), is_half(weight), _address(bias),
              0 if bias is None else is_half(bias), _address(mean), rstd.data_ptr(), rows.shape[0], rows.shape[1]),
@@ -242,7 +251,7 @@ def _norm_backward(
     padded = -(-columns // W) * W * 4
     owner, partial = scratch("norm", 2 * num_blocks * padded)
     partial_bias = partial + num_blocks * padded if has_bias else 0
-    workers = _workers(op, h, 4)
+    workers = num_workers(op, (h.shape,), h.dtype, backward=True)
     _backward_kernel(
         num_blocks,
         workers,

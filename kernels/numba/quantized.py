@@ -4,33 +4,48 @@ Where the CPU has int8 tiles and the activations are bfloat16, any number of row
 multiplied with the dequantised weights, which gives the same bits.
 """
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cllm.kernels.numba import feed_forward as dense
-from cllm.kernels.numba import matvec
-from cllm.kernels.numba.gemm import gemm
-from cllm.kernels.numba.launch import num_workers
+from cllm.kernels.numba import gemm, matvec
+from cllm.kernels.numba.launch import at_most, num_workers
+from cllm.kernels.operations import Shapes
 from cllm.kernels.quantized import Quantized
 
 
 def _workers(x: Tensor, weight: Quantized) -> int:
-    return num_workers("quantized", (tuple(x.shape), weight.shape), x.dtype, 2.0 * x.numel() * weight.shape[0])
+    return num_workers("quantized", (x.shape, weight.shape), x.dtype)
+
+
+def launched_workers(planned: int, shapes: Shapes, dtype: torch.dtype, **options: Any) -> int:
+    """How many of the planned workers a product uses."""
+    (*rows, depth), (columns, _) = shapes
+    num_rows = math.prod(rows)
+    if not num_rows * columns:
+        return 1
+    if not _serves(num_rows, dtype):
+        return gemm.launched_workers(num_workers("matmul", ((num_rows, depth), (depth, columns)), dtype), num_rows, depth, columns, dtype)
+    return at_most(planned, -(-columns // matvec.task_columns(columns, planned)))
 
 
 def _rows_at_a_time(x: Tensor) -> int:
     return matvec.INTEGER_ROWS if matvec.in_integers(x.dtype) else matvec.MOST_ROWS
 
 
-def _serves(x: Tensor) -> bool:
-    return x.shape[0] <= matvec.MOST_ROWS or matvec.in_integers(x.dtype)
+def _serves(num_rows: int, dtype: torch.dtype) -> bool:
+    """Whether the rows go through matvec.py."""
+    return num_rows <= matvec.MOST_ROWS or matvec.in_integers(dtype)
 
 
 def matmul(x: Tensor, weight: Quantized, bias: Tensor | None) -> Tensor:
     """x (M, K) -> (M, N) in x's dtype."""
     x = x if x.stride(1) == 1 else x.contiguous()
-    if not _serves(x):
-        return gemm(x, weight.dequantize(x.dtype).t(), bias=bias)
+    if not _serves(x.shape[0], x.dtype):
+        return gemm.gemm(x, weight.dequantize(x.dtype).t(), bias=bias)
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
     step = _rows_at_a_time(x)
     for first in range(0, x.shape[0], step):
@@ -43,7 +58,7 @@ def feed_forward(
 ) -> Tensor:
     """x (M, E) -> (M, E_out)."""
     x = x if x.stride(1) == 1 else x.contiguous()
-    if not _serves(x):
+    if not _serves(x.shape[0], x.dtype):
         gate = None if w_gate is None else w_gate.dequantize(x.dtype)
         return dense.forward(x, gate, w_up.dequantize(x.dtype), w_down.dequantize(x.dtype), activation, b_up, b_down, False)[0]
     out = torch.empty((x.shape[0], w_down.shape[0]), dtype=x.dtype)

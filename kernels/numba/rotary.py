@@ -4,14 +4,30 @@ Su et al. 2021, arXiv 2104.09864; pairs are (x[d], x[d + D/2]). The norm's rows 
 operation hands to the other is rounded as if they ran one after the other: the bits are the same.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from cllm.kernels.numba import norm
-from cllm.kernels.numba.launch import Kernel, float32_at, inline, int64_at, is_half, load, num_workers, put_float32, rows_per_block, scratch, store
+from cllm.kernels.numba.launch import (
+    Kernel,
+    at_most,
+    float32_at,
+    inline,
+    int64_at,
+    is_half,
+    load,
+    num_workers,
+    put_float32,
+    rows_per_block,
+    scratch,
+    store,
+)
 from cllm.kernels.numba.simd import W, vfma, vmul, vneg
 from cllm.kernels.numba.sums import add_up
+from cllm.kernels.operations import Shapes
 
 TOKENS_PER_TASK = 16
 
@@ -83,8 +99,14 @@ def _dense(t: Tensor) -> Tensor:
     return t.detach() if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.detach().contiguous()
 
 
-def _workers(x: Tensor, passes: float) -> int:
-    return num_workers("rotary", (tuple(x.shape),), x.dtype, passes * x.numel() * x.element_size())
+def _tasks(num_tokens: int) -> int:
+    return -(-num_tokens // TOKENS_PER_TASK)
+
+
+def launched_workers(planned: int, shapes: Shapes, dtype: torch.dtype, **options: Any) -> int:
+    """How many of the planned workers the forward pass uses."""
+    ((batch, num_tokens, heads, head_dim),) = shapes
+    return at_most(planned, _tasks(batch * num_tokens)) if heads * head_dim else 1
 
 
 def _fields(
@@ -114,7 +136,7 @@ def apply(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse
     out = torch.empty(x.shape, dtype=x.dtype)
     if out.numel():
         ints, kept = _fields(x, out, cos, sin, positions, inverse, None, None)
-        _forward_kernel(-(-ints[ALL_TOKENS] // TOKENS_PER_TASK), _workers(x, 2.0), ints)
+        _forward_kernel(_tasks(ints[ALL_TOKENS]), num_workers("rotary", (x.shape,), x.dtype), ints)
         del kept
     return out
 
@@ -124,7 +146,7 @@ def norm_forward(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor
     out, rstd = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[:3], dtype=torch.float32)
     if out.numel():
         ints, kept = _fields(x, out, cos, sin, positions, False, weight, rstd)
-        _forward_kernel(-(-ints[ALL_TOKENS] // TOKENS_PER_TASK), _workers(x, 2.0), ints, (eps,))
+        _forward_kernel(_tasks(ints[ALL_TOKENS]), num_workers("rotary", (x.shape,), x.dtype), ints, (eps,))
         del kept
     return out, rstd
 
@@ -140,7 +162,7 @@ def norm_backward(
         block_tokens = rows_per_block(ints[ALL_TOKENS], TOKENS_PER_TASK)
         num_blocks, padded = -(-ints[ALL_TOKENS] // block_tokens), -(-dweight.numel() // W) * W * 4
         owner, partial = scratch("norm", num_blocks * padded)
-        workers = _workers(x, 4.0)
+        workers = num_workers("rotary", (x.shape,), x.dtype, backward=True)
         _norm_backward_kernel(num_blocks, workers, (*ints, dy.data_ptr(), partial, padded, block_tokens))
         add_up(partial, padded, num_blocks, dweight, workers)
         del kept, owner

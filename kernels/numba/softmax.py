@@ -1,11 +1,28 @@
 """Softmax over the last dimension on the CPU: N rows of E elements. Each row is one chain of fixed order."""
 
+import math
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from cllm.kernels.numba.launch import Kernel, as_rows, is_half, load, load_once, load_whole, num_workers, row_bytes, scratch, store, store_whole
+from cllm.kernels.numba.launch import (
+    Kernel,
+    as_rows,
+    at_most,
+    is_half,
+    load,
+    load_once,
+    load_whole,
+    num_workers,
+    row_bytes,
+    scratch,
+    store,
+    store_whole,
+)
 from cllm.kernels.numba.simd import W, vadd, vexp_normal, vfma, vhmax, vhsum, vlanes_below, vload, vmax, vmul, vselect, vset, vstore, vsub, vzero
+from cllm.kernels.operations import Shapes
 
 ELEMENTS_PER_TASK = 8192  # a task is at least one row
 
@@ -79,17 +96,29 @@ def _backward(p, f, task, worker):
 _forward_kernel, _backward_kernel = Kernel(_forward), Kernel(_backward)
 
 
+def _tasks(num_rows: int, columns: int) -> tuple[int, int]:
+    """(number of tasks, rows of each)."""
+    task_rows = max(1, ELEMENTS_PER_TASK // columns)
+    return -(-num_rows // task_rows), task_rows
+
+
+def launched_workers(planned: int, shapes: Shapes, dtype: torch.dtype, **options: Any) -> int:
+    """How many of the planned workers the forward pass uses."""
+    ((*rows, columns),) = shapes
+    return at_most(planned, _tasks(math.prod(rows), columns)[0]) if columns else 1
+
+
 def _run(kernel: Kernel, x: Tensor, y: Tensor | None) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype)
     if out.numel():
         rows, result = as_rows(x), out.view(-1, x.shape[-1])
         other = rows if y is None else as_rows(y)
-        task_rows = max(1, ELEMENTS_PER_TASK // rows.shape[1])
-        workers = num_workers("softmax", (tuple(x.shape),), x.dtype, 2.0 * x.numel() * x.element_size())
+        tasks, task_rows = _tasks(*rows.shape)
+        workers = num_workers("softmax", (x.shape,), x.dtype, backward=y is not None)
         e_row = -(-rows.shape[1] // W) * W * 4 + 64
         owner, e = scratch("softmax", workers * e_row)
         kernel(
-            -(-rows.shape[0] // task_rows),
+            tasks,
             workers,
             (rows.data_ptr(), row_bytes(rows), other.data_ptr(), row_bytes(other), result.data_ptr(), row_bytes(result),
              is_half(x), rows.shape[0], rows.shape[1], task_rows, e, e_row),

@@ -74,7 +74,7 @@ def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
         block_rows = rows_per_block(num_rows, ROWS_PER_BLOCK)
         blocks, padded = -(-num_rows // block_rows), -(-columns // W) * W * 4
         owner, partial = scratch("column sums", blocks * padded)
-        workers = num_workers("matmul", (tuple(x.shape),), x.dtype, float(x.numel() * x.element_size()))
+        workers = num_workers("matmul", (x.shape,), x.dtype, work=float(x.numel() * x.element_size()))
         _block_kernel(blocks, workers, (rows.data_ptr(), row_bytes(rows), is_half(rows), partial, padded, num_rows, columns, block_rows))
         add_up(partial, padded, blocks, total, workers)
         del owner

@@ -6,9 +6,23 @@ readability: half-precision inputs are computed in float32 and rounded once at t
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from cllm.kernels.backend import Backend
+from cllm.kernels.operations import Shapes
+
+
+class _Reference(Backend):
+    def workers(self, op: str, shapes: Shapes, dtype: str, planned: int, options: Mapping[str, Any]) -> tuple[int, str]:
+        pool = torch.get_num_threads()
+        return pool, f"torch decides by itself how many of its {pool} threads it uses"
+
+
+BACKEND = _Reference(package=__name__, priority=dict.fromkeys(("cpu", "cuda", "mps", "xpu"), 0), reason="plain torch serves every dtype and device")
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -12,7 +12,7 @@ from cllm.runtime import profiler
 
 
 def test_nothing_stands_between_a_call_and_its_kernel_while_nothing_records():
-    arguments = ("softmax", ((2, 3),), torch.float32, "cpu", 1.0)
+    arguments = ("softmax", ((2, 3),), torch.float32, "cpu")
     module = _register.backend(*arguments)
     assert module.__name__.startswith("cllm.kernels.")
     with profiler.record():
@@ -42,7 +42,7 @@ def test_kernels_are_recorded_by_name_forward_and_backward_with_the_same_bits():
 
 def test_a_kernel_that_fails_is_recorded_and_its_error_passed_on():
     with profiler.record() as recording, pytest.raises(IndexError):
-        _register.backend("softmax", ((2,),), torch.float32, "cpu", 1.0).forward(torch.zeros(()))
+        _register.backend("softmax", ((2,),), torch.float32, "cpu").forward(torch.zeros(()))
     assert [event.name for event in recording.events] == ["softmax forward"]
 
 

@@ -1,0 +1,177 @@
+"""`runtime.explain` says what runs: the backend and the workers that a recorded call of the operation really used."""
+
+import math
+
+import pytest
+import torch
+
+from cllm import kernels, runtime
+from cllm.kernels.operations import OPERATIONS, visible_pairs
+from cllm.kernels.quantized import quantize, quantized_matmul
+
+pytest.importorskip("numba")
+
+
+def _attention(shapes, dtype, causal=False, window=None):
+    q, k = (torch.zeros(shape, dtype=dtype) for shape in (shapes if len(shapes) == 2 else shapes * 2))
+    kernels.attention(q, k, k, causal=causal, window=window)
+
+
+def _feed_forward(shapes, dtype, gated=True):
+    x, up = (torch.zeros(shape, dtype=dtype) for shape in shapes)
+    kernels.feed_forward(x, up if gated else None, up, up.T.contiguous())
+
+
+def _norm(op):
+    def call(shapes, dtype, residual=False):
+        x, weight = torch.zeros(shapes[0], dtype=dtype), torch.ones(shapes[0][-1])
+        getattr(kernels, op)(x, weight, residual=x if residual else None)
+
+    return call
+
+
+def _rotary(shapes, dtype):
+    x = torch.zeros(shapes[0], dtype=dtype)
+    kernels.rotary(x, *torch.zeros(2, x.shape[1], x.shape[3] // 2))
+
+
+def _linear_cross_entropy(shapes, dtype, gradients=False):
+    x, weight = (torch.zeros(shape, dtype=dtype) for shape in shapes)
+    kernels.linear_cross_entropy(x.requires_grad_(gradients), weight, torch.zeros(x.shape[:-1], dtype=torch.int64))
+
+
+def _cross_entropy(shapes, dtype):
+    kernels.cross_entropy(torch.zeros(shapes[0], dtype=dtype), torch.zeros(shapes[0][:-1], dtype=torch.int64))
+
+
+def _adamw(shapes, dtype):
+    params = [torch.zeros(shape) for shape in shapes]
+    options = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decays": [0.0] * len(params), "step": 1}
+    kernels.adamw_(params, [torch.zeros(shape, dtype=dtype) for shape in shapes], params, params, learning_rate=0.1, **options)
+
+
+CALLS = {
+    "attention": _attention,
+    "feed_forward": _feed_forward,
+    "rms_norm": _norm("rms_norm"),
+    "layer_norm": _norm("layer_norm"),
+    "rotary": _rotary,
+    "softmax": lambda shapes, dtype: kernels.softmax(torch.zeros(shapes[0], dtype=dtype)),
+    "embedding": lambda shapes, dtype: kernels.embedding(torch.zeros(shapes[0], dtype=torch.int64), torch.zeros(shapes[1]), dtype),
+    "cross_entropy": _cross_entropy,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "matmul": lambda shapes, dtype: kernels.matmul(torch.zeros(shapes[0], dtype=dtype), torch.zeros(shapes[1][::-1], dtype=dtype).T),
+    "quantized": lambda shapes, dtype: quantized_matmul(torch.zeros(shapes[0], dtype=dtype), quantize(torch.zeros(shapes[1]))),
+    "adamw": _adamw,
+}
+CASES = [
+    ("attention", ((1, 24, 4, 32),), {"causal": True}),  # too little work for two, though not without the mask
+    ("attention", ((1, 24, 4, 32),), {}),
+    ("attention", ((1, 300, 4, 32),), {"causal": True}),
+    ("attention", ((1, 300, 4, 32),), {"causal": True, "window": 17}),
+    ("attention", ((2, 65, 6, 16), (2, 130, 2, 16)), {"causal": True}),
+    ("attention", ((1, 1, 8, 64), (1, 300, 2, 64)), {"causal": True}),
+    ("attention", ((1, 1, 8, 64), (1, 40, 8, 64)), {"causal": True}),
+    ("attention", ((3, 1, 8, 64), (3, 700, 8, 64)), {}),
+    ("attention", ((2, 0, 4, 32), (2, 7, 4, 32)), {}),
+    ("softmax", ((64, 400),), {}),
+    ("softmax", ((1, 200_000),), {}),  # one row is one task
+    ("softmax", ((7, 13, 5),), {}),
+    ("softmax", ((3, 0),), {}),
+    ("rms_norm", ((5, 40_000),), {}),
+    ("rms_norm", ((20, 1500),), {"residual": True}),
+    ("rms_norm", ((20, 1500),), {}),
+    ("layer_norm", ((2, 100, 300),), {}),
+    ("rotary", ((2, 33, 4, 64),), {}),
+    ("rotary", ((1, 9, 40, 256),), {}),
+    ("embedding", ((10,), (50, 9000)), {}),
+    ("embedding", ((4, 100), (50, 600)), {}),
+    ("cross_entropy", ((3, 40_000),), {}),
+    ("cross_entropy", ((2, 50, 700),), {}),
+    ("linear_cross_entropy", ((40, 64), (500, 64)), {}),
+    ("linear_cross_entropy", ((40, 64), (500, 64)), {"gradients": True}),
+    ("linear_cross_entropy", ((2, 3, 32), (3000, 32)), {}),
+    ("linear_cross_entropy", ((1500, 8), (20_000, 8)), {}),  # several blocks of rows
+    ("feed_forward", ((2, 5, 64), (192, 64)), {}),
+    ("feed_forward", ((10, 64), (96, 64)), {"gated": False}),
+    ("feed_forward", ((300, 64), (20, 64)), {}),
+    ("matmul", ((1, 600), (600, 900)), {}),
+    ("matmul", ((300, 40), (40, 50)), {}),
+    ("matmul", ((2, 70, 5000), (5000, 30)), {}),  # several parts of K
+    ("matmul", ((9, 10), (10, 11)), {}),
+    ("quantized", ((1, 300), (2000, 300)), {}),
+    ("quantized", ((2, 20, 128), (300, 128)), {}),
+    ("adamw", ((300, 700), (5,)), {}),
+    ("adamw", ((100, 150),), {}),
+]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 64])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_recorded_call_uses_the_backend_and_the_workers_that_explain_names(threads, dtype):
+    wrong = []
+    for op, shapes, options in CASES:
+        with runtime.use(threads=threads):
+            said = runtime.explain(op, *shapes, dtype=dtype, **options)
+            with runtime.profiler.record() as recording:
+                CALLS[op](shapes, getattr(torch, dtype), **options)
+        (event,) = recording.kernels()
+        if (event.operation, event.backend, event.workers) != (op, said.backend, said.workers):
+            wrong.append(f"{op} {shapes} {options}: {event.backend}, {event.workers} workers, and explain says {said}")
+    assert not wrong, "\n".join(wrong)
+    assert {op for op, _, _ in CASES} == set(OPERATIONS) == set(CALLS)
+
+
+def test_packed_documents_get_workers_for_what_their_queries_see():
+    lengths = [100, 40, 1, 160]
+    q = torch.zeros(1, sum(lengths), 8, 4)
+    pairs = sum(length * (length + 1) // 2 for length in lengths)
+    with runtime.use(threads=64):
+        with runtime.profiler.record() as recording:
+            kernels.attention(q, q, q, causal=True, cu_seqlens=torch.tensor([0, 100, 140, 141, 301], dtype=torch.int32))
+        said = runtime.explain("attention", q.shape, causal=True, pairs=pairs)
+    assert recording.kernels()[0].workers == said.workers == 4 * 8 * 4 * pairs // 100_000 == 24
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 3, 50])
+def test_visible_pairs_are_those_of_the_mask(causal, window):
+    for num_queries, num_keys in ((0, 5), (1, 1), (1, 9), (7, 7), (9, 4), (4, 9), (30, 41)):
+        seen = 0
+        for t in range(num_queries):
+            position = t + num_keys - num_queries
+            seen += sum((not causal or s <= position) and (window is None or s > position - window) for s in range(num_keys))
+        assert visible_pairs(num_queries, num_keys, causal, window) == seen, (num_queries, num_keys)
+
+
+def test_the_work_of_a_gradient_is_more_than_that_of_the_operation():
+    for op, operation in OPERATIONS.items():
+        forward = operation.work(operation.example, 4)
+        assert forward > 0 and math.isfinite(forward)
+        if op not in ("matmul", "quantized", "adamw", "linear_cross_entropy"):
+            assert operation.work(operation.example, 4, backward=True) >= forward, op
+
+
+def test_where_torch_serves_explain_leaves_the_threads_to_torch():
+    with runtime.use(backend="torch", threads=1):
+        said = runtime.explain("softmax", (4000, 4000))
+        assert (said.backend, said.workers) == ("torch", torch.get_num_threads())
+        said = runtime.explain("matmul", (9, 10), (10, 11))
+        assert said.workers == torch.get_num_threads()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("attention", (1, 24, 4)), {}, r"attention takes the shapes of q \(B, T, H, D\)"),
+        (("matmul", (8, 9)), {}, r"matmul takes the shapes of a \(\.\.\., K\) and b \(K, N\), got \(8, 9\)"),
+        (("matmul", (8, 9), (8, 9)), {}, "a has 9 columns and b 8 rows"),
+        (("softmax", (4, 5), (4, 5)), {}, "softmax takes"),
+        (("softmax", (4, 5)), {"causal": True}, "softmax has no option 'causal'. It has: none"),
+        (("attention", (1, 24, 4, 32)), {"windw": 3}, "attention has no option 'windw'. It has: causal, window"),
+        (("softmax", (4, 5)), {"dtype": "fp32"}, "unknown dtype 'fp32'. Use one of float64, float32"),
+    ],
+)
+def test_explain_refuses_what_the_operation_does_not_take(arguments, options, message):
+    with pytest.raises(runtime.UserError, match=message):
+        runtime.explain(*arguments, **options)
