@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from cllm import runtime
+from cllm.runtime.errors import UserError
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -58,14 +59,14 @@ def _matmul(shapes: Shapes, itemsize: int) -> float:
     """Of the product itself: a gradient is a product of other shapes."""
     (*rows, depth), (num_rows, num_columns) = shapes
     if depth != num_rows:
-        raise ValueError(f"a has {depth} columns and b {num_rows} rows")
+        raise UserError(f"matmul: a has {depth} columns and b {num_rows} rows. They must be the same.")
     return 2.0 * math.prod(rows) * depth * num_columns
 
 
 def _quantized(shapes: Shapes, itemsize: int) -> float:
     (*rows, depth), (num_outputs, num_columns) = shapes
     if depth != num_columns:
-        raise ValueError(f"x has {depth} columns and the weight {num_columns}")
+        raise UserError(f"quantized: x has {depth} columns and the weight {num_columns}. They must be the same.")
     return 2.0 * math.prod(rows) * depth * num_outputs
 
 
@@ -73,7 +74,7 @@ def _feed_forward(shapes: Shapes, itemsize: int, *, gated: bool = True, backward
     """Two products, three when gated; each has two gradients, and with `recompute` is made once more before them."""
     (*rows, embed), (hidden, num_columns) = shapes
     if embed != num_columns:
-        raise ValueError(f"x has {embed} columns and w_up {num_columns}")
+        raise UserError(f"feed_forward: x has {embed} columns and w_up {num_columns}. They must be the same.")
     times = (3.0 if recompute else 2.0) if backward else 1.0
     return times * 2.0 * (3.0 if gated else 2.0) * math.prod(rows) * embed * hidden
 
@@ -82,7 +83,7 @@ def _linear_cross_entropy(shapes: Shapes, itemsize: int, *, gradients: bool = Fa
     """The logits, and the two gradients where they are asked for."""
     (*rows, embed), (vocabulary, num_columns) = shapes
     if embed != num_columns:
-        raise ValueError(f"x has {embed} columns and the weight {num_columns}")
+        raise UserError(f"linear_cross_entropy: x has {embed} columns and the weight {num_columns}. They must be the same.")
     return (6.0 if gradients else 2.0) * math.prod(rows) * embed * vocabulary
 
 

@@ -8,7 +8,7 @@ runtime.describe()
 from cllm.runtime import compiler, device, gpu, profiler, progress, threads, tree, tuning
 from cllm.runtime.ceiling import Ceilings, ceilings, register_probe
 from cllm.runtime.compiler import numba_setup
-from cllm.runtime.describe import Report, describe
+from cllm.runtime.describe import Report, describe, register_library
 from cllm.runtime.errors import BackendError, CheckpointError, CLLMError, DataError, UserError
 from cllm.runtime.plan import LaunchPlan, Settings, backends, explain, plan, register_backend, register_operation, settings, use
 
@@ -34,6 +34,7 @@ __all__ = [
     "profiler",
     "progress",
     "register_backend",
+    "register_library",
     "register_operation",
     "register_probe",
     "settings",

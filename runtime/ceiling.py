@@ -133,7 +133,8 @@ def ceilings() -> Ceilings:
     """This machine's ceilings: from the cache, or measured now in about two seconds."""
     import torch
 
-    key = "best-ceilings-" + tuning.digest(cpu().name, cpu().workers, torch.__version__, compiler.kernel_cache_key(), sorted(_probes))
+    probes = [(name, compiler.kernel_cache_key()) for name in sorted(_probes)]
+    key = "best-ceilings-" + tuning.digest(cpu().name, cpu().workers, torch.__version__, probes)
     value = tuning.load(key)
     if not _valid(value):
         with use(threads=usable_cores()):

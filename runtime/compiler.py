@@ -1,7 +1,8 @@
 """Prepares numba before its first use: where compiled kernels are kept, what they are compiled for, and a word to the user while they are.
 
-The cache folder's name holds the CPU's features and the versions of numba and llvmlite: a kernel compiled for another machine or by another
-compiler is never loaded. numba writes each entry beside and renames it, and compiles anew what it cannot read; processes may start together.
+The name of the cache folder is a digest of all that a compiled kernel depends on: the CPU's features, the versions of numba and llvmlite, and the
+sources and environment variables that the kernels registered. A kernel compiled for another machine, by another compiler or from another source
+is never loaded. numba writes each entry beside and renames it, and compiles anew what it cannot read; processes may start together.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -22,8 +23,23 @@ from cllm.runtime.errors import BackendError
 
 DIGEST_BYTES = 32
 
+_folders: set[Path] = set()
+_variables: set[str] = set()
 _ready = False
 _lock = threading.Lock()
+
+
+def register_kernels(folder: str | Path, variables: Iterable[str] = ()) -> None:
+    """Makes known where sources of numba kernels lie, and which environment variables they read: their cache depends on both.
+
+    numba itself watches only the file of the function that it loads, not those of the functions that it calls. Call before the kernels are
+    imported.
+    """
+    _folders.add(Path(folder))
+    _variables.update(variables)
+    kernel_cache_key.cache_clear()
+    if _ready:
+        _choose({"CACHE_DIR": _cache_folder()})
 
 
 def _plain(name: str) -> str:
@@ -70,25 +86,21 @@ def _version(name: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def _kernel_sources() -> str:
-    """A digest of the CPU kernels' sources: numba itself watches only the file of the function that it loads, not those that it calls."""
-    folder = Path(__file__).resolve().parents[1] / "kernels" / "numba"
-    return tuning.digest(*(path.read_text("utf-8") for path in sorted(folder.glob("*.py"))))
-
-
-@lru_cache(maxsize=1)
 def kernel_cache_key() -> str:
-    """Names all that a compiled kernel depends on."""
+    """A digest of all that a compiled kernel depends on."""
     return tuning.digest(
-        _kernel_sources(),
+        *(path.read_text("utf-8") for folder in sorted(_folders) for path in sorted(folder.glob("*.py"))),
         sorted(cpu_features()),
         sys.version_info[:2],
         _version("numba"),
         _version("llvmlite"),
         _version("numpy"),
-        os.environ.get("CLLM_SIMD_LANES", ""),
-        os.environ.get("CLLM_GEMM_KERNEL", ""),
+        *((name, os.environ.get(name, "")) for name in sorted(_variables)),
     )
+
+
+def _cache_folder() -> str:
+    return str(tuning.cache_dir() / f"numba-{kernel_cache_key()}")
 
 
 def numba_setup() -> None:
@@ -108,7 +120,7 @@ def _set_up() -> None:
     if _version("numba") == "absent":
         raise BackendError("the CPU kernels need numba, which is not installed. Install it with: pip install numba")
     settings: dict[str, Any] = {
-        "CACHE_DIR": str(tuning.cache_dir() / f"numba-{kernel_cache_key()}"),
+        "CACHE_DIR": _cache_folder(),
         "THREADING_LAYER_PRIORITY": ["omp", "tbb", "workqueue"],
     }
     if "avx512f" in cpu_features():
@@ -118,20 +130,25 @@ def _set_up() -> None:
         import llvmlite.binding as llvm
 
         settings["CPU_NAME"] = llvm.get_host_cpu_name()
+    heap.keep_freed_memory()
+    _choose(settings)
+    _seal_cache()
+    _announce_compilation()
+
+
+def _choose(settings: dict[str, Any]) -> None:
+    """Puts numba's settings in force, also where numba was imported before; what the user chose in the environment stands."""
     for name, value in settings.items():
         chosen = os.environ.get(f"NUMBA_{name}")
-        # The user's own choice stands; a cache folder of ours was handed down by a parent process, perhaps for other settings.
+        # A cache folder of ours is no choice of the user's: a parent process handed it down, perhaps with other settings.
         if chosen and not re.fullmatch("numba-[0-9a-f]{16}", os.path.basename(chosen)):
             continue
         os.environ[f"NUMBA_{name}"] = " ".join(value) if isinstance(value, list) else value
-    heap.keep_freed_memory()
     import numba
 
-    for name, value in settings.items():  # numba may have been imported before us
+    for name, value in settings.items():
         if os.environ[f"NUMBA_{name}"] == (" ".join(value) if isinstance(value, list) else value):
             setattr(numba.config, name, value)
-    _seal_cache()
-    _announce_compilation()
 
 
 def _seal_cache() -> None:

@@ -1,5 +1,6 @@
 """The machine in words: three lines at the start of a run, or all of it for `cllm doctor`."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -7,7 +8,7 @@ from typing import Any
 
 from cllm.runtime import ceiling, compiler, tree, tuning
 from cllm.runtime.device import available_memory, cpu, devices, gpus, operating_system
-from cllm.runtime.plan import explain, settings
+from cllm.runtime.plan import explain, registered_operations, settings
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,17 @@ class Report:
         return "\n".join(lines)
 
 
+_libraries: dict[str, str] = dict.fromkeys(("cllm", "torch", "numpy"), "")
+
+
+def register_library(name: str, missing: str = "") -> None:
+    """A library whose version belongs in the report. missing: where it is not installed, what is not possible and how to install it."""
+    _libraries[name] = missing
+
+
 def _versions() -> dict[str, str]:
     found = {}
-    for name in ("cllm", "torch", "numba", "llvmlite", "numpy", "triton", "tokenizers", "safetensors"):
+    for name in _libraries:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -67,21 +76,26 @@ def _versions() -> dict[str, str]:
 
 def _missing(features: frozenset[str], versions: dict[str, str]) -> list[str]:
     """What would make this installation faster or more complete, each with what to do."""
-    missing = []
-    if versions["numba"] == "absent":
-        missing.append("numba, so the CPU kernels cannot run and plain torch does all the work. Install it: pip install numba")
+    missing = [f"{name}, {_libraries[name]}" for name, number in versions.items() if number == "absent" and _libraries[name]]
     if not gpus():
         missing.append("a GPU that torch can use; everything runs on the CPU")
     if features and not features & {"avx512f", "neon", "asimd"}:
         missing.append("512-bit vectors (AVX-512) in this CPU; the kernels use narrower ones")
     if features and not features & {"amx_bf16", "avx512_bf16", "bf16"}:
         missing.append("bfloat16 arithmetic in this CPU; fp32 is as fast here and the default")
-    for name, extra in (("tensorboardX", "log"),):
-        try:
-            version(name)
-        except PackageNotFoundError:
-            missing.append(f"{name}, for TensorBoard files beside metrics.jsonl. Install it: pip install 'cllm[{extra}]'")
     return missing
+
+
+def _summary() -> str:
+    """The backend that most of the registered operations get on the CPU."""
+    asked, names = settings(), registered_operations()
+    if not names:
+        return "none are registered (import cllm.kernels)"
+    plans = [explain(op) for op in names] if asked.backend is None else []
+    chosen, _ = Counter(plan.backend for plan in plans).most_common(1)[0] if plans else (asked.backend, 0)
+    why = next((plan.reason.partition(";")[0] for plan in plans if plan.backend == chosen), "asked for")
+    threads = asked.threads or cpu().workers
+    return f"{chosen} ({why}), up to {threads} worker{'s' if threads != 1 else ''} per operation, the same bits for any number of them"
 
 
 def describe(operations: Iterable[str] = ()) -> Report:
@@ -89,11 +103,6 @@ def describe(operations: Iterable[str] = ()) -> Report:
     features, versions = compiler.cpu_features(), _versions()
     asked = settings()
     backends = {name: {dtype: explain(name, dtype=dtype).to_dict() for dtype in ("float32", "bfloat16")} for name in operations}
-    if versions["numba"] == "absent" or asked.backend == "torch":
-        summary = "plain torch" + (" (asked for)" if asked.backend == "torch" else " (numba is not installed)")
-    else:
-        threads = asked.threads or cpu().workers
-        summary = f"numba with explicit SIMD, up to {threads} worker{'s' if threads != 1 else ''} per operation, same bits for any number of them"
     return Report(
         {
             "devices": [device.to_dict() for device in devices()],
@@ -103,7 +112,7 @@ def describe(operations: Iterable[str] = ()) -> Report:
             "cache_dir": str(tuning.cache_dir()),
             "ceilings": ceiling.ceilings().to_dict(),
             "settings": {"backend": asked.backend, "threads": asked.threads, "deterministic": asked.deterministic},
-            "summary": summary,
+            "summary": _summary(),
             "operations": backends,
             "missing": _missing(features, versions),
         }

@@ -105,8 +105,8 @@ def backends(op: str, device_type: str = "cpu") -> list[str]:
     return [entry.name for entry in _entries.get((op, device_type), [])]
 
 
-def operations() -> list[str]:
-    """The names of all operations that were registered."""
+def registered_operations() -> list[str]:
+    """The names of all operations that the kernels made known."""
     return list(_operations)
 
 
@@ -178,10 +178,13 @@ def explain(op: str, *shapes: tuple[int, ...], dtype: Any = "float32", device: s
         if option not in allowed:
             raise UserError(f"explain: {op} has no option {option!r}. It has: {', '.join(allowed) or 'none'}.")
     try:
+        if any(size < 0 for shape in shapes for size in shape):
+            raise ValueError("a negative size")
         work = float(known.work(shapes, ITEMSIZE[name], **options))
-    except (ValueError, IndexError, TypeError) as error:
-        found = ", ".join(map(str, shapes))
-        raise UserError(f"explain: {op} takes the shapes of {known.inputs}, got {found} ({error}).") from None
+    except UserError:
+        raise
+    except (ValueError, TypeError):  # too few shapes or sizes, or too many
+        raise UserError(f"explain: {op} takes the shapes of {known.inputs}, got {', '.join(map(str, shapes))}.") from None
     chosen = plan(op, shapes, name, device, work)
     entry = next(entry for entry in _entries[op, device.partition(":")[0]] if entry.name == chosen.backend)
     if entry.workers is None or chosen.device != "cpu":

@@ -8,6 +8,13 @@ from cllm.cli.console import open_console
 from cllm.cli.options import Json, Threads, examples
 from cllm.runtime.errors import UserError
 
+# What training and its reports use beside the kernels: a report of the machine tells their versions, and what is lost without them.
+LIBRARIES = {
+    "tokenizers": "",
+    "safetensors": "",
+    "tensorboardX": "for TensorBoard files beside metrics.jsonl. Install it: pip install 'cllm[log]'",
+}
+
 app = typer.Typer()
 
 
@@ -17,30 +24,47 @@ def doctor(as_json: Json = False) -> None:
     console = open_console(as_json)
     from cllm import kernels, runtime
 
+    for library, missing in LIBRARIES.items():
+        runtime.register_library(library, missing)
     report = runtime.describe(operations=kernels.OPERATIONS)
     console.print(report)
     console.result(report.to_dict())
 
 
-@app.command(epilog=examples("cllm explain attention 1x1024x12x64", "cllm explain matmul 512x768 768x3072 --dtype bfloat16 --threads 64"))
+@app.command(
+    epilog=examples("cllm explain attention 1x1024x12x64 --set causal=true", "cllm explain matmul 512x768 768x3072 --dtype bfloat16 --threads 64")
+)
 def explain(
     operation: Annotated[str, typer.Argument(metavar="OP", help="attention, matmul, feed_forward, ...")],
     shapes: Annotated[list[str], typer.Argument(metavar="SHAPE...", help="Shapes of its inputs, as in 1x1024x12x64.")],
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    options: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="What else the work depends on, as in causal=true.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Which backend and how many workers one operation would get for these shapes, and why."""
+    """Which backend one operation would get for these shapes and how many workers it would put to work, and why."""
     console = open_console(as_json)
     from cllm import kernels, runtime
 
     if operation not in kernels.OPERATIONS:
         raise UserError(f"unknown operation {operation!r}. Known: {', '.join(kernels.OPERATIONS)}.")
     with runtime.use(threads=threads):
-        answer = runtime.explain(operation, *(_shape(each) for each in shapes), dtype=dtype, device=device)
+        answer = runtime.explain(operation, *(_shape(each) for each in shapes), dtype=dtype, device=device, **dict(map(_option, options or [])))
     console.print(answer)
     console.result(answer.to_dict())
+
+
+def _option(text: str) -> tuple[str, bool | int]:
+    name, _, value = text.partition("=")
+    if value.lower() in ("true", "false"):
+        return name, value.lower() == "true"
+    try:
+        return name, int(value)
+    except ValueError:
+        raise UserError(f"--set takes NAME=VALUE with true, false or a whole number, as in causal=true; got {text!r}.") from None
 
 
 def _shape(text: str) -> tuple[int, ...]:

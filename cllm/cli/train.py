@@ -99,10 +99,11 @@ def train_run(
 
 def _train(config: TrainConfig, console: Console, out: Path, resume: bool, plan_only: bool, find_lr: bool, world: "World | None") -> None:
     with runtime.use(threads=config.train.threads):
-        console.print(runtime.describe().brief())
         from cllm.data.tokens.chat import is_chat
         from cllm.model.model import Model
         from cllm.train.finetune import adapt, start
+
+        console.print(runtime.describe().brief())
 
         started = start(config, out)
         if started is not None:

@@ -4,10 +4,12 @@ Nothing is imported here: numba costs half a second, so a kernel is loaded when 
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from cllm import runtime
 from cllm.kernels.backend import Backend
 from cllm.kernels.operations import OPERATIONS, Shapes
 
@@ -18,6 +20,12 @@ class _Numba(Backend):
         working = kernels.launched_workers(planned, shapes, getattr(torch, dtype), **options)
         return working, f"the work is cut into parts for {working}"
 
+
+VARIABLES = ("CLLM_SIMD_LANES", "CLLM_BF16_KERNEL")  # of the environment, that files in this folder read
+
+runtime.compiler.register_kernels(Path(__file__).parent, VARIABLES)
+runtime.register_library("numba", "so the CPU kernels cannot run and plain torch does all the work. Install it: pip install numba")
+runtime.register_library("llvmlite")
 
 BACKEND = _Numba(
     package=__name__,

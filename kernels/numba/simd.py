@@ -29,7 +29,6 @@ FEATURES = frozenset(name.replace("-", "").replace("_", "").lower() for name in 
 
 def _lanes() -> int:
     # CLLM_SIMD_LANES narrows the vectors, so that the code for a smaller machine can be tested on a larger one.
-    # It must come with its own kernel cache (CLLM_CACHE_DIR): numba's cache does not know this variable.
     forced = os.environ.get("CLLM_SIMD_LANES")
     if forced:
         return int(forced)

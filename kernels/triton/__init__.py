@@ -6,10 +6,13 @@ that is how all configurations are compiled and inspected on a machine without a
 
 import os
 
+from cllm import runtime
 from cllm.kernels.backend import Backend
 
 # Under Triton's interpreter the kernels run on a CPU too, where they are asked for by name: slow, and exact enough to test every one of them.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+runtime.register_library("triton")
 
 BACKEND = Backend(
     package=__name__,

@@ -110,6 +110,8 @@ def test_doctor_and_explain_answer_for_people_and_programs():
     assert "usable core" in cllm("doctor").out
     ran = cllm("explain", "matmul", "512x768", "768x3072", "--threads", 64)
     assert ran.status == 0 and "64 workers" in ran.out and "not torch" in ran.out
+    shape = ("explain", "attention", "1x24x4x32", "--threads", 2, "--json")
+    assert [cllm(*shape, *more).json["workers"] for more in ((), ("--set", "causal=true"))] == [2, 1]
 
 
 MISTAKES = {
@@ -131,6 +133,9 @@ MISTAKES = {
     "no prompt": (["generate", "{empty}"], 2, "--prompt"),
     "unknown operation": (["explain", "attenton", "1x2"], 2, "attention"),
     "not a shape": (["explain", "matmul", "axb"], 2, "1x1024"),
+    "too few shapes": (["explain", "matmul", "8x9"], 2, "b (K, N)"),
+    "not an option of the operation": (["explain", "attention", "1x24x4x32", "--set", "casual=true"], 2, "causal"),
+    "not a value": (["explain", "attention", "1x24x4x32", "--set", "causal=perhaps"], 2, "causal=true"),
     "unknown format": (["export", "{empty}", "--to", "onnx", "--out", "x"], 2, "hf"),
     "unknown command": (["trian"], 2, "trian"),
 }

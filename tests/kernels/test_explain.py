@@ -167,6 +167,7 @@ def test_where_torch_serves_explain_leaves_the_threads_to_torch():
         (("matmul", (8, 9)), {}, r"matmul takes the shapes of a \(\.\.\., K\) and b \(K, N\), got \(8, 9\)"),
         (("matmul", (8, 9), (8, 9)), {}, "a has 9 columns and b 8 rows"),
         (("softmax", (4, 5), (4, 5)), {}, "softmax takes"),
+        (("softmax", (4, -5)), {}, "softmax takes"),
         (("softmax", (4, 5)), {"causal": True}, "softmax has no option 'causal'. It has: none"),
         (("attention", (1, 24, 4, 32)), {"windw": 3}, "attention has no option 'windw'. It has: causal, window"),
         (("softmax", (4, 5)), {"dtype": "fp32"}, "unknown dtype 'fp32'. Use one of float64, float32"),

@@ -236,7 +236,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_a_child_process_with_other_settings_does_not_inherit_its_parents_kernels(tmp_path):
     """The parent's choice of cache folder travels in the environment; kernels of another vector width must not be loaded from it."""
     pytest.importorskip("numba")
-    code = "from cllm.runtime import compiler; compiler.numba_setup(); import numba; print(numba.config.CACHE_DIR)"
+    registered = "compiler.register_kernels('kernels', ['CLLM_SIMD_LANES'])"
+    code = f"from cllm.runtime import compiler; {registered}; compiler.numba_setup(); import numba; print(numba.config.CACHE_DIR)"
 
     def folder(**settings: str) -> str:
         env = {**os.environ, "CLLM_CACHE_DIR": str(tmp_path), **settings}

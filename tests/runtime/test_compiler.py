@@ -1,0 +1,77 @@
+"""The key of the cache of compiled kernels changes with all that a kernel depends on, and with all that the kernels registered."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+from cllm.runtime import compiler
+
+numba_kernels = importlib.import_module("cllm.kernels.numba")
+KERNELS = Path(__file__).parents[2] / "kernels" / "numba"
+
+
+@pytest.fixture
+def nothing_registered(monkeypatch):
+    monkeypatch.setattr(compiler, "_folders", set())
+    monkeypatch.setattr(compiler, "_variables", set())
+    monkeypatch.setattr(compiler, "_ready", False)
+    compiler.kernel_cache_key.cache_clear()
+    yield
+    monkeypatch.undo()
+    compiler.kernel_cache_key.cache_clear()
+
+
+def _key() -> str:
+    compiler.kernel_cache_key.cache_clear()
+    return compiler.kernel_cache_key()
+
+
+def _variables_read(path: Path) -> set[str]:
+    """Names of the environment variables that a source reads, by os.environ.get, os.environ[...] or os.getenv."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).removeprefix("os.") in ("environ.get", "getenv"):
+            found.add(ast.literal_eval(node.args[0]))
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value).removeprefix("os.") == "environ":
+            found.add(ast.literal_eval(node.slice))
+    return found
+
+
+def test_the_kernels_register_every_variable_that_they_read():
+    read = set().union(*map(_variables_read, KERNELS.glob("*.py")))
+    assert read == set(numba_kernels.VARIABLES) and "CLLM_BF16_KERNEL" in read
+    assert read <= compiler._variables and KERNELS.resolve() in {folder.resolve() for folder in compiler._folders}
+
+
+def test_the_key_changes_with_every_variable_that_the_kernels_registered(nothing_registered, monkeypatch):
+    for name in numba_kernels.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    compiler.register_kernels(KERNELS, numba_kernels.VARIABLES)
+    keys = {_key()}
+    for name in numba_kernels.VARIABLES:
+        with monkeypatch.context() as changed:
+            changed.setenv(name, "8")
+            keys.add(_key())
+    assert len(keys) == 1 + len(numba_kernels.VARIABLES)
+    monkeypatch.setenv("CLLM_THREADS", "3")  # which no kernel reads
+    assert _key() in keys
+
+
+def test_the_key_changes_with_the_sources(nothing_registered, tmp_path):
+    (tmp_path / "a.py").write_text("x = 1")
+    before = _key()
+    compiler.register_kernels(tmp_path)
+    registered = _key()
+    (tmp_path / "a.py").write_text("x = 2")
+    assert len({before, registered, _key()}) == 3
+
+
+def test_kernels_registered_after_numba_was_prepared_get_a_folder_of_their_own(nothing_registered, tmp_path, monkeypatch):
+    numba = pytest.importorskip("numba")
+    monkeypatch.setattr(compiler, "_ready", True)
+    monkeypatch.setattr(numba.config, "CACHE_DIR", numba.config.CACHE_DIR)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "numba-0123456789abcdef")
+    compiler.register_kernels(tmp_path)
+    assert numba.config.CACHE_DIR.endswith(f"numba-{_key()}")
