@@ -1,4 +1,4 @@
-"""Averaged weights: those that are evaluated and exported while training goes on from others."""
+"""Averaged weights, which are evaluated and exported while training continues from others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ class Ema:
 
         average = d average + (1 - d) weight,     d = min(decay, (1 + t) / (10 + t)) after t updates
 
-    The rising d lets go of the random weights of the beginning (as in TensorFlow's ExponentialMovingAverage).
+    Because d rises, the average soon forgets the random weights of the beginning (as in TensorFlow's ExponentialMovingAverage).
+
+    parameters: the weights by name. decay: within (0, 1). `weights` holds the averages by name.
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decay: float) -> None:
@@ -23,7 +25,8 @@ class Ema:
         self.weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
     def update(self, num_updates: int) -> None:
-        """After update number `num_updates`, counted from 1. Each operation rounds once (see `cllm.train.optimizers.Optimizer`)."""
+        """Takes in the weights after update number `num_updates`, counted from 1. Each operation rounds once, so that the number of threads
+        changes no bit (see `cllm.train.optimizers.Optimizer`)."""
         decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
         with torch.no_grad():
             for name, average in self.weights.items():
@@ -45,7 +48,7 @@ def swapped(parameters: Mapping[str, torch.nn.Parameter], weights: Mapping[str, 
 
 
 def put(parameters: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
-    """Copies `weights` into the tensors of the same names; CheckpointError where names or shapes do not fit."""
+    """Copies `weights` into the tensors of the same names. CheckpointError, with nothing copied, where a name or a shape does not fit."""
     for name, tensor in weights.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise CheckpointError(f"the checkpoint's averaged weights do not fit this model: {name} has shape {tuple(tensor.shape)}.")

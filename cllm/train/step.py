@@ -1,7 +1,11 @@
-"""One training step: forward and backward over the microbatches, clip, update. What the Trainer runs, for scripts and profilers as well.
+"""One training step: forward and backward of each microbatch, gradient clipping, update. The Trainer runs it, and so may any script.
 
 step = TrainStep(model, precision="bf16", learning_rate=3e-4, grad_clip=1.0)
-loss = step(tokens, targets)          # forward, backward, clip, update; returns the loss before the update
+loss = step(tokens, targets)          # returns the loss before the update; step.last holds the rest
+
+What goes with a step has a file of its own: `optimizers/` the update rules, `averages.py` averaged weights, `noise_scale.py` the gradient noise
+scale, `step_state.py` the names of its state in a checkpoint, `step_graph.py` the step on a GPU as CUDA graphs. `step_parallel.py` and
+`step_sharded.py` are its forms for several processes.
 """
 
 from __future__ import annotations
@@ -17,32 +21,48 @@ import torch
 from cllm.checkpoint.folder import Checkpoint
 from cllm.checkpoint.weights import load_weights, weights_of
 from cllm.data.tokens.batch import IGNORE, Batch, StepResult
-from cllm.runtime.errors import CheckpointError, UserError
-from cllm.train.averages import Ema, put, swapped
+from cllm.runtime.errors import UserError
+from cllm.train.averages import Ema, swapped
 from cllm.train.noise_scale import NoiseScale
-from cllm.train.optimizers.adamw import AdamW
+from cllm.train.optimizers.base import GradientStatistics
 from cllm.train.optimizers.choice import make_optimizer
+from cllm.train.step_graph import graph_step
+from cllm.train.step_state import StepState
 
 if TYPE_CHECKING:
     from cllm.model.model import Model
-    from cllm.train.step_graph import DeviceStep
 
 __all__ = ["IGNORED", "Microbatch", "StepResult", "TrainStep"]
 
-IGNORED, Microbatch = IGNORE, Batch  # names that scripts use
-
-LOSS_SCALE, NOISE_SCALE = "loss_scale", "noise_scale"
-EMA, TRAINING = "ema.", "training."  # beginnings of names in the state: averaged weights, and those that training goes on from
+IGNORED, Microbatch = IGNORE, Batch  # earlier names, which scripts use
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainStep:
-    """Forward, backward, clip and update of a model whose parameters are float32 masters; `precision` is that of the activations.
+    """Trains a model step by step. Its parameters are the float32 master weights, updated in place; a model of float64 parameters is a reference
+    and computes in float64 whatever the precision. On a GPU the step runs as CUDA graphs.
 
-    Where the model lies on a GPU, the step runs there as two CUDA graphs (`device_step.py`); fp16, with its loss scaling, is for GPUs only.
+    model: the model to train. Parameters that do not require a gradient stay as they are.
+    precision: "fp32", "bf16" or "fp16", the dtype of the activations; sets `model.compute_dtype`. fp16 uses loss scaling and needs a GPU.
+    learning_rate: > 0, for steps that are not given another one.
+    grad_clip: the largest L2 norm of all gradients together; larger gradients are scaled down to it. 0: no clipping.
+    weight_decay: >= 0, decoupled decay of the matrices per unit of learning rate.
+    betas: within [0, 1), decay rates of the running averages of the gradient and of its square.
+    eps: > 0, added to the root of the second average.
+    label_smoothing: within [0, 1), the probability mass that a target gives to all tokens evenly.
+    z_loss: >= 0, the weight of the squared log-partition function in the loss.
+    optimizer: "adamw", "muon", "lion" or "schedule_free". On a GPU only "adamw".
+    momentum: within [0, 1), of Muon alone.
+    ema: within [0, 1), the decay of an exponential moving average of the weights, which is evaluated and stored in their place. 0: none.
+    noise_scale_every: updates between two measurements of the gradient noise scale, on a CPU only. 0: none.
+
+    Raises UserError for a value out of its range, for a model without trainable parameters, and for what the device cannot do.
+
+    A subclass may say which tensors the optimizer updates (`_trained`), how gradients come about (`accumulate`), how they are applied
+    (`_update`), and what of the model a checkpoint holds (`weights`, `restore`, `whole_model`).
     """
 
-    uses_graphs = True  # on a GPU
+    uses_graphs = True  # whether the step runs as CUDA graphs where the model lies on a GPU
 
     def __init__(
         self,
@@ -63,92 +83,46 @@ class TrainStep:
     ) -> None:
         if precision not in PRECISIONS:
             raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
-        if not learning_rate > 0 or grad_clip < 0:
-            raise UserError(f"learning_rate must be > 0 and grad_clip >= 0, got {learning_rate!r} and {grad_clip!r}.")
+        for name, value, fits, expected in (
+            ("learning_rate", learning_rate, learning_rate > 0, "> 0"),
+            ("grad_clip", grad_clip, grad_clip >= 0, ">= 0"),
+            ("weight_decay", weight_decay, weight_decay >= 0, ">= 0"),
+            ("betas", betas, all(0 <= beta < 1 for beta in betas), "two numbers within [0, 1)"),
+            ("eps", eps, eps > 0, "> 0"),
+            ("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "within [0, 1)"),
+            ("z_loss", z_loss, z_loss >= 0, ">= 0"),
+            ("momentum", momentum, 0 <= momentum < 1, "within [0, 1)"),
+            ("ema", ema, 0 <= ema < 1, "within [0, 1)"),
+            ("noise_scale_every", noise_scale_every, noise_scale_every >= 0, ">= 0"),
+        ):
+            if not fits:
+                raise UserError(f"{name} must be {expected}, got {value!r}.")
         self.model, self.learning_rate, self.grad_clip = model, learning_rate, grad_clip
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
-        if next(model.parameters()).dtype != torch.float64:  # a float64 model is a reference and computes in float64
+        if next(model.parameters()).dtype != torch.float64:
             model.compute_dtype = PRECISIONS[precision]
         self.optimizer = make_optimizer(optimizer, self._trained(), betas=betas, eps=eps, weight_decay=weight_decay, momentum=momentum)
         self.ema = Ema(self.optimizer.parameters, ema) if ema else None
-        self.noise_scale = NoiseScale(list(self.optimizer.parameters.values())) if noise_scale_every else None
-        self.noise_scale_every = noise_scale_every
-        self.last: StepResult | None = None
-        self._observe: Callable[[], None] | None = None  # called after each microbatch's backward
-        self.seconds: dict[str, float] = {}  # of the last step's parts, on a CPU; a GPU's parts overlap
-        self._device_step: DeviceStep | None = None
-        if self.uses_graphs and model.embedding_weight.device.type == "cuda":
-            from cllm.train.step_graph import DeviceStep
+        self.noise_scale = NoiseScale(list(self.optimizer.parameters.values()), noise_scale_every) if noise_scale_every else None
+        self.last: StepResult | None = None  # what the last step did
+        self.seconds: dict[str, float] = {}  # how long the parts of the last step took on a CPU; on a GPU they overlap, and this stays empty
+        self._graphs = graph_step(
+            model,
+            self.optimizer,
+            precision,
+            allowed=self.uses_graphs,
+            grad_clip=grad_clip,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            measures_noise=self.noise_scale is not None,
+        )
+        self._state = StepState(self.optimizer, self.ema, self.noise_scale, self._graphs)
 
-            if not isinstance(self.optimizer, AdamW):
-                raise UserError(f"optimizer {optimizer} runs on a CPU only. Use optimizer adamw on a GPU, or --device cpu.")
-            if self.noise_scale is not None:
-                raise UserError("the gradient noise scale is measured on a CPU only. Set log.noise_scale_every=0, or --device cpu.")
-            self._device_step = DeviceStep(
-                model, self.optimizer, grad_clip=grad_clip, label_smoothing=label_smoothing, z_loss=z_loss, loss_scaling=precision == "fp16"
-            )
-        elif precision == "fp16":
-            where = "in one process, without deterministic" if model.embedding_weight.device.type == "cuda" else "on a GPU"
-            raise UserError(f"precision fp16, with its loss scaling, works {where} only. Use bf16, which has the range of float32, or fp32.")
-
-    def loss_scale(self) -> float:
-        """What gradients are multiplied by until the update: not 1 in fp16 alone."""
-        return 1.0 if self._device_step is None else self._device_step.loss_scale()
-
-    def _trained(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
-        """What the optimizer updates, by name."""
-        return self.model.named_parameters()
-
-    def whole_model(self) -> Model | None:
-        """The model with all its weights; None in a process that is not asked for it."""
-        return self.model
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The weights that a checkpoint holds, by name: averages, where there are any."""
-        return weights_of(self.model) | (self.averages() or {})
-
-    def restore(self, found: Checkpoint) -> None:
-        """Weights and optimizer as a checkpoint holds them. CheckpointError when they do not fit."""
-        load_weights(self.model, found.weights, found.path)
-        self.load_state_dict(found.optimizer)
-
-    def averages(self) -> dict[str, torch.Tensor] | None:
-        """The weights to evaluate and to export by name, where they are not those that training goes on from."""
-        return self.optimizer.averages() if self.ema is None else self.ema.weights
-
-    def evaluation_weights(self) -> AbstractContextManager[None]:
-        """While entered, the model holds the weights to evaluate; afterwards its own again, bit by bit."""
-        return swapped(self.optimizer.parameters, self.averages())
-
-    def state_dict(self, training_weights: bool = False) -> dict[str, torch.Tensor]:
-        """What a step needs beside the weights to go on as if it had never stopped. The weights to train on are part of it where the
-        checkpoint's weights are others: averages, or with `training_weights` whatever the caller stores there."""
-        state = self.optimizer.state_dict()
-        if self.ema is not None:
-            state |= {EMA + name: tensor for name, tensor in self.ema.weights.items()}
-        if training_weights or self.ema is not None or self.optimizer.averaging:
-            state |= {TRAINING + name: parameter.detach() for name, parameter in self.optimizer.parameters.items()}
-        if self.noise_scale is not None:
-            state[NOISE_SCALE] = self.noise_scale.state
-        return state if self._device_step is None else state | {LOSS_SCALE: self._device_step.state()}
-
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """The state of a run on the CPU goes on on a GPU and the other way round; the bits are then those of another device."""
-        apart = {name for name in state if name in (LOSS_SCALE, NOISE_SCALE) or name.startswith((EMA, TRAINING))}
-        self.optimizer.load_state_dict({name: tensor for name, tensor in state.items() if name not in apart})
-        put(self.optimizer.parameters, _below(TRAINING, state))
-        if self.ema is not None:
-            averages = _below(EMA, state)
-            if averages.keys() != self.ema.weights.keys():
-                raise CheckpointError("the checkpoint holds no average of this model's weights. Resume with the settings of its run.")
-            put(self.ema.weights, averages)
-        if self.noise_scale is not None and NOISE_SCALE in state:
-            put({NOISE_SCALE: self.noise_scale.state}, {NOISE_SCALE: state[NOISE_SCALE]})
-        if self._device_step is not None:
-            self._device_step.resume(self.optimizer.num_updates, state.get(LOSS_SCALE))
+    # -- the step -------------------------------------------------------------------------------------------------------------
 
     def __call__(self, tokens: torch.Tensor, targets: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
-        """tokens, targets (B, T) -> the loss before the update, a scalar float32 tensor. More of it in `last`."""
+        """One update from tokens and targets (B, T) int64, targets -100 where nothing is predicted; `cu_seqlens` as in `Batch`. Returns the
+        loss before the update, a scalar float32 tensor on the CPU."""
         return torch.tensor(self.run([Batch(tokens, targets, cu_seqlens)]).loss)
 
     def run(
@@ -159,48 +133,58 @@ class TrainStep:
         ahead: Callable[[], Sequence[Batch]] | None = None,
         before_update: Callable[[], None] | None = None,
     ) -> StepResult:
-        """One update from the gradients of all microbatches together. `beat` is called after each of them; `ahead` makes the microbatches
-        of the next update, and is called while a GPU works on this one; `before_update` is called before any weight changes.
+        """One update from the gradients of all microbatches together, which may lie on any device.
 
-        A loss or gradient that is not finite leaves weights, moments and the count of updates as they were.
+        learning_rate: that of this update; None: the step's own. beat: called after each microbatch. ahead: makes the microbatches of the next
+        update; called only on a GPU, while it computes this one. before_update: called when the gradients are complete, before any weight
+        changes.
+
+        A loss or a gradient that is not finite leaves the weights, the optimizer's state and its count of updates as they were, and so does an
+        update without a single target.
         """
         rate = self.learning_rate if learning_rate is None else learning_rate
-        if self._device_step is not None:
-            self.last = self._device_step.run(microbatches, rate, beat, ahead, before_update)
-            if self.ema is not None and self.last.updated:
-                self.ema.update(self.optimizer.num_updates)
-            return self.last
+        if self._graphs is None:
+            self.last = self._run(microbatches, rate, beat, before_update)
+        else:
+            self.last = self._graphs.run(microbatches, rate, beat, ahead, before_update)
+            self._average(self.last.updated)
+        return self.last
+
+    def _run(
+        self, microbatches: Sequence[Batch], rate: float, beat: Callable[[], None] | None, before_update: Callable[[], None] | None
+    ) -> StepResult:
+        """`run`, operation by operation."""
         noise = self.noise_scale
-        if noise is not None and (len(microbatches) < 2 or self.optimizer.num_updates % self.noise_scale_every):
+        if noise is not None and not noise.due(self.optimizer.num_updates, len(microbatches)):
             noise = None
         if noise is not None:
             noise.begin(microbatches)
-        self._observe = None if noise is None else noise.observe
-        loss, num_targets = self.accumulate(microbatches, beat)
+        loss, num_targets = self.accumulate(microbatches, beat if noise is None else noise.observing(beat))
         noise_scale = None if noise is None else noise.end()
         if before_update is not None:
             before_update()
         began = time.perf_counter()
-        if math.isfinite(loss) and num_targets:
-            updates = self.optimizer.num_updates
-            norm, largest, nonfinite = self._update(rate)
-            updated = self.optimizer.num_updates > updates
-            if self.ema is not None and updated:
-                self.ema.update(self.optimizer.num_updates)
+        if not num_targets:
+            found, updated = GradientStatistics(0.0, 0.0, 0), False
+        elif not math.isfinite(loss):
+            found, updated = GradientStatistics(math.nan, 0.0, 1), False
         else:
-            norm, largest, nonfinite, updated = math.nan if num_targets else 0.0, 0.0, int(num_targets > 0), False
+            updates = self.optimizer.num_updates
+            found = self._update(rate)
+            updated = self.optimizer.num_updates > updates
+        self._average(updated)
         self.optimizer.zero_grad()
         self.seconds["optimizer"] = time.perf_counter() - began
-        self.last = StepResult(loss, norm, largest, nonfinite, num_targets, rate, updated, noise_scale)
-        return self.last
+        return StepResult(loss, found.norm, found.largest, found.num_nonfinite, num_targets, rate, updated, noise_scale)
 
     def accumulate(self, microbatches: Sequence[Batch], beat: Callable[[], None] | None = None) -> tuple[float, int]:
-        """Leaves in `.grad` the gradient of the loss over all microbatches and returns (loss, number of targets).
+        """Leaves in each parameter's `.grad` the gradient of the mean loss over all targets of the microbatches; returns (loss, number of
+        targets). `beat` is called after the backward of each.
 
-        Each microbatch's summed loss is divided by the targets of all of them, not averaged over microbatches: a short document
-        in one of them weighs no more than its tokens. Gradients add up in the parameters' own float32.
+        The summed loss of each microbatch is divided by the number of targets in all of them. Averaging the means of the microbatches instead
+        would give a target in a short document more weight than one in a long document. Gradients add up in float32.
         """
-        num_targets = targets_of(microbatches)
+        num_targets = sum(each.num_targets for each in microbatches)
         self.optimizer.zero_grad()
         total, self.seconds = 0.0, {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
         for each in microbatches if num_targets else ():
@@ -211,31 +195,67 @@ class TrainStep:
             total += loss.item()
             self.seconds["forward"] += forward - began
             self.seconds["backward"] += time.perf_counter() - forward
-            if self._observe is not None:
-                self._observe()
             if beat is not None:
                 beat()
         return total, num_targets
 
     def _loss(self, batch: Batch, num_targets: int) -> torch.Tensor:
-        batch = batch.to(self.model.embedding_weight.device)
+        """The summed loss of a batch, divided by `num_targets`."""
+        here = batch.to(self.model.embedding_weight.device)
         return self.model.loss(
-            batch.tokens,
-            batch.targets,
+            here.tokens,
+            here.targets,
             divisor=float(num_targets),
-            cu_seqlens=batch.cu_seqlens,
+            cu_seqlens=here.cu_seqlens,
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
         )
 
-    def _update(self, learning_rate: float) -> tuple[float, float, int]:
-        """Clips and updates; (gradient norm, largest |g|, non-finite count)."""
+    def _update(self, learning_rate: float) -> GradientStatistics:
+        """Clips the gradients and updates the parameters; the statistics are those before clipping."""
         return self.optimizer.update(learning_rate, self.grad_clip)
 
+    def _average(self, updated: bool) -> None:
+        if self.ema is not None and updated:
+            self.ema.update(self.optimizer.num_updates)
 
-def targets_of(microbatches: Sequence[Batch]) -> int:
-    return sum(each.num_targets for each in microbatches)
+    def _trained(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
+        """The tensors that the optimizer updates, by name."""
+        return self.model.named_parameters()
 
+    def loss_scale(self) -> float:
+        """The factor in the gradients until the update: other than 1 in fp16 alone. Waits for the GPU."""
+        return 1.0 if self._graphs is None else self._graphs.loss_scale()
 
-def _below(prefix: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    # -- weights and state ----------------------------------------------------------------------------------------------------
+
+    def whole_model(self) -> Model | None:
+        """The model with all its weights; None in a process that holds only a part of them and is not the one that collects the rest."""
+        return self.model
+
+    def averages(self) -> dict[str, torch.Tensor] | None:
+        """The weights to evaluate and to export by name, where they differ from those that training continues from; otherwise None."""
+        return self.optimizer.averages() if self.ema is None else self.ema.weights
+
+    def evaluation_weights(self) -> AbstractContextManager[None]:
+        """While entered, the model holds the weights to evaluate; afterwards its own again, with the same bits."""
+        return swapped(self.optimizer.parameters, self.averages())
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights that a checkpoint holds, by name: the averages, where there are any."""
+        return weights_of(self.model) | (self.averages() or {})
+
+    def state_dict(self, training_weights: bool = False) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds beside `weights` for an exact resume; the names are those of `StepState`. With `training_weights` it includes
+        the weights that training continues from, which it does by itself where `weights` returns others."""
+        return self._state.to_dict(training_weights)
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Continues from what `state_dict` returned, from a CPU on a GPU too and the other way round, though not with the same bits then.
+        CheckpointError where the state is that of another model or of other settings."""
+        self._state.load(state)
+
+    def restore(self, found: Checkpoint) -> None:
+        """Takes the weights and the state of a checkpoint. CheckpointError where they do not fit."""
+        load_weights(self.model, found.weights, found.path)
+        self.load_state_dict(found.optimizer)

@@ -16,11 +16,12 @@ import torch
 
 from cllm.data.tokens.batch import Batch, StepResult
 from cllm.runtime import progress
-from cllm.runtime.errors import CheckpointError
+from cllm.runtime.errors import CheckpointError, UserError
+from cllm.train.optimizers.adamw import AdamW
+from cllm.train.optimizers.base import Optimizer
 
 if TYPE_CHECKING:
     from cllm.model.model import Model
-    from cllm.train.optimizers.adamw import AdamW
 
 WARM_UPS = 3  # runs of a graph's body before it is captured: kernels compile and libraries allocate what they keep
 FIRST_LOSS_SCALE = 65536.0  # fp16: halved when a gradient overflows, doubled after GROWTH_INTERVAL good steps (Micikevicius et al. 2018)
@@ -59,6 +60,32 @@ class _Slot:
 
 def _kind(batch: Batch) -> tuple[torch.Size, bool]:
     return batch.tokens.shape, batch.cu_seqlens is not None
+
+
+def graph_step(
+    model: Model,
+    optimizer: Optimizer,
+    precision: str,
+    *,
+    allowed: bool,
+    grad_clip: float,
+    label_smoothing: float,
+    z_loss: float,
+    measures_noise: bool,
+) -> DeviceStep | None:
+    """The step as CUDA graphs, where the model lies on a GPU and the kind of step allows it; otherwise None. UserError for what only the one or
+    the other can do."""
+    on_gpu = model.embedding_weight.device.type == "cuda"
+    if not (on_gpu and allowed):
+        if precision == "fp16":
+            where = "in one process, without deterministic" if on_gpu else "on a GPU"
+            raise UserError(f"precision fp16, with its loss scaling, works {where} only. Use bf16, which has the range of float32, or fp32.")
+        return None
+    if not isinstance(optimizer, AdamW):
+        raise UserError(f"optimizer {optimizer.name} runs on a CPU only. Use optimizer adamw on a GPU, or --device cpu.")
+    if measures_noise:
+        raise UserError("the gradient noise scale is measured on a CPU only. Set log.noise_scale_every=0, or --device cpu.")
+    return DeviceStep(model, optimizer, grad_clip=grad_clip, label_smoothing=label_smoothing, z_loss=z_loss, loss_scaling=precision == "fp16")
 
 
 class DeviceStep:

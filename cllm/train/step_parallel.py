@@ -10,7 +10,8 @@ from cllm.data.tokens.batch import Batch
 from cllm.distributed.reduce import BucketedSum, add_in_place, clip_, flat_gradient, measured, norm_of, put_flat, tree_sum
 from cllm.distributed.share import Share
 from cllm.runtime import tree
-from cllm.train.step import TrainStep, targets_of
+from cllm.train.optimizers.base import GradientStatistics
+from cllm.train.step import TrainStep
 
 if TYPE_CHECKING:
     from cllm.distributed.world import World
@@ -28,7 +29,7 @@ class DataParallelStep(TrainStep):
         self._sum = BucketedSum(self.optimizer.parameters.values())
 
     def accumulate(self, microbatches: Sequence[Batch], beat: Callable[[], None] | None = None) -> tuple[float, int]:
-        num_targets = int(self.world.sums([targets_of(microbatches)])[0])
+        num_targets = int(self.world.sums([sum(each.num_targets for each in microbatches)])[0])
         self.optimizer.zero_grad()
         if not num_targets:
             return 0.0, 0
@@ -59,7 +60,7 @@ class DeterministicStep(TrainStep):
         self.share, self.world = share, world
 
     def accumulate(self, microbatches: Sequence[Batch], beat: Callable[[], None] | None = None) -> tuple[float, int]:
-        num_targets = targets_of(microbatches)
+        num_targets = sum(each.num_targets for each in microbatches)
         if self.world is not None:
             num_targets = int(self.world.sums([num_targets])[0])
         self.optimizer.zero_grad()
@@ -78,14 +79,14 @@ class DeterministicStep(TrainStep):
         put_flat(parameters, tree_sum(sums, self.share, self.world))
         return sum_of_losses(losses, self.world), num_targets
 
-    def _update(self, learning_rate: float) -> tuple[float, float, int]:
+    def _update(self, learning_rate: float) -> GradientStatistics:
         gradients = [each.grad for each in self.optimizer.parameters.values() if each.grad is not None]
         rows, largest, nonfinite = measured(gradients)
         norm = norm_of(rows, nonfinite)
         if not nonfinite:
             clip_(gradients, norm, self.grad_clip)
             self.optimizer.update(learning_rate, 0.0)
-        return norm, largest, nonfinite
+        return GradientStatistics(norm, largest, nonfinite)
 
 
 def sum_of_losses(losses: Sequence[float], world: World | None) -> float:

@@ -23,7 +23,8 @@ from cllm.distributed.share import Share
 from cllm.distributed.world import gathered
 from cllm.runtime import tree
 from cllm.runtime.errors import UserError
-from cllm.train.step import TrainStep, targets_of
+from cllm.train.optimizers.base import GradientStatistics
+from cllm.train.step import TrainStep
 from cllm.train.step_parallel import sum_of_losses
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class ShardedStep(TrainStep):
 
     def accumulate(self, microbatches: Sequence[Batch], beat: Callable[[], None] | None = None) -> tuple[float, int]:
         """Every process runs as many microbatches as the one that has most, for all take part in each exchange; the fillers have no targets."""
-        num_targets = int(self.world.sums([targets_of(microbatches)])[0])
+        num_targets = int(self.world.sums([sum(each.num_targets for each in microbatches)])[0])
         self._zero_grad()
         if not num_targets:
             return 0.0, 0
@@ -147,7 +148,7 @@ class ShardedStep(TrainStep):
         for parameter in self._sharded.values():
             parameter.grad = None
 
-    def _update(self, learning_rate: float) -> tuple[float, float, int]:
+    def _update(self, learning_rate: float) -> GradientStatistics:
         gradients = [each.grad for each in self._rows.values() if each.grad is not None]
         rows, largest, nonfinite = measured(gradients)
         if self.sharding.copy:
@@ -159,7 +160,7 @@ class ShardedStep(TrainStep):
             clip_(gradients, norm, self.grad_clip)
             self.optimizer.update(learning_rate, 0.0)
         self._zero_grad()
-        return norm, largest, nonfinite
+        return GradientStatistics(norm, largest, nonfinite)
 
     def _everyones(self, rows: Sequence[Tensor]) -> list[Tensor]:
         """The squares of all processes' rows; summed exactly, they need no order."""

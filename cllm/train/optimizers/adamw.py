@@ -15,6 +15,7 @@ class AdamW(Optimizer):
     betas: decay rates of the running averages of the gradient and of its square. eps: added to the root of the latter.
     """
 
+    name = "adamw"
     kinds = ("exp_avg", "exp_avg_sq")
 
     def __init__(

@@ -24,7 +24,7 @@ class GradientStatistics(NamedTuple):
 
 
 class Optimizer(ABC):
-    """Base class of the optimizers. A subclass names its `kinds` of state and implements `step`.
+    """Base class of the optimizers. A subclass gives its `name` and its `kinds` of state and implements `step`.
 
     named_parameters: (name, parameter) pairs; float32 master weights whose gradients are float32 or bfloat16. Those that do not require a
         gradient are left out. UserError when none is left.
@@ -38,6 +38,7 @@ class Optimizer(ABC):
     changes a bit.
     """
 
+    name: str  # how the settings call it
     kinds: Sequence[str] = ()  # the kinds of state that each parameter has, "exp_avg" for example
     averaging = False  # whether `averages` returns weights
 

@@ -17,6 +17,7 @@ class Lion(Optimizer):
     Every weight moves by the learning rate, so it is 3 to 10 times lower than AdamW's, and the weight decay as much higher (section 5).
     """
 
+    name = "lion"
     kinds = ("momentum",)
 
     def __init__(

@@ -27,6 +27,8 @@ class Muon(Optimizer):
     A fused matrix (GPT-2's query, key and value) is made orthogonal as a whole.
     """
 
+    name = "muon"
+
     def __init__(
         self,
         named_parameters: Iterable[tuple[str, torch.nn.Parameter]],

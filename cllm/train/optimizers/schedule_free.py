@@ -22,6 +22,7 @@ class ScheduleFreeAdamW(Optimizer):
     The learning rate warms up and then stays: no step from which on it falls has to be known.
     """
 
+    name = "schedule_free"
     kinds = ("z", "exp_avg_sq")
     averaging = True
 

@@ -1,5 +1,6 @@
 """One training step: accumulation equals the big batch, clipping and decay have their effect, the numbers that it reports are true."""
 
+import inspect
 import math
 
 import pytest
@@ -143,8 +144,46 @@ def test_a_non_finite_loss_leaves_weights_and_moments_alone():
     assert all(torch.equal(weights[name].nan_to_num(7), parameter.nan_to_num(7)) for name, parameter in step.model.named_parameters())
 
 
-def test_wrong_settings_are_refused():
-    with pytest.raises(UserError, match="precision must be one of"):
-        TrainStep(Model(TINY), precision="fp8")
-    with pytest.raises(UserError, match="learning_rate must be > 0"):
-        TrainStep(Model(TINY), learning_rate=0.0)
+WRONG = [
+    ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16, got 'fp8'"),
+    ({"learning_rate": 0.0}, "learning_rate must be > 0, got 0.0"),
+    ({"learning_rate": math.nan}, "learning_rate must be > 0, got nan"),
+    ({"grad_clip": -1.0}, "grad_clip must be >= 0, got -1.0"),
+    ({"weight_decay": -0.1}, "weight_decay must be >= 0, got -0.1"),
+    ({"betas": (0.9, 1.0)}, r"betas must be two numbers within \[0, 1\), got \(0.9, 1.0\)"),
+    ({"eps": 0.0}, "eps must be > 0, got 0.0"),
+    ({"label_smoothing": 1.0}, r"label_smoothing must be within \[0, 1\), got 1.0"),
+    ({"z_loss": -1e-4}, "z_loss must be >= 0, got -0.0001"),
+    ({"optimizer": "adam"}, "optimizer must be one of adamw, muon, lion, schedule_free, got 'adam'"),
+    ({"momentum": 1.0}, r"momentum must be within \[0, 1\), got 1.0"),
+    ({"ema": -0.5}, r"ema must be within \[0, 1\), got -0.5"),
+    ({"noise_scale_every": -1}, "noise_scale_every must be >= 0, got -1"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), WRONG, ids=str)
+def test_wrong_settings_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        TrainStep(Model(TINY), **settings)
+
+
+def test_every_parameter_is_documented_and_has_its_refusal_tested():
+    parameters = set(inspect.signature(TrainStep).parameters) - {"model"}
+    assert all(f"\n    {name}: " in TrainStep.__doc__ for name in parameters | {"model"})
+    assert parameters == {name for settings, _ in WRONG for name in settings}
+
+
+@pytest.mark.parametrize(
+    ("settings", "kinds"),
+    [
+        ({}, {"exp_avg", "exp_avg_sq", "num_updates"}),
+        ({"ema": 0.5, "noise_scale_every": 2}, {"exp_avg", "exp_avg_sq", "num_updates", "ema", "training", "noise_scale"}),
+        ({"optimizer": "schedule_free"}, {"z", "exp_avg_sq", "num_updates", "weights", "training"}),
+    ],
+)
+def test_the_names_of_the_state_are_those_of_checkpoints(settings, kinds):
+    step = TrainStep(Model(TINY), **settings)
+    assert {name.partition(".")[0] for name in step.state_dict()} == kinds
+    parameters = {name for name, _ in step.model.named_parameters()}
+    for kind in kinds & {"exp_avg", "ema", "training", "z"}:
+        assert {name.removeprefix(f"{kind}.") for name in step.state_dict() if name.startswith(f"{kind}.")} == parameters
