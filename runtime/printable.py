@@ -15,6 +15,11 @@ def printable(name: object) -> str:
     return _UNSAFE.sub(_escape, str(name))
 
 
+def quoted(name: object) -> str:
+    """The same between quotes, for names that may hold blanks."""
+    return f"'{printable(name)}'"
+
+
 def printable_text(text: str) -> str:
     """The same for a message of several lines: line breaks and tabs stay."""
     return _UNSAFE_IN_TEXT.sub(_escape, text)
