@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cllm.cli.console import Console, open_console, table
-from cllm.cli.options import Checkpoint, Device, Json, Threads, Weights, examples, load_model
+from cllm.cli.options import Checkpoint, Device, Json, Threads, Weights, examples, load_model, reading_of, with_settings
 from cllm.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from cllm.data import TokenSplit
+    from cllm.data.documents.scan import Reading
     from cllm.data.tokens.tokenizer import Tokenizer
     from cllm.evaluate.documents import DocumentScores, Group, Interval
     from cllm.model.model import Model
@@ -32,9 +33,10 @@ app = typer.Typer()
         "cllm evaluate runs/demo --tasks my_task --task-path tasks/",
     )
 )
+@with_settings("text_field", "separator")
 def evaluate(
     checkpoint: Checkpoint,
-    data: Annotated[str | None, typer.Argument(help="Folder, file or JSONL of text, or a packed token folder.")] = None,
+    data: Annotated[str | None, typer.Argument(help="Folder or file of text, JSON, CSV or chats, or a packed token folder.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens of context [default: the model's].")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens between windows; targets see seq_len - stride or more [default: seq_len].")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences at a time.")] = 8,
@@ -47,9 +49,11 @@ def evaluate(
     device: Device = "auto",
     threads: Threads = None,
     as_json: Json = False,
+    **settings: str | None,
 ) -> None:
     """Loss, perplexity, bits per byte and next-token accuracy of a model on DATA (all of it: the validation split where DATA is packed with one)."""
     console = open_console(as_json)
+    reading = reading_of(settings)
     from cllm import runtime
 
     if (data is None) == (tasks is None):
@@ -60,9 +64,8 @@ def evaluate(
             values = tasks_run(console, model, tokenizer, [name.strip() for name in tasks.split(",") if name.strip()], task_path, batch_size)
         else:
             assert data is not None
-            values = evaluate_run(
-                console, model, tokenizer, data, seq_len=seq_len, stride=stride, batch_size=batch_size, confidence=confidence, by=by, worst=worst
-            )
+            sizes: dict[str, Any] = {"seq_len": seq_len, "stride": stride, "batch_size": batch_size}
+            values = evaluate_run(console, model, tokenizer, data, **sizes, confidence=confidence, by=by, worst=worst, reading=reading)
     console.result({"checkpoint": checkpoint, "data": data, **values})
 
 
@@ -78,6 +81,7 @@ def evaluate_run(
     confidence: float,
     by: str,
     worst: int,
+    reading: Reading,
 ) -> dict[str, Any]:
     """Scores all documents of `data`, prints the tables, and returns everything as plain values."""
     if worst < 0:
@@ -92,7 +96,7 @@ def evaluate_run(
     if is_chat(data):
         return _evaluate_chats(console, model, tokenizer, data, length, batch_size)
     with tempfile.TemporaryDirectory(prefix="cllm-evaluate-") as scratch:
-        split = _split(console, tokenizer, data, scratch)
+        split = _split(console, tokenizer, data, scratch, reading)
         with runtime.progress.Progress(None, "evaluating") as line:
 
             def report(done: int, total: int) -> None:
@@ -154,7 +158,7 @@ def tasks_run(console: Console, model: Model, tokenizer: Tokenizer, tasks: list[
     return {"results": results}
 
 
-def _split(console: Console, tokenizer: Tokenizer, data: str, scratch: str) -> TokenSplit:
+def _split(console: Console, tokenizer: Tokenizer, data: str, scratch: str, reading: Reading) -> TokenSplit:
     """All of the text, or of packed tokens the validation split where there is one."""
     from cllm.data import Dataset, is_packed
     from cllm.data.pipeline import prepare
@@ -162,7 +166,7 @@ def _split(console: Console, tokenizer: Tokenizer, data: str, scratch: str) -> T
     if is_packed(data):
         dataset = Dataset.open(data, tokenizer_hash=tokenizer.hash)
         return dataset.val if dataset.val.num_tokens > 1 else dataset.train
-    return prepare(data, scratch, tokenizer=tokenizer, val_fraction=0.0, log=console.print).train
+    return prepare(data, scratch, tokenizer=tokenizer, val_fraction=0.0, reading=reading, log=console.print).train
 
 
 def _interval_words(scores: DocumentScores, interval: Interval | None, confidence: float) -> str:

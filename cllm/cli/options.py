@@ -60,6 +60,15 @@ def _metavar(key: str) -> str:
     return "|".join(choices) if choices else {int: "INTEGER", float: "NUMBER", str: "TEXT"}[schema.types_of(key)[0]]
 
 
+def reading_of(settings: dict[str, str | None]) -> Any:
+    """How texts are taken out of files, of a command that was given `text_field` and `separator` by `with_settings`."""
+    from cllm.config.train import TrainConfig
+    from cllm.data.documents.scan import Reading
+
+    data = TrainConfig.from_layers(flags=settings).data
+    return Reading.of(data.text_field, data.separator)
+
+
 def load_model(path: str, need_tokenizer: bool = True, weights: str | None = None, device: str = "cpu") -> tuple[Any, Any]:
     from cllm.checkpoint.model_file import load
     from cllm.runtime.device import resolve

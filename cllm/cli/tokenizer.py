@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from cllm.cli.console import open_console, readable, standard_input, table
-from cllm.cli.options import Json, examples, tokenizer_file
+from cllm.cli.options import Json, examples, reading_of, tokenizer_file, with_settings
 from cllm.config.schema import FIELDS
 from cllm.runtime.errors import UserError
 
@@ -16,19 +16,23 @@ app.add_typer(group, name="tokenizer")
 
 
 @app.command(epilog=examples("cllm pack books/ --tokenizer runs/books/tokenizer.json --out tokens/"))
+@with_settings("text_field", "separator")
 def pack(
-    data: Annotated[str, typer.Argument(help="Folder, file or JSONL of text.")],
+    data: Annotated[str, typer.Argument(help="Folder or file of text, JSON or CSV.")],
     tokenizer: Annotated[str, typer.Option(help="tokenizer.json, or a run that has one.")],
     out: Annotated[Path, typer.Option(help="Folder for the token shards.")],
     val_fraction: Annotated[float | None, typer.Option(help=FIELDS["data.val_fraction"].metadata["help"])] = None,
     as_json: Json = False,
+    **settings: str | None,
 ) -> None:
     """Pack text into token shards that `cllm train` and `cllm evaluate` read as they are."""
     console = open_console(as_json)
+    reading = reading_of(settings)
     from cllm.data.pipeline import prepare
     from cllm.data.tokens.tokenizer import Tokenizer
 
-    dataset = prepare(data, out, tokenizer=Tokenizer.load(tokenizer_file(tokenizer)), val_fraction=val_fraction, log=console.print)
+    given = Tokenizer.load(tokenizer_file(tokenizer))
+    dataset = prepare(data, out, tokenizer=given, val_fraction=val_fraction, reading=reading, log=console.print)
     summary = _dataset_summary(dataset)
     console.print(table([(key.replace("_", " "), readable(value)) for key, value in summary.items()]))
     console.result({"out": str(out), **summary})
@@ -47,7 +51,7 @@ def _dataset_summary(dataset: Any) -> dict[str, Any]:
 
 @group.command("train", epilog=examples("cllm tokenizer train books/ --vocab-size 8192 --out tokenizer.json"))
 def train(
-    data: Annotated[str, typer.Argument(help="Folder, file or JSONL of text.")],
+    data: Annotated[str, typer.Argument(help="Folder or file of text, JSON or CSV.")],
     out: Annotated[Path, typer.Option(help="The tokenizer.json to write.")] = Path("tokenizer.json"),
     vocab_size: Annotated[int, typer.Option(help="Number of tokens (bpe).")] = 4096,
     kind: Annotated[str, typer.Option(help="bpe or char.")] = "bpe",
@@ -101,7 +105,7 @@ def decode(
 @group.command("stats", epilog=examples("cllm tokenizer stats runs/demo books/"))
 def stats(
     tokenizer: Annotated[str, typer.Argument(help="tokenizer.json or a run.")],
-    data: Annotated[str, typer.Argument(help="Folder, file or JSONL of text.")],
+    data: Annotated[str, typer.Argument(help="Folder or file of text, JSON or CSV.")],
     as_json: Json = False,
 ) -> None:
     """How well a tokenizer fits DATA: bytes and characters per token, share of the vocabulary in use."""

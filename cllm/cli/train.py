@@ -165,6 +165,7 @@ def _prepare_together(config: TrainConfig, out: Path, console: Console, tokenize
 
 
 def _prepare(config: TrainConfig, out: Path, console: Console, tokenizer: "Tokenizer | None" = None) -> "Dataset":
+    from cllm.data.documents.scan import Reading
     from cllm.data.pipeline import prepare
     from cllm.data.tokens.chat import is_chat, prepare_chat
 
@@ -181,6 +182,7 @@ def _prepare(config: TrainConfig, out: Path, console: Console, tokenizer: "Token
         vocab_size=settings.vocab_size,
         val_fraction=settings.val_fraction,
         exclude=[Path(settings.path) / name for name in names],
+        reading=Reading.of(settings.text_field, settings.separator),
         log=console.print,
     )
 

@@ -50,6 +50,12 @@ class DataSection:
         "from 100 MB on one hundredth, and never more than 8 MB (about 2 million tokens).", at_least=0.0, below=1.0, example=0.1,
     )  # fmt: skip
     exclude: str = setting("", "Files and folders below path that are left out, separated by commas.")
+    text_field: str = setting("", "Field of JSON records, or column of tables, that holds the text; found by itself when empty.", example="body")
+    separator: str = setting(
+        "auto",
+        "Text between the documents of one file, such as \\n\\n\\n; auto cuts at <|endoftext|> and its like, none cuts nowhere.",
+        example="none",
+    )
     document_mask: bool = setting(True, "A token sees only its own document, never the one packed before it.")
     shuffle: str = setting(
         "epoch", "Order of the windows: epoch (each once per epoch), random (drawn with replacement) or none.", choices=("epoch", "random", "none")

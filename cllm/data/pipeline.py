@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from cllm.data.documents.corpus import Corpus, Segment, SplitPlan, describe, load_corpus, pieces, plan_split
+from cllm.data.documents.scan import Reading
 from cllm.data.tokens.dataset import FORMAT, VERSION, Dataset, folder_for, is_packed, read_info, token_words
 from cllm.data.tokens.shards import ShardWriter
 from cllm.data.tokens.tokenizer import KINDS, SAMPLE_BYTES, Tokenizer, train_on
@@ -45,6 +46,7 @@ def prepare(
     sample_bytes: int = SAMPLE_BYTES,
     exclude: Iterable[str | os.PathLike[str]] = (),
     keep_others: bool = False,
+    reading: Reading = Reading(),
     log: Log | None = None,
     progress: Progress | None = None,
 ) -> Dataset:
@@ -55,6 +57,7 @@ def prepare(
     val_fraction: the share of the text for validation; None takes a tenth of small texts and less of large ones (`default_val_fraction`).
     exclude: places below `path` that are not data; out_dir never is.
     keep_others: never replaces packed tokens of other text, another split or another tokenizer; each get a folder of their own in out_dir.
+    reading: which field of a record holds its text, and what separates the documents in a file of text.
     log gets a sentence for each step; progress(step, bytes done, bytes in all) replaces the progress line.
     Raises DataError when there is no usable text, or it does not give both splits something.
     """
@@ -63,7 +66,7 @@ def prepare(
         return _use_packed(path, tokenizer, tell)
     out = Path(out_dir)
     with ByteProgress(progress) as bar:
-        corpus = load_corpus(path, out, [out, *exclude], bar)
+        corpus = load_corpus(path, out, [out, *exclude], bar, reading)
         bar.end()
         plan = plan_split(corpus.rows, val_fraction)
         steps = [describe(corpus, plan, tell)]

@@ -10,7 +10,6 @@ computed again for any group of documents and for any resample of them.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from cllm.data import Windows
+from cllm.data.documents.scan import file_of
 from cllm.data.tokens.batch import IGNORE
 from cllm.evaluate.loss import Evaluation
 from cllm.runtime.errors import DataError, UserError
@@ -32,7 +32,6 @@ RESAMPLES = 1000
 FEW_DOCUMENTS = 20  # a percentile bootstrap of fewer is known to come out too narrow
 SHORT_DOCUMENT = 32  # targets; the loss of a shorter document is mostly chance, so it is named among the worst only when there are no longer ones
 GROUPINGS = ("auto", "file", "folder")
-_LINE_OF_JSONL = re.compile(r"(\.(?:jsonl|ndjson)):\d+$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class DocumentScores:
         """One group for each file or top folder, the largest first. "auto" takes folders where there are at least two."""
         if by not in GROUPINGS:
             raise UserError(f"by must be one of {', '.join(GROUPINGS)}, got {by!r}.")
-        folders, files = [_folder(name) for name in self.names], [_file(name) for name in self.names]
+        folders, files = [_folder(name) for name in self.names], [file_of(name) for name in self.names]
         sources = folders if by == "folder" or (by == "auto" and len(set(folders)) > 1) else files
         members: dict[str, list[int]] = {}
         for document, source in enumerate(sources):
@@ -196,11 +195,6 @@ def _evaluation(nats: float, correct: float, targets: float, num_bytes: float) -
 
 def _exp(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def _file(name: str) -> str:
-    """The file of a document: without the line number that JSONL adds."""
-    return _LINE_OF_JSONL.sub(r"\1", name)
 
 
 def _folder(name: str) -> str:

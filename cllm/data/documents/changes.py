@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cllm.data.documents.files import SourceFile, find, scan
+from cllm.data.documents.files import SourceFile, find
+from cllm.data.documents.scan import scan
 
 
 def same_text(path: str | os.PathLike[str], memory: Path, exclude: Iterable[str | os.PathLike[str]] = ()) -> bool | None:

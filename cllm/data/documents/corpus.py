@@ -17,19 +17,20 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cllm.data.documents.charset import Charset
-from cllm.data.documents.files import ROW, FileInfo, Skipped, SourceFile, find, read, scan
+from cllm.data.documents.files import Skipped, SourceFile, find
+from cllm.data.documents.scan import ROW, FileInfo, Reading, read, scan
 from cllm.files import DATA, write_file
 from cllm.runtime.errors import DataError, UserError
+from cllm.runtime.printable import printable, quoted
 from cllm.runtime.progress import ByteProgress
 
-SCAN_VERSION = 1
+SCAN_VERSION = 2
 TRAIN, VAL = 0, 1
 VAL_OF_SMALL, VAL_LEAST, VAL_SHARE, VAL_MOST = 0.1, 1_000_000, 0.01, 8_000_000  # share, bytes, share, bytes: see default_val_fraction
 Report = Callable[[int], None]  # called with a number of bytes that were just dealt with
@@ -66,8 +67,8 @@ class Corpus:
         return int(self.rows["chars"].sum())
 
     def digest(self) -> str:
-        """A hash of the names and contents of all files and of how they are decoded."""
-        listed = [[file.name, info.kind, info.digest, *info.charset[:2]] for file, info in self.files]
+        """A hash of the names and contents of all files and of how their texts are taken out of them."""
+        listed = [[file.name, info.digest, *info.how()] for file, info in self.files]
         return hashlib.blake2b(json.dumps([SCAN_VERSION, listed]).encode("utf-8"), digest_size=16).hexdigest()
 
     def segments(self, plan: "SplitPlan", report: Report | None = None) -> Iterator[Segment]:
@@ -190,13 +191,14 @@ def load_corpus(
     memory: Path,
     exclude: Iterable[str | os.PathLike[str]] = (),
     progress: Callable[[str, int, int], None] | None = None,
+    reading: Reading = Reading(),
 ) -> Corpus:
-    """Find and measure all text at `path`. `memory`: the folder of sources.json and sources.bin.
+    """Find and measure all text at `path`, taken out of the files as `reading` says. `memory`: the folder of sources.json and sources.bin.
 
     Raises DataError when there is no text, and says what was found instead.
     """
     files, skipped = find(path, exclude)
-    known = _recall(memory)
+    known = _recall(memory, reading)
     used: list[tuple[SourceFile, FileInfo]] = []
     remembered: dict[str, dict[str, Any]] = {}
     total = sum(file.size for file in files)
@@ -215,7 +217,7 @@ def load_corpus(
             info = last[1]
             report(file.size)
         else:
-            info = scan(file, report)
+            info = scan(file, report, reading)
             files_read += 1
         if isinstance(info, str):
             skipped.add(info, file.name)
@@ -223,24 +225,23 @@ def load_corpus(
             continue
         skipped.update(info.skipped)
         used.append((file, info))
-        entry = {"stamp": stamp, "kind": info.kind, "digest": info.digest, "charset": list(info.charset), "rows": len(info.rows)}
-        remembered[file.name] = {**entry, "skipped": info.skipped.to_dict()}
+        remembered[file.name] = {"stamp": stamp, **info.to_dict()}
     if not used:
         raise DataError(_no_text(Path(path), skipped))
     rows = np.concatenate([info.rows for _, info in used])
     if files_read or set(known) != set(remembered):
         write_file(memory / "sources.bin", rows.tobytes(), DATA)
-        record = {"version": SCAN_VERSION, "rows": len(rows), "files": remembered}
+        record = {"version": SCAN_VERSION, "reading": asdict(reading), "rows": len(rows), "files": remembered}
         write_file(memory / "sources.json", json.dumps(record).encode("utf-8"), DATA)
     return Corpus(Path(path), used, rows, skipped, files_read)
 
 
-def _recall(memory: Path) -> dict[str, tuple[list[Any], "FileInfo | str"]]:
-    """What is known of the files from last time; nothing when the record is missing, damaged or of another version."""
+def _recall(memory: Path, reading: Reading) -> dict[str, tuple[list[Any], "FileInfo | str"]]:
+    """What is known of the files from last time; nothing when the record is missing, damaged, of another version or another reading."""
     try:
         record = json.loads((memory / "sources.json").read_text("utf-8"))
         rows = np.fromfile(memory / "sources.bin", dtype=ROW)
-        if record["version"] != SCAN_VERSION or record["rows"] != len(rows):
+        if record["version"] != SCAN_VERSION or record["reading"] != asdict(reading) or record["rows"] != len(rows):
             return {}
         known: dict[str, tuple[list[Any], FileInfo | str]] = {}
         first = 0
@@ -250,17 +251,17 @@ def _recall(memory: Path) -> dict[str, tuple[list[Any], "FileInfo | str"]]:
                 continue
             own = rows[first : first + entry["rows"]]
             first += entry["rows"]
-            known[name] = (
-                entry["stamp"],
-                FileInfo(str(entry["kind"]), str(entry["digest"]), Charset(*entry["charset"]), own, Skipped.from_dict(entry["skipped"])),
-            )
+            known[name] = (entry["stamp"], FileInfo.from_dict(entry, own))
         return known if first == len(rows) else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
 def _no_text(path: Path, skipped: Skipped) -> str:
-    kinds = "Text, Markdown, source code and JSONL with a text field can be used."
+    kinds = (
+        'Text, Markdown and source code can be used, and records with a text: JSON such as {"text": "..."}, one a line or in a list, or CSV and TSV '
+        "with a column of text."
+    )
     if not skipped.total:
         return f"{path} is empty. {kinds}"
     if path.is_file():
@@ -350,6 +351,8 @@ def describe(corpus: Corpus, plan: SplitPlan, tell: Callable[[str], None]) -> tu
     words = f"{files:,} file{'s' * (files != 1)}, {documents:,} document{'s' * (documents != 1)}, {corpus.num_bytes / 1e6:,.2f} MB of text"
     state = "cached" if not corpus.files_read else "done" if corpus.files_read >= files else f"{corpus.files_read:,} read, the others cached"
     tell(f"files: {words} ({state})")
+    for line in _origins(corpus):
+        tell(f"  {line}")
     others = sorted({info.charset.codec for _, info in corpus.files} - {"utf-8", "utf-8-sig"})
     if others:
         tell(f"  decoded from {', '.join(others)}")
@@ -367,3 +370,31 @@ def describe(corpus: Corpus, plan: SplitPlan, tell: Callable[[str], None]) -> tu
             how = f"{int((plan.sides == VAL).sum()):,} documents, chosen by the hash of their text"
         tell(f"  validation: {kept / 1e6:,.2f} MB ({100 * kept / corpus.num_bytes:.1f} %), {how}")
     return "files", "cached" if not corpus.files_read else "done", words
+
+
+def _origins(corpus: Corpus) -> list[str]:
+    """Where the documents are in files that are not one document each, a line for all files that are alike."""
+    alike: dict[tuple[Any, ...], list[tuple[SourceFile, FileInfo]]] = {}
+    for file, info in corpus.files:
+        if info.kind == "records":
+            alike.setdefault(("records", info.unit, info.used), []).append((file, info))
+        elif info.separator:
+            alike.setdefault(("cut", info.separator, info.guarded), []).append((file, info))
+        if info.not_records:
+            alike.setdefault(("text", info.not_records if len(corpus.files) == 1 else ""), []).append((file, info))
+    lines = []
+    for (kind, *key), members in alike.items():
+        names = [printable(file.name) for file, _ in members]
+        shown = names[0] if len(names) == 1 else f"{len(names):,} files ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        count = sum(len(info.rows) for _, info in members)
+        if kind == "records":
+            unit, used = key
+            where = f"text from {'column' if unit == 'row' else 'field'} {' or '.join(quoted(name) for name in used)}" if used else "each a text"
+            lines.append(f"{shown}: {count:,} {unit}{'s' * (count != 1)}, {where}")
+        elif kind == "cut":
+            whole = "; data.separator=none keeps a file whole" if key[1] else ""
+            lines.append(f"{shown}: {count:,} document{'s' * (count != 1)}, cut at {key[0]!r}{whole}")
+        else:
+            reason = f" ({key[0]})" if key[0] else ""
+            lines.append(f"{shown}: learnt as written, because no records with a text were found in {'it' if len(names) == 1 else 'them'}{reason}")
+    return lines

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cllm.data import Dataset, is_packed, train_tokenizer
 from cllm.data.documents.corpus import TRAIN, VAL, default_val_fraction, plan_split
-from cllm.data.documents.files import ROW
+from cllm.data.documents.scan import ROW
 from cllm.data.pipeline import prepare
 from cllm.data.tokens.dataset import read_info
 from cllm.data.tokens.shards import ShardWriter
@@ -256,8 +256,8 @@ def test_jsonl_documents_and_their_line_numbers_are_kept(tmp_path):
     dataset = prepare(tmp_path / "a.jsonl", tmp_path / "out", vocab_size=320, log=lines.append)
     names = documents_of(dataset, dataset.train) | documents_of(dataset, dataset.val)
     assert sorted(names, key=lambda name: int(name.split(":")[1])) == [f"a.jsonl:{i}" for i in range(1, 51)]
-    assert dataset.info["skipped"]["JSONL line that is not JSON"]["examples"] == ["a.jsonl:51"]
-    assert any("1 JSONL line that is not JSON: a.jsonl:51" in line for line in lines)
+    assert dataset.info["skipped"]["record that is not valid JSON"]["examples"] == ["a.jsonl:51"]
+    assert any("1 record that is not valid JSON: a.jsonl:51" in line for line in lines)
 
 
 def test_the_training_sample_is_bounded_and_recorded(folder, tmp_path):

@@ -7,7 +7,8 @@ import os
 import pytest
 
 from cllm.data.documents.charset import Binary, detect
-from cllm.data.documents.files import Skipped, find, read, scan
+from cllm.data.documents.files import Skipped, find
+from cllm.data.documents.scan import read, scan
 from cllm.runtime.errors import DataError
 
 GERMAN = (
@@ -143,7 +144,9 @@ def test_each_line_of_jsonl_is_a_document(tmp_path):
         ("a.jsonl:8", "half \ufffd"),
     ]
     assert info.rows["chars"].tolist() == [8, 3, 6]
-    assert info.skipped.counts == {"JSONL line that is not JSON": 1, "JSONL line without a text field": 2, "JSONL line with empty text": 1}
+    assert info.skipped.counts == {
+        "record that is not valid JSON": 1, "record without a text in 'text' or 'content'": 2, "record with empty text": 1,
+    }  # fmt: skip
 
 
 def test_text_comes_in_chunks_and_is_measured_exactly(tmp_path):
