@@ -77,6 +77,42 @@ def new_folder(place: str | Path, wording: Wording, num_bytes: int | None = None
         yield beside
 
 
+class Appender:
+    """Adds whole lines to the end of a file, which is created where there is none. A context manager.
+
+    What a failed write has added is taken back, and a last line that a killed process left unfinished is ended. Raises `wording.error`.
+    """
+
+    def __init__(self, place: str | Path, wording: Wording) -> None:
+        self._place, self._wording = Path(place), wording
+        with reported(place, wording):
+            self._file = open(place, "a+b", buffering=0)  # noqa: SIM115 (closed by `close`)
+        if self._file.seek(0, os.SEEK_END):
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read(1) != b"\n":
+                self.write("\n")
+
+    def write(self, lines: str) -> None:
+        """Adds lines. When this returns the operating system has them, so they survive a kill of this process."""
+        with reported(self._place, self._wording):
+            before, left = os.fstat(self._file.fileno()).st_size, memoryview(lines.encode("utf-8", "replace"))
+            try:
+                while left:
+                    left = left[self._file.write(left) :]
+            except OSError:
+                self._file.truncate(before)
+                raise
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Appender:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
 @contextmanager
 def reported(place: str | Path, wording: Wording, num_bytes: int | None = None) -> Iterator[None]:
     """Turns an OSError about `place` into `wording.error`. One about another file, such as a source that cannot be read, passes through."""

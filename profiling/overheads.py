@@ -9,6 +9,7 @@ Monitoring: the share of a run's time that layers, classes of tokens and TensorB
 """
 
 import argparse
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -28,6 +29,7 @@ from cllm.config.train import TrainConfig
 from cllm.data import Batch
 from cllm.monitor.layers import LayerStats
 from cllm.monitor.metrics import BOARD_EVERY, Metrics
+from cllm.monitor.records import StepResult, StepTiming, TrainRow
 
 
 class Stepper:
@@ -86,20 +88,21 @@ def monitoring(stepper: Stepper, rounds: int) -> list[dict]:
     pace = TrainConfig().log.layers_every
     parameters = stepper.step.optimizer.parameters
     plain, layered, written = [], [], []
+    result = StepResult(loss=1.0, gradient_norm=1.0, largest_gradient=0.5, num_nonfinite=0, num_targets=1, learning_rate=1e-3, updated=True)
+    timing = StepTiming(**{each.name: 0.5 for each in dataclasses.fields(StepTiming)})
     with tempfile.TemporaryDirectory() as folder, Metrics(Path(folder), tensorboard=True) as metrics:
         for number in range(max(rounds, int(2 / stepper()))):  # small steps differ more: about two seconds of them
             stepper()  # threads that have waited long are asleep
             plain.append(stepper())
             began = time.perf_counter()
             for step in range(BOARD_EVERY):
-                metrics.write("train", step, loss=1.0, learning_rate=1e-3, gradient_norm=1.0, **dict.fromkeys(map(str, range(12)), 0.5))
+                metrics.write(TrainRow.of(step, result, 1, 1.0, timing))
             written.append((time.perf_counter() - began) / BOARD_EVERY)
             stepper()
             stats = LayerStats(parameters)
             began = time.perf_counter()
             stepper(stats.before)
-            row = stats.after()
-            metrics.write("layers", number, **row)
+            metrics.write(stats.after(number + 1))
             metrics.histograms("gradients", number, stats.by_block())
             layered.append(time.perf_counter() - began)
     usual, extra, row_cost = statistics.median(plain), statistics.median(layered) - statistics.median(plain), statistics.median(written)

@@ -1,4 +1,4 @@
-"""What a run looks at beside its loss, each at its own pace (`log.layers_every`, `log.classes`, `log.activations`); it changes no bit of training."""
+"""What a run measures beside its loss, when the settings of [log] ask for it. Measuring changes no bit of training."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from cllm.data import Dataset
     from cllm.data.tokens.tokenizer import Tokenizer
     from cllm.model.model import Model
+    from cllm.monitor.records import LayersRow
 
 
 class Diagnostics:
-    """The rows `layers` and `activations` of a run's metrics, and what `eval` says about classes of tokens.
+    """Layers at every `log.layers_every` updates; at evaluations the classes of tokens (`log.classes`) and the activations (`log.activations`).
 
-    Without parameters it does nothing, as in all but the first of several processes.
+    parameters: the weights that are trained, by name. Without any, nothing is measured: of several processes only the first one measures.
     """
 
     def __init__(
@@ -34,19 +35,23 @@ class Diagnostics:
         self._classes: np.ndarray | None = None
 
     def before_update(self, step: int, scale: Callable[[], float]) -> None:
-        """Before update number `step` (from 0) changes a weight; `scale()`: what the gradients were multiplied by, which a GPU is waited for."""
+        """To be called when the gradients of update number `step` (from 0) are complete and no weight has changed.
+
+        `scale()` gives the factor that the gradients carry (the loss scale of fp16). It is only called when it is needed, since on a GPU it
+        waits for the device.
+        """
         every = self.config.log.layers_every
         if every and self.parameters and (step + 1) % every == 0:
             self._layers = LayerStats(self.parameters, scale())
             self._layers.before()
 
-    def after_update(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
-        """The row about layers and samples of their gradients for histograms, where this update was due for one."""
+    def after_update(self, step: int) -> tuple[LayersRow, dict[str, torch.Tensor]] | None:
+        """After the update by which `step` updates are done: its row and samples of the gradients by block, where it was one to look at."""
         layers, self._layers = self._layers, None
-        return None if layers is None else (layers.after(), layers.by_block())
+        return None if layers is None else (layers.after(step), layers.by_block())
 
     def classes(self, beat: Callable[[], None]) -> dict[str, Any]:
-        """How well each class of tokens is predicted, over a part of the validation text."""
+        """The fields of `EvaluationRow` about classes of tokens, over a part of the validation text; none where they are not asked for."""
         if not self.config.log.classes or self.tokenizer is None or not self.parameters:
             return {}
         if self._classes is None:
@@ -56,12 +61,12 @@ class Diagnostics:
         return report_classes(self.model, self.dataset.val, self._classes, *sizes, document_mask=mask, beat=beat).to_dict()
 
     @torch.no_grad()
-    def activations(self) -> dict[str, Any] | None:
-        """Mean, spread and largest value of the residual stream after each block, over the first batch of the validation text."""
+    def activations(self) -> dict[str, dict[str, float]] | None:
+        """The blocks of an `ActivationsRow`, over the first batch of the validation text; None where they are not asked for."""
         if not self.config.log.activations or not self.parameters:
             return None
         settings = self.config.train
         batch = self.dataset.val.windows(settings.seq_len, settings.batch_size).batch(0)
         with activation_stats(self.model) as found:
             self.model.hidden(batch.tokens.to(self.model.embedding_weight.device))
-        return {"blocks": found}
+        return found

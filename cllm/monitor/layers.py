@@ -1,7 +1,7 @@
-"""How training goes inside: gradient norms, updates and their flags layer by layer, and what the activations look like.
+"""Measurements inside a model: the gradient and the update of each parameter, and the residual stream after each block.
 
-Looking changes no bit of training. Norms are taken over all values, row by row, and told to six digits, so that they too are the same for any
-number of threads; updates and histograms come from an evenly spaced sample of each tensor.
+Norms are taken over all values of a tensor, row by row, and rounded to six digits, so that they are the same for any number of threads. Updates
+and histograms come from an evenly spaced sample of each tensor.
 """
 
 from __future__ import annotations
@@ -16,27 +16,32 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from cllm.monitor.records import LayersRow
+
 if TYPE_CHECKING:
     from cllm.model.model import Model
 
-SAMPLE = 8192  # values of a tensor
-OUTLIER = 1000.0  # a matrix whose gradient is so many times larger or smaller than the median matrix's is flagged
+SAMPLE = 8192  # about so many values of each tensor are in its sample
+OUTLIER = 1000.0  # a gradient this many times larger or smaller than that of the median matrix is flagged
 _BLOCK = re.compile(r"\.(?:layers|h)\.(\d+)\.")
-DECADES = range(-12, 3)  # of the histogram of |gradient|
+DECADES = range(-12, 3)  # the powers of ten that the histogram of |gradient| counts
 
 
 class LayerStats:
-    """Gradient norms and update-to-weight ratios of one update: `before` it, then `after` it. `scale`: what gradients were multiplied by (fp16)."""
+    """Measures one update: call `before`, make the update, call `after`.
+
+    parameters: the weights by name. scale: the factor that the gradients carry, the loss scale of fp16.
+    """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], scale: float = 1.0) -> None:
         self.parameters, self.scale = parameters, scale
-        self.samples: dict[str, torch.Tensor] = {}  # of the gradients
+        self.samples: dict[str, torch.Tensor] = {}  # of the gradients, by parameter
         self._weights: dict[str, torch.Tensor] = {}
         self._norms: dict[str, float] = {}
 
     @torch.no_grad()
     def before(self) -> None:
-        """Gradients are complete and no weight has changed yet."""
+        """When the gradients are complete and no weight has changed yet."""
         for name, parameter in self.parameters.items():
             self._weights[name] = _sample(parameter).clone()
             if parameter.grad is not None:
@@ -44,8 +49,8 @@ class LayerStats:
                 self.samples[name] = _sample(parameter.grad).float().cpu() / self.scale
 
     @torch.no_grad()
-    def after(self) -> dict[str, Any]:
-        """The row for the metrics: `gradient_norms` and `update_ratios` (||change|| / ||weight||) by parameter name, flags and a histogram."""
+    def after(self, step: int) -> LayersRow:
+        """The row of the update by which `step` updates are done."""
         ratios = {}
         for name, old in self._weights.items():
             norm = float(old.double().norm())
@@ -53,16 +58,17 @@ class LayerStats:
         sizes = {name: self._norms[name] / math.sqrt(self.parameters[name].numel()) for name in self._norms if self.parameters[name].dim() > 1}
         usual = statistics.median_low(sizes.values()) if sizes else 0.0
         finite = math.isfinite(usual) and usual > 0
-        return {
-            "gradient_norms": {name: _short(norm) for name, norm in self._norms.items()},
-            "update_ratios": ratios,
-            "exploding": [name for name, size in sizes.items() if not math.isfinite(size) or (finite and size > OUTLIER * usual)],
-            "vanishing": [name for name, size in sizes.items() if size == 0 or (finite and size < usual / OUTLIER)],
-            "gradient_histogram": self._histogram(),
-        }
+        return LayersRow(
+            step=step,
+            gradient_norms={name: _short(norm) for name, norm in self._norms.items()},
+            update_ratios=ratios,
+            exploding=tuple(name for name, size in sizes.items() if not math.isfinite(size) or (finite and size > OUTLIER * usual)),
+            vanishing=tuple(name for name, size in sizes.items() if size == 0 or (finite and size < usual / OUTLIER)),
+            gradient_histogram=self._histogram(),
+        )
 
     def by_block(self) -> dict[str, torch.Tensor]:
-        """The sampled gradients of each block together, and of what belongs to none."""
+        """The sampled gradients of each block, and of the parameters outside the blocks."""
         found: dict[str, list[torch.Tensor]] = {}
         for name, values in self.samples.items():
             block = _BLOCK.search(name)
@@ -70,7 +76,7 @@ class LayerStats:
         return {name: torch.cat(parts) for name, parts in found.items()}
 
     def _histogram(self) -> dict[str, int]:
-        """How many sampled gradients lie in each decade of |g|; what is smaller than all of them is in the first, what is larger in the last."""
+        """How many of the sampled gradients lie in each decade. The first counts all smaller ones too, the last all larger ones."""
         if not self.samples:
             return {}
         values = torch.cat(list(self.samples.values())).abs()
@@ -80,12 +86,12 @@ class LayerStats:
 
 
 def _norm(values: torch.Tensor) -> float:
-    """On a CPU by numpy, whose sums over rows are many times faster than torch's float64 ones and run on one thread."""
+    """The L2 norm of a tensor. On a CPU it is numpy's, which is many times faster than torch's in float64 and runs on one thread."""
     rows = values.reshape(-1, values.shape[-1]) if values.dim() > 1 else values.reshape(1, -1)
     if values.device.type != "cpu":
         return float(torch.linalg.vector_norm(torch.linalg.vector_norm(rows.float(), dim=1).double()))
     flat = rows.float().numpy()
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is what one wants to see
+    with np.errstate(over="ignore", invalid="ignore"):  # a norm that is not finite is reported as such
         return math.sqrt(np.einsum("ij,ij->i", flat, flat).sum(dtype=np.float64))
 
 
@@ -100,12 +106,12 @@ def _short(value: float) -> float:
 
 @contextmanager
 def activation_stats(model: Model) -> Iterator[dict[str, dict[str, float]]]:
-    """While entered, every forward fills the dict: block -> mean, std and largest absolute value of the residual stream after it."""
+    """Yields a dict that every forward pass inside the block fills: "block N" -> mean, std and largest of the residual stream after block N."""
     found: dict[str, dict[str, float]] = {}
 
     def watch(name: str) -> Any:
         def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-            branch, stream = output  # a block leaves it to the next norm to add its last branch
+            branch, stream = output  # the next norm adds the last branch of a block to the stream
             each = (branch if stream is None else branch + stream).detach().double()
             mean = float(each.mean())
             found[name] = {"mean": _short(mean), "std": _short(float(each.std(unbiased=False))), "largest": _short(float(each.abs().max()))}

@@ -1,8 +1,7 @@
-"""What a run measured: one JSON object per line in metrics.jsonl, and the same numbers for TensorBoard where tensorboardX is installed.
+"""What a run measured: one row per line in metrics.jsonl, and the same numbers for TensorBoard and Prometheus.
 
-Each row has `kind` (train, eval, event for what went wrong, machine for what the machine did) and `step` (updates done). On resume the file is
-cut back to the checkpoint, so that a run that was stopped and resumed leaves the same rows as one that was not, apart from the fields that hold
-times and the rows of kind machine.
+`cllm.monitor.records` has the rows. On resume the file is cut back to the checkpoint, so a run that was stopped and resumed leaves the same rows
+as one that was not, apart from the fields that hold times (`TIME_FIELDS`) and the rows of kind "machine".
 """
 
 from __future__ import annotations
@@ -13,24 +12,26 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cllm.files import RUN, new_file, reported
+from cllm.files import RUN, Appender, new_file
 from cllm.monitor.prometheus import PrometheusEndpoint
+from cllm.monitor.records import TIME_FIELDS, Row
 
-# Fields that depend on the machine and the hour, not on the training.
-TIME_FIELDS = (
-    "seconds", "tokens_per_second", "share_of_peak", "memory_bytes", "cpu_share", "time", "data_seconds", "forward_seconds", "backward_seconds",
-    "optimizer_seconds", "checkpoint_seconds", "gpu_share",
-)  # fmt: skip
-BOARD_EVERY = 10  # steps of training between two points on TensorBoard: a row there costs more than all of metrics.jsonl
+__all__ = ["BOARD_EVERY", "TIME_FIELDS", "Metrics", "read_metrics"]
+
+BOARD_EVERY = 10  # updates between two points on TensorBoard, where a row costs more than all of metrics.jsonl
 
 
 class Metrics:
-    """Appends rows to `run/metrics.jsonl` and to TensorBoard events in `run`."""
+    """Writes the rows of the run in the folder `run`. A context manager that closes what it opened.
+
+    tensorboard: also write events for TensorBoard, where tensorboardX is installed. prometheus_port: where the newest numbers are served on
+    this machine; 0 for nowhere.
+    """
 
     def __init__(self, run: str | Path, tensorboard: bool = False, prometheus_port: int = 0) -> None:
         self.run = Path(run)
         self.path = self.run / "metrics.jsonl"
-        self._file: Any = None
+        self._file: Appender | None = None
         self._board = _tensorboard(self.run) if tensorboard else None
         self.prometheus = PrometheusEndpoint(prometheus_port) if prometheus_port else None
 
@@ -41,7 +42,7 @@ class Metrics:
         self.close()
 
     def truncate(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Drops the rows that a resumed run, or one that went back to a checkpoint, will write again, and a last line that a kill cut short."""
+        """Keeps only the rows that `keep` accepts; a run that goes on from a checkpoint writes the others again. A torn last line is dropped."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -50,33 +51,31 @@ class Metrics:
         with new_file(self.path, RUN) as beside, open(beside, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in read_metrics(self.path) if keep(row))
 
-    def write(self, kind: str, step: int, **values: Any) -> None:
-        """One row, on disk when this returns (flushed to the operating system; a checkpoint's rows survive a kill)."""
-        row = {"kind": kind, "step": step, **{key: _plain(value) for key, value in values.items()}}
-        with reported(self.path, RUN):
-            if self._file is None:
-                self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the run's whole life)
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+    def write(self, row: Row) -> None:
+        """Adds a row, which survives a kill as soon as this returns. Raises OutputError when the disk does not take it."""
+        if self._file is None:
+            self._file = Appender(self.path, RUN)
+        self._file.write(json.dumps(row.to_dict()) + "\n")
+        values = row.values()
         if self.prometheus is not None:
-            self.prometheus.update(kind, {"step": step, **values})
-        if self._board is not None and (kind != "train" or step % BOARD_EVERY == 0):
-            for key, value in _scalars(values):
-                self._board.add_scalar(f"{kind}/{key}", value, step)
+            self.prometheus.update(row.kind, values)
+        if self._board is not None and (row.kind != "train" or row.step % BOARD_EVERY == 0):
+            for key, value in _scalars({key: value for key, value in values.items() if key != "step"}):
+                self._board.add_scalar(f"{row.kind}/{key}", value, row.step)
 
     def histograms(self, kind: str, step: int, tensors: Mapping[str, Any]) -> None:
-        """Distributions, for TensorBoard alone."""
+        """Distributions by name, for TensorBoard only."""
         if self._board is not None:
             for name, tensor in tensors.items():
                 self._board.add_histogram(f"{kind}/{name}", tensor.numpy(), step)
 
     def text(self, name: str, step: int, text: str) -> None:
-        """A generated sample or the configuration, for TensorBoard alone."""
+        """A text such as a sample, for TensorBoard only."""
         if self._board is not None:
             self._board.add_text(name, f"```\n{text}\n```", step)
 
     def hyperparameters(self, settings: Mapping[str, Any], outcome: Mapping[str, float]) -> None:
-        """Settings beside what came of them, for TensorBoard's table of runs."""
+        """The settings and the outcome of the run, for TensorBoard's table of runs."""
         if self._board is not None:
             plain = {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in settings.items()}
             self._board.add_hparams(plain, {f"outcome/{key}": value for key, value in outcome.items()}, name="hparams")
@@ -91,15 +90,8 @@ class Metrics:
             self.prometheus.close()
 
 
-def _plain(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: they become their names."""
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _scalars(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers among the values, those inside dicts under KEY/KEY."""
+    """The finite numbers among the values, those of nested mappings under KEY/KEY."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _scalars(value, f"{prefix}{key}/")
@@ -108,7 +100,7 @@ def _scalars(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The rows of a metrics.jsonl; lines that are not whole JSON objects are passed over."""
+    """The rows of a metrics.jsonl as plain values. Lines that are not complete JSON objects are skipped."""
     with open(path, encoding="utf-8") as file:
         for line in file:
             try:

@@ -1,4 +1,4 @@
-"""The newest numbers of a run for Prometheus to fetch: http://127.0.0.1:PORT/metrics, in its text format, reachable from this machine alone."""
+"""The newest numbers of a run, served in the text format of Prometheus at http://127.0.0.1:PORT/metrics, to this machine only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cllm.runtime.errors import UserError
 
 
 class PrometheusEndpoint:
-    """Serves what `update` was told last, from a thread of its own. UserError where the port is taken."""
+    """Serves the values that `update` was given last, from a thread of its own. Raises UserError when the port cannot be opened."""
 
     def __init__(self, port: int) -> None:
         self._values: dict[str, float] = {}
@@ -31,7 +31,7 @@ class PrometheusEndpoint:
                 self.wfile.write(body)
 
             def log_message(self, format: str, *arguments: Any) -> None:
-                """Requests are not worth a line of the run's log."""
+                """Requests leave no line in the run's log."""
 
         try:
             self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
@@ -42,10 +42,10 @@ class PrometheusEndpoint:
         self._thread.start()
 
     def update(self, kind: str, values: dict[str, Any]) -> None:
-        """Takes the numbers among the values, as gauges named cllm_KIND_NAME."""
-        for key, value in values.items():
-            if isinstance(value, int | float):
-                self._values[re.sub(r"\W", "_", f"cllm_{kind}_{key}")] = float(value)
+        """Makes each number among the values a gauge named cllm_KIND_NAME."""
+        numbers = {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
+        # A new mapping: the thread that serves may be reading the old one.
+        self._values = self._values | {re.sub(r"\W", "_", f"cllm_{kind}_{key}"): value for key, value in numbers.items()}
 
     def text(self) -> str:
         rows = sorted(self._values.items())

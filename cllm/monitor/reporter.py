@@ -14,13 +14,11 @@ from cllm.config.model import ModelConfig
 from cllm.config.train import TrainConfig
 from cllm.evaluate.loss import Evaluation
 from cllm.monitor.guards import memory_bytes, peak_memory_bytes
+from cllm.monitor.records import StepResult, StepTiming, TrainResult
 from cllm.runtime import progress
-from cllm.train.step import StepResult
 
 if TYPE_CHECKING:
     import torch
-
-    from cllm.train.trainer import TrainResult
 
 SLOWED = 4.0  # times slower than at its best is no noise
 _SMOOTHING = 0.1  # weight of the newest step in the shown speed
@@ -135,8 +133,8 @@ class Reporter:
         if part is not None:
             self.split[part] += time.perf_counter() - began
 
-    def trained(self, step: int, tokens: int, result: StepResult, seconds: Mapping[str, float]) -> dict[str, float]:
-        """Shows a step and returns its timing, memory and use of the machine for the metrics. `seconds`: of the step's parts."""
+    def trained(self, step: int, tokens: int, result: StepResult, seconds: Mapping[str, float]) -> StepTiming:
+        """Shows a step and returns its timing for the metrics. seconds: those of its parts, such as "forward", where they were measured."""
         parts_seconds = {"data": self._reading, **seconds}
         for part, each in parts_seconds.items():
             self.split[part] += each
@@ -163,20 +161,25 @@ class Reporter:
             f"{memory / 1e9:.2f} GB",
         ]
         self._progress.update(step, "  ".join(part for part in parts if part))
-        times = {f"{part}_seconds": round(each, 6) for part, each in parts_seconds.items()}
-        use = {"cpu_share": round(min(1.0, busy), 4), **self._gpu_share()}
-        return {"tokens_per_second": round(speed, 1), "share_of_peak": round(share, 4), "memory_bytes": memory, **use, **times}
+        return StepTiming(
+            tokens_per_second=round(speed, 1),
+            share_of_peak=round(share, 4),
+            memory_bytes=memory,
+            cpu_share=round(min(1.0, busy), 4),
+            gpu_share=self._gpu_share(),
+            **{f"{part}_seconds": round(each, 6) for part, each in parts_seconds.items()},
+        )
 
-    def _gpu_share(self) -> dict[str, float]:
+    def _gpu_share(self) -> float | None:
         """The share of the last moments in which the GPU was busy, where NVIDIA's library for it is installed."""
         if self._device is None or self._device.type != "cuda":
-            return {}
+            return None
         import torch
 
         try:
-            return {"gpu_share": torch.cuda.utilization(self._device) / 100}
+            return torch.cuda.utilization(self._device) / 100
         except (ImportError, RuntimeError):
-            return {}
+            return None
 
     def _warn_when_slowed(self, step: int) -> None:
         """Threads that spin for a core which another program has make small steps up to fifteen times slower: worth one line."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cllm.monitor.metrics import Metrics
+from cllm.monitor.records import StepTiming
 from cllm.monitor.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -16,8 +17,7 @@ if TYPE_CHECKING:
     from cllm.config.model import ModelConfig
     from cllm.config.train import TrainConfig
     from cllm.evaluate.loss import Evaluation
-    from cllm.train.step import StepResult
-    from cllm.train.trainer import TrainResult
+    from cllm.monitor.records import Row, StepResult, TrainResult
 
 
 class SilentReporter(Reporter):
@@ -61,8 +61,8 @@ class SilentReporter(Reporter):
     def stage(self, label: str, part: str | None = None) -> Iterator[None]:
         yield
 
-    def trained(self, step: int, tokens: int, result: StepResult, seconds: Mapping[str, float]) -> dict[str, float]:
-        return {}
+    def trained(self, step: int, tokens: int, result: StepResult, seconds: Mapping[str, float]) -> StepTiming:
+        return StepTiming()
 
     def evaluated(self, step: int, result: Evaluation, unigram: float | None, best: bool) -> None:
         pass
@@ -86,7 +86,7 @@ class SilentMetrics(Metrics):
     def truncate(self, keep: Callable[[dict[str, Any]], bool]) -> None:
         pass
 
-    def write(self, kind: str, step: int, **values: Any) -> None:
+    def write(self, row: Row) -> None:
         pass
 
     def histograms(self, kind: str, step: int, tensors: Mapping[str, Any]) -> None:

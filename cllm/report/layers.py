@@ -1,14 +1,17 @@
-"""Rows of kind "layers" (a figure for each parameter, at some steps) gathered by layer for a heat map."""
+"""Figures of single parameters, gathered layer by layer for a heat map."""
 
 import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
-from cllm.report.reading import number
+from cllm.monitor.records import LayersRow
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)(?:\.|$)")
 _PARTS = re.compile(r"^(?:model|transformer)\.|\.weight$")
+
+Table = tuple[list[str], list[int], list[list[float | None]]]
+"""The names of the rows, the steps of the columns, and values[row][step]."""
 
 
 def layer_name(parameter: str) -> str:
@@ -17,21 +20,19 @@ def layer_name(parameter: str) -> str:
     return f"layer {int(found.group(1))}" if found and len(found.group(1)) < 7 else _PARTS.sub("", parameter)
 
 
-def layer_values(rows: Sequence[dict[str, Any]], field: str) -> tuple[list[str], list[int], list[list[float | None]]]:
-    """(layer names in order of appearance, steps, values[layer][step]). Norms are joined as norms; of ratios the largest counts."""
-    found: list[tuple[int, dict[str, float]]] = []
-    for row in rows:
-        figures = row.get(field)
-        if not isinstance(figures, dict):
-            continue
-        known = {str(name): value for name, raw in figures.items() if (value := number(raw)) is not None}
-        if known:
-            found.append((row["step"], _joined(known, field)))
-    names = list(dict.fromkeys(name for _, layers in found for name in layers))
-    return names, [step for step, _ in found], [[layers.get(name) for _, layers in found] for name in names]
+def layer_values(rows: Sequence[LayersRow], field: Literal["gradient_norms", "update_ratios"]) -> Table:
+    """A field of the rows by layer. Norms of a layer's parameters are joined as norms; of ratios the largest counts."""
+    return as_table({row.step: _joined(getattr(row, field), field) for row in rows})
 
 
-def _joined(figures: dict[str, float], field: str) -> dict[str, float]:
+def as_table(figures: Mapping[int, Mapping[str, float]]) -> Table:
+    """step -> name -> figure as a table whose rows stand in the order in which their names appear. Steps without figures are left out."""
+    found = [(step, each) for step, each in figures.items() if each]
+    names = list(dict.fromkeys(name for _, each in found for name in each))
+    return names, [step for step, _ in found], [[each.get(name) for _, each in found] for name in names]
+
+
+def _joined(figures: Mapping[str, float], field: str) -> dict[str, float]:
     parts: dict[str, list[float]] = {}
     for name, value in figures.items():
         parts.setdefault(layer_name(name), []).append(value)

@@ -1,25 +1,27 @@
-"""From RunData to one HTML page: no script, nothing loaded from anywhere, light or dark as the reader's system is."""
+"""From RunData to one HTML page without scripts, which loads nothing and is light or dark as the reader's system is."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cllm import __version__
 from cllm.files import Wording, write_file
+from cllm.monitor.records import ActivationsRow, EvaluationRow, LayersRow, TrainRow
 from cllm.report.charts import Series, heat_map, line_chart, share_bar, short, smoothed
-from cllm.report.layers import layer_values
+from cllm.report.layers import Table, as_table, layer_values
 from cllm.report.markup import Html, element, join, table
-from cllm.report.reading import RunData, number, read_run, read_runs
+from cllm.report.reading import RunData, read_run, read_runs
 from cllm.report.style import STYLE
 from cllm.report.timing import time_split
 from cllm.runtime.errors import OutputError, UserError
 from cllm.runtime.progress import duration
 
-# key, title, unit, logarithmic; train rows as a line, eval rows as dots
+# Field of the rows, title, unit, logarithmic. Training is drawn as a line, evaluations as dots.
 CURVES = (
     ("loss", "Loss", "nats per token", False),
     ("perplexity", "Perplexity", "", True),
@@ -29,10 +31,9 @@ CURVES = (
     ("gradient_norm", "Gradient norm", "before clipping", True),
     ("tokens_per_second", "Speed", "tokens per second", False),
 )
-# Fields that are drawn above, count something, or say what cannot be drawn
-NOT_OTHER = {"step", "tokens", "seconds", "num_targets", "num_nonfinite", "updated", "best", "time", *(key for key, *_ in CURVES)}
+# Fields that are drawn already, or that only count what was done
+NOT_OTHER = {"step", "tokens", "seconds", "num_targets", "class_targets", "num_nonfinite", *(key for key, *_ in CURVES)}
 REPORT = Wording(OutputError, "another file with --out", "Nothing else was changed.")
-MOST_OTHER = 24
 SHOWN_SAMPLES = 4
 MOST_EVENTS = 200
 MOST_EVALUATIONS = 200
@@ -62,7 +63,7 @@ def run_page(run: RunData) -> str:
         _problems([run]),
         _tiles(run),
         _curves([run]),
-        _gradients(run),
+        _layers(run),
         _time(run),
         _events(run),
         _final(run),
@@ -120,34 +121,29 @@ def _problems(runs: Sequence[RunData]) -> Html | None:
 
 def _tiles(run: RunData) -> Html:
     """The run in eight numbers."""
-    steps, last = run.setting("train.steps"), run.evaluations[-1] if run.evaluations else {}
+    steps, last = run.setting("train.steps"), run.evaluations[-1] if run.evaluations else None
     planned = f" of {steps:,}" if isinstance(steps, int) else ""
-    seconds = next((value for _, value in reversed(run.curve("seconds")) if math.isfinite(value)), None)
     speeds = sorted(value for _, value in run.curve("tokens_per_second") if math.isfinite(value))
     facts: list[tuple[str, str | None]] = [
         ("steps", f"{run.last_step:,}{planned}"),
         ("parameters", _shown(run.num_parameters)),
         ("tokens seen", _shown(run.tokens)),
-        ("time", None if seconds is None else duration(seconds)),
+        ("time", None if run.seconds is None else duration(run.seconds)),
         ("tokens per second, median", short(speeds[len(speeds) // 2]) if speeds else None),
         ("best validation loss", f"{run.best[1]:.4f} at step {run.best[0]:,}" if run.best else None),
-        ("perplexity at the end", _shown(number(last.get("perplexity")))),
-        ("bits per byte at the end", _shown(number(last.get("bits_per_byte")))),
-        ("skipped or rolled back", f"{len(run.events()):,}" if run.events() else None),
+        ("perplexity at the end", _shown(last.perplexity) if last else None),
+        ("bits per byte at the end", _shown(last.bits_per_byte) if last else None),
+        ("steps that went wrong", f"{len(run.faults()):,}" if run.faults() else None),
     ]
     tiles = (element("div", element("dt", name), element("dd", value)) for name, value in facts if value is not None)
     return element("dl", *tiles, class_="tiles")
 
 
-def _shown(value: Any) -> str | None:
-    """A value for a table: four digits of a number, words as they are."""
-    if value is None:
-        return None
-    if isinstance(value, bool):
-        return "yes" if value else "no"
+def _shown(value: float | None) -> str | None:
+    """A number for a table: whole ones below ten million in full, others with four digits."""
     if isinstance(value, int) and abs(value) < 10_000_000:
         return f"{value:,}"
-    return short(float(value)) if isinstance(value, int | float) and abs(value) < 1e300 else str(value)
+    return None if value is None else short(float(value))
 
 
 # -- curves ----------------------------------------------------------------------------------------------------------------------
@@ -156,7 +152,7 @@ def _shown(value: Any) -> str | None:
 def _curves(runs: Sequence[RunData]) -> Html:
     scale, x_label = _x_axis(runs)
     figures = [_curve(place, key, title, unit, log, runs, scale, x_label) for place, (key, title, unit, log) in enumerate(CURVES)]
-    others = _other_keys(runs) if len(runs) == 1 else []
+    others = _other_fields(runs[0]) if len(runs) == 1 else []
     more = [_curve(100 + place, key, key.replace("_", " "), "", False, runs, scale, x_label) for place, key in enumerate(others)]
     drawn = [figure for figure in figures if figure is not None]
     if not drawn:
@@ -165,10 +161,10 @@ def _curves(runs: Sequence[RunData]) -> Html:
     return _section("Curves", element("div", *drawn, class_="grid-of-two"), folded)
 
 
-def _other_keys(runs: Sequence[RunData]) -> list[str]:
-    rows = [row for run in runs for kind in ("train", "eval") for row in run.rows.get(kind, [])]
-    keys = dict.fromkeys(key for row in rows for key, value in row.items() if key not in NOT_OTHER and number(value) is not None)
-    return list(keys)[:MOST_OTHER]
+def _other_fields(run: RunData) -> list[str]:
+    """The further numbers that the rows of updates and evaluations hold."""
+    names = {each.name: kind for kind in (EvaluationRow, TrainRow) for each in dataclasses.fields(kind) if each.name not in NOT_OTHER}
+    return [name for name, kind in names.items() if run.curve(name, kind)]
 
 
 def _x_axis(runs: Sequence[RunData]) -> tuple[list[float], str]:
@@ -186,13 +182,13 @@ def _curve(place: int, key: str, title: str, unit: str, log: bool, runs: Sequenc
     """One chart: of one run its training and validation, of several each in its colour."""
     series: list[Series] = []
     legend: list[tuple[str, str]] = []
-    for number_, run in enumerate(runs):
-        train, validation = run.curve(key), run.curve(key, "eval")
+    for number, run in enumerate(runs):
+        train, validation = run.curve(key), run.curve(key, EvaluationRow)
         if key == "perplexity" and not train:
             train = [(step, math.exp(loss) if loss < 700 else math.inf) for step, loss in smoothed(run.curve("loss"))]
-        train, validation = ([(step * scale[number_], value) for step, value in points] for points in (train, validation))
+        train, validation = ([(step * scale[number], value) for step, value in points] for points in (train, validation))
         alone = len(runs) == 1
-        color, second = (0, 1) if alone else (number_, number_)
+        color, second = (0, 1) if alone else (number, number)
         name = "" if alone else f"{run.name}, "
         if train:
             noisy = key in ("loss", "gradient_norm", "tokens_per_second") and len(train) > 50
@@ -209,7 +205,8 @@ def _curve(place: int, key: str, title: str, unit: str, log: bool, runs: Sequenc
             legend.append((run.name, f"c{color % 6} d{color // 6 % 3}"))
     if not series:
         return None
-    marks = [(row["step"] * scale[0], _event_words(row)) for row in runs[0].events()] if len(runs) == 1 and key in ("loss", "gradient_norm") else []
+    events = runs[0].faults() if len(runs) == 1 and key in ("loss", "gradient_norm") else []
+    marks = [(event.step * scale[0], f"step {event.step}: {event.what}") for event in events]
     chart = line_chart(f"chart{place}", title, series, x_label, log, marks)
     both = len(runs) > 1 and any(each.faint for each in series) and any(each.dots for each in series)
     notes = [unit, "faint: training; with dots: validation" if both else "", "dashed: an event" if marks else ""]
@@ -220,34 +217,42 @@ def _curve(place: int, key: str, title: str, unit: str, log: bool, runs: Sequenc
 # -- one run ---------------------------------------------------------------------------------------------------------------------
 
 
-def _gradients(run: RunData) -> Html | None:
-    figures = []
-    for place, (field, title, note) in enumerate(
-        (
-            ("gradient_norms", "Gradient norm by layer", "The norm of all gradients of a layer; in each column the largest of its steps."),
-            (
-                "update_ratios",
-                "Update to weight by layer",
-                "How far updates moved weights relative to their size; the largest of a layer's parameters.",
-            ),
-        )
-    ):
-        rows, steps, values = layer_values(run.rows.get("layers", []), field)
-        if rows:
-            figures.append(_figure(heat_map(f"heat{place}", title, rows, steps, values), title, element("p", note)))
-    flags = [
-        (f"{row['step']:,}", layer, _flat(flag))
-        for row in run.rows.get("layers", [])
-        if isinstance(row.get("flags"), dict)
-        for layer, flag in row["flags"].items()
+def _layers(run: RunData) -> Html | None:
+    """Heat maps over layers and steps, and the parameters whose gradient was flagged."""
+    rows, activations = run.rows(LayersRow), run.rows(ActivationsRow)
+    norms, ratios = layer_values(rows, "gradient_norms"), layer_values(rows, "update_ratios")
+    maps = [
+        (norms, "Gradient norm by layer", "The norm of all gradients of a layer; in each column the largest of its steps."),
+        (ratios, "Update to weight by layer", "How far updates moved weights relative to their size; the largest of a layer's parameters."),
+        (_by_size(rows), "Gradients by size", "How many of the sampled gradients lie in each power of ten."),
+        (_of_blocks(activations, "std"), "Spread of activations by block", "The standard deviation of the residual stream after each block."),
+        (_of_blocks(activations, "largest"), "Largest activation by block", "The largest absolute value in the residual stream after each block."),
     ]
+    figures = [
+        _figure(heat_map(f"heat{place}", title, names, steps, values), title, element("p", note))
+        for place, ((names, steps, values), title, note) in enumerate(maps)
+        if names
+    ]
+    flags = [(f"{row.step:,}", name, flag) for row in rows for flag in ("exploding", "vanishing") for name in getattr(row, flag)]
     more = f" (the last {MOST_FLAGS} of {len(flags):,})" if len(flags) > MOST_FLAGS else ""
-    flagged = table(("step", "layer", "gradient"), flags[-MOST_FLAGS:], f"Gradients out of line{more}") if flags else None
+    flagged = table(("step", "parameter", "gradient"), flags[-MOST_FLAGS:], f"Gradients out of line{more}") if flags else None
     return _section("Layers", element("div", *figures, class_="grid-of-two"), flagged) if figures or flags else None
 
 
+def _of_blocks(rows: Sequence[ActivationsRow], part: str) -> Table:
+    """One figure of the activations, by block."""
+    return as_table({row.step: {name: each[part] for name, each in row.blocks.items() if part in each} for row in rows})
+
+
+def _by_size(rows: Sequence[LayersRow]) -> Table:
+    """The histograms of gradients, the largest decade first, without the decades that are always empty."""
+    histograms = {row.step: row.gradient_histogram or {} for row in rows}
+    used = {name for each in histograms.values() for name, count in each.items() if count}
+    return as_table({step: {name: float(count) for name, count in reversed(each.items()) if name in used} for step, each in histograms.items()})
+
+
 def _time(run: RunData) -> Html | None:
-    parts, note = time_split(run.train)
+    parts, note = time_split(run.rows(TrainRow))
     total = sum(seconds for _, seconds in parts)
     if not total:
         return None
@@ -257,99 +262,66 @@ def _time(run: RunData) -> Html | None:
     return _section("Time", element("figure", chart, element("figcaption", legend)), table(("part", "time", "share"), rows, note, (1, 2)))
 
 
-def _event_words(row: dict[str, Any]) -> str:
-    kind = next((str(row[key]) for key in ("event", "name", "type", "what", "reason") if row.get(key)), "event")
-    return f"step {row['step']}: {kind.replace('_', ' ')}"
-
-
 def _events(run: RunData) -> Html | None:
     events = run.events()
     if not events:
         return None
-    rows = []
-    for row in events[-MOST_EVENTS:]:
-        said = _event_words(row).partition(": ")[2]
-        said_already = {"kind": None, "step": None, **{key: None for key, value in row.items() if str(value).replace("_", " ") == said}}
-        rest = {key: value for key, value in row.items() if key not in said_already and value is not None}
-        rows.append((f"{row['step']:,}", said, ", ".join(f"{key.replace('_', ' ')} {_flat(value)}" for key, value in rest.items())))
+    rows = [(f"{event.step:,}", event.what.replace("_", " "), event.action, event.details) for event in events[-MOST_EVENTS:]]
     more = f" (the last {MOST_EVENTS} of {len(events):,})" if len(events) > MOST_EVENTS else ""
-    return _section(f"Events{more}", table(("step", "what", "details"), rows, "Skipped steps, rollbacks and other events"))
-
-
-def _flat(value: Any) -> str:
-    if isinstance(value, dict):
-        return "; ".join(f"{key} {_flat(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(_flat, value[:20])) + (f" and {len(value) - 20} more" if len(value) > 20 else "")
-    return _shown(value) or "none"
+    return _section(f"Events{more}", table(("step", "what", "done", "details"), rows, "Steps that went wrong, and what the machine did to the run"))
 
 
 def _final(run: RunData) -> Html | None:
-    """Every figure of the last evaluation, and of the best one where that is another; then what is made of several figures."""
+    """Every figure of the last evaluation, and of the best one where that is another; then its classes of tokens."""
     if not run.evaluations:
         return _section("Final evaluation", element("p", "This run has not been evaluated."))
-    last = run.evaluations[-1]
-    best = next((row for row in run.evaluations if run.best and row["step"] == run.best[0]), last)
+    last, lowest = run.evaluations[-1], run.best
+    best = next((row for row in run.evaluations if lowest and row.step == lowest[0]), last)
     rows = [last] if best is last else [last, best]
-    head = ["figure", *(f"step {row['step']:,}{' (best)' if row is best else ''}" for row in rows)]
-    keys = [key for key, value in last.items() if key not in ("kind", "step", "best") and (number(value) is not None or isinstance(value, str))]
-    body = [(key.replace("_", " "), *(_precise(row.get(key)) for row in rows)) for key in keys]
-    classes = last["classes"] if isinstance(last.get("classes"), dict) else {}
-    nested = [_nested(key, value, list(classes)) for key, value in last.items() if isinstance(value, dict | list)]
-    return _section("Final evaluation", table(head, body, "On the validation split", range(1, len(head))), *nested)
+    head = ["figure", *(f"step {row.step:,}{' (best)' if row is best else ''}" for row in rows)]
+    names = [name for name, value in last.values().items() if name not in ("step", "best") and isinstance(value, int | float)]
+    body = [(name.replace("_", " "), *(_precise(getattr(row, name)) for row in rows)) for name in names]
+    confusion = "Confusion: a row for what was to come, a column for what the model ranked first"
+    tables = [_table_of(last.classes, "Classes of tokens"), _table_of(last.confusion, confusion)]
+    return _section("Final evaluation", table(head, body, "On the validation split", range(1, len(head))), *tables)
 
 
-def _precise(value: Any) -> str:
+def _precise(value: float | None) -> str:
     """Four decimals of a number that is not a whole one."""
-    known = number(value)
-    if known is None:
-        return "" if value is None else str(value)
-    if not math.isfinite(known):
-        return str(known)
-    if known == int(known):
-        return _shown(int(known)) or ""
-    return f"{known:,.4f}" if 1e-3 <= abs(known) < 1e6 else short(known)
+    if value is None:
+        return ""
+    if not math.isfinite(value):
+        return str(value)
+    if value == int(value) and abs(value) < 10_000_000:
+        return f"{int(value):,}"
+    return f"{value:,.4f}" if 1e-3 <= abs(value) < 1e6 else short(value)
 
 
-def _nested(key: str, value: Any, names: Sequence[str] = ()) -> Html | None:
-    """{row: {column: figure}} and [[figure]] as tables, {name: figure} as one row each; deeper things as words. `names` are the rows and columns
-    of a square of as many, a confusion matrix."""
-    title = key.replace("_", " ")
-    if isinstance(value, dict) and value and all(isinstance(item, dict) for item in value.values()):
-        columns = list(dict.fromkeys(str(name) for item in value.values() for name in item))
-        rows = [(name, *(_cell({str(k): v for k, v in item.items()}.get(column)) for column in columns)) for name, item in value.items()]
-        heads = (column.replace("_", " ") for column in columns)
-        return table(("", *heads), rows, title, range(1, len(columns) + 1))
-    if isinstance(value, list) and value and all(isinstance(item, list) for item in value):
-        wide = max(len(item) for item in value)
-        labels = names if len(names) == wide == len(value) else [str(place) for place in range(max(wide, len(value)))]
-        note = f"{title}: a row for what was to come, a column for what was guessed" if labels is names else title
-        return table(("", *labels[:wide]), [(label, *map(_cell, item)) for label, item in zip(labels, value)], note, range(1, wide + 1))
-    if isinstance(value, dict) and value:
-        return table((title, "value"), [(name, _cell(item)) for name, item in value.items()], title, (1,))
-    return element("p", f"{title}: {_flat(value)}") if value else None
-
-
-def _cell(value: Any) -> str:
-    return _precise(value) if number(value) is not None or value is None else _flat(value)
+def _table_of(figures: Mapping[str, Mapping[str, float | None]] | None, caption: str) -> Html | None:
+    """row -> column -> figure as a table."""
+    if not figures:
+        return None
+    columns = list(dict.fromkeys(name for each in figures.values() for name in each))
+    rows = [(name, *(_precise(each.get(column)) for column in columns)) for name, each in figures.items()]
+    return table(("", *columns), rows, caption, range(1, len(columns) + 1))
 
 
 def _evaluations(run: RunData) -> Html | None:
     """The numbers behind the dots."""
     if len(run.evaluations) < 2:
         return None
-    keys = [key for key in ("loss", "perplexity", "bits_per_byte", "accuracy") if run.curve(key, "eval")]
+    names = ("loss", "perplexity", "bits_per_byte", "accuracy")
     shown = run.evaluations[-MOST_EVALUATIONS:]
-    rows = [(f"{row['step']:,}", *(_precise(row.get(key)) for key in keys), "yes" if row.get("best") is True else "") for row in shown]
-    head = ("step", *(key.replace("_", " ") for key in keys), "best so far")
-    numbers = table(head, rows, "Evaluations", range(1, len(keys) + 1))
+    rows = [(f"{row.step:,}", *(_precise(getattr(row, name)) for name in names), "yes" if row.best else "") for row in shown]
+    head = ("step", *(name.replace("_", " ") for name in names), "best so far")
+    numbers = table(head, rows, "Evaluations", range(1, len(names) + 1))
     return element("details", element("summary", f"All {len(run.evaluations):,} evaluations"), numbers)
 
 
 def _samples(run: RunData) -> Html | None:
     if not run.samples:
         return None
-    blocks = [join((element("h3", heading), element("pre", content or "(nothing)"))) for heading, content in run.samples[::-1]]
+    blocks = [join((element("h3", f"step {each.step:,}"), element("pre", each.text or "(nothing)"))) for each in run.samples[::-1]]
     older = blocks[SHOWN_SAMPLES:]
     folded = element("details", element("summary", f"{len(older):,} earlier samples"), *older) if older else None
     return _section("Samples", element("p", "What the model wrote while it was trained, the newest first."), *blocks[:SHOWN_SAMPLES], folded)
@@ -358,10 +330,11 @@ def _samples(run: RunData) -> Html | None:
 def _configuration(run: RunData) -> Html | None:
     if not run.settings:
         return None
-    rows = [(key, _setting(value), source) for key, value, source in run.settings]
-    chosen = [row for row in rows if row[2] != "default"]
+    rows = [(each.key, _setting(each.value), each.source) for each in run.settings]
+    chosen = [row for row in rows if row[2] not in ("default", "")]
     everything = element("details", element("summary", f"All {len(rows):,} settings"), table(("setting", "value", "source"), rows, "All settings"))
-    return _section("Configuration", table(("setting", "value", "source"), chosen, "What is not a default"), everything)
+    not_default = table(("setting", "value", "source"), chosen, "What is not a default") if chosen else None
+    return _section("Configuration", not_default, everything)
 
 
 def _setting(value: Any) -> str:
@@ -373,20 +346,11 @@ def _environment(run: RunData) -> Html:
     """One row for each time the run was started or resumed."""
     rows = []
     for start in run.environments:
-        versions = start.get("versions")
-        words = ", ".join(f"{name} {value}" for name, value in versions.items() if value != "absent") if isinstance(versions, dict) else ""
-        devices = start.get("devices")
-        machine = "; ".join(map(_device, devices)) if isinstance(devices, list) else ""
-        rows.append((_flat(start.get("started")), machine, _flat(start.get("system")), words))
+        machine = "; ".join(f"{each.name}, {each.workers} workers, {each.memory_gib:g} GiB" for each in start.devices)
+        rows.append((start.started, machine, start.system, ", ".join(f"{name} {version}" for name, version in start.versions.items())))
     if not rows:
         return _section("Machine and versions", element("p", "This run did not record them."))
     return _section("Machine and versions", table(("started", "machine", "system", "versions"), rows, "Each start of the run"))
-
-
-def _device(device: Any) -> str:
-    if not isinstance(device, dict):
-        return _flat(device)
-    return f"{device.get('name')}, {device.get('workers')} workers, {device.get('memory_gib')} GiB"
 
 
 # -- several runs ----------------------------------------------------------------------------------------------------------------
@@ -397,21 +361,21 @@ def _results(runs: Sequence[RunData]) -> Html:
     same_tokens = all(run.setting(key) == runs[0].setting(key) for run in runs for key in ("data.tokenizer", "data.vocab_size"))
     best = min((run.best[1] for run in runs if run.best), default=None) if same_tokens else None
     for run in runs:
-        last = run.evaluations[-1] if run.evaluations else {}
-        seconds = next((value for _, value in reversed(run.curve("seconds")) if math.isfinite(value)), None)
+        last = run.evaluations[-1] if run.evaluations else None
+        figures = [_precise(value) for value in (last.loss, last.bits_per_byte, last.accuracy)] if last else ["", "", ""]
         mark = " (lowest)" if run.best and run.best[1] == best else ""
         rows.append((
-            run.name, f"{run.best[1]:.4f}{mark}" if run.best else "", f"{run.best[0]:,}" if run.best else "", _precise(last.get("loss")),
-            _precise(last.get("bits_per_byte")), _precise(last.get("accuracy")), f"{run.last_step:,}", _shown(run.tokens) or "",
-            "" if seconds is None else duration(seconds), _shown(run.num_parameters) or "", f"{len(run.events()):,}",
+            run.name, f"{run.best[1]:.4f}{mark}" if run.best else "", f"{run.best[0]:,}" if run.best else "", *figures,
+            f"{run.last_step:,}", _shown(run.tokens) or "", "" if run.seconds is None else duration(run.seconds),
+            _shown(run.num_parameters) or "", f"{len(run.faults()):,}",
         ))  # fmt: skip
-    head = ("run", "best loss", "at step", "last loss", "bits per byte", "accuracy", "steps", "tokens", "time", "parameters", "events")
+    head = ("run", "best loss", "at step", "last loss", "bits per byte", "accuracy", "steps", "tokens", "time", "parameters", "faults")
     note = "Losses are comparable between runs with the same tokenizer and validation text; bits per byte between tokenizers too."
     return _section("Results", table(head, rows, "Best and last validation of each run", range(1, len(head))), element("p", note))
 
 
 def _differences(runs: Sequence[RunData]) -> Html:
-    keys = dict.fromkeys(key for run in runs for key, _, _ in run.settings)
+    keys = dict.fromkeys(each.key for run in runs for each in run.settings)
     rows = []
     for key in keys:
         values = [run.setting(key) for run in runs]

@@ -7,16 +7,17 @@ from cllm._lazy import exports
 __all__ = ["Microbatch", "StepResult", "TrainResult", "TrainStep", "Trainer"]
 
 if TYPE_CHECKING:
-    from cllm.train.step import Microbatch, StepResult, TrainStep
-    from cllm.train.trainer import Trainer, TrainResult
+    from cllm.monitor.records import StepResult, TrainResult
+    from cllm.train.step import Microbatch, TrainStep
+    from cllm.train.trainer import Trainer
 
 __getattr__, __dir__ = exports(
     __name__,
     {
         "Trainer": "cllm.train.trainer",
-        "TrainResult": "cllm.train.trainer",
+        "TrainResult": "cllm.monitor.records",
         "TrainStep": "cllm.train.step",
-        "StepResult": "cllm.train.step",
+        "StepResult": "cllm.monitor.records",
         "Microbatch": "cllm.train.step",
     },
 )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cllm.checkpoint.safetensors import tensors_bytes
 from cllm.checkpoint.writer import CheckpointWriter
+from cllm.monitor.records import MachineRow
 from cllm.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Checkpoints:
             waited = time.perf_counter() - began
             if waited > SLOW_DISK_SECONDS:
                 text = f"step {step:,}: the disk is slow: training waited {waited:.1f} s for the checkpoint before this one"
-                self._metrics.write("machine", step, event="slow_disk", action="wait", text=text, seconds=round(waited, 3))
+                self._metrics.write(MachineRow(step=step, event="slow_disk", action="wait", text=text, seconds=round(waited, 3)))
                 self._report.say(f"{text}. Raise checkpoint_every, or use a faster disk")
         megabytes = (tensors_bytes(weights) + tensors_bytes(optimizer)) / 1e6
         with self._report.stage(f"writing a checkpoint ({megabytes:,.0f} MB)", "checkpoint"):

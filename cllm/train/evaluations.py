@@ -21,7 +21,7 @@ class Measured:
 
     evaluation: Evaluation
     classes: dict[str, Any]
-    activations: dict[str, Any] | None
+    activations: dict[str, dict[str, float]] | None
 
 
 class Evaluations:

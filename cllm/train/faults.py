@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cllm.data.tokens.batch import StepResult
+from cllm.monitor.records import StepResult
 from cllm.runtime.errors import CLLMError
 
 IN_A_ROW = 20  # more steps than these in a row that had to be left out are no accident: the run has diverged

@@ -20,7 +20,8 @@ import torch
 
 from cllm.checkpoint.folder import Checkpoint
 from cllm.checkpoint.weights import load_weights, weights_of
-from cllm.data.tokens.batch import IGNORE, Batch, StepResult
+from cllm.data.tokens.batch import IGNORE, Batch
+from cllm.monitor.records import StepResult
 from cllm.runtime.errors import UserError
 from cllm.train.averages import Ema, swapped
 from cllm.train.noise_scale import NoiseScale

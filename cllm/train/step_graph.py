@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cllm.data.tokens.batch import Batch, StepResult
+from cllm.data.tokens.batch import Batch
+from cllm.monitor.records import StepResult
 from cllm.runtime import progress
 from cllm.runtime.errors import CheckpointError, UserError
 from cllm.train.optimizers.adamw import AdamW

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +21,14 @@ from cllm.checkpoint.weights import check_tokenizer, load_weights, weights_of
 from cllm.config.schedule import Schedule, lr
 from cllm.config.train import TrainConfig
 from cllm.evaluate.loss import Evaluation
-from cllm.files import RUN, write_file
+from cllm.files import RUN, Appender, write_file
 from cllm.model.lora import lora_state
 from cllm.model.memory import choose_recompute, explained_out_of_memory
 from cllm.monitor.diagnostics import Diagnostics
 from cllm.monitor.environment import record_environment
 from cllm.monitor.guards import Interrupted, RunLock, StopSignals
 from cllm.monitor.metrics import Metrics
+from cllm.monitor.records import ActivationsRow, EvaluationRow, FaultRow, Sample, StepResult, TrainResult, TrainRow
 from cllm.monitor.reporter import Reporter
 from cllm.monitor.silent import SilentMetrics, SilentReporter
 from cllm.runtime.device import resolve
@@ -41,7 +41,6 @@ from cllm.train.faults import ROLLBACKS, Fault, FaultError, NonFiniteError, advi
 from cllm.train.run_folder import StoredRun, go_on, identity
 from cllm.train.samples import sample_text
 from cllm.train.state import RunState
-from cllm.train.step import StepResult
 from cllm.train.update_data import UpdateData
 
 if TYPE_CHECKING:
@@ -50,40 +49,7 @@ if TYPE_CHECKING:
     from cllm.model.model import Model
 
 
-_OF_EVALUATIONS = ("eval", "activations")
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run came to."""
-
-    step: int
-    tokens: int
-    train_loss: float | None
-    validation: Evaluation | None
-    best_loss: float | None
-    best_step: int | None
-    unigram_loss: float | None
-    seconds: float
-    tokens_per_second: float
-    skipped_steps: int
-    stopped_early: bool
-    resumed_from: int | None
-    checkpoint: Path
-    out: Path
-
-    @property
-    def better_than_unigram(self) -> bool | None:
-        """Whether the model predicts better than the mere frequency of each token does; None without validation data."""
-        if self.validation is None or self.unigram_loss is None:
-            return None
-        return self.validation.loss < self.unigram_loss
-
-    def to_dict(self) -> dict[str, Any]:
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "validation"}
-        validation = None if self.validation is None else self.validation.to_dict()
-        paths = {"checkpoint": str(self.checkpoint), "out": str(self.out)}
-        return {**values, **paths, "validation": validation, "better_than_unigram": self.better_than_unigram}
+_OF_EVALUATIONS = (EvaluationRow.kind, ActivationsRow.kind)
 
 
 class Trainer:
@@ -200,23 +166,10 @@ class Trainer:
         self._last_step, step = result, self.state.step
         timing = self._report.trained(step, self.state.tokens, result, self._train_step.seconds)
         if step % self.config.log.metrics_every == 0 or not result.finite:
-            self._metrics.write(
-                "train",
-                step,
-                loss=result.loss,
-                learning_rate=result.learning_rate,
-                gradient_norm=result.gradient_norm,
-                largest_gradient=result.largest_gradient,
-                num_nonfinite=result.num_nonfinite,
-                updated=result.updated,
-                tokens=self.state.tokens,
-                **({} if result.noise_scale is None else {"noise_scale": result.noise_scale}),
-                seconds=round(self._seconds_before + self._report.seconds, 3),
-                **timing,
-            )
-        layers = self._diagnostics.after_update()
+            self._metrics.write(TrainRow.of(step, result, self.state.tokens, self._seconds_before + self._report.seconds, timing))
+        layers = self._diagnostics.after_update(step)
         if layers is not None:
-            self._metrics.write("layers", step, **layers[0])
+            self._metrics.write(layers[0])
             self._metrics.histograms("gradients", step, layers[1])
 
     def _evaluate(self) -> None:
@@ -228,8 +181,9 @@ class Trainer:
         self._validation = found.evaluation
         best, unigram = state.take_evaluation(found.evaluation.loss), self._evaluations.unigram_loss
         if found.activations is not None:
-            self._metrics.write("activations", state.step, **found.activations)
-        self._metrics.write("eval", state.step, **found.evaluation.to_dict(), **found.classes, unigram_loss=unigram, best=best)
+            self._metrics.write(ActivationsRow(step=state.step, blocks=found.activations))
+        measured = {**found.evaluation.to_dict(), **found.classes}
+        self._metrics.write(EvaluationRow(step=state.step, best=best, unigram_loss=unigram, **measured))
         report.evaluated(state.step, found.evaluation, unigram, best)
         if state.plateau is not None and self._learning_rate() < rate:
             waited = state.plateau.patience
@@ -246,8 +200,8 @@ class Trainer:
         self._checkpoints.before_update()
         with self._report.stage("sampling"), self._train_step.evaluation_weights():
             text = sample_text(model, self.tokenizer, self.dataset.train, seed=self.state.step)
-        with open(self.out / "samples.txt", "a", encoding="utf-8") as file:
-            file.write(f"=== step {self.state.step}\n{text}\n\n")
+        with Appender(self.out / "samples.txt", RUN) as file:
+            file.write(Sample(step=self.state.step, text=text).to_text())
         self._metrics.text("sample", self.state.step, text)
 
     def _stop_if_asked(self) -> None:
@@ -302,12 +256,12 @@ class Trainer:
         """Records what went wrong in the step before, and does what its policy says."""
         data, documents = self.data.number(self.step - 1), self.data.documents(self.step - 1)
         where = f"data {data:,} from {', '.join(documents[:3])}{f' and {len(documents) - 3} more' if len(documents) > 3 else ''}"
-        row = {"event": fault.kind, "action": fault.action, "text": fault.text, "fault_step": self.step, "data": data, "documents": documents}
+        row = partial(FaultRow, event=fault.kind, action=fault.action, text=fault.text, fault_step=self.step, data=data, documents=tuple(documents))
         if fault.action == "rollback":
             self._roll_back(fault, where)
-            self._metrics.write("event", self.step, **row)
+            self._metrics.write(row(step=self.step))
             return
-        self._metrics.write("event", self.step, **row)
+        self._metrics.write(row(step=self.step))
         self._report.say(f"{fault.text}; {where}{': the update was left out' if fault.action == 'skip' else ''}")
         if fault.action == "stop":
             error = NonFiniteError if fault.kind == "nonfinite" else FaultError
@@ -362,7 +316,7 @@ class Trainer:
             if self.tokenizer is not None:
                 self.tokenizer.save(self.out / "tokenizer.json")
             write_file(self.out / "config.toml", config.to_toml().encode(), RUN)
-            record_environment(self.out)
+            record_environment(self.out, config.sources)
         self._metrics = Metrics(self.out, config.log.tensorboard, config.log.prometheus_port) if self._leads else SilentMetrics()
         self._metrics.text("config", self.step, config.to_toml())
         # Several processes write together; that needs them all at the same place.

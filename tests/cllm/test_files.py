@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from cllm.files import Wording, new_file, new_folder, write_file
+from cllm.files import Appender, Wording, new_file, new_folder, write_file
 from cllm.runtime.errors import CLLMError
 
 
@@ -71,3 +71,17 @@ def test_an_error_about_another_file_is_not_blamed_on_the_destination(tmp_path):
     with pytest.raises(ValueError), new_file(tmp_path / "file", WORDING):
         raise ValueError
     assert not list(tmp_path.iterdir())
+
+
+def test_lines_are_added_whole_and_a_line_that_was_cut_off_is_ended(tmp_path):
+    with Appender(tmp_path / "log", WORDING) as file:
+        file.write("one\ntwo\n")
+        assert (tmp_path / "log").read_text() == "one\ntwo\n"
+        file.write("\ud800\n")  # half a character
+    with open(tmp_path / "log", "a") as other:
+        other.write("cut o")
+    with Appender(tmp_path / "log", WORDING) as file:
+        file.write("three\n")
+    assert (tmp_path / "log").read_text() == "one\ntwo\n?\ncut o\nthree\n"
+    with pytest.raises(OfTheCaller, match=f"^could not write {tmp_path}/absent/log: No such file or directory. The books"):
+        Appender(tmp_path / "absent" / "log", WORDING)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -58,25 +56,3 @@ class EvaluationBatches(Protocol):
 
     def batch(self, index: int) -> Batch:
         """Batch number `index`; the last one may have fewer rows."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step did. `loss`: nats per target before the update, smoothing and z-loss included. `updated`: False when it was skipped.
-
-    `rescaled`: fp16 alone: gradients overflowed under a loss scale that has been halved since, which is no fault of the data or the model.
-    """
-
-    loss: float
-    gradient_norm: float
-    largest_gradient: float
-    num_nonfinite: int
-    num_targets: int
-    learning_rate: float
-    updated: bool
-    noise_scale: float | None = None  # tokens; where it was measured
-    rescaled: bool = False
-
-    @property
-    def finite(self) -> bool:
-        return self.num_nonfinite == 0 and math.isfinite(self.loss) and math.isfinite(self.gradient_norm)

@@ -17,6 +17,7 @@ from cllm.model.model import Model
 from cllm.monitor.layers import LayerStats, activation_stats
 from cllm.monitor.metrics import TIME_FIELDS, Metrics, read_metrics
 from cllm.monitor.prometheus import PrometheusEndpoint
+from cllm.monitor.records import MachineRow, StepResult, StepTiming, TrainRow
 from cllm.runtime.errors import UserError
 from cllm.train.trainer import Trainer
 
@@ -102,12 +103,12 @@ def test_the_norms_of_the_layers_make_up_that_of_all_and_ratios_are_those_of_the
     with torch.no_grad():
         for each in parameters.values():
             each -= 0.01 * each
-    row = stats.after()
-    whole = math.sqrt(sum(norm**2 for norm in row["gradient_norms"].values()))
+    row = stats.after(7)
+    whole = math.sqrt(sum(norm**2 for norm in row.gradient_norms.values()))
     assert whole == pytest.approx(float(torch.cat([each.grad.double().reshape(-1) for each in parameters.values()]).norm()), rel=1e-5)
-    assert row["update_ratios"] == {name: pytest.approx(0.01, rel=1e-4) for name in parameters}
-    assert row["exploding"] == ["c"] and row["vanishing"] == []
-    assert sum(row["gradient_histogram"].values()) == 40 * 30 + 7 + 400 and row["gradient_histogram"]["1e2"] > 300  # and all above
+    assert row.update_ratios == {name: pytest.approx(0.01, rel=1e-4) for name in parameters}
+    assert row.step == 7 and row.exploding == ("c",) and row.vanishing == ()
+    assert sum(row.gradient_histogram.values()) == 40 * 30 + 7 + 400 and row.gradient_histogram["1e2"] > 300  # and all above
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
@@ -117,9 +118,9 @@ def test_gradients_of_zero_nan_and_infinity_are_told_too(value):
         each.grad = torch.full_like(each, value if name == "a" else 1.0)
     stats = LayerStats(parameters)
     stats.before()
-    row = stats.after()
-    assert row["vanishing"] == (["a"] if value == 0 else []) and row["exploding"] == ([] if value == 0 else ["a"])
-    assert row["update_ratios"] == {"a": 0.0, "b": 0.0, "c": 0.0}
+    row = stats.after(7)
+    assert row.vanishing == (("a",) if value == 0 else ()) and row.exploding == (() if value == 0 else ("a",))
+    assert row.update_ratios == {"a": 0.0, "b": 0.0, "c": 0.0}
 
 
 def test_activations_are_those_of_the_blocks():
@@ -145,8 +146,9 @@ def stream_after_first_block(model, x):
 def test_prometheus_finds_the_newest_numbers_on_this_machine_alone(tmp_path):
     metrics = Metrics(tmp_path, prometheus_port=free_port())
     with metrics:
-        metrics.write("train", 3, loss=2.5, updated=True, note="text", gradient_norm=math.inf)
-        metrics.write("train", 4, loss=2.25)
+        for step, loss in ((3, 2.5), (4, 2.25)):
+            metrics.write(TrainRow.of(step, StepResult(loss, math.inf, 1.0, 0, 8, 1e-3, True), 8 * step, 1.0, StepTiming()))
+        metrics.write(MachineRow(step=4, event="slow_disk", action="wait", text="note", seconds=1.0))
         assert metrics.prometheus._server.server_address[0] == "127.0.0.1"
         address = f"http://127.0.0.1:{metrics.prometheus.port}"
         with urllib.request.urlopen(f"{address}/metrics", timeout=PATIENCE) as answer:

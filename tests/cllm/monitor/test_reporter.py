@@ -4,7 +4,7 @@ import torch
 
 from cllm.config.model import ModelConfig
 from cllm.config.train import TrainConfig
-from cllm.data.tokens.batch import StepResult
+from cllm.monitor.records import StepResult
 from cllm.monitor.reporter import Reporter
 
 

@@ -5,6 +5,7 @@ import inspect
 import pytest
 
 from cllm.monitor.metrics import Metrics
+from cllm.monitor.records import MachineRow, StepTiming
 from cllm.monitor.reporter import Reporter
 from cllm.monitor.silent import SilentMetrics, SilentReporter
 
@@ -36,8 +37,8 @@ def test_what_runs_inside_a_silent_block_runs_and_may_fail(tmp_path):
         for block in (report.reading(0), report.step(0), report.stage("evaluating", "evaluation")):
             with block:
                 ran.append(report.trained(1, 2, None, {}))
-        metrics.write("train", 1, loss=1.0)
+        metrics.write(MachineRow(step=1, event="slow_disk", action="wait", text="", seconds=1.0))
         with pytest.raises(ZeroDivisionError), report.stage("x"):
             1 / 0  # noqa: B018
-    assert ran == [{}, {}, {}] and report.seconds > 0 and report.tokens_per_second == 0.0
+    assert ran == [StepTiming()] * 3 and report.seconds > 0 and report.tokens_per_second == 0.0
     assert not list(tmp_path.iterdir())

@@ -2,22 +2,35 @@
 
 import json
 import math
+import os
 import re
+import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
+import torch
+from command import cllm
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from cllm.config.model import ModelConfig
 from cllm.config.train import TrainConfig
+from cllm.data.pipeline import prepare
+from cllm.model.model import Model
+from cllm.monitor.environment import record_environment
+from cllm.monitor.metrics import Metrics, read_metrics
+from cllm.monitor.records import EvaluationRow, FaultRow, LayersRow, MachineRow, Sample, StepResult, StepTiming, TrainRow
 from cllm.report import charts, write_report
 from cllm.report.layers import layer_name, layer_values
 from cllm.report.markup import element
-from cllm.report.reading import number, read_run
+from cllm.report.reading import read_run
 from cllm.report.timing import time_split
-from cllm.runtime.errors import UserError
+from cllm.runtime.errors import OutputError, UserError
+from cllm.train.trainer import Trainer
 
 VOID = {"meta", "br"}
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 
 class Page(HTMLParser):
@@ -25,7 +38,7 @@ class Page(HTMLParser):
 
     def __init__(self, content):
         super().__init__(convert_charrefs=True)
-        self.open, self.ids, self.said, self.tags, self.figures = [], {}, [], [], []
+        self.open, self.ids, self.said, self.tags, self.figures, self.classes = [], {}, [], [], [], []
         self.feed(content)
         self.close()
         assert self.open == [], self.open
@@ -37,6 +50,7 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
         values = dict(attributes)
+        self.classes += values.get("class", "").split()
         assert len(values) == len(attributes), attributes
         assert tag not in ("script", "link", "iframe", "img", "object", "embed", "use", "image", "base", "form", "a"), tag
         for key, value in attributes:
@@ -63,28 +77,128 @@ class Page(HTMLParser):
     def text(self):
         return "\n".join(self.said)
 
+    def of_class(self, name):
+        return self.classes.count(name)
+
 
 def page_of(*folders, out=None):
     place, _ = write_report(folders, out)
     return Page(place.read_text("utf-8"))
 
 
-def train_row(step, **values):
-    return {
-        "kind": "train", "step": step, "loss": 4 / step, "learning_rate": 1e-3, "gradient_norm": 1.5, "updated": True, "tokens": 64 * step,
-        "seconds": 0.5 * step, "tokens_per_second": 256.0, **values,
+# -- a run that the trainer wrote ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two starts of a run with everything that can be recorded: one layer without a gradient, and an update that was left out."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text("It was 1 of 2, or 3 (of 44)? " * 60)
+    dataset = prepare(folder / "text.txt", folder / "tokens", tokenizer="char", val_fraction=0.2)
+    values = {
+        "steps": 8, "seq_len": 16, "batch_size": 2, "eval_every": 4, "checkpoint_every": 4, "precision": "fp32", "threads": 1, "learning_rate": 2e-3,
+        "layers_every": 1, "classes": True, "activations": True, "sample_every": 4, "tensorboard": False, "on_nonfinite": "skip", "shuffle": "none",
     }  # fmt: skip
+    for last in (5, 8):
+        model = Model(ModelConfig(vocab_size=dataset.tokenizer.vocab_size, embed_dim=16, num_layers=2, num_heads=2, max_seq_len=16))
+        with torch.no_grad():
+            dict(model.named_parameters())["model.layers.1.self_attn.o_proj.weight"].zero_()  # what is before it gets no gradient in the first steps
+        run = Trainer(model, dataset, TrainConfig(**values), out=folder / "run")
+        bad, loss, record = run.data.batches.batch(2).tokens, model.loss, run._record
+
+        def poisoned(tokens, *args, bad=bad, loss=loss, **kwargs):
+            value = loss(tokens, *args, **kwargs)
+            return value * math.nan if not kwargs.get("return_stats") and torch.equal(tokens, bad) else value
+
+        def broken_off(result, record=record, run=run, last=last):
+            record(result)
+            if run.step == last < 8:
+                raise KeyboardInterrupt
+
+        model.loss, run._record = poisoned, broken_off
+        try:
+            run.fit()
+        except KeyboardInterrupt:
+            assert last == 5
+    return folder / "run"
+
+
+def test_a_trained_run_is_reported_with_everything_that_was_recorded(trained, tmp_path):
+    page = page_of(trained, out=tmp_path / "page.html")
+    rows = list(read_metrics(trained / "metrics.jsonl"))
+    assert {row["kind"] for row in rows} == {"train", "eval", "layers", "activations", "event"}
+    flagged = [name for row in rows if row["kind"] == "layers" for name in row["vanishing"]]
+    assert any("layers.1.self_attn" in name for name in flagged) and all(name in page.text for name in flagged)
+    assert "Gradients out of line" in page.text and "vanishing" in page.text
+    for title in (
+        "Loss",
+        "Perplexity",
+        "Speed",
+        "Gradient norm by layer",
+        "Update to weight by layer",
+        "Gradients by size",
+        "Largest activation by block",
+    ):
+        assert title in page.said, title
+    fault = next(row for row in rows if row["kind"] == "event")
+    assert fault["text"] in page.text and "nonfinite" in page.said and "skip" in page.said and f"step {fault['step']}: nonfinite" in page.text
+    assert page.text.count("update left out") == 0  # the event tells it
+    last = [row for row in rows if row["kind"] == "eval"][-1]
+    assert f"{last['loss']:.4f}" in page.text and "top5 accuracy" in page.text and "8 of 8" in page.text
+    assert "Confusion: a row for what was to come" in page.text and "punctuation" in page.text and "recall" in page.said
+    assert not page.of_class("problems")
+    for part in ("data", "forward", "backward", "optimizer"):
+        assert part in page.said
+    run = read_run(trained)
+    assert run.num_parameters and len(run.environments) == 2 and [sample.step for sample in run.samples] == [4, 8]
+    assert all(sample.text and sample.text in page.text for sample in run.samples)
+
+
+def test_the_source_of_every_setting_is_that_of_the_configuration(trained):
+    state = json.loads(max(trained.glob("checkpoints/*/state.json")).read_text())
+    found = {each.key: (each.value, each.source) for each in read_run(trained).settings}
+    expected = TrainConfig.from_dict(state["config"], state["sources"]).describe()
+    assert found == {key: (value, source) for key, value, source, _ in expected if value is not None}
+    assert found["optim.learning_rate"] == (2e-3, "argument") and found["optim.beta2"][1] == "default"
+
+
+def test_sources_of_a_run_without_a_checkpoint_and_of_an_earlier_version_are_known(trained, tmp_path):
+    config = TrainConfig.from_layers(flags={"steps": 7, "data.path": "a [b] # c/d"}, sets=["optim.beta2=0.9"])
+    begun = {each.key: (each.value, each.source) for each in read_run(make_run(tmp_path / "begun", [], config)).settings}
+    assert begun == {key: (value, source) for key, value, source, _ in config.describe() if value is not None}
+    for version in ("v1", "v2"):  # the sources are in their checkpoints alone
+        old = read_run(FIXTURES / f"checkpoint-{version}" / "run")
+        sources = {each.key: each.source for each in old.settings}
+        assert sources["train.steps"] == "argument" and sources["train.seed"] == "default" and not old.problems
+        assert len(old.rows(TrainRow)) == 6 and len(old.evaluations) == 2 and old.best == (6, pytest.approx(2.3541, abs=1e-4))
+
+
+# -- rows that are written for a purpose ---------------------------------------------------------------------------------------------
+
+
+def train_row(step, loss=None, updated=True, tokens=None, **timing):
+    result = StepResult(4 / step if loss is None else loss, 1.5, 0.5, 0, 64, 1e-3, updated)
+    return TrainRow.of(step, result, 64 * step if tokens is None else tokens, 0.5 * step, StepTiming(**{"tokens_per_second": 256.0, **timing}))
 
 
 def eval_row(step, loss, **values):
-    return {"kind": "eval", "step": step, "loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / 2, "accuracy": 0.25, **values}
+    figures = {"perplexity": math.exp(loss), "bits_per_byte": loss / 2, "accuracy": 0.25, "num_targets": 10, "best": False}
+    return EvaluationRow(step=step, loss=loss, **{**figures, **values})
 
 
 def make_run(folder, rows, config=None, samples=None, tail=b""):
+    """A run as the writers of the trainer write it, and `tail` after the last row of metrics.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").write_bytes("".join(json.dumps(row) + "\n" for row in rows).encode() + tail)
+    (folder / "metrics.jsonl").unlink(missing_ok=True)
+    (folder / "metrics.jsonl").touch()
+    with Metrics(folder) as metrics:
+        for row in rows:
+            metrics.write(row)
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(tail)
     if config is not None:
         (folder / "config.toml").write_text(config.to_toml(), "utf-8")
+        record_environment(folder, config.sources)
     if samples is not None:
         (folder / "samples.txt").write_bytes(samples.encode("utf-8", "surrogatepass"))
     return folder
@@ -95,7 +209,8 @@ USUAL = [*(train_row(step) for step in range(1, 101)), *(eval_row(step, 5 / step
 
 def test_a_page_says_what_the_run_came_to(tmp_path):
     config = TrainConfig(steps=100, learning_rate=2e-3)
-    page = page_of(make_run(tmp_path / "demo", USUAL, config, "=== step 50\nonce upon\n\n=== step 100\na time\n\n"))
+    samples = "".join(Sample(step=step, text=text).to_text() for step, text in ((50, "once upon"), (100, "a time")))
+    page = page_of(make_run(tmp_path / "demo", USUAL, config, samples))
     for words in ("Training run demo", "100 of 100", "0.0500 at step 100", "optim.learning_rate", "0.002", "argument", "once upon", "a time", "0:50"):
         assert words in page.text, words
     assert page.text.index("a time") < page.text.index("once upon")  # the newest first
@@ -115,7 +230,7 @@ def test_curves_lie_where_the_numbers_say():
 
 
 def test_what_is_not_finite_breaks_the_line_and_is_marked(tmp_path):
-    rows = [train_row(step, **({"loss": "nan", "updated": False} if step == 3 else {})) for step in range(1, 6)]
+    rows = [train_row(step, loss=math.nan if step == 3 else None, updated=step != 3) for step in range(1, 6)]
     page = page_of(make_run(tmp_path / "run", rows))
     assert "update left out" in page.text and "training: nan at 3" in page.text
     svg = charts.line_chart("x", "Loss", [charts.Series("loss", [(1, 1.0), (2, 2.0), (3, math.inf), (4, 1.0), (5, 2.0)])], "step")
@@ -164,23 +279,26 @@ ODD = st.recursive(
     lambda children: st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=8), children, max_size=4),
     max_leaves=8,
 )
-FIELD = st.sampled_from([
-    "loss", "learning_rate", "gradient_norm", "tokens_per_second", "seconds", "tokens", "updated", "perplexity", "accuracy", "bits_per_byte",
-    "gradient_norms", "update_ratios", "data_seconds", "time_split", "event", "documents", "confusion", "a<b>", "best", "step", "kind",
-])  # fmt: skip
-KIND = st.sampled_from(["train", "eval", "layers", "event"])
-ROW = st.builds(lambda kind, step, row: {"kind": kind, "step": step, **row}, KIND, st.integers(0, 9), st.dictionaries(FIELD, ODD, max_size=8))
-NORMS = st.builds(
-    lambda step, norms: {"kind": "layers", "step": step, "gradient_norms": norms, "update_ratios": norms},
-    st.integers(0, 500), st.dictionaries(st.sampled_from([f"model.layers.{i}.w.weight" for i in range(5)] + ["x<y", "embed"]), ODD, max_size=5),
-)  # fmt: skip
+# Rows of the right fields with one or two that are odd, and rows of odd fields alone.
+GOOD = [
+    train_row(3, forward_seconds=0.1),
+    eval_row(4, 2.0, classes={"word": {"f1": 0.5}}, confusion={"word": {"word": 3}}),
+    LayersRow(step=5, gradient_norms={"model.layers.0.w": 1.0, "x<y": math.inf}, update_ratios={"embed": 0.1}, vanishing=("x<y",)),
+    FaultRow(step=6, event="spike", action="warn", text="</pre>", fault_step=6, data=5, documents=("a<b>",)),
+    MachineRow(step=7, event="slow_disk", action="wait", text="slow", seconds=1.0),
+]
+NAMES = sorted({name for row in GOOD for name in row.to_dict()} | {"a<b>", "flags"})
+ROW = st.builds(
+    lambda row, odd: {**row.to_dict(), **odd}, st.sampled_from(GOOD), st.dictionaries(st.sampled_from(NAMES), ODD, max_size=2)
+) | st.dictionaries(st.sampled_from(NAMES), ODD, max_size=8)
 
 
-@given(st.lists(ROW | NORMS, max_size=12), st.binary(max_size=40), st.text(max_size=60))
+@given(st.lists(ROW, max_size=12), st.binary(max_size=40), st.text(max_size=60))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_content_of_a_run_stops_the_report_or_breaks_the_page(tmp_path, rows, tail, sample):
-    run = make_run(tmp_path / "run", rows, samples=f"=== step 1\n{sample}\n", tail=tail)
-    (run / "environment.jsonl").write_bytes(tail)
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    run = make_run(tmp_path / "run", [], samples=f"=== step 1\n{sample}\n", tail=lines + tail)
+    (run / "environment.jsonl").write_bytes(lines + tail)
     page_of(run)
     page_of(run, make_run(tmp_path / "other", USUAL), out=tmp_path / "comparison.html")
 
@@ -204,17 +322,26 @@ def test_text_and_attributes_come_out_as_they_went_in(content):
 
 def test_samples_names_settings_and_events_cannot_leave_their_place(tmp_path):
     evil = "</pre></script><script>alert('1')</script><img src=x onerror=alert(2)>&lt;"
-    rows = [*USUAL, {"kind": "event", "step": 3, "event": evil, evil: evil}, {**eval_row(100, 1.0), evil: evil, "classes": {evil: {evil: evil}}}]
-    page = page_of(make_run(tmp_path / evil.replace("/", "|"), rows, TrainConfig(tokenizer=evil, steps=100), f"=== step 1\n{evil}\n\n"))
-    assert page.text.count(evil) >= 6 and "script" not in page.tags
+    rows = [
+        *USUAL,
+        FaultRow(step=3, event=evil, action=evil, text=evil, fault_step=3, data=2, documents=(evil,)),
+        eval_row(100, 1.0, classes={evil: {evil: 1.0}}),
+        LayersRow(step=3, gradient_norms={evil: 1.0}, update_ratios={evil: 1.0}, exploding=(evil,), gradient_histogram={evil: 1}),
+    ]
+    config = TrainConfig(tokenizer=evil, steps=100)
+    page = page_of(make_run(tmp_path / evil.replace("/", "|"), rows, config, Sample(step=1, text=evil).to_text()))
+    assert page.text.count(evil) >= 10 and "script" not in page.tags
 
 
 def test_a_half_written_file_is_read_as_far_as_it_goes(tmp_path):
+    whole = json.dumps(train_row(103, loss=0.125).to_dict()).encode()
     tail = b'{"kind": "train", "step": 102, "lo' + b"\n\xff\xfe\x00\n[1, 2]\n" + b"[" * 100_000 + b"\nnull\n"
-    tail += b'{"step": 4}\n{"kind": "train", "step": "nan"}\n{"kind'
+    tail += b'{"step": 4}\n{"kind": "train", "step": "nan"}\n' + whole.replace(b"0.125", b'"high"') + b"\n"
+    tail += b'{"kind": "router", "step": 3}\n' + whole.replace(b"{", b'{"of_a_newer_version": [1], ', 1) + b"\n" + b'{"kind'
     page = page_of(make_run(tmp_path / "run", USUAL, tail=tail))
-    assert "6 lines of metrics.jsonl could not be read" in page.text and "2 rows of metrics.jsonl without a kind and a step" in page.text
-    assert "100" in page.text
+    assert "9 lines of metrics.jsonl could not be read and were left out" in page.text
+    assert "1 rows of metrics.jsonl are of kinds that this version does not know (router)" in page.text
+    assert read_run(tmp_path / "run").curve("loss")[-1] == (103.0, 0.125)
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path):
@@ -227,64 +354,60 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path):
     assert "config.toml could not be read" in page_of(only_config).text
 
 
-def test_the_source_of_every_setting_is_read_back(tmp_path):
-    config = TrainConfig.from_layers(flags={"steps": 7, "data.path": "a [b] # c/d"}, sets=["optim.beta2=0.9"])
-    run = read_run(make_run(tmp_path / "run", [], config))
-    assert {key: (value, source) for key, value, source in run.settings} == {
-        key: (value, source) for key, value, source, _ in config.describe() if value is not None
-    }
-
-
-def test_numbers_are_read_as_metrics_writes_them():
-    assert number("nan") != number("nan") and number("-inf") == -math.inf and number(3) == 3.0 and number(10**400) == math.inf
-    assert number(True) is None and number("3") is None and number(None) is None and number([]) is None
-
-
 def test_the_last_row_of_a_step_counts_and_steps_are_in_order(tmp_path):
     run = read_run(make_run(tmp_path / "run", [train_row(2, loss=9.0), train_row(1, loss=3.0), train_row(2, loss=1.0)]))
     assert run.curve("loss") == [(1.0, 3.0), (2.0, 1.0)]
 
 
+def layers(step, **norms):
+    norms = {name.replace("__", "."): value for name, value in norms.items()}
+    return LayersRow(step=step, gradient_norms=norms, update_ratios={name: 0.1 * value for name, value in norms.items()})
+
+
 def test_gradients_are_gathered_by_layer():
     assert layer_name("model.layers.12.mlp.up_proj.weight") == layer_name("transformer.h.12.attn.c_attn.bias") == "layer 12"
     assert layer_name("model.embed_tokens.weight") == "embed_tokens"
-    rows = [
-        {"step": 5, "gradient_norms": {"model.embed_tokens.weight": 1.0, "model.layers.0.a": 3.0, "model.layers.0.b": 4.0}},
-        {"step": 6},
-        {"step": 7, "gradient_norms": {"model.layers.0.a": "inf", "model.layers.1.a": 2.0}},
-    ]
+    rows = [layers(5, model__embed_tokens__weight=1.0, model__layers__0__a=3.0, model__layers__0__b=4.0), layers(6)]
+    rows.append(layers(7, model__layers__0__a=math.inf, model__layers__1__a=2.0))
     assert layer_values(rows, "gradient_norms") == (
         ["embed_tokens", "layer 0", "layer 1"], [5, 7], [[1.0, None], [5.0, math.inf], [None, 2.0]]
     )  # fmt: skip
-    assert layer_values([{"step": 1, "update_ratios": {"h.0.a": 0.1, "h.0.b": 0.3}}], "update_ratios")[2] == [[0.3]]
+    assert layer_values(rows[:1], "update_ratios")[2] == [[0.1], [0.4]]
 
 
 def test_a_heat_map_has_a_cell_for_each_layer_and_column_and_names_its_extremes(tmp_path):
-    norms = [{f"model.layers.{i}.w": 10.0 ** (i - step % 3) for i in range(4)} for step in range(1, 301)]
-    rows = [{"kind": "layers", "step": step, "gradient_norms": each} for step, each in enumerate(norms, 1)]
+    rows = [layers(step, **{f"model__layers__{i}__w": 10.0 ** (i - step % 3) for i in range(4)}) for step in range(1, 301)]
     page = page_of(make_run(tmp_path / "run", [*USUAL, *rows]))
-    assert "Gradient norm by layer" in page.text and "Update to weight" not in page.text
+    assert "Gradient norm by layer" in page.text and "Gradients by size" not in page.text
     assert "layer 3, step 1 to 5: 1000" in page.text and "4 rows over 300 steps, from 1 to 1000. The largest is in layer 3." in page.text
-    rows[7]["flags"] = {"layer 2": "exploding"}
-    assert "exploding" in page_of(make_run(tmp_path / "flagged", rows)).text and "exploding" not in page.text
-    assert page.tags.count("rect") == 4 * 60 + 40 + 2  # cells, legend, the two parts of the time
+    assert page.tags.count("rect") == 2 * (4 * 60 + 40) + 2  # cells and legend of two maps, the two parts of the time
 
 
-def test_time_is_split_by_named_parts_or_else_by_speed():
-    rows = [train_row(step, data_seconds=0.1, eta_seconds=9.0, time_split={"forward": 0.3, "backward": "nan"}) for step in (1, 2)]
-    parts, _ = time_split(rows)
-    assert dict(parts) == {"forward": pytest.approx(0.6), "data": pytest.approx(0.2)}
-    parts, _ = time_split([train_row(step) for step in (1, 2, 3, 4)])  # 64 tokens at 256 a second, and half a second from row to row
+def test_time_is_split_by_its_measured_parts_or_else_by_speed():
+    rows = [train_row(step, data_seconds=0.1, forward_seconds=0.3, backward_seconds=math.nan) for step in (1, 2)]
+    parts, note = time_split(rows)
+    assert dict(parts) == {"forward": pytest.approx(0.6), "data": pytest.approx(0.2)} and "added up" in note
+    parts, note = time_split([train_row(step) for step in (1, 2, 3, 4)])  # 64 tokens at 256 a second, and half a second from row to row
     assert dict(parts)["training steps"] == pytest.approx(1.0) and sum(seconds for _, seconds in parts) == pytest.approx(2.0)
+    parts, note = time_split([train_row(step, data_seconds=0.05) for step in (1, 2, 3, 4)])  # a GPU, on which only the data is measured
+    assert dict(parts)["training steps"] == pytest.approx(1.0) and dict(parts)["data"] == pytest.approx(0.2) and "Estimated" in note
+    assert sum(seconds for _, seconds in parts) == pytest.approx(2.0)
     assert time_split([])[0] == []
 
 
-def test_figures_of_several_kinds_become_tables(tmp_path):
-    classes = {"word": {"f1": 0.75}, "number": {"f1": 0.125, "recall": "nan"}}
-    last = eval_row(200, 2.0, macro_f1=0.5, classes=classes, confusion=[[8, 1], [2, 16]])
-    page = page_of(make_run(tmp_path / "run", [*USUAL, last]))
-    for words in ("macro f1", "0.5000", "classes", "word", "0.7500", "0.1250", "confusion: a row for what was to come", "16", "recall"):
-        assert words in page.text, words
+def test_the_machines_part_is_told_beside_the_faults(tmp_path):
+    rows = [*USUAL, MachineRow(step=9, event="slow_disk", action="wait", text="the disk is slow: training waited 2.0 s", seconds=2.0)]
+    page = page_of(make_run(tmp_path / "run", rows))
+    assert "slow disk" in page.said and "training waited 2.0 s" in page.text and "steps that went wrong" not in page.said
+
+
+def test_several_faults_of_a_step_are_all_told(tmp_path):
+    faults = [
+        FaultRow(step=4, event=kind, action="rollback", text=f"a {kind}", fault_step=step, data=step)
+        for kind, step in (("spike", 7), ("nonfinite", 9))
+    ]
+    page = page_of(make_run(tmp_path / "run", [*USUAL, *faults, train_row(9, updated=False)]))
+    assert "a spike" in page.said and "a nonfinite" in page.said and "update left out" not in page.text
 
 
 def test_a_comparison_lists_best_losses_and_only_the_settings_that_differ(tmp_path):
@@ -306,8 +429,8 @@ def test_runs_with_steps_of_different_sizes_are_laid_over_tokens(tmp_path):
 def test_a_long_run_with_many_layers_stays_a_small_page(tmp_path):
     names = [f"model.layers.{i}.w" for i in range(48)]
     rows = [*(train_row(step) for step in range(1, 20_001)), *(eval_row(step, 5 / step) for step in range(1, 20_001, 10))]
-    rows += [{"kind": "layers", "step": step, "gradient_norms": dict.fromkeys(names, 1.0)} for step in range(1, 20_001, 100)]
-    rows += [{"kind": "event", "step": step, "event": "skip"} for step in range(1, 20_001, 20)]
+    rows += [LayersRow(step=step, gradient_norms=dict.fromkeys(names, 1.0), update_ratios={}) for step in range(1, 20_001, 100)]
+    rows += [FaultRow(step=step, event="spike", action="warn", text="high", fault_step=step, data=step) for step in range(1, 20_001, 20)]
     place, _ = write_report([make_run(tmp_path / "run", rows)])
     Page(place.read_text("utf-8"))
     assert place.stat().st_size < 2_000_000
@@ -327,3 +450,38 @@ def test_mistakes_are_named(tmp_path):
         write_report([])
     place, _ = write_report([run], tmp_path)
     assert place == tmp_path / "report.html"
+
+
+def test_a_page_that_cannot_be_written_says_where_else_to_write_it(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", USUAL)
+    (run / "report.html").write_text("old")
+    for number, words in ((30, "Read-only file system"), (13, "Permission denied"), (28, "the disk is full: No space left on device")):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda handle, number=number: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
+            with pytest.raises(OutputError, match=rf"^could not write {run}/report.html.*{words}.* --out\.$") as caught:
+                write_report([run])
+        assert "checkpoint" not in str(caught.value) and caught.value.exit_status == 1
+    assert (run / "report.html").read_text() == "old" and not list(run.glob(".*.tmp"))
+
+
+def test_the_report_of_a_read_only_run_names_the_option(tmp_path):
+    run = make_run(tmp_path / "disk" / "run", USUAL)
+    content = {path.name: path.read_bytes() for path in run.iterdir()}
+    if os.geteuid() == 0:  # whom permissions do not stop
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", run], capture_output=True).returncode:
+            pytest.skip("needs the right to mount a small tmpfs")
+        try:
+            for name, each in content.items():
+                (run / name).write_bytes(each)
+            subprocess.run(["mount", "-o", "remount,ro", run], check=True)
+            ran = cllm("report", run)
+            other = cllm("report", run, "--out", tmp_path / "page.html", "--json")
+        finally:
+            subprocess.run(["umount", "-l", run], check=True)
+    else:
+        run.chmod(0o555)
+        ran = cllm("report", run)
+        other = cllm("report", run, "--out", tmp_path / "page.html", "--json")
+        run.chmod(0o755)
+    assert ran.status == 1 and "--out" in ran.err and "checkpoint" not in ran.err and len(ran.err.strip().splitlines()) == 1
+    assert other.status == 0 and other.json["out"] == str(tmp_path / "page.html")

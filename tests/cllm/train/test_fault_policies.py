@@ -18,9 +18,9 @@ from cllm.checkpoint.store import CheckpointStore
 from cllm.config.model import ModelConfig
 from cllm.config.train import TrainConfig
 from cllm.data.pipeline import prepare
-from cllm.data.tokens.batch import StepResult
 from cllm.model.model import Model
 from cllm.monitor.metrics import TIME_FIELDS, read_metrics
+from cllm.monitor.records import StepResult
 from cllm.train.faults import IN_A_ROW, ROLLBACKS, FaultError, Faults, NonFiniteError
 from cllm.train.trainer import Trainer
 
