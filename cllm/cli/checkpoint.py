@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from cllm.cli.console import open_console, readable, table
-from cllm.cli.options import Checkpoint, Json, examples
+from cllm.cli.options import Checkpoint, Json, examples, option
 from cllm.runtime.errors import CheckpointError
 
 app = typer.Typer()
@@ -83,7 +83,7 @@ def diff(first: Checkpoint, second: Checkpoint, as_json: Json = False) -> None:
 def average(
     checkpoints: Annotated[list[str], typer.Argument(metavar="CKPT...", help="One run, or two and more checkpoints of one model.")],
     out: Annotated[Path, typer.Option(help="The .cllm file to write.")],
-    last: Annotated[int | None, typer.Option(min=2, help="Only so many newest checkpoints of the run.")] = None,
+    last: Annotated[int | None, option("--last", int, "Only so many newest checkpoints of the run.", optional=True, at_least=2, example=5)] = None,
     as_json: Json = False,
 ) -> None:
     """The mean of the weights of several checkpoints as one model; often better than the last of them."""

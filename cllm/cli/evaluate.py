@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cllm.cli.console import Console, open_console, table
-from cllm.cli.options import Checkpoint, Device, Json, Threads, Weights, examples, load_model, reading_of, with_settings
+from cllm.cli.options import READING, Checkpoint, Device, Json, Threads, Weights, examples, load_model, option, reading_of, with_settings
 from cllm.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cllm.model.model import Model
 
 SHOWN_SOURCES = 20
+GROUPINGS = ("auto", "file", "folder")
 
 app = typer.Typer()
 
@@ -33,16 +34,23 @@ app = typer.Typer()
         "cllm evaluate runs/demo --tasks my_task --task-path tasks/",
     )
 )
-@with_settings("text_field", "separator")
+@with_settings(READING)
 def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[str | None, typer.Argument(help="Folder or file of text, JSON, CSV or chats, or a packed token folder.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens of context [default: the model's].")] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens between windows; targets see seq_len - stride or more [default: seq_len].")] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences at a time.")] = 8,
-    confidence: Annotated[float, typer.Option(help="Of the intervals, by resampling whole documents.")] = 0.95,
-    by: Annotated[str, typer.Option(help="Figures for each file or top folder: file, folder, or auto (folder where there are two).")] = "auto",
-    worst: Annotated[int, typer.Option(help="How many of the documents with the highest loss to name.")] = 5,
+    seq_len: Annotated[int | None, option("--seq-len", int, "Tokens of context [default: the model's].", optional=True, at_least=1)] = None,
+    stride: Annotated[
+        int | None,
+        option("--stride", int, "Tokens between windows; targets see seq_len - stride or more [default: seq_len].", optional=True, at_least=1),
+    ] = None,
+    batch_size: Annotated[int, option("--batch-size", int, "Sequences at a time.", at_least=1, example=8)] = 8,
+    confidence: Annotated[
+        float, option("--confidence", float, "Of the intervals, by resampling whole documents.", above=0.0, below=1.0, example=0.95)
+    ] = 0.95,
+    by: Annotated[
+        str, option("--by", str, "Figures for each file or top folder; auto takes folders where there are two.", choices=GROUPINGS)
+    ] = "auto",
+    worst: Annotated[int, option("--worst", int, "How many of the documents with the highest loss to name.", at_least=0)] = 5,
     tasks: Annotated[str | None, typer.Option(help="Instead of DATA: tasks of lm-evaluation-harness, separated by commas. Never downloads.")] = None,
     task_path: Annotated[Path | None, typer.Option(help="Folder with your own task files (YAML).")] = None,
     weights: Weights = None,
@@ -84,10 +92,6 @@ def evaluate_run(
     reading: Reading,
 ) -> dict[str, Any]:
     """Scores all documents of `data`, prints the tables, and returns everything as plain values."""
-    if worst < 0:
-        raise UserError(f"--worst must be at least 0, got {worst}.")
-    if not 0.0 < confidence < 1.0:  # before the long part
-        raise UserError(f"--confidence must be between 0 and 1, got {confidence}. Use a value like 0.95.")
     from cllm import runtime
     from cllm.data.tokens.chat import is_chat
     from cllm.evaluate.documents import RESAMPLES, score_documents

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cllm.cli.console import open_console
-from cllm.cli.options import Checkpoint, Json, examples, load_model
+from cllm.cli.options import Checkpoint, Json, examples, load_model, option
 from cllm.runtime.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -32,14 +32,16 @@ app = typer.Typer()
 )
 def export(
     checkpoint: Checkpoint,
-    to: Annotated[str, typer.Option(help="hf (a Hugging Face folder), gguf (one file for llama.cpp) or cllm (one file).")],
+    to: Annotated[str, option("--to", str, "A Hugging Face folder, one file for llama.cpp, or one .cllm file.", choices=FORMATS)],
     out: Annotated[Path, typer.Option(help="Folder or file to write.")],
-    type_: Annotated[str | None, typer.Option("--type", help="Numbers: f32, f16, bf16 or (gguf) q8_0 [default: as they are; gguf f32].")] = None,
+    type_: Annotated[
+        str | None, option("--type", str, "Numbers; q8_0 for gguf alone [default: as they are; gguf f32].", optional=True, choices=(*DTYPES, "q8_0"))
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a model in another format. Of a LoRA run, the merged model."""
     console = open_console(as_json)
-    check(to, type_)
+    _check(to, type_)
     written = write(checkpoint, to, out, type_, *load_model(checkpoint, need_tokenizer=False))
     console.print(f"wrote {out} ({written / 1e6:,.2f} MB)")
     console.result({"checkpoint": checkpoint, "format": to, "type": type_, "out": str(out), "bytes": written})
@@ -62,19 +64,14 @@ def import_(
     console.result({"out": str(out), "family": model.config.family, "parameters": model.config.num_parameters(), "tokenizer": tokenizer is not None})
 
 
-def check(to: str, type: str | None) -> None:
-    """UserError for a format or type that there is not, before anything is read."""
-    if to not in FORMATS:
-        raise UserError(f"--to must be one of {', '.join(FORMATS)}, got {to!r}.")
-    if to != "gguf" and type not in (None, *DTYPES):
-        raise UserError(f"--type of a {to} export must be one of {', '.join(DTYPES)}, got {type!r}.")
-    if to == "gguf" and type not in (None, *DTYPES, "q8_0"):
-        raise UserError(f"--type of a gguf export must be one of {', '.join(DTYPES)} or q8_0, got {type!r}.")
+def _check(to: str, type: str | None) -> None:
+    """UserError for a type that the format does not have, before anything is read."""
+    if to != "gguf" and type == "q8_0":
+        raise UserError(f"--type q8_0 is for --to gguf alone; --to {to} takes one of {', '.join(DTYPES)}.")
 
 
 def write(name: str, to: str, out: Path, type: str | None, model: Model, tokenizer: Tokenizer | None) -> int:
     """Writes `model`, loaded from `name`, and returns the bytes written. type: f32, f16, bf16, for GGUF also q8_0; None as they are (GGUF: f32)."""
-    check(to, type)
     if to == "gguf":
         from cllm.interop.gguf import save_gguf
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,12 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cllm.cli.console import Console, open_console, standard_input
-from cllm.cli.options import Checkpoint, Device, Json, Threads, Weights, examples, load_model, read_text
+from cllm.cli.options import Checkpoint, Device, Json, Threads, Weights, examples, load_model, option, read_settings, read_text, with_settings
+from cllm.config.sampling import SAMPLING
 from cllm.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from cllm.data.tokens.tokenizer import Tokenizer
     from cllm.model.model import Model
+
+MaxTokens = Annotated[int, option("--max-tokens", int, "Most tokens to write.", at_least=1, example=200)]
+Seed = Annotated[int, option("--seed", int, "Same seed, same text.", at_least=0)]
+CHAT_SAMPLING = SAMPLING | {"temperature": replace(SAMPLING["temperature"], default=0.7)}
 
 app = typer.Typer()
 
@@ -26,55 +32,43 @@ app = typer.Typer()
         "cllm generate runs/demo --prompt-file start.txt --temperature 0 --max-tokens 500",
     )
 )
+@with_settings(SAMPLING)
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Choose among the likeliest tokens that make up this probability.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Drop tokens below this share of the likeliest one's probability.")] = None,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes tokens that occurred less likely.")] = 1.0,
+    max_tokens: MaxTokens = 200,
     stop: Annotated[list[str] | None, typer.Option(help="Text at which to stop; repeatable.")] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
-    samples: Annotated[int, typer.Option(help="How many continuations.")] = 1,
+    seed: Seed = 0,
+    samples: Annotated[int, option("--samples", int, "How many continuations.", at_least=1)] = 1,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute every token from scratch (a check, slow).")] = False,
     stream: Annotated[bool, typer.Option(help="Print the text as it is written.")] = True,
     weights: Weights = None,
     device: Device = "auto",
     threads: Threads = None,
     as_json: Json = False,
+    **settings: Any,
 ) -> None:
     """Continue a text."""
     console = open_console(as_json)
-    from cllm import runtime
-    from cllm.generate.decoding import generate as run
-    from cllm.generate.decoding import stream as run_stream
-
     if (prompt is None) == (prompt_file is None):
         raise UserError("give the text to continue either as --prompt or as --prompt-file.")
     if prompt_file is not None:
         prompt = read_text(prompt_file)
     assert prompt is not None
+    options = {"max_tokens": max_tokens, "stop": tuple(stop or ()), "seed": seed, "use_cache": not no_cache, **read_settings(SAMPLING, settings)}
+    from cllm import runtime
+    from cllm.generate.decoding import generate as run
+    from cllm.generate.decoding import stream as run_stream
+
     with runtime.use(threads=threads):
         model, tokenizer = load_model(checkpoint, weights=weights, device=device)
-        options: dict[str, Any] = dict(  # noqa: C408
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            stop=tuple(stop or ()),
-            use_cache=not no_cache,
-        )
         if stream and samples == 1 and not as_json:
-            pieces = run_stream(model, tokenizer, prompt, seed=seed, **options)  # checks all of it, before the prompt is shown
+            pieces = run_stream(model, tokenizer, prompt, **options)  # checks all of it, before the prompt is shown
             for piece in chain((prompt,), pieces, ("\n",)):
                 console.write(piece)
             return
-        results = run(model, tokenizer, prompt, seed=seed, samples=samples, **options)
+        results = run(model, tokenizer, prompt, samples=samples, **options)
     for number, each in enumerate(results, 1):
         if samples > 1:
             console.print(f"--- {number} of {samples} ---")
@@ -93,24 +87,26 @@ def generate(
 
 
 @app.command(epilog=examples("cllm chat runs/helper", "cllm chat runs/helper --system 'Answer in one sentence.'"))
+@with_settings(CHAT_SAMPLING)
 def chat(
     checkpoint: Checkpoint,
     system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.7,
-    seed: Annotated[int, typer.Option(help="Same seed, same answers.")] = 0,
+    max_tokens: MaxTokens = 200,
+    seed: Seed = 0,
     weights: Weights = None,
     device: Device = "auto",
     threads: Threads = None,
     as_json: Json = False,
+    **settings: Any,
 ) -> None:
     """Talk with a model that was taught on chats: each line of standard input gets an answer, until it ends (Ctrl-D)."""
     console = open_console(as_json)
+    options = {"max_tokens": max_tokens, "seed": seed, **read_settings(CHAT_SAMPLING, settings)}
     from cllm import runtime
 
     with runtime.use(threads=threads):
         model, tokenizer = load_model(checkpoint, weights=weights, device=device)
-        messages = converse(console, model, tokenizer, standard_input(), system, max_tokens=max_tokens, temperature=temperature, seed=seed)
+        messages = converse(console, model, tokenizer, standard_input(), system, **options)
     console.result({"messages": messages})
 
 

@@ -6,12 +6,15 @@ import difflib
 import errno
 from typing import Any
 
-from cllm.config import schema
+from cllm.cli.options import WrongValue
+from cllm.config.schema import SETTINGS, nearest_key
 from cllm.runtime.errors import CLLMError, DataError, UserError
 
 
 def wrong_usage(error: Any) -> UserError:
     """A mistake that the parser of the command line found, as one line that ends with where to read on."""
+    if isinstance(error, WrongValue):
+        return UserError(error.message)
     context = error.ctx
     words = _unknown_option(error.option_name, context) if type(error).__name__ == "NoSuchOption" else error.format_message()
     words = " ".join(words.split())
@@ -24,10 +27,10 @@ def _unknown_option(name: str, context: Any) -> str:
     """The option that is meant. Where a command takes settings, also those that have no flag, and what other trainers call them."""
     known = [option for parameter in context.command.params for option in parameter.opts if option.startswith("--")]
     words = f"there is no option {name}"
-    if schema.flag("optim.learning_rate") in known and len(name) > 2:
-        key = schema.nearest_key(name.removeprefix("--"))
+    if SETTINGS["optim.learning_rate"].option in known and len(name) > 2:
+        key = nearest_key(name.removeprefix("--"))
         if key is not None:
-            option = schema.flag(key)
+            option = SETTINGS[key].option
             return f"{words}. Did you mean {option if option in known else f'--set {key}=VALUE'}?"
     near = difflib.get_close_matches(name, known, n=1)
     return f"{words}. Did you mean {near[0]}?" if near else words

@@ -1,20 +1,59 @@
 """What several commands share: options, examples on the --help page, and the model that most of them begin with."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cllm.config import schema
-from cllm.runtime.errors import DataError
+from cllm.config.schema import DEVICES, SETTINGS
+from cllm.config.setting import Setting
+from cllm.runtime.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from cllm.data.documents.scan import Reading
+
+
+class WrongValue(typer.BadParameter):
+    """A UserError on its way through the parser, which would put its own words around any ValueError."""
+
+
+def option(name: str, kind: type, help: str, **more: Any) -> Any:
+    """An option for `Annotated`: read, limited and answered as settings are (`more`: see `cllm.config.setting.Setting`)."""
+    declared = Setting(name, (kind,), help, **more)
+
+    def read(text: Any) -> Any:
+        if not isinstance(text, str):  # the default comes through here as well
+            return text
+        try:
+            return declared.checked(declared.parse(text))
+        except UserError as error:
+            raise WrongValue(str(error)) from error
+
+    return typer.Option(name, help=help, metavar=_metavar(declared), parser=read)
+
+
+def _metavar(declared: Setting) -> str:
+    return "|".join(declared.choices) if declared.choices else {int: "INTEGER", float: "NUMBER", str: "TEXT"}[declared.types[0]]
+
 
 Json = Annotated[bool, typer.Option("--json", help="Progress to stderr; the last line of stdout is one JSON object.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Threads = Annotated[int | None, typer.Option(help="Upper limit of worker threads; any number gives the same bits.")]
+Device = Annotated[str, option("--device", str, "Where to compute: a GPU where there is one, or as asked.", choices=DEVICES)]
+Threads = Annotated[
+    int | None, option("--threads", int, "Upper limit of worker threads; any number gives the same bits.", optional=True, at_least=1, example=2)
+]
 Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="A run, a checkpoint folder, a .cllm file or a Hugging Face folder.")]
-Weights = Annotated[str | None, typer.Option(help="fp32, bf16 or int8 in memory; bf16 evaluates faster, bf16 and int8 write faster.")]
+Weights = Annotated[
+    str | None,
+    option(
+        "--weights",
+        str,
+        "Numbers of the weights in memory; bf16 evaluates faster, bf16 and int8 write faster.",
+        optional=True,
+        choices=("fp32", "bf16", "int8"),
+    ),
+]
 
 
 def examples(*lines: str) -> str:
@@ -22,19 +61,17 @@ def examples(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def with_settings(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Gives a command a flag for each of these settings, made from its declaration in `cllm.config.schema`: name, type, help and default.
+def with_settings(settings: Mapping[str, Setting]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Gives a command a flag for each of these settings, made from its declaration: name, type, help and default.
 
-    The command takes them as `**settings`: `section.key` -> the text that was given, or None. `TrainConfig.from_layers` reads and checks the texts,
-    so that a flag and `--set` accept the same values and answer the same mistakes alike.
+    The command takes them as keyword arguments by the keys of `settings`, each the text that was given, or None; `read_settings` reads them.
     """
-    keys = [schema.full_key(name) for name in names]
-    flags = [inspect.Parameter(key.partition(".")[2], inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_flag(key)) for key in keys]
+    flags = [inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_flag(each)) for each in settings.values()]
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         def run(**values: Any) -> Any:
-            settings = {key: values.pop(flag.name) for key, flag in zip(keys, flags)}
-            return command(**values, **settings)
+            given = {key: values.pop(each.name) for key, each in settings.items()}
+            return command(**values, **given)
 
         signature = inspect.signature(command, eval_str=True)
         own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -45,28 +82,28 @@ def with_settings(*names: str) -> Callable[[Callable[..., Any]], Callable[..., A
     return decorate
 
 
-def _flag(key: str) -> Any:
+def _flag(declared: Setting) -> Any:
     """The type of a flag for typer."""
-    each = schema.FIELDS[key]
-    name, text = schema.flag(key), each.metadata["help"]
-    if schema.types_of(key) == (bool,):
-        return Annotated[bool | None, typer.Option(name, help=text, show_default=False)]
-    default = "" if each.default is None or each.default == "" else f" [default: {each.default}]"
-    return Annotated[str | None, typer.Option(name, help=text + default, metavar=_metavar(key))]
+    if declared.types == (bool,):
+        return Annotated[bool | None, typer.Option(declared.option, help=declared.help, show_default=False)]
+    default = "" if declared.default is None or declared.default == "" else f" [default: {declared.default}]"
+    return Annotated[str | None, typer.Option(declared.option, help=declared.help + default, metavar=_metavar(declared))]
 
 
-def _metavar(key: str) -> str:
-    choices = schema.FIELDS[key].metadata["choices"]
-    return "|".join(choices) if choices else {int: "INTEGER", float: "NUMBER", str: "TEXT"}[schema.types_of(key)[0]]
+def read_settings(settings: Mapping[str, Setting], given: Mapping[str, str | None]) -> dict[str, Any]:
+    """The values of all settings: what was given, checked, and the defaults. Raises UserError for a text outside its setting's type or limits."""
+    texts = {key: text for key, text in given.items() if text is not None}
+    return {key: each.checked(each.parse(texts[key]), each.option) if key in texts else each.default for key, each in settings.items()}
 
 
-def reading_of(settings: dict[str, str | None]) -> Any:
-    """How texts are taken out of files, of a command that was given `text_field` and `separator` by `with_settings`."""
-    from cllm.config.train import TrainConfig
+READING = {name: SETTINGS[f"data.{name}"] for name in ("text_field", "separator")}
+
+
+def reading_of(settings: Mapping[str, str | None]) -> "Reading":
+    """How texts are taken out of files, of a command `with_settings(READING)`."""
     from cllm.data.documents.scan import Reading
 
-    data = TrainConfig.from_layers(flags=settings).data
-    return Reading.of(data.text_field, data.separator)
+    return Reading.of(**read_settings(READING, settings))
 
 
 def load_model(path: str, need_tokenizer: bool = True, weights: str | None = None, device: str = "cpu") -> tuple[Any, Any]:

@@ -6,9 +6,11 @@ from typing import Annotated, Any
 import typer
 
 from cllm.cli.console import open_console, readable, standard_input, table
-from cllm.cli.options import Json, examples, reading_of, tokenizer_file, with_settings
-from cllm.config.schema import FIELDS
+from cllm.cli.options import READING, Json, examples, option, read_settings, reading_of, tokenizer_file, with_settings
+from cllm.config.schema import SETTINGS
 from cllm.runtime.errors import UserError
+
+PACKING = {name: SETTINGS[f"data.{name}"] for name in ("val_fraction",)}
 
 app = typer.Typer()
 group = typer.Typer(help="Train, use and measure a tokenizer.", no_args_is_help=True, rich_markup_mode=None)
@@ -16,23 +18,21 @@ app.add_typer(group, name="tokenizer")
 
 
 @app.command(epilog=examples("cllm pack books/ --tokenizer runs/books/tokenizer.json --out tokens/"))
-@with_settings("text_field", "separator")
+@with_settings(PACKING | READING)
 def pack(
     data: Annotated[str, typer.Argument(help="Folder or file of text, JSON or CSV.")],
     tokenizer: Annotated[str, typer.Option(help="tokenizer.json, or a run that has one.")],
     out: Annotated[Path, typer.Option(help="Folder for the token shards.")],
-    val_fraction: Annotated[float | None, typer.Option(help=FIELDS["data.val_fraction"].metadata["help"])] = None,
     as_json: Json = False,
-    **settings: str | None,
+    **settings: Any,
 ) -> None:
     """Pack text into token shards that `cllm train` and `cllm evaluate` read as they are."""
     console = open_console(as_json)
-    reading = reading_of(settings)
+    reading, values = reading_of(settings), read_settings(PACKING, settings)
     from cllm.data.pipeline import prepare
     from cllm.data.tokens.tokenizer import Tokenizer
 
-    given = Tokenizer.load(tokenizer_file(tokenizer))
-    dataset = prepare(data, out, tokenizer=given, val_fraction=val_fraction, reading=reading, log=console.print)
+    dataset = prepare(data, out, tokenizer=Tokenizer.load(tokenizer_file(tokenizer)), reading=reading, log=console.print, **values)
     summary = _dataset_summary(dataset)
     console.print(table([(key.replace("_", " "), readable(value)) for key, value in summary.items()]))
     console.result({"out": str(out), **summary})
@@ -53,8 +53,8 @@ def _dataset_summary(dataset: Any) -> dict[str, Any]:
 def train(
     data: Annotated[str, typer.Argument(help="Folder or file of text, JSON or CSV.")],
     out: Annotated[Path, typer.Option(help="The tokenizer.json to write.")] = Path("tokenizer.json"),
-    vocab_size: Annotated[int, typer.Option(help="Number of tokens (bpe).")] = 4096,
-    kind: Annotated[str, typer.Option(help="bpe or char.")] = "bpe",
+    vocab_size: Annotated[int, option("--vocab-size", int, "Number of tokens (bpe).", at_least=257, example=4096)] = 4096,
+    kind: Annotated[str, option("--kind", str, "Byte-level BPE, or one token for each character.", choices=("bpe", "char"))] = "bpe",
     as_json: Json = False,
 ) -> None:
     """Train a tokenizer on DATA."""

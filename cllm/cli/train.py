@@ -14,6 +14,7 @@ from cllm.cli.console import Console, open_console, table
 from cllm.cli.options import Json, examples, with_settings
 from cllm.config.model import ModelConfig
 from cllm.config.schedule import BatchRamp
+from cllm.config.schema import SETTINGS, full_key
 from cllm.config.train import TrainConfig
 from cllm.runtime.errors import UserError
 
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
     from cllm.model.model import Model
 
 # The settings that most users change; --set reaches all of them.
-FLAGS = (
+FLAGS = {full_key(name): SETTINGS[full_key(name)] for name in (
     "start_from", "lora_rank", "tokenizer", "device", "threads", "precision", "preset", "vocab_size", "embed_dim", "num_layers", "num_heads",
     "num_kv_heads", "ffn_dim", "seq_len", "batch_size", "grad_accum", "steps", "epochs", "learning_rate", "min_lr", "warmup", "schedule", "seed",
     "checkpoint_every", "keep", "eval_every", "patience", "sample_every", "on_nonfinite", "overfit_one_batch",
-)  # fmt: skip
+)}  # fmt: skip
 
 app = typer.Typer()
 
@@ -43,7 +44,7 @@ app = typer.Typer()
         "cllm train chats.jsonl --from runs/books --lora-rank 8",
     )
 )
-@with_settings(*FLAGS)
+@with_settings(FLAGS)
 def train(
     data: Annotated[str | None, typer.Argument(help="Folder of text or source code, a file, JSONL (chats too), or a packed token folder.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the run lives [default: runs/ + the name of the data].")] = None,

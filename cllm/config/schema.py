@@ -10,34 +10,19 @@ import ast
 import dataclasses
 import difflib
 import inspect
-import math
-import operator
-import tomllib
-import types
 import typing
 from dataclasses import dataclass
-from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 from cllm.config.model import ModelConfig
 from cllm.config.presets import PRESETS
 from cllm.config.schedule import KINDS
+from cllm.config.setting import Setting, origin, setting, settings_of, shortened
 from cllm.runtime.errors import UserError
 
 DEFAULT_PRESET = "cllm-5m"
+DEVICES = ("auto", "cpu", "cuda")
 OPTIMIZERS = ("adamw", "muon", "lion", "schedule_free")
-
-
-def setting(
-    default: Any, help: str, *, above=None, at_least=None, below=None, at_most=None, choices=None, example=None, result=True, flag=None
-) -> Any:
-    """A field with help and limits. `result=False` marks what cannot change the weights (threads, logging): a resume may change it.
-
-    `flag` is the option's name where it is not the field's own.
-    """
-    limits = {"above": above, "at_least": at_least, "below": below, "at_most": at_most, "choices": choices}
-    return dataclasses.field(default=default, metadata={"help": help, "example": example, "result": result, "flag": flag, **limits})
 
 
 @dataclass(frozen=True)
@@ -72,7 +57,7 @@ class TrainSection:
     precision: str = setting(
         "auto", "Numbers of the forward and backward; weights and optimizer stay float32.", choices=("auto", "fp32", "bf16", "fp16")
     )
-    device: str = setting("auto", "Where to train: a GPU where there is one, or as asked.", choices=("auto", "cpu", "cuda"), result=False)
+    device: str = setting("auto", "Where to train: a GPU where there is one, or as asked.", choices=DEVICES, result=False)
     recompute: str = setting(
         "auto", "What the backward computes again to save memory: auto is the least that fits.",
         choices=("auto", "none", "feed_forward", "blocks"), result=False,
@@ -201,31 +186,15 @@ ModelSection: Any = _model_section()
 SECTIONS: dict[str, Any] = {
     "model": ModelSection, "data": DataSection, "train": TrainSection, "optim": OptimSection, "log": LogSection, "finetune": FinetuneSection,
 }  # fmt: skip
-FIELDS: dict[str, dataclasses.Field] = {f"{name}.{each.name}": each for name, section in SECTIONS.items() for each in dataclasses.fields(section)}
-HINTS: dict[str, Any] = {f"{name}.{key}": hint for name, section in SECTIONS.items() for key, hint in typing.get_type_hints(section).items()}
+SETTINGS: dict[str, Setting] = {f"{name}.{key}": each for name, section in SECTIONS.items() for key, each in settings_of(section).items()}
 MODEL_DEFAULTS = {f"model.{each.name}": each.default for each in dataclasses.fields(ModelConfig) if each.default is not dataclasses.MISSING}
-_SHORT = {key.partition(".")[2]: key for key in FIELDS}
-assert len(_SHORT) == len(FIELDS), "keys must be unique over all sections"
-
-
-def types_of(key: str) -> tuple[type, ...]:
-    """The types that a setting takes, without None."""
-    return tuple(kind for kind in _accepted(key) if kind is not type(None))
-
-
-def _accepted(key: str) -> tuple[type, ...]:
-    hint = HINTS[key]
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-
-
-def flag(key: str) -> str:
-    """How an option of `cllm train` that gives this setting is written: optim.learning_rate is --learning-rate."""
-    return "--" + (FIELDS[key].metadata["flag"] or key.partition(".")[2]).replace("_", "-")
+_SHORT = {key.partition(".")[2]: key for key in SETTINGS}
+assert len(_SHORT) == len(SETTINGS), "keys must be unique over all sections"
 
 
 def full_key(key: str, source: str = "") -> str:
     """The `section.key` of a key with or without its section; UserError with the nearest name for an unknown one."""
-    if key in FIELDS:
+    if key in SETTINGS:
         return key
     if key in _SHORT:
         return _SHORT[key]
@@ -281,100 +250,9 @@ def nearest_key(key: str) -> str | None:
         there, _, short = candidate.partition(".")
         return _ratio(name, short) + (0.1 * _ratio(section, there) if dot else 0.0)
 
-    best = max(FIELDS, key=likeness)
+    best = max(SETTINGS, key=likeness)
     return best if _ratio(name, best.partition(".")[2]) >= 0.65 else None
 
 
 def _ratio(first: str, second: str) -> float:
     return difflib.SequenceMatcher(None, first.replace("_", ""), second.replace("_", ""), autojunk=False).ratio()
-
-
-def shortened(value: Any) -> str:
-    """A wrong value as a message quotes it."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
-
-
-def origin(source: str) -> str:
-    """ " (from SOURCE)" for the end of a message, and nothing where a value was not given by anyone."""
-    return f" (from {source})" if source and source != "default" else ""
-
-
-_BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
-
-
-def parse(key: str, text: str, quotes: bool = False) -> Any:
-    """What a setting's text on the command line means, by the setting's type; text that fits no type comes back as it is, for `checked` to refuse.
-
-    Besides what TOML knows: True, yes, on and 1 for true; 1e6 and 1_000 for whole numbers; none for a value that is to stay open.
-    With `quotes`, text may be written as TOML writes it.
-    """
-    word = text.strip()
-    if type(None) in _accepted(key) and word.lower() in ("none", "null"):
-        return None
-    for kind in types_of(key):
-        try:
-            if kind is bool:
-                return _BOOLEANS[word.lower()]
-            if kind is str:
-                return _unquoted(word) if quotes else text
-            return _whole(word) if kind is int else float(word)
-        except (ValueError, KeyError, ArithmeticError):
-            continue
-    return text
-
-
-def _whole(word: str) -> int:
-    try:
-        return int(word)
-    except ValueError:
-        number = Decimal(word)
-        if not number.is_finite() or number.adjusted() > 18 or number != int(number):
-            raise
-        return int(number)
-
-
-def _unquoted(word: str) -> Any:
-    """A list is no text either, and is not taken for one."""
-    if word[:1] not in ('"', "'", "["):
-        return word
-    try:
-        return tomllib.loads(f"value = {word}")["value"]
-    except tomllib.TOMLDecodeError:
-        return word
-
-
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-_LIMITS = {"above": (">", operator.gt), "at_least": (">=", operator.ge), "below": ("<", operator.lt), "at_most": ("<=", operator.le)}
-_LARGEST = 2**63 - 1
-
-
-def checked(key: str, value: Any, source: str) -> Any:
-    """The value in its declared type and inside its limits, or a UserError that says what was expected."""
-    each, accepted = FIELDS[key], _accepted(key)
-    name, meta = each.name, each.metadata
-    got = f"got {shortened(value)}{origin(source)}."
-    advice = f" Use a value like {meta['example']}." if meta["example"] is not None else ""
-    if value is None and type(None) in accepted:
-        return None
-    if isinstance(value, Path) and str in accepted:
-        value = str(value)
-    if type(value) is int and float in accepted and int not in accepted and abs(value) <= _LARGEST:
-        value = float(value)
-    if type(value) is float and int in accepted and float not in accepted and value.is_integer():
-        value = int(value)  # TOML's 1e6
-    if not any(type(value) is kind for kind in types_of(key)):
-        words = " or ".join(_WORDS[kind] for kind in types_of(key))
-        raise UserError(f"{name} must be {words}, {got}{advice}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{name} must be a finite number, {got}{advice}")
-    for limit, (sign, fits) in _LIMITS.items():
-        if meta[limit] is not None and not fits(value, meta[limit]):
-            raise UserError(f"{name} must be {sign} {meta[limit]}, {got}{advice}")
-    if isinstance(value, int) and abs(value) > _LARGEST:
-        raise UserError(f"{name} must be at most {_LARGEST}, {got}{advice}")
-    if meta["choices"] and value not in meta["choices"]:
-        near = difflib.get_close_matches(str(value), meta["choices"], n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"{name} must be one of {', '.join(meta['choices'])}, {got}{hint}")
-    return value

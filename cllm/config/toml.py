@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import codecs
-import dataclasses
 import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cllm.config.schema import SECTIONS, full_key
+from cllm.config.schema import SECTIONS, SETTINGS, full_key
 from cllm.runtime.errors import UserError
 
 
@@ -49,15 +48,16 @@ def _decode(content: bytes) -> str:
 def write_toml(values: Mapping[str, Any], sources: Mapping[str, str]) -> str:
     """`section.key` -> value as a TOML file, with the help and the source of each as its comment; an open value is a comment alone."""
     lines = []
-    for name, section in SECTIONS.items():
+    for name in SECTIONS:
         lines.append(f"[{name}]")
-        for each in dataclasses.fields(section):
-            key = f"{name}.{each.name}"
+        for key, each in SETTINGS.items():
+            if not key.startswith(name + "."):
+                continue
             value = values[key]
             if value is None and name == "model":
                 continue
             source = "" if sources[key] == "default" else f" [{sources[key]}]"
-            comment = f"  # {each.metadata['help']}{source}".replace("\n", " ")
+            comment = f"  # {each.help}{source}".replace("\n", " ")
             lines.append(f"{each.name} = {_toml_value(value)}{comment}" if value is not None else f"# {each.name} ={comment}")
         lines.append("")
     return "\n".join(lines)

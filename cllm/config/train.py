@@ -17,20 +17,17 @@ from cllm.config.model import ModelConfig
 from cllm.config.schedule import BatchRamp
 from cllm.config.schema import (
     DEFAULT_PRESET,
-    FIELDS,
     MODEL_DEFAULTS,
     SECTIONS,
+    SETTINGS,
     DataSection,
     FinetuneSection,
     LogSection,
     OptimSection,
     TrainSection,
-    checked,
-    flag,
     full_key,
-    origin,
-    parse,
 )
+from cllm.config.setting import origin
 from cllm.config.toml import read_toml, write_toml
 from cllm.runtime.errors import UserError
 
@@ -56,12 +53,12 @@ class TrainConfig:
             else:
                 flat[full_key(key)] = value
         known = dict(sources or {})
-        for key in FIELDS:
-            known.setdefault(key, "argument" if key in flat and flat[key] != FIELDS[key].default else "default")
+        for key in SETTINGS:
+            known.setdefault(key, "argument" if key in flat and flat[key] != SETTINGS[key].default else "default")
         for name, section in SECTIONS.items():
-            mine = {key.partition(".")[2]: checked(key, value, known[key]) for key, value in flat.items() if key.startswith(name + ".")}
+            mine = {key.partition(".")[2]: SETTINGS[key].checked(value, known[key]) for key, value in flat.items() if key.startswith(name + ".")}
             object.__setattr__(self, name, section(**mine))
-        object.__setattr__(self, "sources", types.MappingProxyType({key: known[key] for key in FIELDS}))
+        object.__setattr__(self, "sources", types.MappingProxyType({key: known[key] for key in SETTINGS}))
         self._check_together()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -89,7 +86,7 @@ class TrainConfig:
 
     def flat(self) -> dict[str, Any]:
         """`section.key` -> value, in the order of the schema."""
-        return {key: getattr(getattr(self, key.partition(".")[0]), key.partition(".")[2]) for key in FIELDS}
+        return {key: getattr(getattr(self, key.partition(".")[0]), key.partition(".")[2]) for key in SETTINGS}
 
     def __getitem__(self, key: str) -> Any:
         section, _, name = full_key(key).partition(".")
@@ -97,7 +94,7 @@ class TrainConfig:
 
     def describe(self) -> list[tuple[str, Any, str, str]]:
         """Rows (key, value, source, help): the effective configuration as it is printed."""
-        return [(key, value, self.sources[key], FIELDS[key].metadata["help"]) for key, value in self.flat().items()]
+        return [(key, value, self.sources[key], SETTINGS[key].help) for key, value in self.flat().items()]
 
     def differences(self, other: TrainConfig, apart_from: Container[str] = ()) -> list[str]:
         """One line for each setting that changes the weights and differs, except for the keys `apart_from`.
@@ -111,7 +108,7 @@ class TrainConfig:
         return [
             f"{key}: {there[key]!r} there, {value!r} here{origin(self.sources[key])}"
             for key, value in here.items()
-            if (FIELDS[key].metadata["result"] or key in measured)
+            if (SETTINGS[key].result or key in measured)
             and key not in apart_from
             and value != there[key]
             and not self.sources[key].startswith("derived")
@@ -133,7 +130,7 @@ class TrainConfig:
             other = {"train.steps": "train.epochs", "train.epochs": "train.steps"}.get(key)
             if other and layer_of.get(other, layer) < layer:
                 values.pop(other), sources.pop(other)
-            values[key], sources[key], layer_of[key] = checked(key, value, source), source, layer
+            values[key], sources[key], layer_of[key] = SETTINGS[key].checked(value, source), source, layer
 
         if file is not None:
             for key, value in read_toml(file).items():
@@ -141,14 +138,14 @@ class TrainConfig:
         for key, value in (flags or {}).items():
             if value is not None:
                 key = full_key(key)
-                put(1, key, parse(key, value) if isinstance(value, str) else value, "DATA" if key == "data.path" else flag(key))
+                put(1, key, SETTINGS[key].parse(value) if isinstance(value, str) else value, "DATA" if key == "data.path" else SETTINGS[key].option)
         for text in sets:
             key, equals, value = text.partition("=")
             if not equals:
                 raise UserError(f"--set needs section.key=value, got {text!r}. Write for example --set optim.beta2=0.99")
             source = f"--set {key.strip()}"
             key = full_key(key.strip(), source)
-            put(2, key, parse(key, value, quotes=True), source)
+            put(2, key, SETTINGS[key].parse(value, quotes=True), source)
         return cls(sources=sources, **values)
 
     @classmethod
@@ -158,7 +155,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], sources: Mapping[str, str] | None = None) -> TrainConfig:
         """From what `to_dict` gave (a checkpoint's state)."""
-        return cls(sources={key: source for key, source in (sources or {}).items() if key in FIELDS}, **values)
+        return cls(sources={key: source for key, source in (sources or {}).items() if key in SETTINGS}, **values)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         return {name: {key: value for key, value in dataclasses.asdict(getattr(self, name)).items() if value is not None} for name in SECTIONS}
@@ -200,7 +197,7 @@ class TrainConfig:
         preset = ModelConfig.preset(self.preset).to_dict() if described and self.preset else {}
         for name, value in model.to_dict().items():
             key = f"model.{name}"
-            if key in FIELDS and value is not None and config[key] != value:
+            if key in SETTINGS and value is not None and config[key] != value:
                 origin = "the model" if not described else "derived: from the sizes that were given"
                 config = config.replace(f"preset {self.preset}" if value == preset.get(name) else origin, **{key: value})
 
@@ -257,7 +254,7 @@ class TrainConfig:
         """On resume, what was derived here takes the stored run's value (a different machine may derive otherwise)."""
         config, there = self, stored.flat()
         for key, value in self.flat().items():
-            if self.sources[key].startswith("derived") and FIELDS[key].metadata["result"] and value != there[key]:
+            if self.sources[key].startswith("derived") and SETTINGS[key].result and value != there[key]:
                 config = config.replace("derived: stored in the run", **{key: there[key]})
         return config
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cllm.generate.sampling import NOT_FINITE, Sampling, sample, sample_rows
+from cllm.config.sampling import Sampling
+from cllm.generate.sampling import NOT_FINITE, sample, sample_rows
 from cllm.model.cache import KVCache
 from cllm.model.model import Model
 from cllm.runtime.errors import CLLMError, UserError
@@ -66,26 +67,22 @@ def generate(
     prompt: str | Sequence[int],
     *,
     max_tokens: int = 200,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
     stop: str | Sequence[str] = (),
     seed: int = 0,
     samples: int = 1,
     use_cache: bool = True,
     truncate_prompt: bool = False,
     on_piece: Callable[[int, str], None] | None = None,
+    **sampling: Any,
 ) -> list[Generation]:
     """`samples` continuations of `prompt` (text or token ids), decoded together.
 
-    Settings as in `cllm.generate.sampling.Sampling`. A prompt longer than the model's context is refused, or with
-    `truncate_prompt` only its end is seen. `on_piece(sample, text)` is called as text becomes certain. Raises UserError
-    for wrong settings, an empty prompt, or a tokenizer with more tokens than the model.
+    `sampling` are the settings of `cllm.config.sampling.Sampling`: temperature, top_k, top_p, min_p and repetition_penalty. A prompt longer than
+    the model's context is refused, or with `truncate_prompt` only its end is seen. `on_piece(sample, text)` is called as text becomes certain.
+
+    Raises UserError for wrong settings, an empty prompt, or a tokenizer with more tokens than the model.
     """
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    run = _Run(model, tokenizer, prompt, max_tokens, sampling, stop, seed, samples, use_cache, truncate_prompt)
+    run = _Run(model, tokenizer, prompt, max_tokens, Sampling(**sampling), stop, seed, samples, use_cache, truncate_prompt)
     for index, piece in run.pieces():
         if on_piece is not None:
             on_piece(index, piece)
@@ -98,23 +95,18 @@ def stream(
     prompt: str | Sequence[int],
     *,
     max_tokens: int = 200,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
     stop: str | Sequence[str] = (),
     seed: int = 0,
     use_cache: bool = True,
     truncate_prompt: bool = False,
+    **sampling: Any,
 ) -> Iterator[str]:
     """The text of `generate(..., samples=1)` piece by piece, as soon as it is certain: whole characters, never a part
     of a stop string.
 
     Wrong settings raise at the call, not at the first piece.
     """
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    run = _Run(model, tokenizer, prompt, max_tokens, sampling, stop, seed, 1, use_cache, truncate_prompt)
+    run = _Run(model, tokenizer, prompt, max_tokens, Sampling(**sampling), stop, seed, 1, use_cache, truncate_prompt)
     return (piece for _, piece in run.pieces())
 
 

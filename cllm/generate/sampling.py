@@ -6,37 +6,14 @@ tokens as it says.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cllm.runtime.errors import CLLMError, UserError
+from cllm.config.sampling import Sampling
+from cllm.runtime.errors import CLLMError
 
 NOT_FINITE = "the model's logits are not finite, so no token can be chosen: its weights are damaged or training diverged. Try an earlier checkpoint."
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen. temperature 0 is greedy: the most probable token, and the filters are of no effect."""
-
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature must be a finite number >= 0 (0 is greedy), got {self.temperature}. Use a value like 0.8.")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k must be at least 1, got {self.top_k}. Leave it out to keep all tokens.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}. Use a value like 0.95.")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise UserError(f"min_p must be from 0 to 1, got {self.min_p}. Use a value like 0.05.")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise UserError(f"repetition_penalty must be > 0 (1 is none), got {self.repetition_penalty}. Use a value like 1.1.")
 
 
 def penalise_repetition(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:

@@ -1,5 +1,6 @@
-"""The options of `cllm`: which there are, and that each setting is declared in one place."""
+"""The options of `cllm`: which there are, that each setting is declared in one place, and what a wrong value is told."""
 
+import inspect
 import subprocess
 import sys
 
@@ -7,40 +8,72 @@ import pytest
 import typer
 
 from cllm.cli.app import app
-from cllm.config.schema import FIELDS, flag, full_key
+from cllm.cli.evaluate import GROUPINGS
+from cllm.config.sampling import SAMPLING, Sampling
+from cllm.config.schema import SETTINGS
+from cllm.evaluate import documents
 
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+GROUP = typer.main.get_command(app)
 
-FLAGS_OF_TRAIN = """
-    --out --config --resume --plan --find-lr --set --json --from --lora-rank --tokenizer --device --threads --precision --preset --vocab-size
-    --embed-dim --num-layers --num-heads --num-kv-heads --ffn-dim --seq-len --batch-size --grad-accum --steps --epochs --learning-rate --min-lr
-    --warmup --schedule --seed --checkpoint-every --keep --eval-every --patience --sample-every --on-nonfinite --overfit-one-batch
-"""
+FLAGS = {
+    "train": """--out --config --resume --plan --find-lr --set --json --from --lora-rank --tokenizer --device --threads --precision --preset
+        --vocab-size --embed-dim --num-layers --num-heads --num-kv-heads --ffn-dim --seq-len --batch-size --grad-accum --steps --epochs
+        --learning-rate --min-lr --warmup --schedule --seed --checkpoint-every --keep --eval-every --patience --sample-every --on-nonfinite
+        --overfit-one-batch""",
+    "generate": """--prompt --prompt-file --max-tokens --stop --seed --samples --no-cache --stream --weights --device --threads --json --temperature
+        --top-k --top-p --min-p --repetition-penalty""",
+    "chat": "--system --max-tokens --seed --weights --device --threads --json --temperature --top-k --top-p --min-p --repetition-penalty",
+}
 
 
-def options(command):
+def commands(group=GROUP, path=()):
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+COMMANDS = dict(commands())
+
+
+def options(*command):
     return {name: each for each in COMMANDS[command].params if each.param_type_name == "option" for name in each.opts}
 
 
-def test_the_flags_of_train_are_frozen():
-    """Further settings go through --set; a flag is for what most users change."""
-    assert set(options("train")) == set(FLAGS_OF_TRAIN.split())
+@pytest.mark.parametrize("command", FLAGS)
+def test_the_flags_of_commands_are_frozen(command):
+    """Of `train`, further settings go through --set; a flag is for what most users change."""
+    assert set(options(command)) == set(FLAGS[command].split())
 
 
-def test_the_help_of_a_flag_is_the_help_of_its_setting():
-    ours = {"--out", "--config", "--resume", "--plan", "--find-lr", "--set", "--json"}
-    keys = {flag(key): key for key in FIELDS}
-    made = [(option, FIELDS[keys[name]]) for name, option in options("train").items() if name not in ours]
-    assert len(made) == len(FLAGS_OF_TRAIN.split()) - len(ours)
-    for option, field in made:
-        shown = "" if field.default in (None, "") or field.type == "bool" else f" [default: {field.default}]"
-        assert option.help == field.metadata["help"] + shown
+@pytest.mark.parametrize(("command", "settings", "others"), [("train", SETTINGS, 7), ("generate", SAMPLING, 12), ("chat", SAMPLING, 7)])
+def test_the_help_of_a_flag_is_the_help_of_its_setting(command, settings, others):
+    declared = {each.option: each for each in settings.values()}
+    made = {
+        name: option for name, option in options(command).items() if name in declared and not (command != "train" and name in ("--seed", "--device"))
+    }
+    assert len(made) == len(options(command)) - others
+    for name, option in made.items():
+        each = declared[name]
+        default = 0.7 if (command, name) == ("chat", "--temperature") else each.default
+        assert option.help == each.help + ("" if default in (None, "") or each.types == (bool,) else f" [default: {default}]")
 
 
-@pytest.mark.parametrize("name", FIELDS)
-def test_a_flag_is_named_like_its_setting(name):
-    assert flag(name) == ("--from" if name == "finetune.start_from" else "--" + name.partition(".")[2].replace("_", "-"))
-    assert full_key(name.partition(".")[2]) == name
+@pytest.mark.parametrize("key", SETTINGS)
+def test_a_flag_is_named_like_its_setting(key):
+    assert SETTINGS[key].option == ("--from" if key == "finetune.start_from" else "--" + key.partition(".")[2].replace("_", "-"))
+
+
+def test_what_is_named_here_and_in_the_library_is_the_same():
+    assert GROUPINGS == documents.GROUPINGS
+    assert list(inspect.signature(Sampling).parameters) == list(SAMPLING)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_option_and_argument_is_explained_in_a_sentence(command):
+    for each in COMMANDS[command].params:
+        assert each.help and each.help.rstrip("])")[-1] in ".:0123456789abcdefghijklmnopqrstuvwxyz", each.name
 
 
 def test_the_help_pages_import_nothing_that_computes():
@@ -49,3 +82,54 @@ def test_the_help_pages_import_nothing_that_computes():
     modules = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     heavy = {"torch", "numpy", "numba", "triton", "safetensors", "tokenizers", "rich", "psutil", "charset_normalizer"}
     assert not heavy & set(modules) and len(modules) < 500
+
+
+WRONG = [
+    (("generate", "M", "--prompt", "x", "--samples", "x"), "--samples must be a whole number, got 'x'."),
+    (("generate", "M", "--prompt", "x", "--samples", "0"), "--samples must be >= 1, got 0."),
+    (("generate", "M", "--prompt", "x", "--max-tokens", "1.5"), "--max-tokens must be a whole number, got '1.5'. Use a value like 200."),
+    (("generate", "M", "--prompt", "x", "--temperature", "-1"), "temperature must be >= 0.0, got -1.0 (from --temperature). Use a value like 0.8."),
+    (
+        ("generate", "M", "--prompt", "x", "--temperature", "hot"),
+        "temperature must be a number, got 'hot' (from --temperature). Use a value like 0.8.",
+    ),
+    (("generate", "M", "--prompt", "x", "--temperature", "nan"), "temperature must be a finite number, got nan (from --temperature)."),
+    (("generate", "M", "--prompt", "x", "--top-p", "0"), "top_p must be > 0.0, got 0.0 (from --top-p). Use a value like 0.95."),
+    (("generate", "M", "--prompt", "x", "--top-k", "0"), "top_k must be >= 1, got 0 (from --top-k). Use a value like 40."),
+    (("generate", "M", "--prompt", "x", "--seed", "-1"), "--seed must be >= 0, got -1."),
+    (("generate", "M", "--prompt", "x", "--seed", "1e30"), "--seed must be a whole number, got '1e30'."),
+    (("generate", "M", "--prompt", "x", "--weights", "int4"), "--weights must be one of fp32, bf16, int8, got 'int4'. Did you mean 'int8'?"),
+    (("generate", "M", "--prompt", "x", "--device", "gpu"), "--device must be one of auto, cpu, cuda, got 'gpu'. Did you mean 'cpu'?"),
+    (("generate", "M", "--prompt", "x", "--threads", "0"), "--threads must be >= 1, got 0. Use a value like 2."),
+    (("generate", "M"), "give the text to continue either as --prompt or as --prompt-file."),
+    (("chat", "M", "--min-p", "1.5"), "min_p must be <= 1.0, got 1.5 (from --min-p)."),
+    (("evaluate", "M", "x", "--by", "flie"), "--by must be one of auto, file, folder, got 'flie'. Did you mean 'file'?"),
+    (("evaluate", "M", "x", "--confidence", "1"), "--confidence must be < 1.0, got 1.0. Use a value like 0.95."),
+    (("evaluate", "M", "x", "--worst", "-1"), "--worst must be >= 0, got -1."),
+    (("evaluate", "M"), "give either DATA (text to predict) or --tasks (tasks of lm-evaluation-harness)."),
+    (("export", "M", "--to", "ggul", "--out", "x"), "--to must be one of hf, gguf, cllm, got 'ggul'. Did you mean 'gguf'?"),
+    (("export", "M", "--to", "hf", "--out", "x", "--type", "q8_0"), "--type q8_0 is for --to gguf alone; --to hf takes one of f32, f16, bf16."),
+    (("checkpoint", "average", "M", "--out", "x", "--last", "1"), "--last must be >= 2, got 1. Use a value like 5."),
+    (("tokenizer", "train", "x", "--kind", "bpee"), "--kind must be one of bpe, char, got 'bpee'. Did you mean 'bpe'?"),
+    (("tokenizer", "train", "x", "--vocab-size", "10"), "--vocab-size must be >= 257, got 10. Use a value like 4096."),
+    (("pack", "x", "--tokenizer", "x", "--out", "y", "--val-fraction", "2"), "val_fraction must be < 1.0, got 2.0 (from --val-fraction)."),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), WRONG, ids=lambda each: " ".join(each) if isinstance(each, tuple) else "")
+def test_a_wrong_value_says_what_was_expected_before_anything_is_read(arguments, words, capsys):
+    from cllm.cli.app import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    told = capsys.readouterr()
+    assert ended.value.code == 2 and told.out == "" and told.err.startswith(f"error: {words}") and told.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [("--samples", "1e0"), ("--max-tokens", "2_0"), ("--top-k", "none"), ("--top-k", "4e1"), ("--threads", "none")])
+def test_numbers_are_read_as_settings_read_them(arguments, capsys):
+    from cllm.cli.app import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "/nowhere", "--prompt", "x", *arguments])
+    assert ended.value.code == 1 and "/nowhere does not exist" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cllm.config import schema
-from cllm.config.schema import FIELDS, types_of
+from cllm.config.schema import SETTINGS
 from cllm.config.train import TrainConfig
 from cllm.runtime.errors import UserError
 
@@ -79,14 +79,14 @@ def test_a_list_is_no_text_and_a_very_long_value_is_not_printed_whole():
     assert len(str(caught.value)) < 200
 
 
-@given(text=st.text(max_size=30), key=st.sampled_from(sorted(FIELDS)))
+@given(text=st.text(max_size=30), key=st.sampled_from(sorted(SETTINGS)))
 def test_any_text_is_read_or_refused_in_one_line(text, key):
     try:
         value = TrainConfig.from_layers(flags={key: text})[key]
     except UserError as error:
         assert "\n" not in str(error) and key.partition(".")[2] in str(error)
     else:
-        assert value is None or type(value) in types_of(key)
+        assert value is None or type(value) in SETTINGS[key].types
 
 
 @pytest.mark.parametrize(
@@ -122,8 +122,8 @@ def test_a_wrong_key_suggests_the_setting_that_is_meant(wrong, meant):
 
 
 def test_the_other_names_of_settings_lead_to_settings():
-    assert set(schema._OTHER_NAMES) <= {key.partition(".")[2] for key in FIELDS}
-    assert not set(schema._MEANT) & {key.partition(".")[2] for key in FIELDS}
+    assert set(schema._OTHER_NAMES) <= {key.partition(".")[2] for key in SETTINGS}
+    assert not set(schema._MEANT) & {key.partition(".")[2] for key in SETTINGS}
     assert len(schema._MEANT) == sum(len(names.split()) for names in schema._OTHER_NAMES.values())
 
 
@@ -254,8 +254,8 @@ def test_with_the_plateau_schedule_the_evaluations_are_part_of_the_run():
 
 
 def test_every_setting_has_a_help_sentence_and_a_unique_name():
-    assert all(field.metadata["help"].endswith((".", ")")) for field in FIELDS.values())
-    assert len({key.partition(".")[2] for key in FIELDS}) == len(FIELDS)
+    assert all(each.help.endswith((".", ")")) for each in SETTINGS.values())
+    assert len({key.partition(".")[2] for key in SETTINGS}) == len(SETTINGS)
 
 
 def test_differences_list_what_changes_the_weights_and_nothing_else():
