@@ -97,7 +97,7 @@ def evaluate_run(
     from cllm.evaluate.documents import RESAMPLES, score_documents
 
     length = min(seq_len or model.config.max_seq_len, model.config.max_seq_len)
-    if is_chat(data):
+    if not reading.text_field and is_chat(data):
         return _evaluate_chats(console, model, tokenizer, data, length, batch_size)
     with tempfile.TemporaryDirectory(prefix="cllm-evaluate-") as scratch:
         split = _split(console, tokenizer, data, scratch, reading)
@@ -135,11 +135,13 @@ def evaluate_run(
 def _evaluate_chats(console: Console, model: Model, tokenizer: Tokenizer, data: str, seq_len: int, batch_size: int) -> dict[str, Any]:
     """The answers alone are predicted; conversations are packed whole, so that there is nothing to slide over."""
     from cllm import runtime
-    from cllm.data.tokens.chat import prepare_chat
+    from cllm.data.tokens.chat import check_fit, prepare_chat
     from cllm.evaluate.loss import evaluate
 
     with tempfile.TemporaryDirectory(prefix="cllm-evaluate-") as scratch, runtime.progress.stage("evaluating"):
-        split = prepare_chat(data, scratch, tokenizer, val_fraction=0.0, log=console.print).train
+        dataset = prepare_chat(data, scratch, tokenizer, val_fraction=0.0, log=console.print)
+        check_fit(dataset, seq_len, model.config.max_seq_len, console.print)
+        split = dataset.train
         result = evaluate(model, split, seq_len=seq_len, batch_size=batch_size)
     console.print(result)
     return {**result.to_dict(), "seq_len": seq_len, "num_conversations": split.num_documents}

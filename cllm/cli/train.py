@@ -100,7 +100,7 @@ def train_run(
 
 def _train(config: TrainConfig, console: Console, out: Path, resume: bool, plan_only: bool, find_lr: bool, world: "World | None") -> None:
     with runtime.use(threads=config.train.threads):
-        from cllm.data.tokens.chat import is_chat
+        from cllm.data.tokens.chat import check_fit
         from cllm.model.model import Model
         from cllm.train.finetune import adapt, start
 
@@ -115,6 +115,7 @@ def _train(config: TrainConfig, console: Console, out: Path, resume: bool, plan_
             model = Model(config.model_config(_vocabulary_rows(dataset.tokenizer.vocab_size)), seed=config.train.seed)
         model_config = model.config
         config = config.resolve(model_config, dataset.train.num_tokens)
+        check_fit(dataset, config.train.seq_len, model_config.max_seq_len, console.print)
         _print_settings(config, model_config, dataset, console)
         if plan_only:
             _plan(model, config, dataset, console)
@@ -138,7 +139,7 @@ def _train(config: TrainConfig, console: Console, out: Path, resume: bool, plan_
     if result.validation is not None:
         console.print(f"Validation: {result.validation}")
     console.print(f"The model is in {out} ({model_config.num_parameters():,} parameters). Next:")
-    talk = f"cllm chat {out}" if is_chat(config.data.path) else f"cllm generate {out} --prompt 'The ' --temperature 0.7"
+    talk = f"cllm chat {out}" if dataset.info.get("kind") == "chat" else f"cllm generate {out} --prompt 'The ' --temperature 0.7"
     console.print(f"  {talk}\n  cllm evaluate {out} {config.data.path}\n  cllm report {out}")
     console.print(f"  cllm export {out} --to hf --out {out}-hf")
     console.result({**result.to_dict(), "parameters": model_config.num_parameters(), "sample": sample})
@@ -171,18 +172,21 @@ def _prepare(config: TrainConfig, out: Path, console: Console, tokenizer: "Token
     from cllm.data.tokens.chat import is_chat, prepare_chat
 
     settings = config.data
-    if is_chat(settings.path):
+    exclude = [Path(settings.path) / part.strip() for part in settings.exclude.split(",") if part.strip()]
+    if not settings.text_field and is_chat(settings.path):
         if tokenizer is None:
-            raise UserError(f"{settings.path} holds chats, which teach a trained model to answer. Give the model with --from.")
-        return prepare_chat(settings.path, out / "data", tokenizer, settings.val_fraction, log=console.print)
-    names = [part.strip() for part in settings.exclude.split(",") if part.strip()]
+            raise UserError(
+                f"{settings.path} holds chats, which teach a trained model to answer. Give the model with --from. "
+                "To learn one field of them as plain text instead, name it: --set data.text_field=NAME."
+            )
+        return prepare_chat(settings.path, out / "data", tokenizer, settings.val_fraction, exclude=exclude, log=console.print)
     return prepare(
         settings.path,
         out / "data",
         tokenizer=tokenizer or settings.tokenizer,
         vocab_size=settings.vocab_size,
         val_fraction=settings.val_fraction,
-        exclude=[Path(settings.path) / name for name in names],
+        exclude=exclude,
         reading=Reading.of(settings.text_field, settings.separator),
         log=console.print,
     )

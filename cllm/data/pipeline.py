@@ -20,7 +20,7 @@ import numpy as np
 
 from cllm.data.documents.corpus import Corpus, Segment, SplitPlan, describe, load_corpus, pieces, plan_split
 from cllm.data.documents.scan import Reading
-from cllm.data.tokens.dataset import FORMAT, VERSION, Dataset, folder_for, is_packed, read_info, token_words
+from cllm.data.tokens.dataset import FORMAT, VERSION, Dataset, folder_for, is_packed, left_out, read_info, token_words
 from cllm.data.tokens.shards import ShardWriter
 from cllm.data.tokens.tokenizer import KINDS, SAMPLE_BYTES, Tokenizer, train_on
 from cllm.files import DATA, new_folder, write_file
@@ -85,6 +85,8 @@ def _use_packed(path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] 
     dataset = Dataset.open(path, None if given is None else given.hash)
     words = token_words(dataset)
     tell(f"tokens: {words}, packed before (cached)")
+    for line in left_out(dataset.info):
+        tell(f"  {line}")
     return Dataset(dataset.folder, dataset.train, dataset.val, dataset.tokenizer, dataset.info, [("tokens", "cached", words)])
 
 

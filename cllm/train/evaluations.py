@@ -30,7 +30,7 @@ class Evaluations:
     def __init__(self, model: Model, dataset: Dataset, config: TrainConfig, diagnostics: Diagnostics) -> None:
         self._model, self._config, self._diagnostics = model, config, diagnostics
         self._split = dataset.val
-        self.possible = dataset.val.num_tokens >= 2  # without validation text nothing is evaluated
+        self.possible = dataset.val.has_targets(config.train.seq_len)  # without validation text nothing is evaluated
         self.unigram_loss = dataset.val.unigram_nats(dataset.train) if self.possible else None
 
     def due(self, step: int) -> bool:

@@ -82,8 +82,8 @@ def conversation(record: Any) -> Conversation:
     """The conversation of a record; NotAConversation where it has none."""
     found = _find(record)
     if found is None:
-        what = f"fields: {fields(record)}" if isinstance(record, dict) else f"it is a {_JSON_NAMES.get(type(record), 'list')}"
-        raise NotAConversation(f"no conversation in the record ({what})")
+        what = f"fields: {fields(record)}" if isinstance(record, dict) else f"a {_JSON_NAMES.get(type(record), 'list')}"
+        raise NotAConversation(f"no conversation; {what}")
     form, turns = found
     messages = list(turns)
     if isinstance(record, dict) and messages and messages[0]["role"] != "system":

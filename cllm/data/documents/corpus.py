@@ -356,13 +356,8 @@ def describe(corpus: Corpus, plan: SplitPlan, tell: Callable[[str], None]) -> tu
     others = sorted({info.charset.codec for _, info in corpus.files} - {"utf-8", "utf-8-sig"})
     if others:
         tell(f"  decoded from {', '.join(others)}")
-    if corpus.skipped.total:
-        lines = corpus.skipped.lines()
-        tell(f"  left out {corpus.skipped.total:,}:")
-        for line in lines[:8]:
-            tell(f"    {line}")
-        if len(lines) > 8:
-            tell(f"    and for {len(lines) - 8} other reasons (dataset.json lists them)")
+    for line in corpus.skipped.report():
+        tell(f"  {line}")
     if plan.val_fraction:
         kept = corpus.num_bytes - plan.train_bytes(corpus.rows)
         how = "the end of each document, because the documents are few" if documents > 1 else "the end of the text"

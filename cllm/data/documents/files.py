@@ -63,6 +63,12 @@ class Skipped:
             for reason, n in ordered
         ]
 
+    def report(self) -> list[str]:
+        """What people are told: how many, and the most frequent reasons; nothing where nothing was left out."""
+        lines = self.lines()
+        more = [f"  and for {len(lines) - 8} other reasons (dataset.json lists them)"] if len(lines) > 8 else []
+        return [f"left out {self.total:,}:", *(f"  {line}" for line in lines[:8]), *more] if lines else []
+
     def to_dict(self) -> dict[str, Any]:
         return {reason: {"count": count, "examples": self.examples[reason]} for reason, count in sorted(self.counts.items())}
 

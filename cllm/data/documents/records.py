@@ -1,6 +1,6 @@
 """Records of structured text: JSON in every layout that programs write, and tables.
 
-    records = Records(path, charset_of(path))
+    records = Records(path, charset_of(file))
     for place, value in records.read(malformed):     # place: "12", the line that the record begins in; "12#2" for the second one there
         ...
 
@@ -22,7 +22,7 @@ of the others where it is not, because files put together from several sources m
 import io
 import json
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -60,19 +60,17 @@ class Layout:
     table: "tables.Dialect | None" = None
 
 
-def charset_of(path: Path) -> Charset | Binary:
-    """How to decode a file of records, line by line where it is not in one charset."""
-    with open(path, "rb") as file:
-        found = detect(file)
-        if isinstance(found, Binary):
-            file.seek(0)
-            head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
-            # One zero byte among the lines damages one record. What else looks like a file of another format is one.
-            return Charset("utf-8", "replace", "JSON with damaged places") if head[:1] in (b"{", b"[") else found
-        if found.errors == "strict" or found.codec.startswith(("utf-8-", "utf-16", "utf-32")):
-            return found
-        file.seek(0)
-        return _line_charset(file, found)
+def charset_of(file: IO[bytes]) -> Charset | Binary:
+    """How to decode an open file of records, line by line where it is not in one charset."""
+    found = detect(file)
+    file.seek(0)
+    if isinstance(found, Binary):
+        head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+        # One zero byte among the lines damages one record. What else looks like a file of another format is one.
+        return Charset("utf-8", "replace", "JSON with damaged places") if head[:1] in (b"{", b"[") else found
+    if found.errors == "strict" or found.codec.startswith(("utf-8-", "utf-16", "utf-32")):
+        return found
+    return _line_charset(file, found)
 
 
 def _line_charset(file: IO[bytes], whole: Charset) -> Charset:
@@ -102,19 +100,18 @@ def _is_utf8(line: bytes) -> bool:
     return True
 
 
-def text_of(path: Path, charset: Charset) -> Generator[str, None, None]:
-    """The text of a file of records in chunks, its line ends as newlines."""
+def text_of(file: IO[bytes], charset: Charset) -> Iterator[str]:
+    """The text of an open file of records in chunks, its line ends as newlines."""
     if charset.codec.startswith("utf"):
         errors = "replace" if charset.errors == "strict" else charset.errors
         if charset.how != _MIXED:
-            with open(path, encoding=charset.codec, errors=errors, newline=None) as text:
-                while chunk := text.read(_BLOCK):
-                    yield chunk
+            text = io.TextIOWrapper(file, encoding=charset.codec, errors=errors, newline=None)
+            while chunk := text.read(_BLOCK):
+                yield chunk
             return
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    with open(path, "rb") as file:
-        for block in _cut_blocks(file):
-            yield newlines.decode(_decoded(block, charset))
+    for block in _cut_blocks(file):
+        yield newlines.decode(_decoded(block, charset))
     yield newlines.decode("", final=True)
 
 
@@ -167,36 +164,46 @@ def _cleaned(value: Any) -> Any:
 
 @dataclass
 class Records:
-    """The records of one file; `layout` is told from the beginning of it."""
+    """The records of one file; `layout` is told from the beginning of it. `head`: the file is taken to end after these bytes."""
 
     path: Path
     charset: Charset
+    head: bytes | None = None
     layout: Layout = field(init=False)
 
-    def __post_init__(self) -> None:
-        head, complete = "", True
-        for chunk in text_of(self.path, self.charset):
-            if len(head) >= HEAD_CHARS:
-                complete = False
-                break
-            head += chunk
-        if self.path.suffix.lower() in TABLE_EXTENSIONS:
-            self.layout = Layout("table", table=tables.dialect_of(head, complete))
-        else:
-            self.layout = _json_layout(head, complete)
+    @classmethod
+    def of_head(cls, path: Path) -> "Records | Binary":
+        """What the first megabyte holds, for a look at a file that may be large."""
+        with open(path, "rb") as file:
+            head = file.read(HEAD_CHARS)
+        if len(head) == HEAD_CHARS:  # not in the middle of a character
+            head = head[: head.rfind(b"\n") + 1] or head.rstrip(bytes(range(128, 256)))
+        charset = charset_of(io.BytesIO(head))
+        return charset if isinstance(charset, Binary) else cls(path, charset, head)
 
-    def read(self, malformed: Malformed) -> Iterator[tuple[str, Any]]:
-        """(place, value) of each record, in order."""
-        chunks = text_of(self.path, self.charset)
-        try:
+    def __post_init__(self) -> None:
+        text, complete = "", True
+        with self._open() as file:
+            for chunk in text_of(file, self.charset):
+                if len(text) >= HEAD_CHARS:
+                    complete = False
+                    break
+                text += chunk
+        if self.path.suffix.lower() in TABLE_EXTENSIONS:
+            self.layout = Layout("table", table=tables.dialect_of(text, complete))
+        else:
+            self.layout = _json_layout(text, complete)
+
+    def read(self, malformed: Malformed, report: Callable[[int], None] | None = None) -> Iterator[tuple[str, Any]]:
+        """(place, value) of each record, in order. `report` hears how many bytes of the file were read since it was last called."""
+        with self._open() as file:
+            chunks = text_of(file, self.charset) if report is None else _counted(text_of(file, self.charset), file, report)
             if self.layout.table is not None:
                 yield from tables.rows(chunks, self.layout.table, malformed)
             elif self.layout.kind == "lines":
                 yield from _read_lines(chunks, malformed)
             else:
                 yield from _read_values(_Window(chunks), self.layout, malformed)
-        finally:
-            chunks.close()  # the file is not left open when the caller has read enough
 
     def sample(self, count: int = 1000, chars: int = HEAD_CHARS) -> list[Any]:
         """The first records, at most so many, and none that begins after so many characters of values."""
@@ -208,6 +215,18 @@ class Records:
             if len(found) >= count or size >= chars:
                 break
         return found
+
+    def _open(self) -> IO[bytes]:
+        return open(self.path, "rb") if self.head is None else io.BytesIO(self.head)
+
+
+def _counted(chunks: Iterator[str], file: IO[bytes], report: Callable[[int], None]) -> Iterator[str]:
+    done = 0
+    for chunk in chunks:
+        place = file.tell()
+        report(place - done)
+        done = place
+        yield chunk
 
 
 def _rough_size(value: Any) -> int:

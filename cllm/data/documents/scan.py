@@ -104,7 +104,8 @@ def scan(file: SourceFile, report: Callable[[int], None] | None = None, reading:
             raw.seek(0)
             if suffix == ".parquet" or raw.read(4) == b"PAR1":
                 return PARQUET
-            found = _scan_records(file, digest, reading) if suffix in RECORD_EXTENSIONS else _NotRecords()
+            raw.seek(0)
+            found = _scan_records(file, raw, digest, reading) if suffix in RECORD_EXTENSIONS else _NotRecords()
             if not isinstance(found, _NotRecords):
                 return found
             raw.seek(0)
@@ -210,8 +211,8 @@ class _NotRecords:
     reason: str = ""
 
 
-def _scan_records(file: SourceFile, digest: str, reading: Reading) -> FileInfo | str | _NotRecords:
-    charset = charset_of(file.path)
+def _scan_records(file: SourceFile, raw: IO[bytes], digest: str, reading: Reading) -> FileInfo | str | _NotRecords:
+    charset = charset_of(raw)
     if isinstance(charset, Binary):
         return charset.reason
     records = Records(file.path, charset)

@@ -1,4 +1,4 @@
-"""Chats for supervised fine-tuning: JSONL with {"messages": [{"role": ..., "content": ...}, ...]} on each line, loss on the answers only.
+"""Chats for supervised fine-tuning: conversations in any of the forms that `documents/chat_forms.py` knows, with loss on the answers only.
 
     OUT/chat/train/  val/          packed tokens as of any text (see shards.py), a conversation a document
              train/answers/        the same number of ones and zeros: whether the assistant wrote the token
@@ -12,72 +12,138 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from cllm.data.documents.charset import Binary
+from cllm.data.documents.chat_forms import EXAMPLE, NotAConversation, conversation, mostly_conversations
 from cllm.data.documents.corpus import default_val_fraction
+from cllm.data.documents.files import Skipped, SourceFile, find
+from cllm.data.documents.records import RECORD_EXTENSIONS, Records, charset_of
 from cllm.data.tokens.chat_template import Part, check_messages, encode_conversation, with_template
 from cllm.data.tokens.conversations import ChatSplit
-from cllm.data.tokens.dataset import FORMAT, VERSION, Dataset, folder_for, read_info
+from cllm.data.tokens.dataset import FORMAT, VERSION, Dataset, folder_for, is_packed, left_out, read_info
 from cllm.data.tokens.shards import ShardWriter
 from cllm.data.tokens.tokenizer import Tokenizer
 from cllm.files import DATA, new_folder, write_file
 from cllm.runtime.errors import DataError
+from cllm.runtime.printable import printable
 from cllm.runtime.progress import ByteProgress
 
-CHAT_VERSION = 1
+CHAT_VERSION = 2
 SPLITS = ("train", "val")
-EXAMPLE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+OTHER_FORMS = "Also known: ShareGPT, Alpaca, prompt and completion, question and answer, in JSON or CSV."
+_LOOKED_AT = 200  # files of a folder whose records are looked at to see whether they are chats
+_REASONS = 30  # kinds of mistakes that are told apart
 
 
 def is_chat(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a JSONL file whose first record holds messages."""
-    file = Path(path)
-    if file.suffix.lower() not in (".jsonl", ".ndjson") or not file.is_file():
+    """Whether a path holds chats: a file whose first records are conversations more often than texts, or a folder that holds more of such files
+    than of all others, by their sizes. Of a large folder some files are looked at."""
+    if is_packed(path):
         return False
-    with open(file, "rb") as lines:
-        for line in lines:
-            if line.strip():
-                try:
-                    record = json.loads(line.decode("utf-8-sig"))
-                except (ValueError, RecursionError):
-                    return False
-                return isinstance(record, dict) and "messages" in record
-    return False
+    try:
+        files, _ = find(path)
+    except DataError:
+        return False
+    records = [file for file in files if file.path.suffix.lower() in RECORD_EXTENSIONS]
+    some = records[:: max(1, len(records) // _LOOKED_AT)]
+    chats = sum(file.size for file in some if _holds_chats(file))
+    if not chats:
+        return False
+    share = chats / sum(file.size for file in some)
+    return share * sum(file.size for file in records) > sum(file.size for file in files) / 2
+
+
+def _holds_chats(file: SourceFile) -> bool:
+    try:
+        records = Records.of_head(file.path)
+    except OSError:
+        return False
+    return not isinstance(records, Binary) and mostly_conversations(records.sample())
 
 
 def prepare_chat(
     path: str | os.PathLike[str], out_dir: str | os.PathLike[str], tokenizer: Tokenizer, val_fraction: float | None = None,
-    log: Callable[[str], None] | None = None, keep_others: bool = False,
+    log: Callable[[str], None] | None = None, keep_others: bool = False, exclude: Iterable[str | os.PathLike[str]] = (),
 ) -> Dataset:  # fmt: skip
-    """The packed conversations of a JSONL file; what `out_dir` already holds of the same is used again.
+    """The packed conversations of a file or folder; what `out_dir` already holds of the same is used again.
 
-    Lines that are no conversation are left out, counted and named. keep_others: never replaces conversations of another file or split. Raises
+    What is no conversation is left out and counted by reason, and both that and the forms of the others are told to `log`, from the cache as well.
+    keep_others: never replaces conversations of another file or split. exclude: places below `path` that are not data; out_dir never is. Raises
     DataError when no conversation is left, UserError for a tokenizer without a chat template and without the tokens of ours.
     """
     tell = log or (lambda line: None)
     tokenizer = with_template(tokenizer)
+    exclude = [out_dir, *exclude]
     if val_fraction is None:
-        val_fraction = default_val_fraction(os.path.getsize(path))
-    key = chat_key(path, tokenizer, val_fraction)
+        val_fraction = default_val_fraction(sum(file.size for file in find(path, exclude)[0]))
+    key = chat_key(path, tokenizer, val_fraction, exclude)
     folder, state = folder_for(Path(out_dir), "chat", key, keep_others), "cached"
     if not _holds(folder, key):
         state = "done"
-        _pack(Path(path), folder, key, tokenizer, val_fraction, tell)
+        _pack(Path(path), folder, key, tokenizer, val_fraction, exclude)
+    info = read_info(folder)
     train, val = (ChatSplit(folder / name, tokenizer.hash) for name in SPLITS)
     words = f"train {train.num_documents:,} conversations of {train.num_tokens:,} tokens, val {val.num_documents:,} of {val.num_tokens:,}"
     tell(f"chats: {words} ({state})")
-    return Dataset(folder, train, val, tokenizer, read_info(folder), [("chats", state, words)])
+    for form, count in list(info["forms"].items())[:8]:
+        tell(f"  {count:,} conversation{'s' * (count != 1)} from {form}")
+    for line in left_out(info):
+        tell(f"  {line}")
+    return Dataset(folder, train, val, tokenizer, info, [("chats", state, words)])
 
 
-def chat_key(path: str | os.PathLike[str], tokenizer: Tokenizer, val_fraction: float) -> str:
-    """A digest of everything that the packed conversations of a file depend on; `tokenizer` has its chat template."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "blake2b").hexdigest()
-    parts = [CHAT_VERSION, digest, val_fraction, tokenizer.hash, tokenizer.settings]
+def chat_key(path: str | os.PathLike[str], tokenizer: Tokenizer, val_fraction: float, exclude: Iterable[str | os.PathLike[str]] = ()) -> str:
+    """A digest of everything that the packed conversations of a file or folder depend on; `tokenizer` has its chat template."""
+    contents = []
+    for file in find(path, exclude)[0]:
+        with open(file.path, "rb") as raw:
+            contents.append([file.name if Path(path).is_dir() else "", hashlib.file_digest(raw, "blake2b").hexdigest()])
+    parts = [CHAT_VERSION, contents, val_fraction, tokenizer.hash, tokenizer.settings]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def check_fit(dataset: Dataset, seq_len: int, context: int, tell: Callable[[str], None]) -> None:
+    """Tells which conversations of a data set do not fit in `seq_len` tokens; nothing of data that is no chats.
+
+    context: the most that the model can see. Raises DataError where none of the training split teaches anything.
+    """
+    if not isinstance(dataset.train, ChatSplit):
+        return
+    assert isinstance(dataset.val, ChatSplit)
+    train, val = dataset.train.fit(seq_len), dataset.val.fit(seq_len)
+    advice = _advice(max(train.longest, val.longest), seq_len, context)
+    if not train.usable:
+        raise DataError(
+            f"none of the {train.conversations:,} conversations for training has a part of an answer within its first {seq_len} tokens, "
+            f"so that nothing can be learnt. {advice}"
+        )
+    total, cut, useless = train.conversations + val.conversations, train.cut + val.cut, train.left_out + val.left_out
+    if cut:
+        tell(f"{cut:,} of {total:,} conversations {'is' if cut == 1 else 'are'} cut at {seq_len} tokens. {advice}")
+    if useless:
+        verb = "is" if useless == 1 else "are"
+        tell(
+            f"{useless:,} of {total:,} conversations {verb} left out, because no part of an answer lies within the first {seq_len} tokens."
+            + ("" if cut else f" {advice}")
+        )
+    if val.conversations and not val.usable:
+        tell("none of the conversations for validation is left, so that nothing is validated.")
+
+
+def _advice(longest: int, seq_len: int, context: int) -> str:
+    """How to make the longest conversation fit."""
+    wanted = 1 << max(0, longest - 1).bit_length()
+    if wanted <= context:
+        return f"Use --seq-len {wanted}."
+    limit = f"The longest has {longest + 1:,} tokens and the model's context {context:,}"
+    if seq_len < context:
+        return f"{limit}: use --seq-len {context}, or a model with a longer context."
+    return f"{limit}: use a model with a longer context, or shorter conversations."
 
 
 def _holds(folder: Path, key: str) -> bool:
@@ -87,8 +153,9 @@ def _holds(folder: Path, key: str) -> bool:
         return False
 
 
-def _pack(path: Path, folder: Path, key: str, tokenizer: Tokenizer, val_fraction: float, tell: Callable[[str], None]) -> None:
-    skipped: dict[str, list[int]] = {}
+def _pack(path: Path, folder: Path, key: str, tokenizer: Tokenizer, val_fraction: float, exclude: Iterable[str | os.PathLike[str]]) -> None:
+    files, skipped = find(path, exclude)
+    forms: dict[str, int] = {}
     with new_folder(folder, DATA) as temporary:
         writers: list[ShardWriter] = []
         for name in SPLITS:
@@ -96,54 +163,79 @@ def _pack(path: Path, folder: Path, key: str, tokenizer: Tokenizer, val_fraction
             writers.append(ShardWriter(temporary / name, tokenizer.vocab_size, tokenizer.hash, tokenizer.eot_id))
             writers.append(ShardWriter(temporary / name / "answers", 2, "answers", None))
         try:
-            for line, side, parts in _conversations(path, tokenizer, val_fraction, skipped):
-                ids = np.array([i for part in parts for i in part.ids], dtype=np.int64)
-                answers = np.array([int(part.is_answer) for part in parts for _ in part.ids], dtype=np.int64)
+            for each in _conversations(files, tokenizer, val_fraction, skipped):
+                forms[each.form] = forms.get(each.form, 0) + 1
+                ids = np.array([i for part in each.parts for i in part.ids], dtype=np.int64)
+                answers = np.array([int(part.is_answer) for part in each.parts for _ in part.ids], dtype=np.int64)
                 num_bytes = int(tokenizer.byte_lengths[ids[answers == 1]].sum())
-                for writer, values in zip(writers[2 * side : 2 * side + 2], (ids, answers)):
+                for writer, values in zip(writers[2 * each.side : 2 * each.side + 2], (ids, answers)):
                     writer.append(values)
-                    writer.end_document(f"{path.name}:{line}", num_bytes, num_bytes)
+                    writer.end_document(each.name, num_bytes, num_bytes)
             for writer in writers:
                 writer.close()
         except BaseException:
             for writer in writers:
                 writer.abandon()
             raise
-        for reason, lines in skipped.items():
-            shown = ", ".join(map(str, lines[:5])) + (" and more" if len(lines) > 5 else "")
-            tell(f"  left out {len(lines):,} lines of {path.name} ({shown}): {reason}")
         if not writers[0].num_documents:
-            raise DataError(f"{path} holds no conversation to learn from. Expected lines like {EXAMPLE}")
+            raise DataError(_nothing(path, writers[2].num_documents, skipped))
         info = {
             "format": FORMAT, "version": VERSION, "kind": "chat", "key": key, "tokenizer": tokenizer.hash, "val_fraction": val_fraction,
-            "num_documents": writers[0].num_documents + writers[2].num_documents,
-            "skipped": {reason: len(lines) for reason, lines in skipped.items()},
+            "num_files": len(files), "num_documents": writers[0].num_documents + writers[2].num_documents,
+            "forms": dict(sorted(forms.items(), key=lambda item: (-item[1], item[0]))), "skipped": skipped.to_dict(),
         }  # fmt: skip
         tokenizer.save(temporary / "tokenizer.json")
-        write_file(temporary / "dataset.json", json.dumps(info, indent=1).encode("utf-8"), DATA)
+        write_file(temporary / "dataset.json", json.dumps(info, indent=1).encode(), DATA)
 
 
-def _conversations(path: Path, tokenizer: Tokenizer, val_fraction: float, skipped: dict[str, list[int]]) -> Iterator[tuple[int, int, list[Part]]]:
-    """(line, 0 train or 1 validation, parts) of every good line. The side is the hash of the conversation: equal ones never lie on both."""
-    size = path.stat().st_size
-    with open(path, "rb") as lines, ByteProgress() as bar:
-        done = 0
-        for number, line in enumerate(lines, 1):
-            done += len(line)
-            bar("Reading chats", done, size)
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                if not isinstance(record, dict):
-                    raise DataError("not an object with messages")
-                messages = check_messages(record.get("messages"))
-                parts = encode_conversation(tokenizer, messages)
-            except (ValueError, RecursionError):
-                skipped.setdefault("not JSON in UTF-8", []).append(number)
-                continue
-            except DataError as error:
-                skipped.setdefault(str(error), []).append(number)
-                continue
-            chosen = hashlib.blake2b(json.dumps([[m["role"], m["content"]] for m in messages]).encode(), digest_size=8).digest()
-            yield number, int(int.from_bytes(chosen, "little") < val_fraction * 2**64), parts
+def _nothing(path: Path, for_validation: int, skipped: Skipped) -> str:
+    if for_validation:
+        return (
+            f"all {for_validation} conversations of {path} fall into the validation split. Give more, or keep none back: --set data.val_fraction=0."
+        )
+    found = f" Left out: {'; '.join(skipped.lines()[:5])}." if skipped.total else ""
+    return f"{path} holds no conversation to learn from.{found} Expected records like {EXAMPLE}. {OTHER_FORMS}"
+
+
+class _Encoded(NamedTuple):
+    """A conversation in tokens: the name of its document, 0 for training or 1 for validation, and the form that it was written in."""
+
+    name: str
+    side: int
+    form: str
+    parts: list[Part]
+
+
+def _conversations(files: list[SourceFile], tokenizer: Tokenizer, val_fraction: float, skipped: Skipped) -> Iterator[_Encoded]:
+    """Every conversation that can be learnt. The side is the hash of what is said in it: equal ones never lie on both."""
+    with ByteProgress() as bar:
+        report = bar.step("Reading chats", sum(file.size for file in files))
+        for file in files:
+            for place, record in _records(file, skipped, report):
+                name = f"{printable(file.name)}:{place}"
+                try:
+                    form, messages = conversation(record)
+                    parts = encode_conversation(tokenizer, check_messages(messages))
+                except (NotAConversation, DataError) as error:
+                    reason = f"record ({error})"
+                    skipped.add(reason if reason in skipped.counts or len(skipped.counts) < _REASONS else "record (for other reasons)", name)
+                    continue
+                chosen = hashlib.blake2b(json.dumps([[m["role"], m["content"]] for m in messages]).encode(), digest_size=8).digest()
+                yield _Encoded(name, int(int.from_bytes(chosen, "little") < val_fraction * 2**64), form, parts)
+
+
+def _records(file: SourceFile, skipped: Skipped, report: Callable[[int], None]) -> Iterator[tuple[str, object]]:
+    """(place, record) of a file; of one that can hold none, the reason is counted."""
+    try:
+        if file.path.suffix.lower() not in RECORD_EXTENSIONS:
+            skipped.add("no JSON or CSV", file.name)
+            return
+        with open(file.path, "rb") as raw:
+            charset = charset_of(raw)
+        if isinstance(charset, Binary):
+            skipped.add(charset.reason, file.name)
+            return
+        records = Records(file.path, charset)
+        yield from records.read(lambda reason, place: skipped.add(reason, f"{file.name}:{place}"), report)
+    except OSError as error:
+        skipped.add(f"unreadable ({(error.strerror or str(error)).lower()})", file.name)

@@ -1,10 +1,13 @@
 """Packed conversations, as supervised fine-tuning reads them: rows of whole conversations, in which only the answers are predicted.
 
-Conversations are never cut in two: a row holds as many whole ones as fit, and one that is longer than a row loses its end. `chat.py` packs them.
+Conversations are never cut in two: a row holds as many whole ones as fit, and one that is longer than a row loses its end. Where no part of an
+answer is left then, the conversation would teach nothing, and takes no place in a row. `chat.py` packs them.
 """
 
 import os
 from collections.abc import Iterator
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +16,19 @@ from cllm.data.tokens.batch import IGNORE, Batch, EvaluationBatches, TrainingBat
 from cllm.data.tokens.shards import PackedTokens
 from cllm.data.tokens.split import TokenSplit
 from cllm.runtime.errors import DataError
+
+
+class Fit(NamedTuple):
+    """How the conversations of a split fit in rows of some length."""
+
+    conversations: int
+    cut: int  # that lose their end
+    left_out: int  # that hold no part of an answer in the length of a row
+    longest: int  # length of a row that holds any of them whole
+
+    @property
+    def usable(self) -> int:
+        return self.conversations - self.left_out
 
 
 class ChatSplit(TokenSplit):
@@ -29,6 +45,39 @@ class ChatSplit(TokenSplit):
         start, end = int(self._offsets[number]), int(self._offsets[number + 1])
         return self.read(start, end - start), self._answers.read(start, end - start)
 
+    @cached_property
+    def first_answers(self) -> np.ndarray:
+        """(num_documents,) int64: the place of the first token in each conversation that is to be predicted; its length where there is none."""
+        found = np.array(self.document_lengths, dtype=np.int64)
+        starts = np.asarray(self.document_starts, dtype=np.int64)
+        first = 0
+        while first < len(starts):
+            last = max(first + 1, int(np.searchsorted(starts, starts[first] + (1 << 22), side="right")) - 1)  # a few million tokens at a time
+            begin, end = int(starts[first]), int(starts[last - 1] + found[last - 1])
+            answers = begin + np.flatnonzero(self._answers.read(begin, end - begin) == 1)
+            next_answer = np.searchsorted(answers, starts[first:last] + 1)  # nothing comes before the first token of a conversation
+            places = np.append(answers, end)[next_answer] - starts[first:last]
+            found[first:last] = np.minimum(found[first:last], places)
+            first = last
+        return found
+
+    def row_lengths(self, seq_len: int) -> np.ndarray:
+        """(num_documents,) int64: the inputs of each conversation in rows of `seq_len` tokens, 0 where none of its answers begins there.
+
+        The last token of a conversation is only a target.
+        """
+        lengths = self.document_lengths - 1
+        return np.where(self.first_answers <= np.minimum(lengths, seq_len), np.minimum(lengths, seq_len), 0)
+
+    def fit(self, seq_len: int) -> Fit:
+        """How many conversations are cut or left out in rows of `seq_len` tokens."""
+        lengths, used = self.document_lengths - 1, self.row_lengths(seq_len)
+        cut = int(((used > 0) & (lengths > seq_len)).sum())
+        return Fit(len(lengths), cut, int((used == 0).sum()), int(lengths.max(initial=0)))
+
+    def has_targets(self, seq_len: int) -> bool:
+        return bool((self.row_lengths(seq_len) > 0).any())
+
     def token_counts(self) -> np.ndarray:
         """(vocab_size,) int64: how often each token occurs in answers, which alone are predicted."""
         counts = np.zeros(self.vocab_size, dtype=np.int64)
@@ -44,11 +93,14 @@ class ChatSplit(TokenSplit):
 
     def batches(self, seq_len: int, batch_size: int, seed: int = 0, *, shuffle: str | bool = "epoch", document_mask: bool = False) -> TrainingBatches:
         """Rows of whole conversations, in a new order in each epoch. Attention never crosses from one to the next, so that `shuffle` and
-        `document_mask` change nothing here. Raises DataError where no conversation has two tokens."""
+        `document_mask` change nothing here. Raises DataError where no part of an answer lies within `seq_len` tokens."""
         return ChatBatches(self, seq_len, batch_size, seed)
 
     def windows(self, seq_len: int, batch_size: int = 8, *, document_mask: bool = False) -> EvaluationBatches:
-        """Every conversation once, in order. `document_mask` changes nothing: attention never crosses from one conversation to the next."""
+        """Every conversation that has a target once, in order.
+
+        `document_mask` changes nothing: attention never crosses from one conversation to the next.
+        """
         return ChatWindows(self, seq_len, batch_size)
 
 
@@ -56,16 +108,16 @@ class ChatBatches:
     """An endless sequence of training batches of whole conversations. `batch(index)` is a function of the data, the seed and the index alone.
 
     Each epoch takes the conversations in a new random order and fills row after row. The end of a row in which the next conversation does not
-    fit is padded with token 0 without a target, as a document of its own. Raises DataError when no conversation has two tokens.
+    fit is padded with token 0 without a target, as a document of its own. Raises DataError when no conversation has a target.
     """
 
     def __init__(self, split: ChatSplit, seq_len: int, batch_size: int, seed: int = 0):
         self.split, self.seq_len, self.batch_size, self.seed = split, seq_len, batch_size, seed
-        self._lengths = np.minimum(split.document_lengths - 1, seq_len)  # the inputs of each conversation; its last token is only a target
+        self._lengths = split.row_lengths(seq_len)
         self._ends: list[int] = []  # the number of rows up to the end of each epoch so far
         self._epoch: tuple[int, list[list[int]]] = (-1, [])  # number and rows of the epoch used last: a cache
         if not (self._lengths > 0).any():
-            raise DataError(f"{split!r} holds no conversation of two tokens or more.")
+            raise DataError(f"none of the {split.num_documents:,} conversations in {split.folder} has a part of an answer within {seq_len} tokens.")
 
     def batch(self, index: int) -> Batch:
         """Batch number `index`, counted from 0: batch_size rows of seq_len tokens."""
@@ -89,12 +141,11 @@ class ChatBatches:
 
 
 class ChatWindows:
-    """Every conversation once, in order, for evaluation; as many whole ones in each row of seq_len tokens as fit."""
+    """Every conversation that has a target once, in order, for evaluation; as many whole ones in each row of seq_len tokens as fit."""
 
     def __init__(self, split: ChatSplit, seq_len: int, batch_size: int = 8):
         self.split, self.seq_len, self.batch_size = split, seq_len, batch_size
-        lengths = np.minimum(split.document_lengths - 1, seq_len)
-        self._rows = fill_rows(np.arange(len(lengths)), lengths, seq_len)
+        self._rows = fill_rows(np.arange(split.num_documents), split.row_lengths(seq_len), seq_len)
 
     def __len__(self) -> int:
         return -(-len(self._rows) // self.batch_size)

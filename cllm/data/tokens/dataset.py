@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cllm.data.documents.files import Skipped
 from cllm.data.tokens.split import TokenSplit
 from cllm.data.tokens.tokenizer import Tokenizer
 from cllm.runtime.errors import DataError
@@ -102,6 +103,14 @@ def token_words(dataset: Dataset) -> str:
 
     num_bytes, num_tokens = dataset.train.num_bytes + dataset.val.num_bytes, dataset.train.num_tokens + dataset.val.num_tokens
     return f"train {side(dataset.train)}, val {side(dataset.val)}, {num_bytes / max(num_tokens, 1):.2f} bytes a token"
+
+
+def left_out(info: dict[str, Any]) -> list[str]:
+    """What was left out when a data set was packed, for people; nothing where dataset.json does not say."""
+    try:
+        return Skipped.from_dict(info["skipped"]).report()
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return []
 
 
 def _folder(path: Path) -> Path | None:

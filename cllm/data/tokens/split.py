@@ -10,6 +10,10 @@ class TokenSplit(PackedTokens):
     """Packed text, cut into windows of any length. How a kind of data is cut is its split's own affair: training asks for `batches`, evaluation
     for `windows`, and neither needs to know the kind. Raises DataError as `PackedTokens` does."""
 
+    def has_targets(self, seq_len: int) -> bool:
+        """Whether windows of this length hold a token that can be predicted; without one there is nothing to train or evaluate on."""
+        return self.num_tokens >= 2
+
     def batches(self, seq_len: int, batch_size: int, seed: int = 0, *, shuffle: str | bool = "epoch", document_mask: bool = False) -> TrainingBatches:
         """The endless sequence of training batches of (batch_size, seq_len) tokens; see `Batches` for the arguments and the errors raised."""
         return Batches(self, seq_len, batch_size, seed, shuffle=shuffle, document_mask=document_mask)

@@ -44,7 +44,8 @@ def write(value, indent=None):
 
 def read(path, content):
     path.write_bytes(content)
-    charset = charset_of(path)
+    with open(path, "rb") as file:
+        charset = charset_of(file)
     assert not isinstance(charset, Binary), charset
     problems = []
     found = list(Records(path, charset).read(lambda reason, place: problems.append((place, reason))))
@@ -142,7 +143,8 @@ def test_damage_neither_stops_the_reading_nor_invents_text(layout, place, bit, c
 def test_no_bytes_at_all_stop_the_reading(name, content, tmp_path, small_blocks):
     path = tmp_path / name
     path.write_bytes(content)
-    charset = charset_of(path)
+    with open(path, "rb") as file:
+        charset = charset_of(file)
     if not isinstance(charset, Binary):
         for _, value in Records(path, charset).read(lambda reason, place: None):
             json.dumps(value).encode()

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from cllm import load, runtime, save
 from cllm.config.model import ModelConfig
 from cllm.data import Dataset
-from cllm.data.tokens.chat import is_chat, prepare_chat
+from cllm.data.documents.chat_forms import NotAConversation, conversation
+from cllm.data.tokens.chat import check_fit, is_chat, prepare_chat
 from cllm.data.tokens.chat_template import TEMPLATE, check_messages, encode_conversation, encode_prompt, end_of_turn, with_template
 from cllm.data.tokens.conversations import ChatBatches, ChatSplit, ChatWindows, fill_rows
 from cllm.data.tokens.tokenizer import Tokenizer
@@ -119,12 +120,15 @@ def data(tokenizer, tmp_path_factory):
 
 def test_a_file_of_chats_is_packed_once_and_bad_lines_are_named(data, tokenizer):
     path, dataset, said = data
-    assert is_chat(path) and not is_chat(path.parent)
+    assert is_chat(path) and is_chat(path.parent), "a folder of chats as well"
     assert dataset.train.num_documents + dataset.val.num_documents == 60 and dataset.val.num_documents > 2
-    assert any("(61): not JSON" in line for line in said) and any("(62, 63): messages must be" in line for line in said)
+    assert [line.strip() for line in said[1:]] == [
+        "60 conversations from field 'messages'", "left out 3:", "1 record (no conversation; fields: messages): chats.jsonl:62",
+        "1 record (no conversation; fields: text): chats.jsonl:63", "1 record that is not valid JSON: chats.jsonl:61",
+    ]  # fmt: skip
     heard = []
     again = prepare_chat(path, path.parent / "out", tokenizer, 0.2, heard.append)
-    assert "cached" in heard[-1] and again.train.num_tokens == dataset.train.num_tokens
+    assert heard == [said[0].replace("(done)", "(cached)"), *said[1:]] and again.train.num_tokens == dataset.train.num_tokens
     dataset.verify()
     assert isinstance(Dataset.open(dataset.folder).train, ChatSplit)
     with pytest.raises(DataError, match="holds no conversation"):
@@ -182,12 +186,202 @@ def test_evaluation_counts_the_answers_alone(data, tokenizer):
     assert len(list(ChatWindows(dataset.val, 64, 2))) >= 1
 
 
+FORMS = {  # how a form is called, and a record of it
+    "field 'messages'": {"id": 1, "meta": {"a": []}, "messages": chat("Q {}", "A {}")},
+    "field 'conversation'": {"source": "x", "conversation": chat("Q {}", "A {}")},
+    "field 'talk'": {"talk": chat("Q {}", "A {}")},
+    "field 'conversations' (from, value)": {"conversations": [{"from": "human", "value": "Q {}"}, {"from": "gpt", "value": "A {}"}]},
+    "field 'contents' (role, parts)": {
+        "contents": [{"role": "user", "parts": [{"text": "Q "}, {"text": "{}"}]}, {"role": "model", "parts": [{"text": "A {}"}]}]
+    },
+    "field 'dialog', whose strings alternate between user and assistant": {"dialog": ["Q {}", "A {}"]},
+    "field 'conversation' (human, assistant)": {"conversation": [{"human": "Q {}", "assistant": "A {}"}]},
+    "field 'messages' of 'conversation'": {"id": 1, "conversation": {"messages": chat("Q {}", "A {}")}},
+    "Alpaca fields instruction, output": {"instruction": "Q {}", "output": "A {}"},
+    "Alpaca fields instruction, input, output": {"instruction": "Q {}", "input": "", "output": "A {}", "text": "Below is ..."},
+    "Alpaca fields instruction, context, response": {"instruction": "Q {}", "context": "", "response": "A {}", "category": "qa"},
+    "fields prompt, completion": {"prompt": "Q {}", "completion": "A {}"},
+    "fields question, answer": {"id": 1, "question": "Q {}", "answer": "A {}"},
+    "fields Question, Answer": {"Question": "Q {}", "Answer": "A {}"},
+    "fields query, response": {"query": "Q {}", "response": "A {}"},
+    "lists of messages": chat("Q {}", "A {}"),
+}
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "Q "}, {"type": "text", "text": "{}"}]}, {"role": "assistant", "content": "A {}"}]
+PREFERENCE = {"prompt": chat("Q {}", "A {}")[:1], "chosen": chat("Q {}", "A {}")[1:], "rejected": chat("Q {}", "no")[1:]}
+
+
+def numbered(record, n):
+    return json.loads(json.dumps(record).replace("{}", str(n)))
+
+
+@pytest.mark.parametrize("layout", ["lines", "indented array", "metadata first", "in an object"])
+@pytest.mark.parametrize("form, record", [*FORMS.items(), ("field 'messages'", {"messages": PARTS}), ("field 'chosen'", PREFERENCE)])
+def test_chats_in_every_form_become_the_same_conversations(form, record, layout, tokenizer, tmp_path):
+    records = [numbered(record, n) for n in range(4)]
+    content = {
+        "lines": "".join(json.dumps(each) + "\n" for each in records),
+        "indented array": json.dumps(records, indent=2),
+        "metadata first": json.dumps({"dataset": "x", "version": 1}) + "\n" + "".join(json.dumps(each) + "\n" for each in records),
+        "in an object": json.dumps({"version": 1, "data": records}, indent=1),
+    }[layout]
+    path = tmp_path / ("a.jsonl" if layout in ("lines", "metadata first") else "a.json")
+    path.write_text(content)
+    said = []
+    assert is_chat(path)
+    split = prepare_chat(path, tmp_path / "out", tokenizer, 0.0, said.append).train
+    texts = [tokenizer.decode(split.conversation(n)[0], skip_special=False) for n in range(split.num_documents)]
+    assert texts == [f"<|user|>Q {n}<|end|><|assistant|>A {n}<|end|>" for n in range(4)]
+    assert said[1] == f"  4 conversations from {form}"
+    assert [line.strip() for line in said[2:]] == (
+        ["left out 1:", "1 record (no conversation; fields: dataset, version): a.jsonl:1"] if layout == "metadata first" else []
+    )
+
+
+def test_what_belongs_to_a_conversation_comes_with_it():
+    def messages(record):
+        return [(each["role"], each["content"]) for each in conversation(record).messages]
+
+    asked = [("user", "Q"), ("assistant", "A")]
+    shared = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    assert messages({"system": "Be brief.", "conversations": shared}) == [("system", "Be brief."), *asked]
+    assert messages({"system_prompt": " ", "question": "Q", "response": "A"}) == asked
+    assert messages({"instruction": "Sum up.", "input": "A text.", "output": "A"}) == [("user", "Sum up.\n\nA text."), ("assistant", "A")]
+    assert messages({"instruction": "Q2", "output": "A2", "history": [["Q", "A"]]}) == [*asked, ("user", "Q2"), ("assistant", "A2")]
+    assert messages({"question": "2 + 2", "answer": 4}) == [("user", "2 + 2"), ("assistant", "4")]
+    assert messages({"messages": [{"role": "developer", "content": "S"}, *chat("Q", "A")]}) == [("system", "S"), *asked]
+    for record, reason in (
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, r"not text \(image_url\)"),
+        ({"messages": [*chat("Q", "A"), {"role": "assistant", "content": None}]}, "content is not text"),
+        ({"messages": [*chat("Q", "A"), {"role": "judge", "content": "10"}]}, r"unknown role \(judge\); known are system"),
+        ({"instruction": "Q", "output": " "}, "the answer .* is empty"),
+        ({"id": 1, "\x1b[31m": 2}, r"no conversation; fields: id, \\x1b\[31m"),
+        ({"prompt": "Q", "rejected": "A"}, "no conversation"),
+        (5, "no conversation; a number"),
+    ):
+        with pytest.raises(NotAConversation, match=reason):
+            conversation(record)
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [{"text": "plain"}],
+        [{"text": "a text", "question": "Q", "answer": "A"}],
+        [{"content": "a text", "messages": [], "prompt": "p", "completion": "c"}],
+        [{"text": "a post", "author": "Ann", "replies": [{"author": "Bob", "text": "another post"}]}],
+        [{"messages": "three"}],
+        [{"text": "a text"}, {"messages": chat("Q", "A")}],
+        ["one", "two"],
+        [{"id": 1}],
+    ],
+)
+def test_records_of_text_are_no_chats(records, tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    assert not is_chat(tmp_path / "a.jsonl") and not is_chat(tmp_path)
+
+
+def test_a_folder_of_chats_in_several_forms_and_charsets(tokenizer, tmp_path):
+    data = tmp_path / "chats"
+    (data / "more").mkdir(parents=True)
+    (data / "README.md").write_text("Chats.\n")
+    (data / "a.jsonl").write_text("".join(json.dumps({"messages": chat(f"Q {n}", "A")}) + "\n" for n in range(9)), "utf-16")
+    (data / "b.csv").write_text("question;answer\n" + "".join(f'Question {n};"Answer\n{n}"\n' for n in range(9)))
+    (data / "more" / "c.json").write_text(json.dumps(chat("Half a face \ud83d", "A"), indent=2))
+    (data / "more" / "d.json").write_text('{"messages": "none"}')
+    assert is_chat(data)
+    said = []
+    dataset = prepare_chat(data, tmp_path / "out", tokenizer, 0.0, said.append)
+    assert dataset.train.document_names()[::9] == ["a.jsonl:1", "b.csv:2", "more/c.json:1"]
+    assert tokenizer.decode(dataset.train.conversation(18)[0]) == "Half a face \ufffdA"
+    assert [line.strip() for line in said[1:]] == [
+        "9 conversations from field 'messages'", "9 conversations from fields question, answer", "1 conversation from lists of messages",
+        "left out 2:", "1 no JSON or CSV: README.md", "1 record (no conversation; fields: messages): more/d.json:1",
+    ]  # fmt: skip
+    again = []
+    prepare_chat(data, tmp_path / "out", tokenizer, 0.0, again.append)
+    assert again == [said[0].replace("(done)", "(cached)"), *said[1:]]
+    (data / "a.txt").write_text("a book\n" * 1000)
+    assert not is_chat(data), "most of it is text"
+
+
+def test_no_conversation_at_all_is_an_error_with_the_fields_and_an_example(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"chat_id": 1, "log": "user: Q; bot: A"}\n')
+    with pytest.raises(DataError, match=r"holds no conversation to learn from.*fields: chat_id, log.*Expected records like \{\"messages\""):
+        prepare_chat(tmp_path / "a.jsonl", tmp_path / "out", tokenizer, 0.0)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(sizes=st.lists(st.lists(st.integers(1, 6), min_size=2, max_size=4), min_size=1, max_size=8), seq_len=st.integers(1, 20))
+def test_a_conversation_without_an_answer_in_its_row_takes_no_place(sizes, seq_len, tokenizer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("fit") / "c.jsonl"
+    write(path, [chat("q" * each[0], "a" * each[1]) + chat("q", "a" * sum(each)) for each in sizes])
+    split = prepare_chat(path, path.parent / "out", tokenizer, 0.0).train
+    whole = [split.conversation(number) for number in range(split.num_documents)]
+    targets = [int((answers[1 : seq_len + 1] == 1).sum()) for _, answers in whole]
+    fit = split.fit(seq_len)
+    assert fit.left_out == targets.count(0) and fit.longest == max(len(ids) for ids, _ in whole) - 1
+    assert fit.cut == sum(len(ids) - 1 > seq_len and count > 0 for (ids, _), count in zip(whole, targets))
+    assert split.has_targets(seq_len) == any(targets)
+    windows = list(ChatWindows(split, seq_len, 2))
+    assert sum(int((batch.targets != -100).sum()) for batch in windows) == sum(targets)
+    assert {number for batch in windows for number in batch.documents} == {number for number, count in enumerate(targets) if count}
+    if not any(targets):
+        with pytest.raises(DataError, match="has a part of an answer within"):
+            ChatBatches(split, seq_len, 2)
+
+
 def test_a_long_conversation_loses_its_end(tokenizer, tmp_path):
     path = write(tmp_path / "c.jsonl", [chat("What", "It is " * 50)] * 3)
     split = prepare_chat(path, tmp_path / "out", tokenizer, 0.0).train
     assert isinstance(split, ChatSplit)
     batch = ChatBatches(split, 16, 2).batch(0)
     assert (batch.targets != -100).sum() == 2 * (17 - split.conversation(0)[1].argmax())
+
+
+def test_conversations_that_do_not_fit_are_told_with_what_to_do(tokenizer, tmp_path):
+    long, short = chat("very long " * 40, "It is."), chat("What is two?", "It is four.")
+    cut = chat("What is two?", "It is four. " * 40)
+    dataset = prepare_chat(write(tmp_path / "c.jsonl", [long] * 3 + [short, cut]), tmp_path / "out", tokenizer, 0.0)
+    said = []
+    check_fit(dataset, 64, 512, said.append)
+    longest = dataset.train.fit(64).longest
+    assert 256 < longest <= 512 and said == [
+        "1 of 5 conversations is cut at 64 tokens. Use --seq-len 512.",
+        "3 of 5 conversations are left out, because no part of an answer lies within the first 64 tokens.",
+    ]
+    said.clear()
+    check_fit(dataset, 64, 64, said.append)
+    assert said[0].endswith(
+        f"The longest has {longest + 1} tokens and the model's context 64: use a model with a longer context, or shorter conversations."
+    )
+    said.clear()
+    check_fit(dataset, 512, 512, said.append)
+    assert said == []
+    nothing = prepare_chat(write(tmp_path / "l.jsonl", [long] * 3), tmp_path / "none", tokenizer, 0.0)
+    with pytest.raises(
+        DataError, match=r"none of the 3 conversations for training has a part of an answer within its first 64 tokens.*--seq-len 128"
+    ):
+        check_fit(nothing, 64, 128, said.append)
+
+
+def test_a_validation_split_without_a_target_is_not_evaluated(tokenizer, tmp_path):
+    model = Model(ModelConfig(vocab_size=tokenizer.vocab_size, embed_dim=32, num_layers=1, num_heads=2, max_seq_len=32))
+    save(model, tmp_path / "start.cllm", tokenizer=tokenizer)
+    long = [chat("very long " * (20 + n), "It is.") for n in range(30)]
+    path = write(tmp_path / "c.jsonl", long)
+    sides = prepare_chat(path, tmp_path / "sides", tokenizer, 0.3)
+    kept = [long[int(name.rpartition(":")[2]) - 1] for name in sides.val.document_names()[:2]]
+    short = [chat(f"What is {n}?", "It.") for n in range(30)]
+    names = prepare_chat(write(tmp_path / "s.jsonl", short), tmp_path / "short", tokenizer, 0.3).train.document_names()
+    write(path, kept + [short[int(name.rpartition(":")[2]) - 1] for name in names])
+    flags = ("--steps", 2, "--seq-len", 32, "--batch-size", 2, "--threads", 1, "--set", "data.val_fraction=0.3")
+    ran = cllm("train", path, "--from", tmp_path / "start.cllm", "--out", tmp_path / "run", *flags, "--json")
+    assert ran.status == 0, ran.err
+    assert ran.json["validation"] is None and "none of the conversations for validation is left" in ran.err
+    assert "2 of" in ran.err and "left out" in ran.err
+    write(path, long)
+    ran = cllm("train", path, "--from", tmp_path / "start.cllm", "--out", tmp_path / "none", *flags)
+    assert ran.status == 1 and "so that nothing can be learnt" in ran.err
 
 
 def test_the_command_teaches_a_model_to_answer(tokenizer, tmp_path):
