@@ -1,4 +1,4 @@
-"""The one way to write files: whole or not at all, and one clear line when the disk does not take them.
+"""The one way to write files: whole or not at all, and one clear line when the disk does not take them. What a file of another kind is.
 
     write_file(run / "config.toml", content, RUN)
     with new_folder(out, DATA) as beside: ...          # fill `beside`; it becomes `out` at the end of the block
@@ -148,3 +148,26 @@ def _concerns(place: str | Path, error: OSError) -> bool:
         return True
     beside = name.relative_to(real.parent).parts[0] if real.parent in name.parents else ""
     return beside.startswith(".") and beside.endswith(".tmp")
+
+
+# -- files that are not what was expected ----------------------------------------------------------------------------------
+
+_FOREIGN = (
+    (b"GGUF", "is a GGUF file, which CLLM writes and does not read. Give the run or the .cllm file that it was made from."),
+    (b"version https://git-lfs", "is a pointer of Git LFS, not the file itself. Fetch the file with `git lfs pull`."),
+    (b"PK\x03\x04", "is a zip archive, as torch.save writes it. A pickle inside can run any code, so it is never opened. Save it as safetensors."),
+    (b"\x80", "is a pickle. Opening one can run any code, so it is never opened. Save it as safetensors."),
+    (b"\x89HDF", "is an HDF5 file, which CLLM does not read. Save it as safetensors."),
+    (b"<!doctype html", "is a web page, not the file itself. Download the file again."),
+    (b"<html", "is a web page, not the file itself. Download the file again."),
+)
+
+
+def foreign(path: str | Path) -> str | None:
+    """What a file of another program is, by its first bytes, and what to do: words that follow its name. None where that is not known."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError:
+        return None
+    return next((words for magic, words in _FOREIGN if head.lower().startswith(magic.lower())), None)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from cllm.files import reason
+from cllm.files import foreign, reason
 from cllm.runtime.errors import CheckpointError
 
 DTYPES = {
@@ -129,7 +129,8 @@ def read_safetensors_metadata(path: Path) -> dict[str, str]:
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} is not a readable safetensors file ({reason(error)}). {NOT_A_CHECKPOINT}")
+    what = foreign(path)
+    return CheckpointError(f"{path} {what}" if what else f"{path} is not a readable safetensors file ({reason(error)}). {NOT_A_CHECKPOINT}")
 
 
 def file_size(path: Path) -> int:

@@ -150,7 +150,7 @@ class LogSection:
     watchdog_seconds: float = setting(300.0, "Print all threads' stacks when nothing moves for so long; 0 never.", at_least=0.0, result=False)
 
 
-def _field_docs(schema: type) -> dict[str, str]:
+def field_docs(schema: type) -> dict[str, str]:
     """The sentence under each field of a class, read from its source; empty where the source is not at hand."""
     try:
         body = ast.parse(inspect.getsource(schema)).body[0]
@@ -171,7 +171,7 @@ def _field_docs(schema: type) -> dict[str, str]:
 
 def _model_section() -> type:
     """[model]: a preset, and every field of ModelConfig, open (None) until given. The vocabulary comes from the tokenizer."""
-    hints, docs = typing.get_type_hints(ModelConfig), _field_docs(ModelConfig)
+    hints, docs = typing.get_type_hints(ModelConfig), field_docs(ModelConfig)
     preset_help = f"Named sizes to start from: {', '.join(PRESETS)}; {DEFAULT_PRESET} when no size is given."
     fields: list[tuple[str, Any, Any]] = [("preset", str | None, setting(None, preset_help))]
     fields += [

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cllm.config.model import ModelConfig
-from cllm.files import MODEL, new_folder
+from cllm.files import MODEL, foreign, new_folder
 from cllm.interop.hf_config import config_from_hf, config_to_hf
 from cllm.model.model import Model
 from cllm.runtime.errors import CheckpointError, UserError
@@ -137,7 +137,8 @@ def _read_weights(folder: Path, model: Model, config: ModelConfig, dtype: torch.
                     else:
                         found[name] = _checked(stored, weights.get_tensor(stored), wanted[name], dtype)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is not a readable safetensors file: {error}. Copy or download it again.") from error
+            what = foreign(file) or f"is not a readable safetensors file: {error}. Copy or download it again."
+            raise CheckpointError(f"{file} {what}") from error
     missing = sorted(set(wanted) - set(found))
     if missing or unexpected:
         raise CheckpointError(
@@ -218,7 +219,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing. Expected a Hugging Face model folder.") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}. Copy or download it again.") from error
+        raise CheckpointError(f"{path} {foreign(path) or f'cannot be read as JSON: {error}. Copy or download it again.'}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(values).__name__}.")
     return values

@@ -33,7 +33,7 @@ from cllm.data.tokens.vocabulary import (
     learn_characters,
     sentence_piece_bytes,
 )
-from cllm.files import DATA, write_file
+from cllm.files import DATA, foreign, write_file
 from cllm.runtime.errors import DataError, UserError
 from cllm.runtime.progress import ByteProgress
 
@@ -125,6 +125,8 @@ class Tokenizer:
         file = Path(path)
         if file.is_dir():
             file = file / "tokenizer.json"
+        if what := foreign(file):
+            raise DataError(f"{file} {what}")
         try:
             text = file.read_text("utf-8")
         except FileNotFoundError:

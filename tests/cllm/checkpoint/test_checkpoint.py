@@ -21,8 +21,10 @@ from cllm.checkpoint.tools import average, diff, verify_all
 from cllm.checkpoint.weights import check_tokenizer, weights_of
 from cllm.checkpoint.writer import CheckpointWriter
 from cllm.config.model import ModelConfig
+from cllm.data.tokens.tokenizer import Tokenizer
+from cllm.interop.hf import save_hf
 from cllm.model.model import Model
-from cllm.runtime.errors import CheckpointError, UserError
+from cllm.runtime.errors import CheckpointError, CLLMError, UserError
 
 TINY = ModelConfig(vocab_size=40, embed_dim=16, num_layers=1, num_heads=2, max_seq_len=8)
 
@@ -181,8 +183,6 @@ def test_one_file_holds_model_and_configuration(tmp_path, model):
 
 
 def test_one_file_holds_the_tokenizer_too(tmp_path):
-    from cllm.data.tokens.tokenizer import Tokenizer
-
     tokenizer = Tokenizer.train(["hello world, hello"], vocab_size=300, kind="char")
     model = Model(ModelConfig.from_dict({**TINY.to_dict(), "vocab_size": tokenizer.vocab_size}))
     save(model, tmp_path / "model.cllm", tokenizer=tokenizer)
@@ -225,6 +225,32 @@ def test_foreign_files_are_refused_in_one_line_and_never_unpickled(tmp_path, mod
             load(name)
         assert "\n" not in str(caught.value) and name in str(caught.value)
     assert not (tmp_path / "exploded").exists()
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+FOREIGN = {
+    "GGUF file": b"GGUF\x03\x00\x00\x00" + bytes(40), "pointer of Git LFS": LFS, "pickle": pickle.dumps({"a": 1}), "HDF5": b"\x89HDF\r\n\x1a\n",
+    "web page": b"<!DOCTYPE html><html><head><title>Sign in</title>", "torch.save": b"PK\x03\x04" + bytes(60),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "content"), FOREIGN.items())
+def test_a_file_of_another_kind_is_called_by_its_name(tmp_path, model, words, content):
+    (tmp_path / "model.cllm").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}/model.cllm is .*{words}") as caught:
+        load(tmp_path / "model.cllm")
+    assert "header" not in str(caught.value) and "\n" not in str(caught.value)
+    save_hf(model, tmp_path / "hf", Tokenizer.train(["hello world"], vocab_size=300, kind="char"))
+    for name in ("tokenizer.json", "model.safetensors", "config.json"):
+        (tmp_path / "hf" / name).write_bytes(content)
+        with pytest.raises(CLLMError, match=rf"^{tmp_path}/hf/{name} is .*{words}"):
+            load(tmp_path / "hf")
+
+
+def test_the_command_names_a_file_of_another_kind(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(FOREIGN["GGUF file"])
+    ran = cllm("generate", tmp_path / "m.gguf", "--prompt", "x")
+    assert ran.status == 1 and "GGUF file, which CLLM writes and does not read" in ran.err and len(ran.err.strip().splitlines()) == 1
 
 
 def test_a_run_folder_gives_its_newest_good_checkpoint(tmp_path, model):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cllm.config.schema import _field_docs
+from cllm.config.schema import field_docs
 from cllm.monitor import records
 from cllm.monitor.records import ROWS, TIME_FIELDS, Environment, Sample, StepResult, TrainResult, UnknownKindError, row_from_dict
 
@@ -114,7 +114,7 @@ def test_every_field_is_documented():
     """The reference of the file formats is made from these sentences."""
     for record in [*TYPES, records.Device, records.StepTiming, TrainResult]:
         assert record.__doc__ and record.__doc__ != f"{record.__name__}{inspect.signature(record)}"
-        known = {name: text for base in record.__mro__ if dataclasses.is_dataclass(base) for name, text in _field_docs(base).items()}
+        known = {name: text for base in record.__mro__ if dataclasses.is_dataclass(base) for name, text in field_docs(base).items()}
         for each in dataclasses.fields(record):
             assert known.get(each.name, "").endswith("."), f"{record.__name__}.{each.name}"
 
