@@ -1,4 +1,4 @@
-"""What `cllm checkpoint` does: look into checkpoints, verify, compare and average them. Nothing here changes a run."""
+"""What `cllm checkpoint` does: inspect checkpoints, verify, compare and average them. Nothing here changes a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def checkpoints_in(path: Path) -> list[Path]:
-    """The checkpoint folders meant by a path, oldest first: all of a run, or the one that it is; none for a single file or another folder."""
+    """The checkpoint folders that a path stands for, oldest first: all those of a run, or the one that it is. None for anything else."""
     if (path / "checkpoints").is_dir():
         store = CheckpointStore(path / "checkpoints")
         return [store.path(step) for step in store.steps()]
@@ -34,9 +34,9 @@ def checkpoints_in(path: Path) -> list[Path]:
 
 
 def inspect(path: str | Path, report: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """What a run, checkpoint, .cllm file or Hugging Face folder holds, as plain values; `tensors` lists name, dtype, shape and SHA-256 of each.
+    """What a run, checkpoint, .cllm file or Hugging Face folder holds, as plain values. `tensors` has dtype, shape and SHA-256 of each tensor.
 
-    A run is told by its newest good checkpoint. Raises CheckpointError for anything damaged or foreign.
+    A run is represented by its newest good checkpoint. Raises CheckpointError for anything that is damaged or no model.
     """
     path = Path(path)
     folders = checkpoints_in(path)
@@ -79,7 +79,7 @@ def _newest_good(path: Path, folders: list[Path], report: Callable[[str], None] 
 
 
 def verify_all(path: str | Path) -> list[tuple[Path, str | None]]:
-    """(checkpoint, None or what is wrong with it) of everything that `path` holds, oldest first. Raises CheckpointError where there is nothing."""
+    """(checkpoint, what is wrong with it or None) for each checkpoint in `path`, oldest first. Raises CheckpointError when there is nothing."""
     path = Path(path)
     folders = checkpoints_in(path)
     results: list[tuple[Path, str | None]] = []
@@ -88,7 +88,7 @@ def verify_all(path: str | Path) -> list[tuple[Path, str | None]]:
             if folders:
                 verify(each)
             else:
-                load(each)  # a single file or another folder: every byte is read and checked
+                load(each)  # a single file or a Hugging Face folder: loading reads and checks every byte
         except CheckpointError as error:
             if not folders and not path.exists():
                 raise
@@ -103,29 +103,35 @@ def verify_all(path: str | Path) -> list[tuple[Path, str | None]]:
 
 @dataclass
 class Difference:
-    """How the weights and configuration of two models differ.
-
-    `changed`: name -> (largest |a - b|, ||a - b|| / ||a||, which is None where a is all zero).
-    """
+    """How the weights and configuration of two models differ."""
 
     config: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    """Settings of the model that differ, with both values."""
     only_first: list[str] = field(default_factory=list)
+    """Names of tensors that only the first model has."""
     only_second: list[str] = field(default_factory=list)
+    """Names of tensors that only the second model has."""
     shapes: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
+    """Tensors of different shapes, with both shapes."""
     changed: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+    """Tensors that differ, with the largest |a - b| and with ||a - b|| / ||a||, which is None where a is zero."""
     same: int = 0
+    """How many tensors are equal bit by bit."""
     tokenizer: bool = False
+    """Whether the tokenizers differ."""
 
     @property
     def identical(self) -> bool:
+        """Whether nothing differs."""
         return not (self.config or self.only_first or self.only_second or self.shapes or self.changed or self.tokenizer)
 
     def to_dict(self) -> dict[str, Any]:
+        """The same as plain values."""
         return {**self.__dict__, "identical": self.identical}
 
 
 def diff(first: str | Path, second: str | Path, report: Callable[[str], None] | None = None) -> Difference:
-    """Compares two models bit by bit. Raises CheckpointError for one that cannot be read."""
+    """Compares two models bit by bit. Raises CheckpointError when one of them cannot be read."""
     (model_a, tokenizer_a), (model_b, tokenizer_b) = load(first, report), load(second, report)
     config_a, config_b = model_a.config.to_dict(), model_b.config.to_dict()
     result = Difference(config={key: (value, config_b[key]) for key, value in config_a.items() if value != config_b[key]})
@@ -149,9 +155,10 @@ def diff(first: str | Path, second: str | Path, report: Callable[[str], None] | 
 def average(
     paths: Sequence[str | Path], last: int | None = None, report: Callable[[str], None] | None = None
 ) -> tuple[Model, Tokenizer | None, list[str]]:
-    """The uniform mean of the weights (Izmailov et al. 2018), summed in float64: of the models at `paths`, or of the checkpoints of one run.
+    """The mean of the weights of several models (Izmailov et al. 2018, arXiv 1803.05407), summed in float64.
 
-    Returns (model, tokenizer, what was averaged). Raises UserError for fewer than two or for models of different configurations.
+    paths: the models, or one run whose checkpoints are averaged, of which `last` takes only the newest ones. Returns (model, tokenizer, paths of
+    what was averaged). Raises UserError for fewer than two models or for models with different configurations or tokenizers.
     """
     folders = [Path(each) for each in paths]
     if len(folders) == 1:

@@ -1,4 +1,4 @@
-"""What a person sees of a training run: one live line, what happened on lines of its own, and all of it in the run's log.txt."""
+"""What a person sees of a training run: a line that shows its progress, and a line for each event, which log.txt keeps as well."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ from cllm.runtime import progress
 if TYPE_CHECKING:
     import torch
 
-SLOWED = 4.0  # times slower than at its best is no noise
-_SMOOTHING = 0.1  # weight of the newest step in the shown speed
+SLOWED = 4.0  # a run this many times slower than its best speed is warned about; noise does not reach it
+_SMOOTHING = 0.1  # weight of the newest step in the speed that is shown
 
 
 class Reporter:
-    """Speed, share of the machine's peak, memory and time left of a run; a context manager that owns its progress line and watchdog."""
+    """Shows a run: its loss, speed, share of the machine's peak, memory and time left. A context manager that owns the progress line and watchdog.
+
+    out: the folder of the run. A reporter is entered before the run is opened; `begin` follows when its number of steps is known.
+    """
 
     def __init__(self, out: Path, config: TrainConfig) -> None:
         self.out, self._config = out, config
@@ -35,7 +38,7 @@ class Reporter:
         self._stack = ExitStack()
         self._began = time.perf_counter()
         self._step_seconds = 0.0  # of all steps but the first, which compiles
-        self._step_tokens = 0
+        self._step_tokens = 0  # targets of those steps
         self._smooth_speed = self._best_speed = 0.0
         self._told_slowed = False
         self._last_seconds = 0.0
@@ -43,8 +46,8 @@ class Reporter:
         self._flops_per_token = 0.0
         self._peak_flops = 0.0
         self._device: torch.device | None = None
-        self.split = dict.fromkeys(("data", "forward", "backward", "optimizer", "checkpoint", "evaluation"), 0.0)  # seconds
-        self._reading = 0.0
+        self.split = dict.fromkeys(("data", "forward", "backward", "optimizer", "checkpoint", "evaluation"), 0.0)  # seconds of each part of the run
+        self._reading = 0.0  # seconds that the last batch took to make
         self._cpu_before = _cpu_seconds()
         self._doing = "starting"
 
@@ -59,15 +62,16 @@ class Reporter:
 
     @property
     def seconds(self) -> float:
+        """Seconds since this start of the run."""
         return time.perf_counter() - self._began
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all steps but the first."""
+        """Targets per second over all steps but the first, which compiles."""
         return self._step_tokens / self._step_seconds if self._step_seconds else 0.0
 
     def begin(self, step: int, steps: int, config: TrainConfig, model: ModelConfig, device: torch.device) -> None:
-        """The number of steps is known: open the progress line, and find the peak that speed is measured against."""
+        """Opens the progress line, at `step` of `steps`, and finds the peak that speed is measured against."""
         self._config, self._device = config, device
         self._flops_per_token = model.flops_per_token(config.train.seq_len)
         self._peak_flops = _peak_flops(config.train.precision, device)
@@ -75,26 +79,26 @@ class Reporter:
         self._progress = self._stack.enter_context(progress.Progress(steps, "training", initial=step))
 
     def say(self, text: str) -> None:
-        """A line for people and for log.txt."""
+        """Shows a line, and adds it to log.txt."""
         progress.say(text)
         try:
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
             self._log.flush()
-        except OSError as error:  # a full disk ends the run where it matters: at the next checkpoint
+        except OSError as error:  # a full disk ends the run at its next checkpoint or row of metrics, where something would be lost
             progress.say(f"could not write {self.out / 'log.txt'}: {error.strerror or error}")
 
     def beat(self, *_: object) -> None:
-        """Something moved: the watchdog waits anew."""
+        """Tells the watchdog that the run is moving."""
         if self._watchdog is not None:
             self._watchdog.beat()
 
     def _stalled(self, seconds: float) -> None:
-        """Says where, in the log as well; with on_stall = stop it ends the process, for a supervisor to start it again."""
+        """Says where the run stands still. With on_stall = stop the process ends, for a supervisor to start it again."""
         stop = self._config.train.on_stall == "stop"
         then = f" The run ends (on_stall = stop). Go on with: cllm train --resume --out {self.out}" if stop else ""
         self.say(f"stalled for {seconds:.0f} s while {self._doing}.{then}")
         if stop:
-            os._exit(1)  # the thread that hangs cannot be asked; checkpoints are whole at any moment
+            os._exit(1)  # the thread that hangs cannot be asked to stop, and checkpoints are complete at any moment
 
     @contextmanager
     def _at(self, doing: str) -> Iterator[None]:
@@ -106,7 +110,7 @@ class Reporter:
 
     @contextmanager
     def reading(self, step: int) -> Iterator[None]:
-        """Around making the batches of a step."""
+        """To be entered while the batches of update number `step` (from 0) are made."""
         began = time.perf_counter()
         with self._at(f"reading the data of step {step + 1:,}"):
             yield
@@ -114,7 +118,7 @@ class Reporter:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Around one step; the first one of a process compiles kernels and says so when that takes long."""
+        """To be entered while update number `step` (from 0) is computed. The first one of a process compiles, and says so when that takes long."""
         began = time.perf_counter()
         with self._at(f"computing step {step + 1:,}"):
             if self._warm:
@@ -126,7 +130,7 @@ class Reporter:
 
     @contextmanager
     def stage(self, label: str, part: str | None = None) -> Iterator[None]:
-        """Around work between steps; it is shown when it takes long, and counted as `part` of the run's time."""
+        """To be entered during work between steps. It is shown when it takes long, and counted as a `part` of the run's time."""
         began = time.perf_counter()
         with self._at(label), progress.stage(label):
             yield
@@ -182,7 +186,7 @@ class Reporter:
             return None
 
     def _warn_when_slowed(self, step: int) -> None:
-        """Threads that spin for a core which another program has make small steps up to fifteen times slower: worth one line."""
+        """Says once that steps have become much slower. Threads that spin on cores which another program uses can make them 15 times slower."""
         self._best_speed = max(self._best_speed, self._smooth_speed)
         if self._smooth_speed < self._best_speed / SLOWED and not self._told_slowed:
             self._told_slowed = True
@@ -192,7 +196,7 @@ class Reporter:
             )
 
     def _memory(self) -> int:
-        """Bytes of the process, or what torch holds of the GPU's memory."""
+        """Memory of the process in bytes, or on a GPU what PyTorch has reserved there."""
         if self._device is not None and self._device.type == "cuda":
             import torch
 
@@ -200,6 +204,7 @@ class Reporter:
         return memory_bytes()
 
     def evaluated(self, step: int, result: Evaluation, unigram: float | None, best: bool) -> None:
+        """Shows an evaluation. unigram: the loss of a model that knows token frequencies only. best: whether no loss before was lower."""
         baseline = "" if unigram is None else f" (token frequencies alone: {unigram:.4f})"
         self.say(
             f"step {step:,}: validation loss {result.loss:.4f}{baseline}, perplexity {result.perplexity:,.2f}, "
@@ -207,6 +212,7 @@ class Reporter:
         )
 
     def finish(self, result: TrainResult) -> None:
+        """Shows what the run came to and where its time went."""
         if result.stopped_early:
             patience = self._config.train.patience
             self.say(f"stopped early: no better validation loss in {patience} evaluations; the best was at step {result.best_step:,}")
@@ -228,17 +234,17 @@ class Reporter:
 
 
 def _peak_flops(precision: str, device: torch.device) -> float:
-    """Floating-point operations per second that the fastest kernel of this machine reached in a probe."""
+    """Floating-point operations per second that the fastest kernel reached on this machine in a measurement, which is stored."""
     if device.type == "cuda":
         with progress.stage("measuring this GPU's peak"):
             return runtime.gpu.measured_rates(device)[precision] * 1e9
-    # With all cores, whatever this run uses: the number is kept for other runs.
+    # Measured with all cores, whatever this run uses, because the number is stored for other runs.
     with progress.stage("measuring this machine's peak"), runtime.use(threads=runtime.device.usable_cores()):
         return runtime.ceilings().gflops(precision) * 1e9
 
 
 def _cpu_seconds() -> float:
-    """Processor time of this process, all threads together."""
+    """Processor time of this process in seconds, all threads together."""
     used = os.times()
     return used.user + used.system
 

@@ -1,9 +1,10 @@
-"""`cllm report`: what a run's folder holds, as one HTML page that needs nothing else; several runs become a comparison.
+"""`cllm report`: one HTML page, complete in itself, about what the folder of a run holds, or a comparison of several runs.
 
-reading.py   the folder -> RunData, whatever state the files are in
-markup.py    elements whose text is always escaped
+reading.py   from the folder to RunData, whatever state its files are in
+layers.py    figures of parameters, gathered by layer; timing.py: where the time went
 charts.py    curves, heat maps and bars as SVG
-page.py      RunData -> the page
+markup.py    HTML elements whose text is always escaped; style.py: the style sheet
+page.py      from RunData to the page
 """
 
 from cllm.report.page import write_report

@@ -1,4 +1,4 @@
-"""Curves, heat maps and bars as SVG elements, sized so that their text can be read on a phone. Colours are classes; the page's style holds them."""
+"""Curves, heat maps and bars as SVG elements, sized so that their text can be read on a phone. Colours are classes of the page's style sheet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cllm.report.markup import Html, element
 WIDTH, HEIGHT = 440, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 34  # margins of the plot
 NUM_COLORS = 6
-MOST_POINTS = 500  # of one line; more are thinned to the lowest and highest of each stretch
+MOST_POINTS = 500  # points of one line; of more, the lowest and the highest of each stretch are drawn
 MOST_DOTS = 60
 MOST_COLUMNS = 60
 MOST_TITLED_CELLS = 3000
@@ -23,7 +23,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """A line: points with rising x; y may be nan or inf, which is a gap with a mark at the top. `color` picks one of NUM_COLORS and a dash."""
+    """A line through points with rising x. Where y is nan or inf it has a gap and a mark at the top. `color` picks a colour and a dash."""
 
     name: str
     points: Sequence[Point]
@@ -43,20 +43,20 @@ def short(value: float) -> str:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers from low to high."""
+    """About `count` round numbers between low and high."""
     span = high - low
     if not (span / count > 0 and math.isfinite(span)):
         return [low]
     power = 10.0 ** math.floor(math.log10(span / count))
     step = next((power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= count), power * 10)
-    if step <= 0 or high + step == high or low + step == low:  # closer together than floats are
+    if step <= 0 or high + step == high or low + step == low:  # the step is too small to change a float of this size
         return [low, high]
     first = math.ceil(low / step)
     return [place * step for place in range(first, first + count + 2) if place * step <= high + 1e-9 * span]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten from low to high, with 2 and 5 of each where there would be fewer than three."""
+    """Powers of ten between low and high, and their multiples by 2 and 5 where there would be fewer than three."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     stride = max(1, (last - first) // 6)
     powers = [10.0**power for power in range(first, last + 1, stride) if low <= 10.0**power <= high * 1.0001]
@@ -67,11 +67,11 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 class _Scale:
-    """From values to places on the page."""
+    """Maps values to places in the drawing, linearly or by their logarithm. Values outside are drawn at the edge."""
 
     def __init__(self, low: float, high: float, start: float, end: float, log: bool = False) -> None:
         self.log = log and low > 0
-        # Room for arithmetic: what lies beyond is drawn at the edge.
+        # Leaves room for arithmetic with the limits.
         low, high = max(low, 1e-300 if self.log else -1e300), min(high, 1e300)
         if not high > low:
             low, high = (low / 2, high * 2) if self.log else (low - max(abs(low), 1e-9) * 0.1, high + max(abs(high), 1e-9) * 0.1)
@@ -81,7 +81,7 @@ class _Scale:
         low, high = self.low, self.high
         if self.log:
             value, low, high = math.log(max(value, low)), math.log(low), math.log(high)
-        share = (value / 2 - low / 2) / (high / 2 - low / 2)  # halves: the difference of two floats may be too large for one
+        share = (value / 2 - low / 2) / (high / 2 - low / 2)  # halves, because the difference of two floats may exceed the largest one
         return self.start + min(max(share, 0.0), 1.0) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
@@ -89,7 +89,7 @@ class _Scale:
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """At most about `most` points with every peak and valley still there, and every nan and inf."""
+    """At most about `most` of the points, among them the highest and lowest of each stretch and one that is not finite."""
     if len(points) <= most:
         return list(points)
     size = -(-len(points) // (most // 2))
@@ -104,8 +104,8 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """The mean of a fiftieth of the points around each, so that it does not lag behind; fewer towards the ends, on both sides alike.
-    What is not finite is left out."""
+    """The mean of the fiftieth of all points that lies around each point, fewer towards the ends and as many on both sides, so that the line
+    does not lag behind. Points that are not finite are left out."""
     finite = [(x, y) for x, y in points if math.isfinite(y)]
     wide = max(2, len(finite) // 100)
     result = []
@@ -119,7 +119,7 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
 
 
 def _described(name: str, title: str, description: str, body: Sequence[Html | None], height: float = HEIGHT) -> Html:
-    """An SVG with its title and its description for people who do not see it; `name` makes the ids unique."""
+    """An SVG with a title and a description for screen readers. `name` makes its ids unique on the page."""
     head = element("title", title, id=f"{name}-title"), element("desc", description, id=f"{name}-desc")
     return element("svg", *head, *body, viewBox=f"0 0 {WIDTH} {height:.0f}", role="img", aria_labelledby=f"{name}-title {name}-desc")
 
@@ -129,7 +129,7 @@ def _label(content: str, x: float, y: float, anchor: str = "middle", class_: str
 
 
 def describe(series: Sequence[Series]) -> str:
-    """The lines in words: where each begins and ends, and its lowest and highest value."""
+    """The lines in words: the first, last, lowest and highest value of each."""
     parts = []
     for each in series:
         finite = [(x, y) for x, y in each.points if math.isfinite(y)]
@@ -145,7 +145,7 @@ def describe(series: Sequence[Series]) -> str:
 
 
 def line_chart(name: str, title: str, series: Sequence[Series], x_label: str, log: bool = False, marks: Sequence[tuple[float, str]] = ()) -> Html:
-    """Lines over one x axis. `log`: a logarithmic y axis where all values allow it. `marks`: (x, words) for vertical lines."""
+    """Lines over one x axis. log: a logarithmic y axis, where all values are positive. marks: (x, words) of vertical lines."""
     finite = [(x, y) for each in series for x, y in each.points if math.isfinite(y) and math.isfinite(x)]
     if not finite:
         finite = [(x, 0.0) for each in series for x, _ in each.points] or [(0.0, 0.0)]
@@ -159,7 +159,7 @@ def line_chart(name: str, title: str, series: Sequence[Series], x_label: str, lo
         body.append(_label(short(tick), LEFT - 6, y + 4, "end"))
     for tick in ticks(across.low, across.high, 4):
         x, words = across(tick), short(tick)
-        edge = x + 4 * len(words) > WIDTH  # half its width would leave the picture
+        edge = x + 4 * len(words) > WIDTH  # centred, half of it would lie outside the picture
         body.append(_label(words, WIDTH if edge else x, HEIGHT - BOTTOM + 16, "end" if edge else "middle"))
     body.append(_label(x_label, WIDTH - RIGHT, HEIGHT - 3, "end", "quiet"))
     for x, words in marks[:200]:
@@ -200,7 +200,7 @@ def _viridis(share: float) -> str:
 
 
 def columns_of(steps: Sequence[int]) -> list[list[int]]:
-    """Indices of neighbouring steps that share a column of a heat map."""
+    """The indices of the steps that share each column of a heat map."""
     size = max(1, -(-len(steps) // MOST_COLUMNS))
     return [list(range(first, min(first + size, len(steps)))) for first in range(0, len(steps), size)]
 
@@ -208,7 +208,7 @@ def columns_of(steps: Sequence[int]) -> list[list[int]]:
 def heat_map(
     name: str, title: str, rows: Sequence[str], steps: Sequence[int], values: Sequence[Sequence[float | None]], x_label: str = "step"
 ) -> Html:
-    """values[row][step] as colours on a logarithmic scale, the largest of the steps that share a column. What is not finite is marked."""
+    """values[row][step] as colours on a logarithmic scale; a column shows the largest value of its steps. Values that are not finite are marked."""
     columns = columns_of(steps)
     cells = [[_largest([line[place] for place in column]) for column in columns] for line in values]
     positive = [cell for line in cells for cell in line if cell is not None and math.isfinite(cell) and cell > 0]
@@ -220,7 +220,7 @@ def heat_map(
     height = TOP + tall * len(rows) + BOTTOM + bar
     titled = len(rows) * len(columns) <= MOST_TITLED_CELLS
     body: list[Html] = []
-    every = max(1, math.ceil(10 / tall))  # row labels that do not overlap
+    every = max(1, math.ceil(10 / tall))  # so many rows share a label, so that labels do not overlap
     for row, (label, line) in enumerate(zip(rows, cells)):
         y = TOP + row * tall
         if row % every == 0:
@@ -253,13 +253,13 @@ def heat_map(
 
 
 def _largest(values: Sequence[float | None]) -> float | None:
-    """nan and inf win, so that they are seen."""
+    """The largest value that is known, or one that is not finite, so that it is seen."""
     known = [value for value in values if value is not None]
     return next((value for value in known if not math.isfinite(value)), max(known, default=None))
 
 
 def share_bar(name: str, title: str, parts: Sequence[tuple[str, float]]) -> Html:
-    """One bar cut into shares of the whole; the words beside it are the page's."""
+    """One bar cut into shares of the whole. The page adds its legend."""
     total = sum(value for _, value in parts) or 1.0
     body, x = [], 0.0
     for place, (label, value) in enumerate(parts):

@@ -4,34 +4,34 @@ import html
 from collections.abc import Iterable
 from typing import Any
 
-# HTML allows neither these nor halves of surrogate pairs, and logs and samples may hold both.
+# Control characters and halves of surrogate pairs are not allowed in HTML, and logs and samples may hold them.
 _FORBIDDEN = {code: "\ufffd" for code in (*range(0x00, 0x20), *range(0x7F, 0xA0), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF) if chr(code) not in "\t\n"}
 VOID = frozenset({"meta", "br"})
 
 
 class Html(str):
-    """Markup that `element` made; everything else is text."""
+    """Markup made by `element`. Every other string is text."""
 
 
 def text(value: Any) -> Html:
-    """A value as text of a page."""
+    """A value as escaped text."""
     return Html(html.escape(str(value).translate(_FORBIDDEN), quote=True))
 
 
 def join(parts: Iterable[Any]) -> Html:
-    """Markup and text one after the other, text escaped."""
+    """Markup and text, which is escaped, one after the other."""
     return Html("".join(part if isinstance(part, Html) else text(part) for part in parts if part is not None))
 
 
 def element(name: str, /, *children: Any, **attributes: Any) -> Html:
-    """<name attributes>children</name>. None children and attributes are left out; `class_` is class, and _ in names is -."""
+    """<name attributes>children</name>. Children and attributes that are None are left out; `class_` becomes class, and _ in a name becomes -."""
     names = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None)
     opened = "<" + name + "".join(f' {key}="{text(value)}"' for key, value in names) + ">"
     return Html(opened) if name in VOID else Html(f"{opened}{join(children)}</{name}>")
 
 
 def table(head: Iterable[Any], rows: Iterable[Iterable[Any]], caption: str | None = None, numbers: Iterable[int] = ()) -> Html:
-    """A table that scrolls sideways on a narrow screen; the first cell of a row names it; columns in `numbers` are aligned right."""
+    """A table that scrolls sideways on a narrow screen. The first cell of each row is its heading. Columns in `numbers` are aligned right."""
     right = set(numbers)
 
     def cell(place: int, value: Any) -> Html:
