@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from cllm.runtime import files
 from cllm.runtime.errors import UserError
 
 
@@ -152,7 +153,7 @@ class Recording:
     def save(self, path: str | Path, about: dict[str, Any] | None = None) -> Path:
         """Writes the file that ui.perfetto.dev and chrome://tracing open."""
         path = Path(path)
-        path.write_text(json.dumps(self.to_trace(about), default=str) + "\n")
+        files.write_file(path, (json.dumps(self.to_trace(about), default=str) + "\n").encode())
         return path
 
 

@@ -8,6 +8,7 @@ differently is refused by the name of the setting. Matrices are stored in `type`
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -75,6 +76,10 @@ def save_gguf(model: Model, path: str | os.PathLike[str], tokenizer: Tokenizer, 
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
+        except OSError as error:
+            if error.errno is None:  # numpy, which writes the tensors, does not pass on why a write was cut short
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
         finally:
             writer.close()
     return file

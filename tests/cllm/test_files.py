@@ -4,9 +4,19 @@ import errno
 import os
 
 import pytest
+from disk import file_size_limit
 
+from cllm.checkpoint.model_file import save
+from cllm.checkpoint.store import CheckpointStore
+from cllm.checkpoint.weights import weights_of
+from cllm.config.model import ModelConfig
+from cllm.data.pipeline import prepare
+from cllm.data.tokens.tokenizer import Tokenizer
 from cllm.files import Appender, Wording, new_file, new_folder, write_file
-from cllm.runtime.errors import CLLMError
+from cllm.interop.gguf import save_gguf
+from cllm.interop.hf import save_hf
+from cllm.model.model import Model
+from cllm.runtime.errors import CheckpointError, CLLMError, DataError
 
 
 class OfTheCaller(CLLMError):
@@ -85,3 +95,34 @@ def test_lines_are_added_whole_and_a_line_that_was_cut_off_is_ended(tmp_path):
     assert (tmp_path / "log").read_text() == "one\ntwo\n?\ncut o\nthree\n"
     with pytest.raises(OfTheCaller, match=f"^could not write {tmp_path}/absent/log: No such file or directory. The books"):
         Appender(tmp_path / "absent" / "log", WORDING)
+
+
+# -- every way of writing a model or tokens, under a limit that the real system call meets in the middle of a file ----------------------
+
+
+def save_as_gguf(model, tokenizer, place):
+    pytest.importorskip("gguf")
+    save_gguf(model, place, tokenizer)
+
+
+WRITERS = {
+    "model.cllm": lambda model, tokenizer, place: save(model, place, tokenizer),
+    "folder": lambda model, tokenizer, place: save_hf(model, place, tokenizer),
+    "model.gguf": save_as_gguf,
+    "tokenizer.json": lambda model, tokenizer, place: tokenizer.save(place),
+    "step-00000001": lambda model, tokenizer, place: CheckpointStore(place.parent).save(1, weights_of(model), {}, {}),
+    "tokens": lambda model, tokenizer, place: prepare(place.parents[1] / "text", place, tokenizer=tokenizer, val_fraction=0.0),
+}
+
+
+@pytest.mark.parametrize(("name", "write"), WRITERS.items())
+def test_a_file_that_the_disk_cuts_short_is_told_and_leaves_nothing(tmp_path, name, write):
+    tokenizer = Tokenizer.train(["some long text to learn from " * 20], vocab_size=320)
+    model = Model(ModelConfig(vocab_size=320, embed_dim=32, num_layers=1, num_heads=2, max_seq_len=16))
+    (tmp_path / "text").write_text("long text " * 10_000)
+    with file_size_limit(4096), pytest.raises((CheckpointError, DataError), match=r"could not write .* MB are free\)\. .*Free some space or choose"):
+        write(model, tokenizer, tmp_path / "out" / name)
+    left = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert all(name == "tokens" and path.name in ("sources.bin", "sources.json", "tokenizer.json", "training.json") for path in left), left
+    write(model, tokenizer, tmp_path / "out" / name)
+    assert not list((tmp_path / "out").rglob(".*"))

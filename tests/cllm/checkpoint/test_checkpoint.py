@@ -4,14 +4,13 @@ import errno
 import json
 import os
 import pickle
-import resource
-import signal
 import struct
 import threading
 
 import pytest
 import torch
 from command import cllm
+from disk import file_size_limit
 
 from cllm.checkpoint.folder import read_checkpoint, verify
 from cllm.checkpoint.model_file import load, save
@@ -148,15 +147,8 @@ def test_a_file_size_limit_is_met_like_a_full_disk(tmp_path):
     """The real system call fails here, in the middle of a file."""
     store = CheckpointStore(tmp_path / "checkpoints")
     store.save(1, weights(1), weights(), state())
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-        with pytest.raises(CheckpointError, match="File too large"):
-            store.save(2, {"big": torch.ones(100_000)}, {}, state())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    with file_size_limit(100_000), pytest.raises(CheckpointError, match="File too large"):
+        store.save(2, {"big": torch.ones(100_000)}, {}, state())
     assert store.steps() == [1] and not list(store.folder.glob(".*"))
 
 

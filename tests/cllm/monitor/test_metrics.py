@@ -2,12 +2,10 @@
 
 import json
 import math
-import resource
-import signal
-from contextlib import contextmanager
 
 import pytest
 import torch
+from disk import file_size_limit
 
 from cllm.monitor.metrics import Metrics, read_metrics
 from cllm.monitor.records import EvaluationRow, StepResult, StepTiming, TrainRow
@@ -62,17 +60,6 @@ def test_a_row_that_the_disk_takes_only_in_part_is_taken_back(tmp_path):
     metrics.write(row(2, 1.0))
     metrics.close()
     assert [each["step"] for each in read_metrics(metrics.path)] == [1, 2]
-
-
-@contextmanager
-def file_size_limit(size):
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_tensorboard_gets_every_tenth_step_evaluations_histograms_and_texts(tmp_path):
