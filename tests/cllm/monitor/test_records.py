@@ -12,8 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cllm.config.schema import field_docs
-from cllm.monitor import records
-from cllm.monitor.records import ROWS, TIME_FIELDS, Environment, Sample, StepResult, TrainResult, UnknownKindError, row_from_dict
+from cllm.monitor.records import (
+    ROWS,
+    TIME_FIELDS,
+    Device,
+    Environment,
+    Sample,
+    StepResult,
+    StepTiming,
+    TrainResult,
+    UnknownKindError,
+    row_from_dict,
+)
+from cllm.monitor.typed_json import number, plain
 
 TYPES = [*ROWS.values(), Environment, Sample, StepResult]
 
@@ -96,10 +107,10 @@ def test_a_whole_number_that_no_counter_reaches_is_refused():
 
 
 def test_numbers_are_read_as_they_are_written():
-    assert math.isnan(records.number("nan")) and records.number("-inf") == -math.inf and records.number(3) == 3.0
-    assert records.number(10**400) == math.inf and records.number(-(10**400)) == -math.inf
-    assert all(records.number(value) is None for value in (True, "3", "", None, [], {}))
-    assert records.plain({"a": [math.nan, -math.inf, (1, True)], 2: None}) == {"a": ["nan", "-inf", [1, True]], "2": None}
+    assert math.isnan(number("nan")) and number("-inf") == -math.inf and number(3) == 3.0
+    assert number(10**400) == math.inf and number(-(10**400)) == -math.inf
+    assert all(number(value) is None for value in (True, "3", "", None, [], {}))
+    assert plain({"a": [math.nan, -math.inf, (1, True)], 2: None}) == {"a": ["nan", "-inf", [1, True]], "2": None}
 
 
 @given(
@@ -112,7 +123,7 @@ def test_samples_are_read_as_they_are_written(samples):
 
 def test_every_field_is_documented():
     """The reference of the file formats is made from these sentences."""
-    for record in [*TYPES, records.Device, records.StepTiming, TrainResult]:
+    for record in [*TYPES, Device, StepTiming, TrainResult]:
         assert record.__doc__ and record.__doc__ != f"{record.__name__}{inspect.signature(record)}"
         known = {name: text for base in record.__mro__ if dataclasses.is_dataclass(base) for name, text in field_docs(base).items()}
         for each in dataclasses.fields(record):
