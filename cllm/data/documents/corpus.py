@@ -265,7 +265,8 @@ def _no_text(path: Path, skipped: Skipped) -> str:
     if not skipped.total:
         return f"{path} is empty. {kinds}"
     if path.is_file():
-        return f"{path} holds no text: it is {next(iter(skipped.counts))}. {kinds}"
+        reason = next(iter(skipped.counts))
+        return f"{path} holds no text: it is {'a ' if reason.startswith(('table ', 'JSON file ')) else ''}{reason}. {kinds}"
     return f"{path} holds no text. Left out: {'; '.join(skipped.lines()[:5])}. {kinds}"
 
 

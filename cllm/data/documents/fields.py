@@ -24,7 +24,8 @@ class Choice(NamedTuple):
 
 
 def text_at(record: Any, path: str) -> str | None:
-    """The text of a field; `path` is its name, or the names on the way to it joined by dots. A record that is a string is its own text."""
+    """The text of a field, a list of strings as lines; `path` is its name, or the names on the way to it joined by dots. A record that is a string
+    is its own text."""
     if isinstance(record, str):
         return record
     if not isinstance(record, dict):
@@ -33,6 +34,12 @@ def text_at(record: Any, path: str) -> str | None:
     if value is None and "." in path:
         first, _, rest = path.partition(".")
         return text_at(record[first], rest) if isinstance(record.get(first), dict) else None
+    return _joined(value)
+
+
+def _joined(value: Any) -> str | None:
+    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+        return "\n".join(value)
     return value if isinstance(value, str) else None
 
 
@@ -52,7 +59,7 @@ def choose(sample: list[Any], wanted: str = "") -> Choice:
     if any(isinstance(record, str) for record in sample) and not sizes:
         return Choice(PLAIN)
     if not sizes:
-        return Choice((), f"no field with text ({_found(records)})")
+        return Choice((), f"no field holds text ({_found(records)})")
     ordered = sorted(sizes, key=lambda path: (-sizes[path], path))
     largest = sizes[ordered[0]]
     usual = [path for path in ordered if path.rpartition(".")[2].lower() in (*PLAIN, *_USUAL) and 4 * sizes[path] >= largest]
@@ -62,7 +69,7 @@ def choose(sample: list[Any], wanted: str = "") -> Choice:
         several = ", ".join(printable(path) for path in ordered[:4] if 2 * sizes[path] > largest)
         return Choice((), f"several fields hold text ({several}); choose one with data.text_field")
     if largest < CONVINCING_CHARS * sum(text_at(record, ordered[0]) is not None for record in records):
-        return Choice((), f"no field with text, only short ones ({_found(records)}); choose one with data.text_field")
+        return Choice((), f"every field is short ({_found(records)}); choose one with data.text_field")
     return Choice((ordered[0],))
 
 
@@ -72,7 +79,7 @@ def _given(sample: list[Any], records: list[dict[str, Any]], wanted: str) -> Cho
             return Choice((path,))
     if any(isinstance(record, str) for record in sample) and not records:
         return Choice((wanted,))
-    return Choice((), f"no field {quoted(wanted)} with text ({_found(records)})")
+    return Choice((), f"no field {quoted(wanted)} holds text ({_found(records)})")
 
 
 def _any_case(names: Iterable[str], records: list[dict[str, Any]]) -> list[str]:
@@ -94,8 +101,9 @@ def _found(records: list[dict[str, Any]]) -> str:
 
 def _strings(record: dict[str, Any], prefix: str = "", depth: int = _DEPTH) -> Iterable[tuple[str, str]]:
     for key, value in record.items():
-        if isinstance(value, str):
-            yield prefix + key, value
+        text = _joined(value)
+        if text is not None:
+            yield prefix + key, text
         elif isinstance(value, dict) and depth > 1:
             yield from _strings(value, f"{prefix}{key}.", depth - 1)
 

@@ -1,6 +1,7 @@
 """Which files of a folder may hold text, in a fixed order, and a count of what was left out and why. What they hold is told by `scan`."""
 
 import os
+import re
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ FOREIGN_FOLDERS = {"__pycache__": "compiled files"} | dict.fromkeys(("node_modul
 
 @dataclass
 class Skipped:
-    """What was left out: reason -> number, and up to three examples. A reason that counts parts of a file begins with "record" or "row"."""
+    """What was left out: reason -> number, and up to three examples. A reason follows a number: "binary (.png)", "record with empty text"."""
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -78,12 +79,11 @@ class Skipped:
 
 
 def _plural(reason: str) -> str:
-    """ "records with empty text" for several of "record with empty text"."""
-    first, _, rest = reason.partition(" ")
-    verb = {"that is": "that are", "that holds": "that hold"}
-    for one, many in verb.items():
-        rest = rest.replace(one, many, 1) if rest.startswith(one) else rest
-    return f"{first}s {rest}" if first in ("record", "row") else reason
+    """What is said of several: "records with empty text" for "record with empty text"."""
+    found = re.match("(record|row|table|JSON file) (that is )?", reason)
+    if found is None:
+        return reason
+    return f"{found[1]}s {'that are ' if found[2] else ''}{reason[found.end() :]}"
 
 
 class SourceFile(NamedTuple):

@@ -216,22 +216,25 @@ def _scan_records(file: SourceFile, raw: IO[bytes], digest: str, reading: Readin
     if isinstance(charset, Binary):
         return charset.reason
     records = Records(file.path, charset)
+    unit, file_kind = ("row", "table") if records.layout.table else ("record", "JSON file")
     sample = records.sample()
     if not reading.text_field and mostly_conversations(sample):
         return CHATS
     choice = fields.choose(sample, reading.text_field)
-    unit = "row" if records.layout.table else "record"
     if file.path.suffix.lower() == ".json" and (not choice.fields or not _are_texts(sample, choice.fields)):
         return _NotRecords(choice.reason or "its texts are a small part of it")
-    if not choice.fields:
-        return f"{'table' if unit == 'row' else 'JSON'} with {choice.reason}"
     skipped = Skipped()
+    if not sample:
+        for _ in records.read(lambda reason, place: skipped.add(reason, f"{file.name}:{place}")):
+            pass
+        return f"{file_kind} in which no {unit} can be read{''.join(f'; {line}' for line in skipped.lines())}"
+    if not choice.fields:
+        return f"{file_kind} in which {choice.reason}"
     used: dict[str, None] = {}
     texts = _texts(records, choice.fields, reading.separator, skipped, file.name, used)
     rows = [row for row in (_measure([text])[0] for _, text in texts) if row is not None]
     if not rows:
-        reasons = "; ".join(skipped.lines()) or "no records"
-        return f"{'table' if unit == 'row' else 'JSON'} without a text ({reasons})"
+        return f"{file_kind} in which no {unit} has a text ({'; '.join(skipped.lines())})"
     info = FileInfo("records", digest, charset, np.array(rows, dtype=ROW), skipped, choice.fields, tuple(used), unit)
     info.separator = reading.separator
     return info

@@ -6,13 +6,16 @@ letter counts), and it never complains about a quote that is not closed, which s
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 FIELD_CHARS = 1 << 26  # a longer field is taken to be one whose quote is not closed
 _NO_DELIMITER = "\x1f"  # for a table of one column
 _SNIFFED_ROWS = 200
+_LINES_ABOVE = 5  # that may stand above the first row
 _HEADER_NAMES = """
     id index key uuid text content contents body title subject headline name author user username date time timestamp created_at url link source lang
     language label labels class category tag tags score rating stars sentiment split article document story passage paragraph sentence abstract
@@ -37,7 +40,7 @@ class Dialect:
     skipped_lines: int = 0
     last_is_longest: bool = False  # then delimiters too many in a row belong to the last column
 
-    def reader(self, lines: Iterable[str], strict: bool = False) -> Iterator[list[str]]:
+    def reader(self, lines: Iterable[str], strict: bool = False) -> Any:
         csv.field_size_limit(FIELD_CHARS)
         return csv.reader(
             lines, delimiter=self.delimiter, quoting=csv.QUOTE_MINIMAL if self.quoted else csv.QUOTE_NONE,
@@ -71,11 +74,11 @@ def dialect_of(head: str, complete: bool) -> Dialect:
         lines, skipped = lines[1:], 1
     text = "".join(lines)
     escape = "\\" if text.count('\\"') > 1 and '""' not in text.replace(',""', "") else None
-    best: tuple[float, float, int, bool, Dialect, list[list[str]]] | None = None
+    best: tuple[tuple[float, float, int, bool], Dialect, list[list[str]]] | None = None
     for delimiter in named[1] if named else ",\t;|":
         for quoted in (True, False) if delimiter == "\t" and '"' in text else (True,):
             dialect = Dialect(delimiter, (), quoted, escape, skipped_lines=skipped)
-            rows = _first_rows(dialect, lines)
+            above, rows = _first_rows(dialect, lines)
             width = len(rows[0]) if rows else 0
             if width < 2:
                 continue
@@ -83,12 +86,16 @@ def dialect_of(head: str, complete: bool) -> Dialect:
             # Commas in sentences may happen to be equally many in each row, but a blank follows them.
             close = -text.count(delimiter + " ") / text.count(delimiter)
             rank = even, close, width, quoted == (delimiter != "\t" or _quotes_fields(text))
-            if best is None or rank > best[:4]:
-                best = (*rank, dialect, rows)
-    if best is None or not (best[0] >= 0.5 or (_is_header(best[5]) and all(len(row) >= best[2] for row in best[5]))):
-        dialect = Dialect(_NO_DELIMITER, (), escape=escape, skipped_lines=skipped)
-        return _with_columns(dialect, _first_rows(dialect, lines))
-    return _with_columns(best[4], best[5])
+            if best is None or rank > best[0]:
+                best = rank, replace(dialect, skipped_lines=skipped + above), rows
+    if best is not None:
+        (even, close, width, _), dialect, rows = best
+        has_header = _is_header(rows)
+        ragged = has_header and all(len(row) >= width for row in rows)  # the last column holds delimiters
+        if (even >= 0.5 or ragged) and (has_header or close > -0.9):
+            return _with_columns(dialect, rows)
+    dialect = Dialect(_NO_DELIMITER, (), escape=escape, skipped_lines=skipped)
+    return _with_columns(dialect, _first_rows(dialect, lines)[1])
 
 
 def _quotes_fields(text: str) -> bool:
@@ -98,15 +105,25 @@ def _quotes_fields(text: str) -> bool:
     return opened == closed
 
 
-def _first_rows(dialect: Dialect, lines: list[str]) -> list[list[str]]:
+def _first_rows(dialect: Dialect, lines: list[str]) -> tuple[int, list[list[str]]]:
+    """The first rows that are not blank, without a title or remarks above them, and how many lines those are."""
     rows: list[list[str]] = []
+    ends: list[int] = []  # lines up to the end of each row
+    reader = dialect.reader(lines)
     try:
-        for row in islice(dialect.reader(lines), _SNIFFED_ROWS):
+        for row in islice(reader, _SNIFFED_ROWS):
             if row:
                 rows.append(row)
+                ends.append(reader.line_num)
     except csv.Error:  # a field that never ends: what came before it tells enough
         pass
-    return rows
+    widths = Counter(map(len, rows))
+    usual = max(widths, key=lambda width: (widths[width], width), default=1)
+    above = next((number for number, row in enumerate(rows[: _LINES_ABOVE + 1]) if len(row) == usual), 0)
+    remarks, table = rows[:above], rows[above:]
+    if above and widths[usual] >= 0.8 * len(table) and all(len(row) == 1 or row[0].startswith("#") for row in remarks) and _is_header(table):
+        return ends[above - 1], table
+    return 0, rows
 
 
 def _with_columns(dialect: Dialect, rows: list[list[str]]) -> Dialect:
@@ -184,6 +201,8 @@ def rows(chunks: Iterable[str], dialect: Dialect, malformed: Malformed) -> Itera
         try:
             row = next(reader, None)
         except csv.Error:  # the only one without `strict`: a field longer than allowed
+            if len(lines.row) == 1:
+                malformed(f"row with a field of more than {FIELD_CHARS >> 20} million characters", place)
             row = []
         if row is None:
             return
@@ -191,7 +210,7 @@ def rows(chunks: Iterable[str], dialect: Dialect, malformed: Malformed) -> Itera
             malformed("row with a quote that is not closed", place)
             lines.give_back()
             continue
-        if is_first:
+        if row and is_first:
             is_first = False
             continue
         if len(row) > width:

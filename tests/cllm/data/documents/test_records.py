@@ -222,9 +222,22 @@ SENTENCES = [f'Sentence {n}, which says "well" and more; nothing else.' for n in
         ("sep=;\n" + table([("1", s) for s in SENTENCES], ";", ("id", "text")), [{"id": "1", "text": s} for s in SENTENCES]),
         ("label,text\n" + "".join(f"1,{s}\n".replace('"', "") for s in SENTENCES), [{"label": "1", "text": s.replace('"', "")} for s in SENTENCES]),
         ("id\ttext\n" + "".join(f'1\t"{n}" he said\n' for n in range(9)), [{"id": "1", "text": f'"{n}" he said'} for n in range(9)]),
+        ("# made by hand\n\n" + table([("1", s) for s in SENTENCES], header=("id", "text")), [{"id": "1", "text": s} for s in SENTENCES]),
+        ("\n".join(s.replace('"', "") for s in SENTENCES), [{"column 1": s.replace('"', "")} for s in SENTENCES]),
         ('id,text\n1,"a \\"b\\" c"\n2,"d \\"e\\", f"\n', [{"id": "1", "text": 'a "b" c'}, {"id": "2", "text": 'd "e", f'}]),
     ],
-    ids=["long first", "no header", "one column", "one column bare", "sep=", "commas not quoted", "tabs and quotes", "backslashes"],
+    ids=[
+        "long first",
+        "no header",
+        "one column",
+        "one column bare",
+        "sep=",
+        "commas not quoted",
+        "tabs and quotes",
+        "title above",
+        "sentences",
+        "backslashes",
+    ],
 )
 def test_tables_as_programs_and_people_write_them(content, expected, tmp_path):
     found, problems, _ = read(tmp_path / "a.csv", content.encode())

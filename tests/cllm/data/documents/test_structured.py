@@ -66,11 +66,11 @@ def test_the_field_with_the_text_is_found_and_said(records, field, name, tmp_pat
             "\n".join(map(write, fields(german=LONG, english=LONG))),
             r"several fields hold text \((german, english|english, german)\); choose one",
         ),
-        ("a.jsonl", '{"id": 1, "url": "https://example.org"}', r"no field with text \(fields found: id, url\)"),
-        ("a.jsonl", '{"id": 1, "title": "two words"}', r"only short ones \(fields found: id, title\); choose one"),
-        ("a.csv", "x,y\n1,2\n3,4\n", r"table with no field with text \(fields found: x, y\)"),
-        ("a.jsonl", '{"text": 5}', r"no field with text \(fields found: text\)"),
-        ("a.jsonl", "no json\nat all\n", r"fields found: none"),
+        ("a.jsonl", '{"id": 1, "url": "https://example.org"}', r"no field holds text \(fields found: id, url\)"),
+        ("a.jsonl", '{"id": 1, "title": "two words"}', r"every field is short \(fields found: id, title\); choose one"),
+        ("a.csv", "x,y\n1,2\n3,4\n", r"table in which no field holds text \(fields found: x, y\)"),
+        ("a.jsonl", '{"text": 5}', r"JSON file in which no field holds text \(fields found: text\)"),
+        ("a.jsonl", "no json\nat all\n", r"no record can be read; 1 record that is not valid JSON: a.jsonl:1"),
         ("a.jsonl", write({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}), "--from MODEL"),
     ],
 )
@@ -90,7 +90,7 @@ def test_a_setting_names_the_field(tmp_path):
     found, said = load(tmp_path, tmp_path / "out", Reading(text_field="english"))
     assert list(found.values()) == [*(f"the {n}th" for n in range(6)), "the one", "plain text has no fields\n", "a chat's question"]
     assert "2 files (a.jsonl, e.jsonl): 7 records, text from field 'english'" in said and "b.csv: 1 row, text from column 'english'" in said
-    assert any("no field 'english' with text (fields found: text): c.jsonl" in line for line in said)
+    assert any("no field 'english' holds text (fields found: text): c.jsonl" in line for line in said)
 
 
 def test_what_is_left_out_of_records_is_counted_by_reason_and_line(tmp_path):
