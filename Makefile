@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/demo
 
-.PHONY: setup demo test peers test-triton-3.6 lint clean
+.PHONY: setup demo test peers docs test-triton-3.6 lint clean
 
 setup: $(VENV)/.ready
 
@@ -37,6 +37,12 @@ $(VENV)/.peers: $(VENV)/.ready
 		npm install --silent --no-audit --no-fund --ignore-scripts --omit=optional -E node-llama-cpp@3.21.1 @node-llama-cpp/linux-x64@3.21.1
 	@rm -f $(VENV)/peers/node_modules/@node-llama-cpp/linux-x64/bins/linux-x64/libggml-cpu-sapphirerapids.so
 	@touch $@
+
+# The documentation as a site in docs/_build/html; every warning is an error.
+docs: setup
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@$(BIN)/python -m sphinx -W -n -q docs docs/_build/html
+	@echo "The documentation is in docs/_build/html/index.html"
 
 # What torch 2.11 brings: the GPU kernels interpreted and compiled by the older Triton.
 test-triton-3.6: setup

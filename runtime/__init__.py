@@ -9,7 +9,7 @@ from cllm.runtime import compiler, device, gpu, profiler, progress, threads, tre
 from cllm.runtime.ceiling import Ceilings, ceilings, register_probe
 from cllm.runtime.compiler import numba_setup
 from cllm.runtime.describe import Report, describe, register_library
-from cllm.runtime.errors import BackendError, CheckpointError, CLLMError, DataError, OutputError, UserError
+from cllm.runtime.errors import BackendError, CheckpointError, CLLMError, DataError, UserError
 from cllm.runtime.plan import LaunchPlan, Settings, backends, explain, plan, register_backend, register_operation, settings, use
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "LaunchPlan",
-    "OutputError",
     "Report",
     "Settings",
     "UserError",

@@ -151,10 +151,14 @@ class LogSection:
 
 
 def field_docs(schema: type) -> dict[str, str]:
-    """The sentence under each field of a class, read from its source; empty where the source is not at hand."""
+    """The sentence under each field of a class and of those that it inherits from, read from their source; empty where that is not at hand."""
+    return {name: text for each in reversed(schema.__mro__) for name, text in _own_field_docs(each).items()}
+
+
+def _own_field_docs(schema: type) -> dict[str, str]:
     try:
         body = ast.parse(inspect.getsource(schema)).body[0]
-    except (OSError, SyntaxError):
+    except (OSError, TypeError, SyntaxError):
         return {}
     assert isinstance(body, ast.ClassDef)
     pairs = zip(body.body, body.body[1:])

@@ -1,0 +1,10 @@
+"""The environment variables that CLLM reads, each with what it does. The code that reads one stands where it acts; a test compares both lists."""
+
+VARIABLES = {
+    "CLLM_THREADS": "Number of worker threads, as `--threads`. Unset: every core that the process may use. Any number gives the same bits.",
+    "CLLM_BACKEND": "Backend of every operation: `numba`, `triton`, `gluon`, `sdpa` or `torch`. An operation that it cannot serve is an error.",
+    "CLLM_CACHE_DIR": "Folder for compiled kernels and measured values. Unset: `$XDG_CACHE_HOME/cllm`, or `~/.cache/cllm`.",
+    "CLLM_KEEP_HEAP": "`0` lets the C library give freed memory back to the system after every operation, which slows small steps down.",
+    "CLLM_SIMD_LANES": "Width of the CPU's vectors in float32 numbers (4, 8 or 16), to test the code of a smaller machine.",
+    "CLLM_BF16_KERNEL": "Innermost loop of bfloat16 products on the CPU: `amx`, `vdpbf16ps` or `widened`, to test one that would not be chosen.",
+}
