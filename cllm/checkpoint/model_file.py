@@ -28,6 +28,7 @@ from cllm.checkpoint.store import CheckpointStore
 from cllm.checkpoint.weights import check_tokenizer, check_weights, load_weights, weights_of
 from cllm.files import MODEL, new_file, reason
 from cllm.runtime.errors import CheckpointError, CLLMError, UserError
+from cllm.shell import command
 
 if TYPE_CHECKING:
     from cllm.data.tokens.tokenizer import Tokenizer
@@ -82,7 +83,7 @@ def _load(path: Path, report: Callable[[str], None] | None) -> tuple[Model, Toke
         if (path / "checkpoints").is_dir():
             checkpoint = CheckpointStore(path / "checkpoints").newest_good(report, with_optimizer=False)
             if checkpoint is None:
-                raise CheckpointError(f"{path} has no checkpoint yet. Train it first: cllm train DATA --out {path}")
+                raise CheckpointError(f"{path} has no checkpoint yet. Train it first: {command('train', 'DATA', '--out', path)}")
             return _load_checkpoint(checkpoint)
         if (path / "config.json").is_file():
             from cllm.interop.hf import load_hf

@@ -17,6 +17,7 @@ from cllm.config.schedule import BatchRamp
 from cllm.config.schema import SETTINGS, full_key
 from cllm.config.train import TrainConfig
 from cllm.runtime.errors import UserError
+from cllm.shell import command
 
 if TYPE_CHECKING:
     from cllm.data import Dataset
@@ -81,7 +82,7 @@ def train_run(
         assert out is not None
         file = out / "config.toml"
         if not file.exists():
-            raise UserError(f"{out} holds no run to continue (no config.toml). Start one with cllm train DATA --out {out}.")
+            raise UserError(f"{out} holds no run to continue (no config.toml). Start one with: {command('train', 'DATA', '--out', out)}")
     with distributed.fail_together():
         config = TrainConfig.from_layers(file=file, flags=flags, sets=sets)
     if not config.data.path:
@@ -139,9 +140,9 @@ def _train(config: TrainConfig, console: Console, out: Path, resume: bool, plan_
     if result.validation is not None:
         console.print(f"Validation: {result.validation}")
     console.print(f"The model is in {out} ({model_config.num_parameters():,} parameters). Next:")
-    talk = f"cllm chat {out}" if dataset.info.get("kind") == "chat" else f"cllm generate {out} --prompt 'The ' --temperature 0.7"
-    console.print(f"  {talk}\n  cllm evaluate {out} {config.data.path}\n  cllm report {out}")
-    console.print(f"  cllm export {out} --to hf --out {out}-hf")
+    talk = ("chat", out) if dataset.info.get("kind") == "chat" else ("generate", out, "--prompt", "The ", "--temperature", "0.7")
+    use = ("evaluate", out, Path(config.data.path)), ("report", out), ("export", out, "--to", "hf", "--out", Path(f"{out}-hf"))
+    console.print("\n".join(f"  {command(*words)}" for words in (talk, *use)))
     console.result({**result.to_dict(), "parameters": model_config.num_parameters(), "sample": sample})
 
 
@@ -276,7 +277,7 @@ def _find_lr(model: "Model", config: TrainConfig, dataset: "Dataset", out: Path,
         console.print(f"The curve is in {picture}.")
     if not found.diverged:
         console.print("The loss did not rise again up to the highest learning rate tried: take the suggestion with care.")
-    console.print(f"Begin with: cllm train {config.data.path} --learning-rate {found.suggestion:g}")
+    console.print(f"Begin with: {command('train', Path(config.data.path), '--learning-rate', f'{found.suggestion:g}')}")
     console.result({**found.to_dict(), "optimizer": config.optim.optimizer, "picture": None if picture is None else str(picture)})
 
 

@@ -16,6 +16,7 @@ from cllm.evaluate.loss import Evaluation
 from cllm.monitor.guards import memory_bytes, peak_memory_bytes
 from cllm.monitor.records import StepResult, StepTiming, TrainResult
 from cllm.runtime import progress
+from cllm.shell import command
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +96,7 @@ class Reporter:
     def _stalled(self, seconds: float) -> None:
         """Says where the run stands still. With on_stall = stop the process ends, for a supervisor to start it again."""
         stop = self._config.train.on_stall == "stop"
-        then = f" The run ends (on_stall = stop). Go on with: cllm train --resume --out {self.out}" if stop else ""
+        then = f" The run ends (on_stall = stop). Go on with: {command('train', '--resume', '--out', self.out)}" if stop else ""
         self.say(f"stalled for {seconds:.0f} s while {self._doing}.{then}")
         if stop:
             os._exit(1)  # the thread that hangs cannot be asked to stop, and checkpoints are complete at any moment

@@ -21,6 +21,7 @@ from typing import Any
 
 from cllm.monitor.records import StepResult
 from cllm.runtime.errors import CLLMError
+from cllm.shell import command
 
 IN_A_ROW = 20  # more steps than these in a row that had to be left out are no accident: the run has diverged
 ROLLBACKS = 5  # as often may a run go back to one and the same checkpoint
@@ -144,6 +145,6 @@ def advice(fault: Fault, checkpoint: Path | None) -> str:
     if checkpoint is None:
         kept = "The run has no checkpoint yet: it starts from the beginning, also with other settings, when the command is given again."
     else:
-        another = f"cllm train DATA --from {checkpoint} --out NEW"
+        another = command("train", "DATA", "--from", checkpoint, "--out", "NEW")
         kept = f"The last good checkpoint is {checkpoint}; with other settings go on from it as a new run: {another}."
     return f"Lower learning_rate, lengthen warmup, or set grad_clip. {kept}{other}"

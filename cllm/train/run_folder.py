@@ -28,6 +28,7 @@ from cllm.config.train import TrainConfig
 from cllm.monitor.guards import BestLoss
 from cllm.runtime import files
 from cllm.runtime.errors import CheckpointError, DataError, UserError
+from cllm.shell import command
 
 if TYPE_CHECKING:
     from cllm.data import Dataset, TokenSplit
@@ -231,10 +232,10 @@ def _other_end(stored: StoredRun, steps: int) -> tuple[str | None, str | None]:
 def how_to_train_longer(stored: StoredRun) -> str:
     """What to do for more steps than a run was to make, as sentences with the commands."""
     old = _schedule(stored.config)
-    another = f"cllm train DATA --from {stored.out} --out NEW"
+    another = command("train", "DATA", "--from", stored.out, "--out", "NEW")
     if old.kind == "wsd" or _first_other_rate(old, _schedule(stored.config, 2 * old.steps), stored.step) is None:
         return (
-            f"To train it longer: cllm train --resume --out {stored.out} --steps MORE. "
+            f"To train it longer: {command('train', '--resume', '--out', stored.out, '--steps', 'MORE')}. "
             f"To go on from its weights as a run of its own, also with other text: {another}"
         )
     return (

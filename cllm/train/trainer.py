@@ -33,6 +33,7 @@ from cllm.monitor.reporter import Reporter
 from cllm.monitor.silent import SilentMetrics, SilentReporter
 from cllm.runtime.device import resolve
 from cllm.runtime.errors import CheckpointError, UserError
+from cllm.shell import command
 from cllm.train.averages import put
 from cllm.train.build import divide, make_step, make_store
 from cllm.train.checkpoints import Checkpoints
@@ -212,7 +213,7 @@ class Trainer:
             self._checkpoints.finish()
             raise Interrupted(
                 f"stopped by {asked} after step {self.state.step:,} of {steps:,}; the checkpoint is "
-                f"{self._checkpoints.store.path(self.state.step)}. Go on from there with: cllm train --resume --out {self.out}"
+                f"{self._checkpoints.store.path(self.state.step)}. Go on from there with: {command('train', '--resume', '--out', self.out)}"
             )
 
     def _leave_weights_to_use(self) -> None:

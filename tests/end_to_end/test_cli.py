@@ -241,3 +241,22 @@ def test_a_mistake_in_the_command_line_is_an_object_under_json():
 
 def test_a_command_without_arguments_shows_its_help():
     assert "Commands:" in cllm("tokenizer").err
+
+
+def test_the_commands_that_are_shown_next_can_be_pasted_into_a_shell(tmp_path):
+    (tmp_path / "-it's").mkdir()
+    (tmp_path / "-it's" / "a.txt").write_text("There was a king, and he had three daughters. " * 60)
+    out = tmp_path / "-my \u00e9\n$HOME run"
+    ran = cllm("train", "./-it's", "--out", f"./{out.name}", "--steps", 2, *TINY, cwd=tmp_path)
+    shown = [line.strip() for line in ran.out.split("Next:\n")[1].splitlines()]
+    assert ran.status == 0 and [line.split()[1] for line in shown] == ["generate", "evaluate", "report", "export"]
+    # All in one process, which loads the library once; the shell makes the words of each command.
+    script = "cllm() { printf '%s\\0' \"$@\" '//'; }\n" + "\n".join(shown)
+    words = subprocess.run(["bash", "-c", script], capture_output=True, check=True).stdout.decode().split("\0//\0")[:-1]
+    loop = "import json, sys\nfrom cllm.cli.app import main\nfor words in json.loads(sys.argv[1]):\n    try: main(words)\n"
+    loop += "    except SystemExit as end: print('ended', end.code, flush=True)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", loop, json.dumps([each.split("\0") for each in words])], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.count("ended 0") == 4, done.stdout + done.stderr
+    assert (out / "report.html").exists() and (tmp_path / f"{out.name}-hf" / "config.json").exists()

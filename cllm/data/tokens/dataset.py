@@ -15,6 +15,7 @@ from cllm.data.documents.files import Skipped
 from cllm.data.tokens.split import TokenSplit
 from cllm.data.tokens.tokenizer import Tokenizer
 from cllm.runtime.errors import DataError
+from cllm.shell import command
 
 FORMAT = "cllm-dataset"
 VERSION = 1
@@ -36,7 +37,9 @@ class Dataset:
         """The data set at `path`; DataError when it is missing, damaged, or packed with another tokenizer than `tokenizer_hash`."""
         folder = _folder(Path(path))
         if folder is None:
-            raise DataError(f"{path} holds no packed tokens (no dataset.json). Make some with `cllm pack DATA --tokenizer T --out {path}`.")
+            raise DataError(
+                f"{path} holds no packed tokens (no dataset.json). Make some with: {command('pack', 'DATA', '--tokenizer', 'T', '--out', Path(path))}"
+            )
         info = read_info(folder)
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
         if tokenizer.hash != info["tokenizer"]:
