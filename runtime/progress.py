@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
+from cllm.runtime.printable import printable, printable_text
+
 HEARTBEAT_SECONDS = 2.0
 WIDE = 120  # columns of a terminal that has room for a bar beside the figures
 
@@ -30,7 +32,8 @@ def duration(seconds: float) -> str:
 
 
 def say(text: str) -> None:
-    """One line on stderr, above the progress line where there is one."""
+    """One line on stderr, above the progress line where there is one, without what would act on a terminal (escape codes of a file's name)."""
+    text = printable_text(text)
     with _lock:
         if _active is not None:
             _active._write(text)
@@ -89,13 +92,13 @@ class Progress:
             # On a narrow terminal the figures matter more than the bar, and the time left more than the last figures, which are cut.
             bar = (BarColumn(bar_width=16),) if console.width >= WIDE else ()
             fixed = [
-                TextColumn(field, table_column=Column(no_wrap=True, min_width=width))
+                TextColumn(field, table_column=Column(no_wrap=True, min_width=width), markup=False)
                 for field, width in (("{task.description}", len(self.label)), ("{task.fields[left]}", 8))
             ]
-            text = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+            text = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1), markup=False)
             columns = (fixed[0], *bar, TaskProgressColumn(table_column=Column(min_width=4)), fixed[1], text)
             self._rich = Rich(*columns, console=console, refresh_per_second=4, transient=True, expand=True)
-            self._task = self._rich.add_task(self.label, total=self.total, completed=self.initial, text="", left="")
+            self._task = self._rich.add_task(printable(self.label), total=self.total, completed=self.initial, text="", left="")
             self._rich.start()
         with _lock:
             self._before, _active = _active, self
@@ -134,7 +137,7 @@ class Progress:
         share = f" {100 * self._done / self.total:3.0f}%" if self.total else ""
         running = eta is not None and self.total is not None and self._done < self.total
         left = f"  ETA {duration(eta or 0)}" if running else f"  in {duration(self.seconds)}"
-        return f"{self.label}{share}{'  ' + self._text if self._text else ''}{left}"
+        return printable(f"{self.label}{share}{'  ' + self._text if self._text else ''}{left}")
 
     def _beat(self) -> None:
         now = time.monotonic()
@@ -144,7 +147,7 @@ class Progress:
         if self._rich is not None:
             eta = self.eta_seconds()
             left = f"ETA {duration(eta)}" if eta is not None else duration(self.seconds)
-            self._rich.update(self._task, completed=self._done, text=self._text, left=left)
+            self._rich.update(self._task, completed=self._done, text=printable(self._text), left=left)
         else:
             if _stages and self._written == (self._done, self._text):
                 return  # a log needs no second line that says the same while a stage tells what goes on

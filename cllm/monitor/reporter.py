@@ -16,6 +16,7 @@ from cllm.evaluate.loss import Evaluation
 from cllm.monitor.guards import memory_bytes, peak_memory_bytes
 from cllm.monitor.records import StepResult, StepTiming, TrainResult
 from cllm.runtime import progress
+from cllm.runtime.printable import printable_text
 from cllm.shell import command
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Shows a line, and adds it to log.txt."""
+        text = printable_text(text)
         progress.say(text)
         try:
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")

@@ -34,6 +34,21 @@ def test_a_log_gets_lines_with_figures_share_and_eta():
     assert re.fullmatch(r"working 100%  loss 1.0  in \d+:\d\d", lines[-1])
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_names_with_escape_codes_act_on_no_terminal(terminal, monkeypatch, capsys):
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setenv("TERM", "xterm")
+    with progress.Progress(3, "a\x07b", log_seconds=0.0, stream=stream) as line:
+        line.update(2, "[red]c\x1b]0;d\x07[/nothing]")
+        progress.say("e\x1b[31mf\udcff")
+        time.sleep(0.3)
+    progress.say("e\x1b[31mf\udcff")
+    shown = stream.getvalue() + capsys.readouterr().err
+    assert "\x07" not in shown and "\x1b]0" not in shown and "\x1b[31m" not in shown and "\udcff" not in shown
+    assert r"a\x07b" in shown and "[/nothing]" in shown and shown.count(r"e\x1b[31mf\udcff") == 2
+
+
 def test_a_resumed_progress_counts_only_what_it_did_itself():
     line = progress.Progress(100, "working", initial=90, stream=io.StringIO())
     line._started = time.monotonic() - 10
