@@ -73,7 +73,7 @@ class Progress:
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._pause = 0.25 if self._terminal else log_seconds
-        self._done, self._text = float(initial), ""
+        self._done, self._text, self._note = float(initial), "", ""
         self._written: tuple[float, str] | None = None
         self._started = self._drawn = time.monotonic()
         self._rich: Any = None
@@ -132,6 +132,15 @@ class Progress:
         self._text = text or self._text
         self._beat()
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the line is drawn anew in its place, as on a terminal."""
+        return self._rich is not None
+
+    def note(self, text: str) -> None:
+        """Shown instead of the caller's figures until it is empty again: what is waited for between two updates."""
+        self._note = text
+
     def line(self) -> str:
         eta = self.eta_seconds()
         share = f" {100 * self._done / self.total:3.0f}%" if self.total else ""
@@ -147,7 +156,7 @@ class Progress:
         if self._rich is not None:
             eta = self.eta_seconds()
             left = f"ETA {duration(eta)}" if eta is not None else duration(self.seconds)
-            self._rich.update(self._task, completed=self._done, text=printable(self._text), left=left)
+            self._rich.update(self._task, completed=self._done, text=printable(self._note or self._text), left=left)
         else:
             if _stages and self._written == (self._done, self._text):
                 return  # a log needs no second line that says the same while a stage tells what goes on
@@ -173,11 +182,27 @@ def track(items: Iterable[Any], total: float | None, label: str) -> Iterator[Any
 
 
 class Stage:
-    """Work that cannot tell how far it is: says so after two seconds, and again every two seconds until it ends."""
+    """Work beside the progress line: says what goes on after two seconds, and again every two seconds until it ends.
+
+    Work that can tell how far it is calls `update`; its share, figures and time left are then shown as well.
+    """
 
     def __init__(self, label: str, seconds_before: float = 0.0, after: float = HEARTBEAT_SECONDS) -> None:
         self.label, self._seconds_before, self._after = label, seconds_before, after
         self.seconds = 0.0
+        self._done = self._total = 0.0
+        self._unit = ""
+
+    def update(self, done: float, total: float, unit: str = "") -> None:
+        """`done` of `total`, which are numbers of `unit`."""
+        self._done, self._total, self._unit = done, total, unit
+
+    def line(self) -> str:
+        seconds = time.monotonic() - self._started
+        if not self._total or not self._done:
+            return f"{self.label} ... {self._seconds_before + seconds:.0f} s"
+        left = duration(seconds * (self._total - self._done) / self._done)
+        return f"{self.label} {100 * self._done / self._total:3.0f}%  {self._done:,.0f} of {self._total:,.0f} {self._unit}  ETA {left}"
 
     def __enter__(self) -> "Stage":
         global _stages
@@ -187,11 +212,18 @@ class Stage:
         return self
 
     def _beat(self) -> None:
-        say(f"{self.label} ... {self._seconds_before + time.monotonic() - self._started:.0f} s")
+        with _lock:
+            if _active is not None and _active.in_place:
+                _active.note(self.line())
+            else:
+                say(self.line())
 
     def __exit__(self, *exc: object) -> None:
         global _stages
         _stages -= 1
+        with _lock:
+            if _active is not None:
+                _active.note("")
         self.seconds = time.monotonic() - self._started
         self._ticker.stop()
 

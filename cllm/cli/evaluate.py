@@ -138,11 +138,17 @@ def _evaluate_chats(console: Console, model: Model, tokenizer: Tokenizer, data: 
     from cllm.data.tokens.chat import check_fit, prepare_chat
     from cllm.evaluate.loss import evaluate
 
-    with tempfile.TemporaryDirectory(prefix="cllm-evaluate-") as scratch, runtime.progress.stage("evaluating"):
+    with tempfile.TemporaryDirectory(prefix="cllm-evaluate-") as scratch:
         dataset = prepare_chat(data, scratch, tokenizer, val_fraction=0.0, log=console.print)
         check_fit(dataset, seq_len, model.config.max_seq_len, console.print)
         split = dataset.train
-        result = evaluate(model, split, seq_len=seq_len, batch_size=batch_size)
+        with runtime.progress.Progress(None, "evaluating") as line:
+
+            def report(done: int, total: int) -> None:
+                line.total = total
+                line.update(done, f"{done:,} of {total:,} tokens")
+
+            result = evaluate(model, split, seq_len=seq_len, batch_size=batch_size, progress=report)
     console.print(result)
     return {**result.to_dict(), "seq_len": seq_len, "num_conversations": split.num_documents}
 

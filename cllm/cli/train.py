@@ -4,6 +4,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -223,6 +224,7 @@ def _plan(model: "Model", config: TrainConfig, dataset: "Dataset", console: Cons
     from cllm.model.memory import choose_recompute, predict
     from cllm.runtime.device import resolve
     from cllm.train.build import make_batches, make_step
+    from cllm.train.evaluations import predict_seconds
 
     settings = config.train
     steps = settings.steps or 0
@@ -243,10 +245,22 @@ def _plan(model: "Model", config: TrainConfig, dataset: "Dataset", console: Cons
     per_token = min(seconds[1:]) / (settings.batch_size * settings.seq_len)  # the first one compiles
     tokens = settings.batch_size * settings.grad_accum * settings.seq_len
     eta = per_token * _total_tokens(config)
+    with runtime.progress.Stage("Measuring the speed of an evaluation"):
+        plan, evaluation_eta = predict_seconds(model, dataset.val, config)
     console.print("predicted memory:")
     parts = [*memory.rows(), ("total", memory.total, "")]
     console.print(table([(name, f"{count / 1e6:,.0f} MB", what) for name, count, what in parts]))
-    console.print(f"measured speed: {1 / per_token:,.0f} tokens/s: about {runtime.progress.duration(eta)} for {steps:,} steps, without evaluation")
+    console.print(f"measured speed: {1 / per_token:,.0f} tokens/s: about {runtime.progress.duration(eta)} for {steps:,} steps")
+    if evaluation_eta:
+        of_all = (
+            f"{plan.rows * settings.seq_len:,} of {dataset.val.num_tokens:,}" if plan.rows < plan.split_rows else f"all {dataset.val.num_tokens:,}"
+        )
+        console.print(
+            f"evaluation: {plan.num_evaluations:,} times {of_all} validation tokens{', and all of them at the end' if plan.whole_at_end else ''}: "
+            f"about {runtime.progress.duration(evaluation_eta)}"
+        )
+    total = eta + evaluation_eta
+    console.print(f"in all about {runtime.progress.duration(total)}, {100 * evaluation_eta / total:.0f} % of it for evaluation")
     console.result(
         {
             "parameters": model.config.num_parameters(),
@@ -255,6 +269,8 @@ def _plan(model: "Model", config: TrainConfig, dataset: "Dataset", console: Cons
             "steps": steps,
             "tokens_per_step": tokens,
             "seconds": eta,
+            "evaluations": {**asdict(plan), "seconds": evaluation_eta},
+            "total_seconds": total,
             "train_tokens": dataset.train.num_tokens,
             "settings": {key: {"value": value, "source": source} for key, value, source, _ in config.describe()},
         }

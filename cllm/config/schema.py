@@ -64,8 +64,18 @@ class TrainSection:
     )  # fmt: skip
     threads: int | None = setting(None, "Upper limit of worker threads; any number gives the same bits.", at_least=1, example=2, result=False)
     seed: int = setting(0, "Seed of the initial weights and of the order of the data.", at_least=0, at_most=2**63 - 1, example=0)
-    eval_every: int | None = setting(None, "Steps between evaluations of the whole validation split.", at_least=1, example=200, result=False)
-    checkpoint_every: int | None = setting(None, "Steps between checkpoints.", at_least=1, example=200, result=False)
+    eval_every: int | None = setting(
+        None, "Steps between evaluations on the validation split; when open, a tenth of the steps, at most 1000, and no more often than "
+        "eval_budget allows.", at_least=1, example=200, result=False,
+    )  # fmt: skip
+    eval_budget: float = setting(
+        0.05, "Share of the training time that all evaluations together may take. It decides how much of the validation split each of them reads: "
+        "always the same part, spread evenly over the split, at least two batches and 512 tokens. A large value reads the whole split every "
+        "time. The part is fixed when the run starts.", above=0.0, example=0.05, result=False,
+    )  # fmt: skip
+    checkpoint_every: int | None = setting(
+        None, "Steps between checkpoints; when open, a tenth of the steps, at most 1000.", at_least=1, example=200, result=False
+    )
     keep: int = setting(2, "Newest checkpoints kept on disk; the best one is kept as well.", at_least=1, example=2, result=False)
     keep_every: int = setting(0, "Checkpoints of every so many steps are kept for good; 0 for none.", at_least=0, example=10000, result=False)
     async_checkpoint: bool = setting(True, "Write checkpoints while training goes on, from a copy of weights and moments.", result=False)

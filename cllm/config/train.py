@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cllm.config.evaluation_plan import least_eval_every
 from cllm.config.model import ModelConfig
 from cllm.config.schedule import BatchRamp
 from cllm.config.schema import (
@@ -30,6 +31,8 @@ from cllm.config.schema import (
 from cllm.config.setting import origin
 from cllm.config.toml import read_toml, write_toml
 from cllm.runtime.errors import UserError
+
+TENTH = "a tenth of the steps, at most 1000"
 
 
 @dataclass(frozen=True, init=False)
@@ -218,8 +221,9 @@ class TrainConfig:
         derive("train.steps", max(1, ramp.steps_for(math.ceil(wanted / tokens_per_microbatch))), rule)
         assert config.train.steps is not None
         steps = config.train.steps
-        derive("train.eval_every", min(max(1, steps // 10), 1000), "a tenth of the steps, at most 1000")
-        derive("train.checkpoint_every", config.train.eval_every, "eval_every")
+        tenth, least = min(max(1, steps // 10), 1000), min(least_eval_every(config), steps)
+        derive("train.checkpoint_every", config.train.eval_every or tenth, "eval_every" if config.train.eval_every else TENTH)
+        derive("train.eval_every", max(tenth, least), TENTH if tenth >= least else "as often as eval_budget allows")
         # Kaplan et al. 2020, equation D.1, fitted for Adam on 1 K to 1 B parameters; it would turn negative beyond 10 B.
         rate = max(1e-4, 0.003239 - 0.0001395 * math.log(parameters))
         rule = "0.003239 - 0.0001395 ln(parameters) (Kaplan et al. 2020)"

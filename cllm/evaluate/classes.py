@@ -78,22 +78,20 @@ class ClassReport:
 @torch.no_grad()
 def report_classes(
     model: Model, split: TokenSplit, classes: np.ndarray, seq_len: int, batch_size: int = 8, *, document_mask: bool = True,
-    max_targets: int = 16384, beat: Callable[[], None] | None = None,
+    max_targets: int = 16384, progress: Callable[[int, int], None] | None = None,
 ) -> ClassReport:  # fmt: skip
-    """Classes, top-5 accuracy and calibration over at most about `max_targets` targets, from batches spread evenly over the split.
+    """Classes, top-5 accuracy and calibration over at most about `max_targets` targets, in rows spread evenly over the split.
 
-    Counts and sums are the same for any number of threads.
+    `progress(done, total)` is called after each batch with numbers of tokens. Counts and sums are the same for any number of threads.
     """
     from cllm import kernels
 
-    windows = split.windows(seq_len, batch_size, document_mask=document_mask)
-    wanted = max(1, min(len(windows), max_targets // (seq_len * batch_size)))
+    windows = split.windows(seq_len, batch_size, document_mask=document_mask).part(max(1, max_targets // seq_len))
     device = model.embedding_weight.device
     confusion = np.zeros((len(CLASSES), len(CLASSES)), dtype=np.int64)
     bins = np.zeros((BINS, 3))  # count, summed confidence, hits
-    in_top5 = total = 0
-    for number in range(wanted):
-        here = windows.batch(number * len(windows) // wanted)
+    in_top5 = total = done = 0
+    for here in windows:
         batch = here.to(device)
         hidden = model.hidden(batch.tokens, cu_seqlens=batch.cu_seqlens).reshape(-1, model.config.embed_dim)
         targets = here.targets.reshape(-1)
@@ -110,7 +108,8 @@ def report_classes(
             which = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
             np.add.at(bins, which, np.stack([np.ones_like(confidence), confidence, hit], 1))
             total += len(some)
-        if beat is not None:
-            beat()
+        done += here.tokens.numel()
+        if progress is not None:
+            progress(done, windows.num_rows * seq_len)
     error = float(np.abs(bins[:, 1] - bins[:, 2]).sum() / max(1, total))
     return ClassReport(confusion, in_top5 / max(1, total), error, total)

@@ -189,7 +189,12 @@ def score_documents(
 def _evaluation(nats: float, correct: float, targets: float, num_bytes: float) -> Evaluation:
     loss = nats / targets
     return Evaluation(
-        loss=loss, perplexity=_exp(loss), bits_per_byte=nats / math.log(2) / max(1.0, num_bytes), accuracy=correct / targets, num_targets=int(targets)
+        loss=loss,
+        perplexity=_exp(loss),
+        bits_per_byte=nats / math.log(2) / max(1.0, num_bytes),
+        accuracy=correct / targets,
+        num_targets=int(targets),
+        split_targets=int(targets),
     )
 
 

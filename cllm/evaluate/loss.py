@@ -1,4 +1,4 @@
-"""How well a model predicts a whole split of tokens: every target once, in order, summed in float64."""
+"""How well a model predicts a split of tokens: every target of it, or of a part of it, once and in order, summed in float64."""
 
 from __future__ import annotations
 
@@ -7,36 +7,51 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from cllm.data.tokens.batch import IGNORE
 from cllm.runtime.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from cllm.data import TokenSplit
+    from cllm.data.tokens.batch import EvaluationBatches
     from cllm.model.model import Model
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: nats per token; bits_per_byte: comparable between tokenizers; accuracy: share of tokens that the model ranks first."""
+    """How well a model predicts `num_targets` of the `split_targets` tokens of a split.
+
+    loss: nats per token. bits_per_byte: comparable between tokenizers. accuracy: share of tokens that the model ranks first.
+    """
 
     loss: float
     perplexity: float
     bits_per_byte: float
     accuracy: float
     num_targets: int
+    split_targets: int
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def extent(self) -> str:
+        """What was evaluated, in words: "all 2,000,000 tokens" or "131,072 of 2,000,000 tokens"."""
+        return (
+            f"all {self.split_targets:,} tokens"
+            if self.num_targets == self.split_targets
+            else f"{self.num_targets:,} of {self.split_targets:,} tokens"
+        )
+
     def __str__(self) -> str:
         return (
             f"loss {self.loss:.4f} nats per token, perplexity {self.perplexity:,.2f}, {self.bits_per_byte:.4f} bits per byte, "
-            f"next-token accuracy {100 * self.accuracy:.2f} % over {self.num_targets:,} tokens"
+            f"next-token accuracy {100 * self.accuracy:.2f} % on {self.extent}"
         )
 
 
-@torch.no_grad()
 def evaluate(
     model: Model,
     split: TokenSplit,
@@ -53,24 +68,48 @@ def evaluate(
     """
     if not 1 <= seq_len <= model.config.max_seq_len or batch_size < 1:
         raise UserError(f"seq_len must be within 1 and {model.config.max_seq_len} and batch_size >= 1, got {seq_len} and {batch_size}.")
-    nats, correct, num_targets, done = 0.0, 0, 0, 0
+    whole = split.windows(seq_len, batch_size, document_mask=document_mask)
+    if not whole.num_targets:
+        raise DataError(f"{split!r} holds no token that could be predicted from one before it. Give more text.")
+    return evaluate_part(model, whole, whole, split.num_bytes, progress)
+
+
+@torch.no_grad()
+def evaluate_part(
+    model: Model, part: EvaluationBatches, whole: EvaluationBatches, num_bytes: int, progress: Callable[[int, int], None] | None = None
+) -> Evaluation:
+    """The same over `part`, some of the rows of `whole`, whose text has `num_bytes` bytes. Both have targets."""
+    nats, correct, num_targets, rows = 0.0, 0, 0, 0
     device = model.embedding_weight.device
-    for here in split.windows(seq_len, batch_size, document_mask=document_mask):
+    for here in part:
         batch = here.to(device)
         _, stats = model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, return_stats=True)
         nats += float(stats.losses.double().sum())
         correct += int(stats.correct.sum())
         num_targets += here.num_targets
-        done += batch.tokens.numel()
+        rows += len(here.tokens)
         if progress is not None:
-            progress(min(done, split.num_tokens), split.num_tokens)
-    if not num_targets:
-        raise DataError(f"{split!r} holds no token that could be predicted from one before it. Give more text.")
+            progress(rows * here.tokens.shape[1], part.num_rows * here.tokens.shape[1])
     loss = nats / num_targets
+    share = num_targets / whole.num_targets  # of the bytes as well, within a part's accuracy
     return Evaluation(
         loss=loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,
-        bits_per_byte=nats / math.log(2) / max(1, split.num_bytes),
+        bits_per_byte=nats / math.log(2) / max(1.0, num_bytes * share),
         accuracy=correct / num_targets,
         num_targets=num_targets,
+        split_targets=whole.num_targets,
     )
+
+
+def unigram_loss(batches: EvaluationBatches, train: TokenSplit) -> float:
+    """Nats per target of a model that knows only how frequent each token is in the training split: what a language model must beat.
+
+    Each token counts once more than it was seen there, so that a token that training never saw is unlikely and not impossible.
+    """
+    seen = train.token_counts().astype(np.float64) + 1.0
+    counts = np.zeros(len(seen), dtype=np.int64)
+    for batch in batches:
+        targets = batch.targets[batch.targets != IGNORE].numpy()
+        counts += np.bincount(targets, minlength=len(counts))
+    return float(-(counts * np.log(seen / seen.sum())).sum() / counts.sum())

@@ -50,15 +50,17 @@ class Diagnostics:
         layers, self._layers = self._layers, None
         return None if layers is None else (layers.after(step), layers.by_block())
 
-    def classes(self, beat: Callable[[], None]) -> dict[str, Any]:
-        """The fields of `EvaluationRow` about classes of tokens, over a part of the validation text; none where they are not asked for."""
+    def classes(self, num_rows: int, progress: Callable[[int, int], None]) -> dict[str, Any]:
+        """The fields of `EvaluationRow` about classes of tokens, over about `num_rows` rows of the validation text; none where they are not asked
+        for."""
         if not self.config.log.classes or self.tokenizer is None or not self.parameters:
             return {}
         if self._classes is None:
             self._classes = classify(self.tokenizer, self.dataset.train.token_counts())
         settings, mask = self.config.train, self.config.data.document_mask
-        sizes = settings.seq_len, settings.batch_size
-        return report_classes(self.model, self.dataset.val, self._classes, *sizes, document_mask=mask, beat=beat).to_dict()
+        sizes, most = (settings.seq_len, settings.batch_size), num_rows * settings.seq_len
+        val = self.dataset.val
+        return report_classes(self.model, val, self._classes, *sizes, document_mask=mask, max_targets=most, progress=progress).to_dict()
 
     @torch.no_grad()
     def activations(self) -> dict[str, dict[str, float]] | None:

@@ -122,10 +122,8 @@ class TrainRow(StepTiming, Row):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationRow(Row):
-    """One evaluation on validation text, at every `train.eval_every` steps and at the end."""
-
-    kind: ClassVar[str] = "eval"
+class EvaluationFigures(Record):
+    """How well validation text is predicted."""
 
     loss: float
     """Mean cross entropy of the targets, in nats per token."""
@@ -137,10 +135,20 @@ class EvaluationRow(Row):
     """Share of the targets that the model ranks first, from 0 to 1."""
     num_targets: int
     """Targets that were evaluated."""
+    split_targets: int | None = None
+    """Targets of the whole validation split."""
+    unigram_loss: float | None = None
+    """Loss on the same targets of a model that knows only how often each token occurs in the training text, in nats per token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRow(EvaluationFigures, Row):
+    """One evaluation during a run, at every `train.eval_every` steps and at the end, always on the same part of the validation split."""
+
+    kind: ClassVar[str] = "eval"
+
     best: bool
     """Whether no evaluation of the run before had a lower loss."""
-    unigram_loss: float | None = None
-    """Loss of a model that knows only how often each token occurs in the training text, in nats per token."""
     top5_accuracy: float | None = None
     """Share of the targets among the five that the model ranks first, from 0 to 1. This field and those below need `log.classes`."""
     calibration_error: float | None = None
@@ -151,6 +159,14 @@ class EvaluationRow(Row):
     """Of each class of tokens precision, recall, f1 and the number of targets. Null is a ratio whose denominator is zero."""
     confusion: dict[str, dict[str, int]] | None = None
     """confusion[a][b]: targets of class a for which the model's first choice was of class b."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalRow(EvaluationFigures, Row):
+    """The weights that a run leaves: on the whole validation split where `train.eval_budget` allows it, and where `train.restore_best` has brought
+    back others than the last ones."""
+
+    kind: ClassVar[str] = "final"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +233,7 @@ class MachineRow(Row):
     """How long it took."""
 
 
-ROWS: dict[str, type[Row]] = {each.kind: each for each in (TrainRow, EvaluationRow, LayersRow, ActivationsRow, FaultRow, MachineRow)}
+ROWS: dict[str, type[Row]] = {each.kind: each for each in (TrainRow, EvaluationRow, FinalRow, LayersRow, ActivationsRow, FaultRow, MachineRow)}
 TIME_FIELDS = frozenset(each.name for row in ROWS.values() for each in dataclasses.fields(row) if each.metadata.get("measured"))
 
 

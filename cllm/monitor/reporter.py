@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,11 +132,19 @@ class Reporter:
         self._last_seconds = time.perf_counter() - began
 
     @contextmanager
-    def stage(self, label: str, part: str | None = None) -> Iterator[None]:
-        """To be entered during work between steps. It is shown when it takes long, and counted as a `part` of the run's time."""
+    def stage(self, label: str, part: str | None = None) -> Iterator[Callable[[int, int], None]]:
+        """To be entered during work between steps. It is shown when it takes long, and counted as a `part` of the run's time.
+
+        Gives a function that shows how far the work is: it takes the number of tokens done, and that of all of them.
+        """
         began = time.perf_counter()
-        with self._at(label), progress.stage(label):
-            yield
+        with self._at(label), progress.stage(label) as stage:
+
+            def moved(done: int, total: int) -> None:
+                self.beat()
+                stage.update(done, total, "tokens")
+
+            yield moved
         if part is not None:
             self.split[part] += time.perf_counter() - began
 
@@ -209,8 +217,9 @@ class Reporter:
     def evaluated(self, step: int, result: Evaluation, unigram: float | None, best: bool) -> None:
         """Shows an evaluation. unigram: the loss of a model that knows token frequencies only. best: whether no loss before was lower."""
         baseline = "" if unigram is None else f" (token frequencies alone: {unigram:.4f})"
+        extent = "" if result.num_targets == result.split_targets else f" on {result.extent}"
         self.say(
-            f"step {step:,}: validation loss {result.loss:.4f}{baseline}, perplexity {result.perplexity:,.2f}, "
+            f"step {step:,}: validation loss {result.loss:.4f}{extent}{baseline}, perplexity {result.perplexity:,.2f}, "
             f"{result.bits_per_byte:.3f} bits per byte, accuracy {100 * result.accuracy:.1f} %{', best so far' if best else ''}"
         )
 

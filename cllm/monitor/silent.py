@@ -58,8 +58,8 @@ class SilentReporter(Reporter):
         yield
 
     @contextmanager
-    def stage(self, label: str, part: str | None = None) -> Iterator[None]:
-        yield
+    def stage(self, label: str, part: str | None = None) -> Iterator[Callable[[int, int], None]]:
+        yield self.beat
 
     def trained(self, step: int, tokens: int, result: StepResult, seconds: Mapping[str, float]) -> StepTiming:
         return StepTiming()

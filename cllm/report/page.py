@@ -11,7 +11,7 @@ from typing import Any
 
 from cllm import __version__
 from cllm.files import Wording, write_file
-from cllm.monitor.records import ActivationsRow, EvaluationRow, LayersRow, TrainRow
+from cllm.monitor.records import ActivationsRow, EvaluationRow, FinalRow, LayersRow, TrainRow
 from cllm.report.charts import Series, heat_map, line_chart, share_bar, short, smoothed
 from cllm.report.layers import Table, as_table, layer_values
 from cllm.report.markup import Html, element, join, table
@@ -32,7 +32,7 @@ CURVES = (
     ("tokens_per_second", "Speed", "tokens per second", False),
 )
 # Fields that are drawn already, or that only count what was done
-NOT_OTHER = {"step", "tokens", "seconds", "num_targets", "class_targets", "num_nonfinite", *(key for key, *_ in CURVES)}
+NOT_OTHER = {"step", "tokens", "seconds", "num_targets", "split_targets", "class_targets", "num_nonfinite", *(key for key, *_ in CURVES)}
 REPORT = Wording(OutputError, "another file with --out", "Nothing else was changed.")
 SHOWN_SAMPLES = 4
 MOST_EVENTS = 200
@@ -272,15 +272,17 @@ def _events(run: RunData) -> Html | None:
 
 
 def _final(run: RunData) -> Html | None:
-    """Every figure of the last evaluation, and of the best one where that is another; then its classes of tokens."""
+    """Every figure of the last evaluation, of the best one where that is another, and of the weights that the run left where they were evaluated
+    on their own; then classes of tokens."""
     if not run.evaluations:
         return _section("Final evaluation", element("p", "This run has not been evaluated."))
     last, lowest = run.evaluations[-1], run.best
     best = next((row for row in run.evaluations if lowest and row.step == lowest[0]), last)
-    rows = [last] if best is last else [last, best]
-    head = ["figure", *(f"step {row.step:,}{' (best)' if row is best else ''}" for row in rows)]
+    rows: list[EvaluationRow | FinalRow] = [*([last] if best is last else [last, best]), *run.rows(FinalRow)[-1:]]
+    notes = [" (best)" if row is best else " (the weights left)" if isinstance(row, FinalRow) else "" for row in rows]
+    head = ["figure", *(f"step {row.step:,}{note}" for row, note in zip(rows, notes))]
     names = [name for name, value in last.values().items() if name not in ("step", "best") and isinstance(value, int | float)]
-    body = [(name.replace("_", " "), *(_precise(getattr(row, name)) for row in rows)) for name in names]
+    body = [(name.replace("_", " "), *(_precise(getattr(row, name, None)) for row in rows)) for name in names]
     confusion = "Confusion: a row for what was to come, a column for what the model ranked first"
     tables = [_table_of(last.classes, "Classes of tokens"), _table_of(last.confusion, confusion)]
     return _section("Final evaluation", table(head, body, "On the validation split", range(1, len(head))), *tables)

@@ -1,37 +1,57 @@
-"""The evaluations of a run: when they come, what they measure, and which weights they leave to be used."""
+"""The evaluations of a run: when they come, which part of the validation split they predict, and what they find."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from cllm.evaluate.loss import Evaluation, evaluate
+from cllm.config.evaluation_plan import EvaluationPlan, class_rows_of, least_rows
+from cllm.evaluate.loss import Evaluation, evaluate_part, unigram_loss
 
 if TYPE_CHECKING:
     from cllm.config.train import TrainConfig
-    from cllm.data import Dataset
+    from cllm.data import Dataset, TokenSplit
+    from cllm.data.tokens.batch import EvaluationBatches
     from cllm.model.model import Model
     from cllm.monitor.diagnostics import Diagnostics
+    from cllm.monitor.reporter import Reporter
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one evaluation found: the loss, how well classes of tokens are predicted, and the activations of each block where asked for."""
+    """What an evaluation found, and the loss of token frequencies alone on the same tokens.
+
+    classes: how well each class of tokens is predicted; activations: of each block. Empty and None where they were not asked for.
+    """
 
     evaluation: Evaluation
-    classes: dict[str, Any]
-    activations: dict[str, dict[str, float]] | None
+    unigram_loss: float
+    classes: dict[str, Any] = field(default_factory=dict)
+    activations: dict[str, dict[str, float]] | None = None
 
 
 class Evaluations:
-    """Measures the weights that lie in `model` on the validation split of `dataset`."""
+    """Measures the weights that lie in `model` on the validation split of `dataset`, as `plan` says.
+
+    Every evaluation during a run predicts the same rows, which depend on the plan and the split alone; so their losses can be compared, and a
+    resumed run finds the same numbers. Best checkpoint, early stopping and the plateau schedule go by them.
+    """
 
     def __init__(self, model: Model, dataset: Dataset, config: TrainConfig, diagnostics: Diagnostics) -> None:
-        self._model, self._config, self._diagnostics = model, config, diagnostics
-        self._split = dataset.val
-        self.possible = dataset.val.has_targets(config.train.seq_len)  # without validation text nothing is evaluated
-        self.unigram_loss = dataset.val.unigram_nats(dataset.train) if self.possible else None
+        self._model, self._dataset, self._config, self._diagnostics = model, dataset, config, diagnostics
+        settings = config.train
+        self._whole = dataset.val.windows(settings.seq_len, settings.batch_size, document_mask=config.data.document_mask)
+        self.possible = self._whole.num_targets > 0  # without validation text nothing is evaluated
+        self.plan = EvaluationPlan.of(config, self._whole.num_rows)
+        self._unigram: dict[int, float] = {}
+
+    def keep_to(self, rows: int | None) -> None:
+        """Takes over the number of rows that the run began with; None: of a run from before there was a plan, which read the whole split."""
+        rows = min(self.plan.split_rows, rows or self.plan.split_rows)
+        self.plan = replace(
+            self.plan, rows=rows, class_rows=class_rows_of(self._config, rows), whole_at_end=self.plan.whole_at_end and rows < self.plan.split_rows
+        )
 
     def due(self, step: int) -> bool:
         """Whether an evaluation follows the update after which `step` updates are done."""
@@ -39,11 +59,41 @@ class Evaluations:
         assert settings.eval_every is not None
         return self.possible and step > 0 and (step % settings.eval_every == 0 or step == settings.steps)
 
-    def measure(self, beat: Callable[..., None]) -> Measured:
-        """One evaluation with everything that goes with it. `beat` is called after each batch."""
-        return Measured(self.loss(beat), self._diagnostics.classes(beat), self._diagnostics.activations())
+    def measure(self, report: Reporter) -> Measured:
+        """One evaluation of the plan's part, with everything that goes with it."""
+        found = self.loss(report)
+        with report.stage("evaluating classes of tokens", "evaluation") as moved:
+            classes = self._diagnostics.classes(self.plan.class_rows, moved)
+            activations = self._diagnostics.activations()
+        return replace(found, classes=classes, activations=activations)
 
-    def loss(self, beat: Callable[..., None]) -> Evaluation:
-        """The loss over the whole split."""
-        settings, mask = self._config.train, self._config.data.document_mask
-        return evaluate(self._model, self._split, settings.seq_len, settings.batch_size, document_mask=mask, progress=beat)
+    def loss(self, report: Reporter, whole: bool = False) -> Measured:
+        """The loss alone, of the plan's part or of the whole split."""
+        rows = self._rows(whole)
+        with report.stage("evaluating", "evaluation") as moved:
+            found = evaluate_part(self._model, rows, self._whole, self._dataset.val.num_bytes, moved)
+            return Measured(found, self._unigram_loss(rows))
+
+    def _rows(self, whole: bool) -> EvaluationBatches:
+        return self._whole if whole or self.plan.rows >= self.plan.split_rows else self._whole.part(self.plan.rows)
+
+    def _unigram_loss(self, rows: EvaluationBatches) -> float:
+        if rows.num_rows not in self._unigram:
+            train, val = self._dataset.train, self._dataset.val
+            self._unigram[rows.num_rows] = val.unigram_nats(train) if rows is self._whole else unigram_loss(rows, train)
+        return self._unigram[rows.num_rows]
+
+
+def predict_seconds(model: Model, split: TokenSplit, config: TrainConfig) -> tuple[EvaluationPlan, float]:
+    """The evaluations of a run with this configuration, and how long they will take in all by the measured speed of a few batches."""
+    settings = config.train
+    whole = split.windows(settings.seq_len, settings.batch_size, document_mask=config.data.document_mask)
+    plan, few = EvaluationPlan.of(config, whole.num_rows), whole.part(least_rows(config))
+    if not few.num_targets:
+        return plan, 0.0
+    seconds = []
+    for _ in range(2):  # the first one compiles
+        began = time.perf_counter()
+        evaluate_part(model, few, whole, split.num_bytes)
+        seconds.append(time.perf_counter() - began)
+    return plan, min(seconds) / few.num_rows * plan.forward_rows

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunState:
-    """`step`: updates done. `tokens`: targets learnt from. `last_evaluation`: the step whose evaluation `best` and `plateau` have taken in."""
+    """`step`: updates done. `tokens`: targets learnt from. `last_evaluation`: the step whose evaluation `best` and `plateau` have taken in.
+
+    `evaluation_rows`: the rows of the validation split that each evaluation predicts, fixed when the run starts. None: all of them.
+    """
 
     faults: Faults
     plateau: Plateau | None = None
@@ -25,6 +28,7 @@ class RunState:
     step: int = 0
     tokens: int = 0
     last_evaluation: int = 0
+    evaluation_rows: int | None = None
 
     @classmethod
     def first(cls, config: TrainConfig) -> RunState:
@@ -50,6 +54,7 @@ class RunState:
             "best": self.best.to_dict(),
             "faults": self.faults.to_dict(),
             "last_evaluation": self.last_evaluation,
+            "evaluation_rows": self.evaluation_rows,
             "plateau": None if self.plateau is None else self.plateau.to_dict(),
         }
 
@@ -58,6 +63,7 @@ class RunState:
         values = found.state
         try:
             self.tokens, self.last_evaluation = int(values["tokens"]), int(values["last_evaluation"])
+            self.evaluation_rows = None if values.get("evaluation_rows") is None else int(values["evaluation_rows"])
             self.best = BestLoss.from_dict(values["best"])
             self.faults.load(values.get("faults") or values)
             if self.plateau is not None:

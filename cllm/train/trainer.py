@@ -20,7 +20,6 @@ from cllm.checkpoint.store import CheckpointStore
 from cllm.checkpoint.weights import check_tokenizer, load_weights, weights_of
 from cllm.config.schedule import Schedule, lr
 from cllm.config.train import TrainConfig
-from cllm.evaluate.loss import Evaluation
 from cllm.files import RUN, Appender, write_file
 from cllm.model.lora import lora_state
 from cllm.model.memory import choose_recompute, explained_out_of_memory
@@ -28,7 +27,7 @@ from cllm.monitor.diagnostics import Diagnostics
 from cllm.monitor.environment import record_environment
 from cllm.monitor.guards import Interrupted, RunLock, StopSignals
 from cllm.monitor.metrics import Metrics
-from cllm.monitor.records import ActivationsRow, EvaluationRow, FaultRow, Sample, StepResult, TrainResult, TrainRow
+from cllm.monitor.records import ActivationsRow, EvaluationRow, FaultRow, FinalRow, Sample, StepResult, TrainResult, TrainRow
 from cllm.monitor.reporter import Reporter
 from cllm.monitor.silent import SilentMetrics, SilentReporter
 from cllm.runtime.device import resolve
@@ -37,7 +36,7 @@ from cllm.shell import command
 from cllm.train.averages import put
 from cllm.train.build import divide, make_step, make_store
 from cllm.train.checkpoints import Checkpoints
-from cllm.train.evaluations import Evaluations
+from cllm.train.evaluations import Evaluations, Measured
 from cllm.train.faults import ROLLBACKS, Fault, FaultError, NonFiniteError, advice
 from cllm.train.run_folder import StoredRun, go_on, identity
 from cllm.train.samples import sample_text
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
     from cllm.model.model import Model
 
 
-_OF_EVALUATIONS = (EvaluationRow.kind, ActivationsRow.kind)
+_OF_EVALUATIONS = (EvaluationRow.kind, ActivationsRow.kind, FinalRow.kind)
 
 
 class Trainer:
@@ -86,7 +85,7 @@ class Trainer:
         self._resumed_from: int | None = None
         self._former_end: int | None = None  # the last step of a run that was finished and is now trained longer
         self._last_step: StepResult | None = None
-        self._validation: Evaluation | None = None
+        self._measured: Measured | None = None  # the last evaluation
 
     @property
     def step(self) -> int:
@@ -151,6 +150,7 @@ class Trainer:
         self._save()  # after early stopping; the last step has its checkpoint already
         self._checkpoints.finish()
         self._leave_weights_to_use()
+        self._evaluate_what_is_left()
 
     def _learning_rate(self) -> float:
         """The learning rate of the next update."""
@@ -177,15 +177,14 @@ class Trainer:
         """Comes after the checkpoint of the same step was written: an evaluation that fails costs nothing."""
         state, report, rate = self.state, self._report, self._learning_rate()
         self._checkpoints.before_update()  # weights may be swapped for their averages
-        with report.stage("evaluating", "evaluation"), self._train_step.evaluation_weights():
-            found = self._evaluations.measure(report.beat)
-        self._validation = found.evaluation
-        best, unigram = state.take_evaluation(found.evaluation.loss), self._evaluations.unigram_loss
+        with self._train_step.evaluation_weights():
+            self._measured = found = self._evaluations.measure(report)
+        best = state.take_evaluation(found.evaluation.loss)
         if found.activations is not None:
             self._metrics.write(ActivationsRow(step=state.step, blocks=found.activations))
         measured = {**found.evaluation.to_dict(), **found.classes}
-        self._metrics.write(EvaluationRow(step=state.step, best=best, unigram_loss=unigram, **measured))
-        report.evaluated(state.step, found.evaluation, unigram, best)
+        self._metrics.write(EvaluationRow(step=state.step, best=best, unigram_loss=found.unigram_loss, **measured))
+        report.evaluated(state.step, found.evaluation, found.unigram_loss, best)
         if state.plateau is not None and self._learning_rate() < rate:
             waited = state.plateau.patience
             report.say(f"step {state.step:,}: no better loss in {waited} evaluations, the learning rate falls to {self._learning_rate():.3g}")
@@ -228,9 +227,17 @@ class Trainer:
         found = read_checkpoint(self._checkpoints.store.path(best), with_optimizer=False)
         load_weights(self.model, found.weights, found.path)
         self._report.say(f"restored the weights of step {best:,}, the best evaluation")
-        with self._report.stage("evaluating"):
-            self._validation = self._evaluations.loss(self._report.beat)
+        self._measured = None
         self._checkpoints.save(self.state.step, weights_of(self.model), training, self._state_to_store())
+
+    def _evaluate_what_is_left(self) -> None:
+        """The weights that the run leaves, on the whole validation split where the budget allows it."""
+        evaluations, report = self._evaluations, self._report
+        if not evaluations.possible or not (evaluations.plan.whole_at_end or self._measured is None):
+            return
+        self._measured = found = evaluations.loss(report, whole=evaluations.plan.whole_at_end)
+        self._metrics.write(FinalRow(step=self.step, unigram_loss=found.unigram_loss, **found.evaluation.to_dict()))
+        report.evaluated(self.step, found.evaluation, found.unigram_loss, best=False)
 
     def _result(self) -> TrainResult:
         state = self.state
@@ -238,10 +245,10 @@ class Trainer:
             step=state.step,
             tokens=state.tokens,
             train_loss=None if self._last_step is None else self._last_step.loss,
-            validation=self._validation,
+            validation=None if self._measured is None else self._measured.evaluation,
             best_loss=state.best.loss if state.best.step is not None else None,
             best_step=state.best.step,
-            unigram_loss=self._evaluations.unigram_loss,
+            unigram_loss=None if self._measured is None else self._measured.unigram_loss,
             seconds=self._seconds_before + self._report.seconds,
             tokens_per_second=self._report.tokens_per_second,
             skipped_steps=state.faults.skipped,
@@ -331,7 +338,9 @@ class Trainer:
             self.state.load(found)
             self._resumed_from = self._checkpoints.newest_step = found.step
             self._seconds_before = float(found.state["seconds"])
+            self._evaluations.keep_to(self.state.evaluation_rows)
             report.say(f"resuming after step {self.step:,} from {found.path}")
+        self.state.evaluation_rows = self._evaluations.plan.rows
         self._metrics.truncate(self._belongs_before_step)
 
     def _found_in(self, store: CheckpointStore, resume: str | bool) -> Checkpoint | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,6 +36,9 @@ def test_plan_prints_sizes_and_trains_nothing(text, tmp_path):
     ran = cllm("train", text, "--out", tmp_path / "planned", "--steps", 50, *TINY, "--plan", "--json")
     assert ran.status == 0 and ran.json["parameters"] > 10_000 and ran.json["tokens_per_second"] > 0
     assert ran.json["settings"]["train.steps"]["source"] == "--steps"
+    evaluations = ran.json["evaluations"]
+    assert evaluations["seconds"] > 0 and ran.json["total_seconds"] == pytest.approx(ran.json["seconds"] + evaluations["seconds"])
+    assert re.search(r"evaluation: [\d,]+ times (all )?[\d,]+ .*validation tokens.*: about", ran.err) and "in all about" in ran.err
     assert not (tmp_path / "planned" / "checkpoints").exists()
 
 

@@ -78,6 +78,29 @@ def test_a_stage_tells_that_it_still_runs_and_says_nothing_when_it_is_short(caps
     assert capsys.readouterr().err == ""
 
 
+def test_a_stage_that_can_tell_shows_its_share_and_the_time_left(capsys, monkeypatch):
+    with progress.Stage("evaluating") as stage:
+        stage._started -= 30
+        stage.update(1500, 2000, "tokens")
+        stage._beat()
+        stage.update(2000, 2000, "tokens")
+        stage._beat()
+    assert capsys.readouterr().err == "evaluating  75%  1,500 of 2,000 tokens  ETA 0:10\nevaluating 100%  2,000 of 2,000 tokens  ETA 0:00\n"
+
+
+def test_on_a_terminal_a_stage_stands_in_the_progress_line_instead_of_filling_the_screen(capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    with progress.Progress(10, "training", stream=stream) as line, progress.Stage("evaluating") as stage:
+        stage.update(1, 4, "tokens")
+        stage._beat()
+        assert line._note.startswith("evaluating  25%")
+    assert line._note == "" and capsys.readouterr().err == ""
+
+
 def test_said_lines_stand_above_the_progress_line():
     stream = io.StringIO()
     with progress.Progress(2, "outer", stream=stream):

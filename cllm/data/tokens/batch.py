@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
+Row = TypeVar("Row")
 IGNORE = -100  # a target with this value contributes neither to the loss nor to any count
 
 
@@ -47,7 +48,18 @@ class TrainingBatches(Protocol):
 
 
 class EvaluationBatches(Protocol):
-    """A whole split once, in order."""
+    """A whole split once, in order, or a part of it."""
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows in all batches together."""
+
+    @property
+    def num_targets(self) -> int:
+        """The number of tokens that are predicted in all batches together."""
+
+    def part(self, num_rows: int) -> EvaluationBatches:
+        """At most `num_rows` of these rows, spread evenly over them: the same for the same numbers of rows."""
 
     def __len__(self) -> int:
         """The number of batches."""
@@ -56,3 +68,9 @@ class EvaluationBatches(Protocol):
 
     def batch(self, index: int) -> Batch:
         """Batch number `index`; the last one may have fewer rows."""
+
+
+def spread(rows: Sequence[Row], count: int) -> list[Row]:
+    """`count` of the rows, at most all of them, at even distances."""
+    count = min(count, len(rows))
+    return [rows[number * len(rows) // count] for number in range(count)]

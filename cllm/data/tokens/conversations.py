@@ -4,6 +4,8 @@ Conversations are never cut in two: a row holds as many whole ones as fit, and o
 answer is left then, the conversation would teach nothing, and takes no place in a row. `chat.py` packs them.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
 from functools import cached_property
@@ -12,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cllm.data.tokens.batch import IGNORE, Batch, EvaluationBatches, TrainingBatches
+from cllm.data.tokens.batch import IGNORE, Batch, EvaluationBatches, TrainingBatches, spread
 from cllm.data.tokens.shards import PackedTokens
 from cllm.data.tokens.split import TokenSplit
 from cllm.runtime.errors import DataError
@@ -146,6 +148,22 @@ class ChatWindows:
     def __init__(self, split: ChatSplit, seq_len: int, batch_size: int = 8):
         self.split, self.seq_len, self.batch_size = split, seq_len, batch_size
         self._rows = fill_rows(np.arange(split.num_documents), split.row_lengths(seq_len), seq_len)
+
+    def part(self, num_rows: int) -> ChatWindows:
+        """At most `num_rows` of these rows, spread evenly over the split."""
+        part = ChatWindows(self.split, self.seq_len, self.batch_size)
+        part._rows = spread(self._rows, num_rows)
+        return part
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in all batches together."""
+        return len(self._rows)
+
+    @cached_property
+    def num_targets(self) -> int:
+        """How many tokens are predicted in one pass: those of answers, as far as conversations fit in a row."""
+        return sum(int((self.split.conversation(number)[1][1 : self.seq_len + 1] == 1).sum()) for row in self._rows for number in row)
 
     def __len__(self) -> int:
         return -(-len(self._rows) // self.batch_size)

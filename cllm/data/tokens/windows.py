@@ -4,12 +4,15 @@ A window is T inputs and, one token further, T targets. With the document mask, 
 a document is nobody's target.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
-from cllm.data.tokens.batch import IGNORE, Batch
+from cllm.data.tokens.batch import IGNORE, Batch, spread
 from cllm.data.tokens.shards import PackedTokens
 from cllm.runtime.errors import UserError
 
@@ -34,9 +37,21 @@ class Windows:
         self.document_mask = document_mask
         self.stride = stride
         self.num_windows = 0 if split.num_tokens < 2 else 1 + max(0, -(-(split.num_tokens - 1 - seq_len) // stride))
+        self._windows: Sequence[int] = range(self.num_windows)  # the number of each row's window
+
+    def part(self, num_rows: int) -> Windows:
+        """At most `num_rows` of these windows, spread evenly over the split."""
+        part = copy.copy(self)
+        part._windows = spread(self._windows, num_rows)
+        return part
+
+    @property
+    def num_rows(self) -> int:
+        """Windows in all batches together."""
+        return len(self._windows)
 
     def __len__(self) -> int:
-        return -(-self.num_windows // self.batch_size)
+        return -(-self.num_rows // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         for index in range(len(self)):
@@ -45,6 +60,8 @@ class Windows:
     @property
     def num_targets(self) -> int:
         """How many tokens are predicted in one pass."""
+        if self.num_rows < self.num_windows:
+            return sum(batch.num_targets for batch in self)
         if self.split.num_tokens < 2:
             return 0
         return self.split.num_tokens - (self.split.num_documents if self.document_mask else 1)
@@ -52,9 +69,9 @@ class Windows:
     def batch(self, index: int) -> Batch:
         """Batch number `index`; the last one may have fewer rows."""
         assert 0 <= index < len(self), index
-        rows = range(index * self.batch_size, min((index + 1) * self.batch_size, self.num_windows))
-        batch = gather(self.split, [row * self.stride for row in rows], self.seq_len, self.document_mask, ring=False)
-        batch.targets[1 if index == 0 else 0 :, : self.seq_len - self.stride] = IGNORE  # scored by the window before
+        windows = self._windows[index * self.batch_size : (index + 1) * self.batch_size]
+        batch = gather(self.split, [window * self.stride for window in windows], self.seq_len, self.document_mask, ring=False)
+        batch.targets[1 if windows[0] == 0 else 0 :, : self.seq_len - self.stride] = IGNORE  # scored by the window before
         return batch
 
 

@@ -181,7 +181,7 @@ def test_a_training_works_outside_the_main_thread(dataset, tmp_path):
 def test_a_stall_shows_the_stacks_of_all_threads(dataset, tmp_path, monkeypatch, capfd):
     import cllm.train.evaluations
 
-    evaluate = cllm.train.evaluations.evaluate
+    evaluate = cllm.train.evaluations.evaluate_part
 
     def slow_evaluation(*args, **kwargs):
         deadline = time.monotonic() + PATIENCE
@@ -196,7 +196,7 @@ def test_a_stall_shows_the_stacks_of_all_threads(dataset, tmp_path, monkeypatch,
         shown += capfd.readouterr().err
         return shown
 
-    monkeypatch.setattr(cllm.train.evaluations, "evaluate", slow_evaluation)
+    monkeypatch.setattr(cllm.train.evaluations, "evaluate_part", slow_evaluation)
     train(dataset, tmp_path / "run", steps=2, watchdog_seconds=0.3)
     assert "Nothing has moved" in seen() and "slow_evaluation" in shown
 

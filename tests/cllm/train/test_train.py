@@ -117,7 +117,7 @@ def test_a_stop_between_checkpoint_and_evaluation_loses_no_evaluation(dataset, t
 
     trainer(dataset, tmp_path / "straight").fit()
     with monkeypatch.context() as patch:
-        patch.setattr(cllm.train.evaluations, "evaluate", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("killed")))
+        patch.setattr(cllm.train.evaluations, "evaluate_part", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("killed")))
         with pytest.raises(RuntimeError):
             trainer(dataset, tmp_path / "resumed").fit()
     assert CheckpointStore(tmp_path / "resumed" / "checkpoints").latest() == 4  # saved first, evaluated after

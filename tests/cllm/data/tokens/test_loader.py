@@ -170,3 +170,18 @@ def test_wrong_settings_are_explained(split_of):
     ):
         with pytest.raises(UserError, match=message):
             Batches(**{"split": split_of([100]), "seq_len": 4, "batch_size": 2, **wrong})
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("count", [1, 3, 8, 10, 99])
+def test_a_part_of_the_windows_is_spread_evenly_and_each_is_as_in_the_whole(split_of, count, mask):
+    split = split_of([5, 1, 30, 2, 39])
+    whole = Windows(split, 8, 3, document_mask=mask)
+    part = whole.part(count)
+    assert part.num_rows == min(count, whole.num_rows) and whole.num_rows == whole.num_windows == 10
+    everything = [row for batch in whole for row in zip(batch.tokens.tolist(), batch.targets.tolist())]
+    chosen = [row for batch in part for row in zip(batch.tokens.tolist(), batch.targets.tolist())]
+    places = [everything.index(row) for row in chosen]
+    assert places == [number * 10 // part.num_rows for number in range(part.num_rows)]
+    assert part.num_targets == sum(target != -100 for _, targets in chosen for target in targets)
+    assert len(part) == -(-part.num_rows // 3) and whole.num_rows == 10, "the whole is left as it was"
