@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cllm.data.documents.chat_forms import EXAMPLE
 from cllm.data.documents.files import Skipped, SourceFile, find
 from cllm.data.documents.scan import ROW, FileInfo, Reading, read, scan
 from cllm.files import DATA, write_file
@@ -260,7 +261,7 @@ def _recall(memory: Path, reading: Reading) -> dict[str, tuple[list[Any], "FileI
 def _no_text(path: Path, skipped: Skipped) -> str:
     kinds = (
         'Text, Markdown and source code can be used, and records with a text: JSON such as {"text": "..."}, one a line or in a list, or CSV and TSV '
-        "with a column of text."
+        f"with a column of text. Chats are records such as {EXAMPLE}."
     )
     if not skipped.total:
         return f"{path} is empty. {kinds}"
@@ -383,13 +384,15 @@ def _origins(corpus: Corpus) -> list[str]:
         names = [printable(file.name) for file, _ in members]
         shown = names[0] if len(names) == 1 else f"{len(names):,} files ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         count = sum(len(info.rows) for _, info in members)
+        documents = f"{count:,} document{'s' * (count != 1)}"
         if kind == "records":
             unit, used = key
             where = f"text from {'column' if unit == 'row' else 'field'} {' or '.join(quoted(name) for name in used)}" if used else "each a text"
-            lines.append(f"{shown}: {count:,} {unit}{'s' * (count != 1)}, {where}")
+            units = sum(info.num_units for _, info in members)
+            lines.append(f"{shown}: {units:,} {unit}{'s' * (units != 1)}, {where}{f', cut into {documents}' if units != count else ''}")
         elif kind == "cut":
             whole = "; data.separator=none keeps a file whole" if key[1] else ""
-            lines.append(f"{shown}: {count:,} document{'s' * (count != 1)}, cut at {key[0]!r}{whole}")
+            lines.append(f"{shown}: {documents}, cut at {key[0]!r}{whole}")
         else:
             reason = f" ({key[0]})" if key[0] else ""
             lines.append(f"{shown}: learnt as written, because no records with a text were found in {'it' if len(names) == 1 else 'them'}{reason}")

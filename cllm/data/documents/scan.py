@@ -9,6 +9,7 @@ in chunks.
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,13 +63,15 @@ class FileInfo:
     fields: tuple[str, ...] = ()  # of records: which hold the text; the first one that a record has counts
     used: tuple[str, ...] = ()  # those that were found
     unit: str = ""  # of records: what people call them in this layout
+    num_units: int = 0  # of records: how many have a text; a separator may make several documents of one
     separator: str = ""  # of text: what it is cut at; of records: Reading.separator, by which each text is cut
     guarded: bool = False  # see Splitter
     not_records: str = ""  # of text that could have been records: why it is none
 
     def to_dict(self) -> dict[str, Any]:
         """All but the rows, for JSON."""
-        values = {name: getattr(self, name) for name in ("kind", "digest", "fields", "used", "unit", "separator", "guarded", "not_records")}
+        names = ("kind", "digest", "fields", "used", "unit", "num_units", "separator", "guarded", "not_records")
+        values = {name: getattr(self, name) for name in names}
         return {**values, "charset": list(self.charset), "skipped": self.skipped.to_dict(), "rows": len(self.rows)}
 
     @classmethod
@@ -76,7 +79,8 @@ class FileInfo:
         texts = {name: str(values[name]) for name in ("kind", "digest", "unit", "separator", "not_records")}
         lists = {name: tuple(map(str, values[name])) for name in ("fields", "used")}
         charset, skipped = Charset(*values["charset"]), Skipped.from_dict(values["skipped"])
-        return cls(**texts, **lists, charset=charset, rows=rows, skipped=skipped, guarded=bool(values["guarded"]))  # type: ignore[arg-type]
+        num_units, guarded = int(values["num_units"]), bool(values["guarded"])
+        return cls(**texts, **lists, charset=charset, rows=rows, skipped=skipped, num_units=num_units, guarded=guarded)  # type: ignore[arg-type]
 
     def how(self) -> list[Any]:
         """Everything beside the content that decides what the documents are."""
@@ -230,13 +234,13 @@ def _scan_records(file: SourceFile, raw: IO[bytes], digest: str, reading: Readin
         return f"{file_kind} in which no {unit} can be read{''.join(f'; {line}' for line in skipped.lines())}"
     if not choice.fields:
         return f"{file_kind} in which {choice.reason}"
-    used: dict[str, None] = {}
+    used: Counter[str] = Counter()
     texts = _texts(records, choice.fields, reading.separator, skipped, file.name, used)
     rows = [row for row in (_measure([text])[0] for _, text in texts) if row is not None]
     if not rows:
         return f"{file_kind} in which no {unit} has a text ({'; '.join(skipped.lines())})"
-    info = FileInfo("records", digest, charset, np.array(rows, dtype=ROW), skipped, choice.fields, tuple(used), unit)
-    info.separator = reading.separator
+    info = FileInfo("records", digest, charset, np.array(rows, dtype=ROW), skipped, choice.fields, tuple(name for name in used if name), unit)
+    info.num_units, info.separator = used.total(), reading.separator
     return info
 
 
@@ -260,9 +264,9 @@ def _text_of(record: Any, names: tuple[str, ...]) -> tuple[str, str | None]:
 
 
 def _texts(
-    records: Records, names: tuple[str, ...], separator: str, skipped: Skipped, file: str, used: dict[str, None] | None = None
+    records: Records, names: tuple[str, ...], separator: str, skipped: Skipped, file: str, used: Counter[str] | None = None
 ) -> Iterator[tuple[str, str]]:
-    """(place, text) of each text in the records of a file; what has none is counted, and the fields that gave one are added to `used`."""
+    """(place, text) of each text in the records of a file; what has none is counted, and `used` counts which fields gave one."""
     called = " or ".join(quoted(name) for name in names)
     unit = "row" if records.layout.table else "record"
     for place, record in records.read(lambda reason, place: skipped.add(reason, f"{file}:{place}")):
@@ -272,8 +276,8 @@ def _texts(
         elif not text.strip():
             skipped.add(f"{unit} with empty text", f"{file}:{place}")
         else:
-            if used is not None and not isinstance(record, str):
-                used[name] = None
+            if used is not None:
+                used["" if isinstance(record, str) else name] += 1
             parts = _parts(text.replace("\r\n", "\n").replace("\r", "\n"), separator)
             for number, part in enumerate(parts, 1):
                 yield (place if len(parts) == 1 else f"{place}.{number}"), part

@@ -88,7 +88,8 @@ def prepare_chat(
         _pack(Path(path), folder, key, tokenizer, val_fraction, exclude)
     info = read_info(folder)
     train, val = (ChatSplit(folder / name, tokenizer.hash) for name in SPLITS)
-    words = f"train {train.num_documents:,} conversations of {train.num_tokens:,} tokens, val {val.num_documents:,} of {val.num_tokens:,}"
+    plural = "s" * (train.num_documents != 1)
+    words = f"train {train.num_documents:,} conversation{plural} of {train.num_tokens:,} tokens, val {val.num_documents:,} of {val.num_tokens:,}"
     tell(f"chats: {words} ({state})")
     for form, count in list(info["forms"].items())[:8]:
         tell(f"  {count:,} conversation{'s' * (count != 1)} from {form}")
@@ -215,13 +216,22 @@ def _conversations(files: list[SourceFile], tokenizer: Tokenizer, val_fraction: 
                 name = f"{printable(file.name)}:{place}"
                 try:
                     form, messages = conversation(record)
-                    parts = encode_conversation(tokenizer, check_messages(messages))
+                    answered = _up_to_last_answer(messages)
+                    parts = encode_conversation(tokenizer, check_messages(answered))
                 except (NotAConversation, DataError) as error:
                     reason = f"record ({error})"
                     skipped.add(reason if reason in skipped.counts or len(skipped.counts) < _REASONS else "record (for other reasons)", name)
                     continue
-                chosen = hashlib.blake2b(json.dumps([[m["role"], m["content"]] for m in messages]).encode(), digest_size=8).digest()
+                if len(answered) < len(messages):
+                    skipped.add("question without an answer at the end of a conversation", name)
+                chosen = hashlib.blake2b(json.dumps([[m["role"], m["content"]] for m in answered]).encode(), digest_size=8).digest()
                 yield _Encoded(name, int(int.from_bytes(chosen, "little") < val_fraction * 2**64), form, parts)
+
+
+def _up_to_last_answer(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The messages without those at the end that nobody answers; all of them where there is no answer at all."""
+    last = next((number for number in reversed(range(len(messages))) if messages[number]["role"] == "assistant"), len(messages) - 1)
+    return messages[: last + 1]
 
 
 def _records(file: SourceFile, skipped: Skipped, report: Callable[[int], None]) -> Iterator[tuple[str, object]]:

@@ -280,6 +280,18 @@ def test_records_of_text_are_no_chats(records, tmp_path):
     assert not is_chat(tmp_path / "a.jsonl") and not is_chat(tmp_path)
 
 
+def test_a_question_that_nobody_answers_is_left_out_and_what_came_before_it_is_learnt(tokenizer, tmp_path):
+    unanswered = {"role": "user", "content": "Are you there?"}
+    path = write(tmp_path / "a.jsonl", [[*chat("Q", "A"), unanswered], [unanswered]])
+    said = []
+    split = prepare_chat(path, tmp_path / "out", tokenizer, 0.0, said.append).train
+    assert tokenizer.decode(split.conversation(0)[0], skip_special=False) == "<|user|>Q<|end|><|assistant|>A<|end|>" and split.num_documents == 1
+    assert [line.strip() for line in said[2:]] == [
+        "left out 2:", "1 question without an answer at the end of a conversation: a.jsonl:1",
+        "1 record (the last message is not the assistant's, so there is nothing to learn after it): a.jsonl:2",
+    ]  # fmt: skip
+
+
 def test_a_folder_of_chats_in_several_forms_and_charsets(tokenizer, tmp_path):
     data = tmp_path / "chats"
     (data / "more").mkdir(parents=True)
