@@ -47,7 +47,7 @@ class Wording:
 
 # Files of a run's folder beside its checkpoints; prepared text and tokens; a model in a file or folder of its own.
 RUN = Wording(OutputError, "another folder with --out, then run the same command to go on", "Checkpoints are untouched.")
-DATA = Wording(DataError, "another place with --out")
+DATA = Wording(DataError, "another place")
 MODEL = Wording(CheckpointError, "another place")
 
 

@@ -164,7 +164,9 @@ def average(
     if len(folders) == 1:
         folders = checkpoints_in(folders[0])[-last if last else 0 :]
     if len(folders) < 2:
-        raise UserError(f"an average needs at least two checkpoints, got {len(folders)}. Keep more of them with --set train.keep=10.")
+        raise UserError(
+            f"an average needs at least two checkpoints, got {len(folders)}. A run keeps more of them when it is trained with cllm train --keep 10."
+        )
     model, tokenizer = load(folders[0], report)
     sums = {name: tensor.double() for name, tensor in weights_of(model).items()}
     for each in folders[1:]:

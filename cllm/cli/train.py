@@ -141,9 +141,11 @@ def _train(config: TrainConfig, console: Console, out: Path, resume: bool, plan_
     if result.validation is not None:
         console.print(f"Validation: {result.validation}")
     console.print(f"The model is in {out} ({model_config.num_parameters():,} parameters). Next:")
-    talk = ("chat", out) if dataset.info.get("kind") == "chat" else ("generate", out, "--prompt", "The ", "--temperature", "0.7")
-    use = ("evaluate", out, Path(config.data.path)), ("report", out), ("export", out, "--to", "hf", "--out", Path(f"{out}-hf"))
-    console.print("\n".join(f"  {command(*words)}" for words in (talk, *use)))
+    talks = dataset.info.get("kind") == "chat"
+    console.print(f"  {command('chat', out) if talks else command('generate', out, '--prompt', 'The ', '--temperature', '0.7')}")
+    console.print(f"  {command('evaluate', out, Path(config.data.path))}")
+    console.print(f"  {command('report', out)}")
+    console.print(f"  {command('export', out, '--to', 'hf', '--out', Path(f'{out}-hf'))}")
     console.result({**result.to_dict(), "parameters": model_config.num_parameters(), "sample": sample})
 
 

@@ -186,7 +186,7 @@ def _vocabulary(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     if tokenizer.eot_id is None:
         raise UserError(
             "this tokenizer has no end-of-text token, and llama.cpp would take some other token for it. "
-            "Train on more than one document, or with --tokenizer bpe; --to hf and --to cllm work as it is."
+            "Export with --to hf or --to cllm, or train on more than one document, or with cllm train --tokenizer bpe."
         )
     content = json.loads(tokenizer.to_json())
     tokens, types = [f"[PAD{i}]" for i in range(rows)], [_UNUSED] * rows

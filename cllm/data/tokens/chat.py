@@ -191,9 +191,8 @@ def _pack(path: Path, folder: Path, key: str, tokenizer: Tokenizer, val_fraction
 
 def _nothing(path: Path, for_validation: int, skipped: Skipped) -> str:
     if for_validation:
-        return (
-            f"all {for_validation} conversations of {path} fall into the validation split. Give more, or keep none back: --set data.val_fraction=0."
-        )
+        advice = "Give more, or keep none back, with cllm train --set data.val_fraction=0."
+        return f"all {for_validation} conversations of {path} fall into the validation split. {advice}"
     found = f" Left out: {'; '.join(skipped.lines()[:5])}." if skipped.total else ""
     return f"{path} holds no conversation to learn from.{found} Expected records like {EXAMPLE}. {OTHER_FORMS}"
 

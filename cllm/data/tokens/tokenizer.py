@@ -208,7 +208,7 @@ class Tokenizer:
             shown = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
             raise UserError(
                 f"This character tokenizer knows {len(self._characters)} characters, and {shown} is not among them. "
-                "Leave such characters out, or train with the byte-level tokenizer (--tokenizer bpe), which can encode anything."
+                "Leave such characters out, or use a byte-level tokenizer (cllm train --tokenizer bpe), which can encode anything."
             )
         return ids
 

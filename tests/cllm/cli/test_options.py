@@ -5,15 +5,12 @@ import subprocess
 import sys
 
 import pytest
-import typer
+from commands import COMMANDS, options
 
-from cllm.cli.app import app
 from cllm.cli.evaluate import GROUPINGS
 from cllm.config.sampling import SAMPLING, Sampling
 from cllm.config.schema import SETTINGS
 from cllm.evaluate import documents
-
-GROUP = typer.main.get_command(app)
 
 FLAGS = {
     "train": """--out --config --resume --plan --find-lr --set --json --from --lora-rank --tokenizer --device --threads --precision --preset
@@ -24,21 +21,6 @@ FLAGS = {
         --top-k --top-p --min-p --repetition-penalty""",
     "chat": "--system --max-tokens --seed --weights --device --threads --json --temperature --top-k --top-p --min-p --repetition-penalty",
 }
-
-
-def commands(group=GROUP, path=()):
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            yield from commands(command, (*path, name))
-        else:
-            yield (*path, name), command
-
-
-COMMANDS = dict(commands())
-
-
-def options(*command):
-    return {name: each for each in COMMANDS[command].params if each.param_type_name == "option" for name in each.opts}
 
 
 @pytest.mark.parametrize("command", FLAGS)
