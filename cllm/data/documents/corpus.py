@@ -267,7 +267,7 @@ def _no_text(path: Path, skipped: Skipped) -> str:
         return f"{path} is empty. {kinds}"
     if path.is_file():
         reason = next(iter(skipped.counts))
-        return f"{path} holds no text: it is {'a ' if reason.startswith(('table ', 'JSON file ')) else ''}{reason}. {kinds}"
+        return f"{path} holds no text: it is {'a ' if reason.startswith(('table ', 'file ', 'JSON file ')) else ''}{reason}. {kinds}"
     return f"{path} holds no text. Left out: {'; '.join(skipped.lines()[:5])}. {kinds}"
 
 

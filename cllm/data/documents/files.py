@@ -80,7 +80,7 @@ class Skipped:
 
 def _plural(reason: str) -> str:
     """What is said of several: "records with empty text" for "record with empty text"."""
-    found = re.match("(record|row|question|table|JSON file) (that is )?", reason)
+    found = re.match("(record|row|question|table|file|JSON file) (that is )?", reason)
     if found is None:
         return reason
     return f"{found[1]}s {'that are ' if found[2] else ''}{reason[found.end() :]}"

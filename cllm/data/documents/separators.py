@@ -21,6 +21,7 @@ _ALONE = ("</s>", "<eos>", "<EOS>", "[EOS]", "<|eos|>", "<eod>", "<EOD>", "[EOD]
 MARKERS = (*_SURE, *_ALONE)
 _SENTENCE_BEGIN = "<s>"  # where there are these as well, </s> ends a sentence
 
+_EXAMPLES = 20  # more markers in blocks of code than these are no examples: some document has a block that is not closed
 _CONTEXT = 80  # characters before and after a marker that decide what it is
 _ENDS = frozenset(".!?\u2026\"'\u201d\u2019\u00bb)]}*_\u3002\uff01\uff1f\u300d\u300f\u0964\u061f")  # with which a text may end
 _QUOTES = frozenset("\"'")
@@ -51,9 +52,13 @@ class _Found(NamedTuple):
 
     @property
     def is_alone(self) -> bool:
-        """On a line of its own, and not announced by a colon, as in a description of the marker."""
-        above, _, line = self.before.rpartition("\n")
-        return not line.strip(_BLANK) and not self.after.partition("\n")[0].strip(_BLANK) and not above.rstrip().endswith(":")
+        """On a line of its own."""
+        return not self.before.rpartition("\n")[2].strip(_BLANK) and not self.after.partition("\n")[0].strip(_BLANK)
+
+    @property
+    def is_announced(self) -> bool:
+        """Whether the text before it introduces it with a colon, as a description of the marker does."""
+        return self.before.rstrip().endswith(":")
 
     @property
     def separates(self) -> bool:
@@ -118,8 +123,12 @@ _ANY_MARKER = _pattern((*MARKERS, _SENTENCE_BEGIN))
 
 
 def recognise(chunks: Iterable[str]) -> str:
-    """The marker that separates documents in a text; "" where none does."""
+    """The marker that separates documents in a text; "" where none does.
+
+    It is one that nearly always stands as a separator, and, where it occurs only a few times, mostly outside of blocks of code.
+    """
     total: dict[str, int] = {}
+    quoted: dict[str, int] = {}
     alone: dict[str, int] = {}
     between: dict[str, int] = {}
     last: dict[str, bool] = {}
@@ -129,13 +138,17 @@ def recognise(chunks: Iterable[str]) -> str:
             fence.pass_text(event)
             continue
         total[event.marker] = total.get(event.marker, 0) + 1
-        if not fence.is_open and event.separates:
+        if fence.is_open:
+            quoted[event.marker] = quoted.get(event.marker, 0) + 1
+        if event.separates and not event.is_announced:
             kind = alone if event.is_alone else between
             kind[event.marker] = kind.get(event.marker, 0) + 1
             last[event.marker] = event.is_last
     for marker in sorted(total, key=lambda each: (-total[each], each)):
         ones, others = alone.get(marker, 0), between.get(marker, 0)
         if 10 * (ones + others) < 9 * total[marker] or marker == _SENTENCE_BEGIN or (marker == "</s>" and _SENTENCE_BEGIN in total):
+            continue
+        if total[marker] <= _EXAMPLES and 2 * quoted.get(marker, 0) >= total[marker]:
             continue
         if ones or others > 1 or (others and last[marker]):
             return marker
@@ -220,12 +233,10 @@ class Splitter:
 
     def _cuts(self, events: Iterator[str | _Found]) -> Iterator[str | None]:
         """Text, and None where it is cut."""
-        fence = _Fence()
         for event in events:
             if isinstance(event, str):
-                fence.pass_text(event)
                 yield event
-            elif not self.guarded or (not fence.is_open and event.separates):
+            elif not self.guarded or event.separates:
                 yield None
             else:
                 yield event.marker

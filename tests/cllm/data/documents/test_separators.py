@@ -72,6 +72,12 @@ def test_one_mention_among_many_separators_is_kept_as_text():
     assert cut(f"{END}\n".join(stories)) == stories
 
 
+def test_a_colon_or_an_open_block_of_code_in_one_of_many_documents_changes_nothing():
+    stories = [f"Story {n} is over.\n" for n in range(40)]
+    stories[3], stories[5] = "And then he said:\n", "```\ncode that nobody closed\n"
+    assert cut(f"{END}\n".join(stories)) == stories
+
+
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     pieces=st.lists(st.sampled_from([END, "</s>", "<s>", "```", "\n", "\n", " ", "a", "B", ".", '"', ":", "word ", END[:7], "x" * 90]), max_size=25),
