@@ -1,4 +1,4 @@
-"""Gradients of all processes together: a bucketed all-reduce for speed, and the fixed tree whose bits no number of processes changes."""
+"""The sum of the gradients of all processes: a bucketed all-reduce for speed, or a fixed tree for the same bits with any number of processes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ if TYPE_CHECKING:
     from cllm.distributed.share import Share
     from cllm.distributed.world import World
 
-BUCKET_BYTES = 25 << 20  # large enough for full bandwidth, small enough to start while the backward still runs (Li et al. 2020, arXiv 2006.15704)
-SLICE_ELEMENTS = 1 << 20  # float64 copies of gradients are made in slices of so many elements
+# The size of a bucket: large enough to use the full bandwidth, small enough to be sent while the backward still runs (Li et al. 2020, arXiv
+# 2006.15704).
+BUCKET_BYTES = 25 << 20
+SLICE_ELEMENTS = 1 << 20  # float64 copies of a gradient are made for this many elements at a time, which bounds their memory
 
 
 class BucketedSum:
-    """Sums the gradients of all processes. Buckets fill in the order in which a backward finishes them, and each is sent off when it is full.
+    """Sums the gradients over all processes. Gradients are collected in buckets in the order in which the backward finishes them, and a bucket is
+    sent as soon as it is full.
 
-    torch's DistributedDataParallel does the same around a module's `forward`; ours is called as `model.loss`, adds gradients up over
-    microbatches of unequal weight, and needs a sum, not a mean.
+    PyTorch's DistributedDataParallel does the same around the `forward` of a module. Here the model is called as `model.loss`, gradients add up
+    over microbatches of unequal weight, and a sum is needed, not a mean.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -42,7 +45,7 @@ class BucketedSum:
         self._hooks = [parameter.register_post_accumulate_grad_hook(self._ready) for parameter in self._bucket_of]
 
     def begin(self) -> None:
-        """Before the last backward of an update: what it finishes is final."""
+        """Before the last backward of an update: the gradients that it finishes are complete."""
         self._open, self._sent = True, 0
         self._works.clear()
         self._missing = [len(bucket) for bucket in self._buckets]
@@ -51,7 +54,7 @@ class BucketedSum:
         if not self._open:
             return
         self._missing[self._bucket_of[parameter]] -= 1
-        # In the order of buckets, also when a later one fills first: all processes must send the same at the same time.
+        # Buckets are sent in order even when a later one is full first: all processes must send the same bucket at the same time.
         while self._sent < len(self._buckets) and self._missing[self._sent] == 0:
             self._send()
 
@@ -62,8 +65,8 @@ class BucketedSum:
         self._sent += 1
 
     def finish(self) -> None:
-        """After the last backward: every `.grad` is the sum over all processes."""
-        while self._sent < len(self._buckets):  # parameters that took no part in the loss
+        """After the last backward: waits until every `.grad` is the sum over all processes."""
+        while self._sent < len(self._buckets):  # buckets with parameters that took no part in the loss
             self._send()
         self._open = False
         for bucket, flat, work in self._works:
@@ -77,12 +80,12 @@ def _gradient(parameter: torch.nn.Parameter) -> Tensor:
 
 
 def flat_gradient(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
-    """All gradients end to end in a tensor of their own."""
+    """A copy of all gradients laid end to end, (number of elements,); zeros where there is none."""
     return torch.cat([_gradient(parameter).reshape(-1) for parameter in parameters])
 
 
 def put_flat(parameters: Sequence[torch.nn.Parameter], flat: Tensor) -> None:
-    """Makes each `.grad` a view of its part of `flat`."""
+    """Makes each `.grad` a view of its part of `flat`, which `flat_gradient` has laid out."""
     for parameter, part in zip(parameters, flat.split([parameter.numel() for parameter in parameters])):
         parameter.grad = part.view_as(parameter)
 
@@ -92,10 +95,10 @@ def add_in_place(left: Tensor, right: Tensor) -> Tensor:
 
 
 def tree_sum(mine: tree.Binary, share: Share, world: World | None) -> Tensor:
-    """The sum of all leaves of an update in tree order, from the subtrees of flat gradients that this process and the others hold.
+    """The sum of all leaves of an update in the order of the tree, from the subtrees of flat gradients that each process holds.
 
-    Each process sums one slice of the elements: it gets that slice of every subtree (all-to-all), and all get all sums (all-gather). Where
-    the leaves divide evenly by powers of two this sends as many bytes as an all-reduce.
+    Each process sums one slice of the elements. It receives that slice of every subtree (all-to-all), and then all processes receive all sums
+    (all-gather). Where the leaves divide evenly by powers of two, this sends as many bytes as an all-reduce.
     """
     if world is None or world.size == 1:
         return mine.total()
@@ -108,7 +111,7 @@ def tree_sum(mine: tree.Binary, share: Share, world: World | None) -> Tensor:
     for number, value in enumerate(values):
         padded = torch.nn.functional.pad(value, (0, width * world.size - length)).view(world.size, width)
         sent[:, number] = padded
-    mine.nodes.clear()  # frees the subtrees
+    mine.nodes.clear()  # their memory is free for what is received
     del values, value
     counts = [len(each) * width for each in nodes]
     received = sent.new_empty(sum(counts))
@@ -120,8 +123,8 @@ def tree_sum(mine: tree.Binary, share: Share, world: World | None) -> Tensor:
 
 
 def row_squares(gradient: Tensor) -> Tensor:
-    """The sum of squares of each row along dimension 0, float64 (rows,) on the CPU: halves are added to halves, so that a row's bits
-    depend on the row alone, not on its neighbours, the device's reductions or the number of threads."""
+    """The sum of squares of each row along dimension 0, float64 (rows,) on the CPU. One half of a row is added to the other until one number is
+    left, so that its bits depend on that row alone: not on its neighbours, the reductions of the device or the number of threads."""
     rows = gradient.detach().flatten(1) if gradient.dim() > 1 else gradient.detach()[:, None]
     width = 1 << max(0, rows.shape[1] - 1).bit_length()
     at_once = max(1, SLICE_ELEMENTS // width)
@@ -143,14 +146,14 @@ def measured(gradients: Sequence[Tensor]) -> tuple[list[Tensor], float, int]:
 
 
 def norm_of(rows: Sequence[Tensor], nonfinite: int) -> float:
-    """The norm of the whole gradient: the rows' squares summed exactly, so that their order does not matter (Shewchuk 1997)."""
+    """The L2 norm of the whole gradient from the squares of all rows. The sum is exact, so that their order does not matter (Shewchuk 1997)."""
     if nonfinite:
         return math.nan
     return math.sqrt(math.fsum(value for each in rows for value in each.tolist()))
 
 
 def clip_(gradients: Sequence[Tensor], norm: float, max_norm: float) -> None:
-    """Scales gradients so that their norm is at most max_norm (0: not at all), by the formula of torch.nn.utils.clip_grad_norm_."""
+    """Scales gradients in place so that their norm is at most `max_norm` (0: no clipping), as torch.nn.utils.clip_grad_norm_ does."""
     if max_norm > 0 and max_norm < norm + 1e-6:
         for each in gradients:
             each.mul_(torch.tensor(max_norm / (norm + 1e-6), dtype=each.dtype).item())

@@ -1,7 +1,8 @@
 """Which sequences of an update's batch a process learns from.
 
-The batch of an update is `batch_size x grad_accum` sequences, whatever the number of processes, and a function of (seed, step) alone. It is cut
-into pieces: microbatches of batch_size, or in deterministic mode leaves of `unit` sequences. Each process takes a contiguous run of it.
+The batch of an update has `batch_size x grad_accum` sequences, whatever the number of processes, and is a function of the seed and the number of the
+update alone. It is cut into pieces: microbatches of batch_size sequences, or in deterministic mode leaves of `unit` sequences. Each process takes a
+contiguous run of them.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Share:
-    """`sequences` of an update in pieces of `piece`, for process `rank` of `size`. `dealt`: piece k goes to process k % size, else in runs."""
+    """The part of process `rank` of `size`, in an update of `sequences` sequences that is cut into pieces of `piece`."""
 
     sequences: int
     piece: int
     rank: int = 0
     size: int = 1
-    whole_pieces: bool = False
-    dealt: bool = False
+    whole_pieces: bool = False  # whether pieces are never cut at the boundary between two processes
+    dealt: bool = False  # whether piece k goes to process k % size; otherwise each process takes a contiguous run
 
     @classmethod
     def of(cls, config: TrainConfig, world: World | None) -> Share:
@@ -48,10 +49,11 @@ class Share:
 
     @property
     def num_pieces(self) -> int:
+        """The pieces of an update, over all processes; the last one may be shorter."""
         return -(-self.sequences // self.piece)
 
     def pieces(self) -> list[tuple[int, int]]:
-        """(first sequence, number of sequences) of each piece of this process."""
+        """(first sequence, number of sequences) of each piece of this process, in order."""
         if self.dealt:
             chosen = list(range(self.rank, self.num_pieces, self.size))
         elif self.whole_pieces:
@@ -62,16 +64,16 @@ class Share:
         return [(number * self.piece, min(self.piece, self.sequences - number * self.piece)) for number in chosen]
 
     def run_of(self, rank: int) -> tuple[int, int]:
-        """The first piece of a process and the one after its last, where pieces are whole and come in runs."""
+        """The first piece of a process and the one after its last, where each process takes a run of whole pieces."""
         return self.num_pieces * rank // self.size, self.num_pieces * (rank + 1) // self.size
 
     @property
     def rounds(self) -> int:
-        """The most pieces that any process has."""
+        """The largest number of pieces that any process has."""
         each = self.sequences if not (self.whole_pieces or self.dealt) else self.num_pieces
         most = -(-each // self.size)
         return most if self.whole_pieces or self.dealt else -(-most // self.piece)
 
     def microbatches(self, batches: TrainingBatches, step: int) -> list[Batch]:
-        """What this process learns from in update number `step`."""
+        """What this process learns from in update number `step`, counted from 0."""
         return [batches.rows(step * self.sequences + first, count) for first, count in self.pieces()]

@@ -1,4 +1,4 @@
-"""The training step with the whole model in each process: gradients are summed over the processes, and all make the same update."""
+"""Training steps with the whole model in each process: the gradients are summed over the processes, and all of them make the same update."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class DataParallelStep(TrainStep):
-    """Each process runs its share of the microbatches; gradients, loss and numbers of targets are summed over all."""
+    """Each process runs its share of the microbatches; gradients, losses and numbers of targets are summed over all processes."""
 
-    uses_graphs = False  # the sum stands between backward and update
+    uses_graphs = False  # the gradients are summed between the backward and the update
 
     def __init__(self, model: Model, *args: Any, world: World, **options: Any) -> None:
         super().__init__(model, *args, **options)
@@ -47,10 +47,11 @@ class DataParallelStep(TrainStep):
 
 
 class DeterministicStep(TrainStep):
-    """The gradient of each leaf (`unit` sequences) by itself, added up in the fixed binary tree over leaves: the bits of an update depend on
-    its sequences and on `unit`, not on the number of processes (one included) or the cut into microbatches.
+    """Computes the gradient of each leaf (`unit` sequences) by itself and adds the leaves up in a fixed binary tree. The bits of an update then
+    depend on its sequences and on `unit`, neither on the number of processes, which may be one, nor on the cut into microbatches.
 
-    The norm is taken over rows (`row_squares`), so that it is the same where the state is sharded by rows.
+    share: this process's part of an update. world: the processes, None for one that trains alone. The gradient norm is computed from the rows of
+    each matrix (`row_squares`), so that it is the same where the rows are sharded.
     """
 
     uses_graphs = False
@@ -90,7 +91,7 @@ class DeterministicStep(TrainStep):
 
 
 def sum_of_losses(losses: Sequence[float], world: World | None) -> float:
-    """All leaves' losses of all processes, summed exactly: their order does not matter."""
+    """The sum of the losses of all leaves of all processes; exact, so that their order does not matter, and NaN where one is not finite."""
     everyone = [losses] if world is None else world.gather(list(map(float.hex, losses)))
     values = [float.fromhex(each) if isinstance(each, str) else each for part in everyone for each in part]
     return math.fsum(values) if all(map(math.isfinite, values)) else math.nan

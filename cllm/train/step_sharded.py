@@ -1,9 +1,9 @@
-"""The training step with weights, gradients and optimizer state cut up over the processes: FSDP2 (Zhao et al. 2023, arXiv 2304.11277; the rows
-of each matrix are dealt out), or in hybrid mode over the processes of one node, with a copy on each node.
+"""The training step with weights, gradients and optimizer state sharded over the processes by PyTorch's FSDP2 (Zhao et al. 2023, arXiv
+2304.11277): each process holds some rows of each matrix. In hybrid mode the processes of one node share a copy, and each node has one.
 
-In deterministic mode leaf k of an update is computed by process k mod n. After each backward a process receives its rows of the gradients of n
-neighbouring leaves (as many bytes as FSDP's reduce-scatter) and pushes them onto the binary tree in the order of leaves; nothing is added on the
-way. So any number of processes gives the bits of `DeterministicStep`.
+In deterministic mode, leaf k of an update is computed by process k mod n. After each backward a process receives its rows of the gradients of n
+neighbouring leaves, as many bytes as in FSDP's reduce-scatter, and adds them to the binary tree in the order of the leaves. Nothing is added on the
+way, and therefore any number of processes gives the bits of `DeterministicStep`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ if TYPE_CHECKING:
 
 
 def shard(model: Model, mesh: Any) -> None:
-    """Cuts the model up in place: one unit for each block, one for the embedding, output matrix and final norm together."""
+    """Shards the model in place, in units whose weights are gathered together: each block, and the embedding, output matrix and final norm.
+
+    Raises UserError where PyTorch cannot sum gradients instead of averaging them."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    # A block returns views, of which nothing here is changed in place.
+    # A block returns views; nothing here changes them in place, which is what the warning is about.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for block in model.backbone.blocks:
         fully_shard(block, mesh=mesh)
@@ -45,8 +47,8 @@ def shard(model: Model, mesh: Any) -> None:
     for unit in units_of(model):
         if not hasattr(unit, "set_gradient_divide_factor") or not hasattr(unit, "set_force_sum_reduction_for_comms"):
             raise UserError(f"sharding needs a newer PyTorch than {torch.__version__}. Use train.parallel=ddp, or PyTorch 2.13.")
-        unit.set_gradient_divide_factor(1.0)  # a sum: losses are divided by the targets of all processes already
-        unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+        unit.set_gradient_divide_factor(1.0)  # a sum: the losses are divided by the number of targets of all processes already
+        unit.set_force_sum_reduction_for_comms(True)  # the only reduction that gloo has
 
 
 def units_of(model: Model) -> list[Any]:
@@ -56,10 +58,10 @@ def units_of(model: Model) -> list[Any]:
 
 
 class LeafExchange:
-    """Takes the place of FSDP's reduce-scatter for one unit: rows of single leaves are exchanged, and summed by the tree.
+    """Replaces FSDP's reduce-scatter for one unit: exchanges the rows of single leaves and sums them in the order of the tree.
 
-    While leaves are missing the output is zero; the exchange of the last leaves writes the sum. Where copies add up their outputs
-    afterwards (hybrid), only the first copy gives the sum and the others -0.0, which changes no number.
+    Until the last leaves of an update are exchanged the output is zero; then it is the sum. In hybrid mode FSDP adds up the outputs of the
+    copies afterwards: the first copy gives the sum, and the others give -0.0, which changes no number.
     """
 
     def __init__(self, world_size: int, replicate: Any) -> None:
@@ -68,7 +70,7 @@ class LeafExchange:
         self._first = self._count = 0
 
     def begin(self, first: int, count: int, last: int) -> None:
-        """The leaves of the next backward: `count` from `first` on, of `last` in all."""
+        """Before a backward: its leaves are `count` leaves from number `first` on, of `last` leaves in the update."""
         if first == 0:
             self._leaves = tree.Binary(add_in_place)
         self._first, self._count, self._is_last = first, count, first + count == last
@@ -81,7 +83,7 @@ class LeafExchange:
 
         received = torch.empty_like(input_tensor)
         dist.all_to_all_single(received, input_tensor, group=group)
-        if self._replicate is not None:  # ranks of a copy follow each other, so copies hold neighbouring runs of leaves
+        if self._replicate is not None:  # the ranks of a copy follow each other, so the leaves of copy after copy are in order
             received = gathered(received, self._replicate.size(), self._replicate)
         for number, rows in enumerate(received.view(self._size, -1)[: self._count]):
             self._leaves.push(self._first + number, rows.clone())
@@ -96,14 +98,16 @@ class LeafExchange:
 
 
 class ShardedStep(TrainStep):
-    """The step on a model that `shard` has cut up; the optimizer works on this process's rows."""
+    """Shards the weights of `model` as `sharding` says and trains it; the optimizer works on the rows of this process."""
 
     uses_graphs = False
 
     def __init__(self, model: Model, *args: Any, share: Share, world: World, sharding: Sharding, deterministic: bool, **options: Any) -> None:
         mesh = sharding.mesh(world.device.type)
         shard(model, mesh)
-        self._sharded: dict[str, Any] = dict(model.named_parameters())  # later the model may show whole weights under these names
+        self._sharded: dict[str, Any] = dict(
+            model.named_parameters()
+        )  # the sharded weights; while a unit is gathered the model shows whole weights under these names
         self._rows = {name: torch.nn.Parameter(parameter.to_local().detach()) for name, parameter in self._sharded.items()}
         super().__init__(model, *args, **options)
         self.share, self.world, self.sharding = share, world, sharding
@@ -118,7 +122,8 @@ class ShardedStep(TrainStep):
         return self._rows.items()
 
     def accumulate(self, microbatches: Sequence[Batch], beat: Callable[[], None] | None = None) -> tuple[float, int]:
-        """Every process runs as many microbatches as the one that has most, for all take part in each exchange; the fillers have no targets."""
+        """As `TrainStep.accumulate`. All processes take part in each exchange, so that each runs as many microbatches as the one that has the most;
+        those that it lacks are copies without targets."""
         num_targets = int(self.world.sums([sum(each.num_targets for each in microbatches)])[0])
         self._zero_grad()
         if not num_targets:
@@ -152,7 +157,7 @@ class ShardedStep(TrainStep):
         gradients = [each.grad for each in self._rows.values() if each.grad is not None]
         rows, largest, nonfinite = measured(gradients)
         if self.sharding.copy:
-            rows, nonfinite = [], 0  # the first copy counts for all
+            rows, nonfinite = [], 0  # the copies hold the same: the first one counts for all
         nonfinite = int(self.world.sums([nonfinite])[0])
         norm = norm_of(self._everyones(rows), nonfinite)
         largest = self.world.largest(largest)
@@ -163,7 +168,7 @@ class ShardedStep(TrainStep):
         return GradientStatistics(norm, largest, nonfinite)
 
     def _everyones(self, rows: Sequence[Tensor]) -> list[Tensor]:
-        """The squares of all processes' rows; summed exactly, they need no order."""
+        """The squares of the rows of all processes, in any order: they are summed exactly."""
         mine = torch.cat([*rows, torch.zeros(0, dtype=torch.float64)])
         counts = [int(count) for count in self.world.sums([mine.numel() if rank == self.world.rank else 0 for rank in range(self.world.size)])]
         padded = torch.nn.functional.pad(mine, (0, max(counts) - mine.numel()))
@@ -176,7 +181,7 @@ class ShardedStep(TrainStep):
         return {name: rows.detach() for name, rows in self._rows.items()}
 
     def restore(self, found: Checkpoint) -> None:
-        """Reads this process's rows out of a checkpoint in one piece or in parts of any number of processes."""
+        """Reads this process's rows from a checkpoint, which may be whole or in the parts of any number of processes."""
         from cllm.checkpoint.parts import read_rows
 
         layout = self.sharding.layout(self._sharded)
@@ -188,7 +193,7 @@ class ShardedStep(TrainStep):
             self.load_state_dict(state)
 
     def whole_model(self) -> Model | None:
-        """A copy with all weights, on the CPU, in the first process; all take part."""
+        """A copy with all weights on the CPU in the first process, None in the others; all of them take part."""
         from cllm.model.model import Model
 
         whole = Model(self.model.config) if self.world.leads else None

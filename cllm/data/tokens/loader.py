@@ -1,11 +1,11 @@
-"""Training batches of windows over packed tokens. Batch `index` depends on (data, seed, index) alone: on no worker, and on no batch before it.
+"""Training batches of windows over packed tokens. Batch `index` is a function of the data, the seed and the index alone.
 
-The stream of a split is taken as a ring, and an epoch is all of its windows, side by side
-from a random place on, in random order: floor(tokens / T) windows, each token a target at most once, fewer than T of them left over, other
-ones in each epoch. Where the ring closes there is no target (-100). Window j of the endless sequence of epochs is row j % B of batch j // B,
-so that one batch of 12 and three of 4 see the same windows, and data smaller than a batch simply begins its next epoch within it.
+The tokens of a split are taken as a ring. An epoch consists of the windows of T tokens that lie side by side on the ring from a random place on, in
+random order: floor(tokens / T) windows, in which each token is a target at most once. Fewer than T tokens are left out, others in each epoch. Where
+the ring closes there is no target (-100). Window j of the endless sequence of epochs is row j % B of batch j // B: one batch of 12 and three
+batches of 4 see the same windows, and where an epoch has fewer windows than a batch, the batch continues with the next epoch.
 
-Random numbers are raw Philox output, which numpy keeps the same in every version.
+Random numbers are the raw output of Philox, which is the same in every version of numpy.
 """
 
 import numpy as np
@@ -16,14 +16,18 @@ from cllm.data.tokens.windows import check_sizes, gather
 from cllm.runtime.errors import DataError, UserError
 
 SHUFFLES = ("epoch", "random", "none")
-_ORDER, _DRAW = 0, 1  # separate streams of random numbers for one seed
+_ORDER, _DRAW = 0, 1  # numbers of the independent random streams of a seed: the order of an epoch, and single windows
 
 
 class Batches:
     """An endless sequence of training batches: `batch(index)` for index 0, 1, 2, ...
 
-    shuffle: "epoch" (True): each epoch a new permutation of windows; "random": every window starts anywhere, drawn with replacement, as in
-    nanoGPT; "none" (False): windows in order. Raises DataError when the split is too short for one window.
+    seq_len: T, the tokens of a row. batch_size: B, the rows of a batch. seed: >= 0.
+    shuffle: "epoch" (or True): a new permutation of the windows in each epoch; "random": each window begins anywhere, drawn with replacement,
+        as in nanoGPT; "none" (or False): the windows in order.
+    document_mask: whether attention stops at the boundaries of documents, whose first tokens are then no targets.
+
+    Raises UserError for sizes below 1, a negative seed or another shuffle, DataError when the split is too short for one window.
     """
 
     def __init__(
@@ -47,35 +51,35 @@ class Batches:
         self.shuffle = shuffle
         self.document_mask = document_mask
         self.windows_per_epoch = split.num_tokens // seq_len
-        self._epoch: tuple[int, int, np.ndarray] | None = None  # number, first token, order of windows: only a cache
+        self._epoch: tuple[int, int, np.ndarray] | None = None  # number, first token and order of the windows of the epoch used last: a cache
 
     @property
     def tokens_per_epoch(self) -> int:
-        """Targets in one epoch, those without a target included."""
+        """Places for targets in one epoch, including those without one."""
         return self.windows_per_epoch * self.seq_len
 
     @property
     def num_batches(self) -> int:
-        """Batches after which every window of the first epoch was seen."""
+        """The number of batches after which every window of the first epoch has been seen."""
         return self.num_batches_for(1)
 
     def num_batches_for(self, epochs: float) -> int:
-        """Batches that make up this many epochs, rounded up, at least 1."""
+        """The number of batches in this many epochs, rounded up, at least 1."""
         return max(1, int(np.ceil(epochs * self.windows_per_epoch / self.batch_size)))
 
     def epoch_of(self, index: int) -> float:
-        """Epochs seen before batch `index`, as a number with a fraction."""
+        """How many epochs come before batch `index`, with a fraction."""
         return index * self.batch_size / self.windows_per_epoch
 
     def batch(self, index: int) -> Batch:
-        """Batch number `index` from 0; the same for the same data, seed, seq_len and batch_size, whoever asks and whatever was asked before."""
+        """Batch number `index`, counted from 0. What was asked for before makes no difference."""
         assert index >= 0, index
         return self.rows(index * self.batch_size, self.batch_size)
 
     def rows(self, first: int, count: int) -> Batch:
         """Windows `first` to `first + count` of the endless sequence as one batch, wherever the batches of `batch` begin and end."""
         if self.shuffle == "random":
-            room = self.split.num_tokens - self.seq_len  # starts of windows whose last target is still there
+            room = self.split.num_tokens - self.seq_len  # the number of places where a window with all of its targets may begin
             starts = [int(raw % room) for raw in _raw_from(self.seed, first, count)]
         else:
             starts = [self._start(window) for window in range(first, first + count)]
@@ -101,7 +105,7 @@ def _philox(seed: int, stream: int, number: int) -> np.random.Philox:
 
 
 def _raw_from(seed: int, first: int, count: int) -> list[int]:
-    """Numbers `first` to `first + count` of one endless stream of random 64-bit numbers, by moving Philox's counter (4 numbers a count)."""
+    """Numbers `first` to `first + count` of an endless stream of random 64-bit numbers. Philox makes 4 of them from each value of its counter."""
     block = first // 4
     generator = _philox(seed, _DRAW, 0)
     generator.advance(block)

@@ -1,12 +1,13 @@
-"""Packed tokens on disk: written once as a stream, then memory-mapped.
+"""Packed tokens on disk: one long sequence of tokens, written once and then memory-mapped.
 
-    FOLDER/shard-00000.bin ...   token ids, little-endian uint16 (vocabularies up to 65,536) or uint32, one after the other
-           offsets.bin           int64 (num_documents + 1): where each document begins in the stream, and the end
-           documents.jsonl       one JSON string a line: the names of the documents
+    FOLDER/shard-00000.bin ...   the tokens, little-endian uint16 (vocabularies up to 65,536) or uint32
+           offsets.bin           int64 (num_documents + 1): the position of the first token of each document, and the number of tokens
+           documents.jsonl       the name of each document, a JSON string on a line
            counts.bin            int64 (vocab_size): how often each token occurs
-           index.json            counts, tokenizer hash, and size and BLAKE2b of every file above; written last
+           index.json            the numbers of tokens and documents, the hash of the tokenizer, and the size and BLAKE2b checksum of every
+                                 file above; written last
 
-A folder appears whole or not at all (`cllm.files.new_folder`). Sizes are checked whenever it is opened, checksums by `verify`.
+A folder appears whole or not at all (`cllm.files.new_folder`). The sizes are checked whenever it is opened, the checksums by `verify`.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ _AGAIN = "Pack the data again (`cllm pack`)."
 
 
 class _HashedFile:
-    """A file written front to back, with its size and checksum known at the end."""
+    """A file that is written front to back; `close` returns its size and checksum."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -52,7 +53,10 @@ class _HashedFile:
 
 
 class ShardWriter:
-    """Writes one packed split into an existing folder: append tokens, end each document, close."""
+    """Writes packed tokens into an existing folder: `append` tokens, `end_document` after each document, `close` at the end.
+
+    vocab_size: every token is below it. eot_id: the token that ends a document, None where there is none. shard_tokens: the tokens of a file.
+    """
 
     def __init__(self, folder: Path, vocab_size: int, tokenizer_hash: str, eot_id: int | None, shard_tokens: int = SHARD_TOKENS):
         self.folder = folder
@@ -69,10 +73,10 @@ class ShardWriter:
         self.num_tokens = self.num_documents = self.num_bytes = self.num_chars = 0
 
     def append(self, ids: np.ndarray) -> None:
-        """More tokens of the document that is being written."""
+        """Adds tokens (n,) to the document that is being written."""
         if not len(ids):
             return
-        self._counts += np.bincount(ids, minlength=len(self._counts))  # an id outside the vocabulary makes the sum fail
+        self._counts += np.bincount(ids, minlength=len(self._counts))  # fails for a token outside the vocabulary
         written = 0
         while written < len(ids):
             if self._shard is None:
@@ -86,7 +90,8 @@ class ShardWriter:
         self.num_tokens += len(ids)
 
     def end_document(self, name: str, num_chars: int, num_bytes: int) -> None:
-        """What was appended since the last document is a document of this name and these sizes of text (without the end token); no token, none."""
+        """Makes what was appended since the last document a document of its own. `num_chars` and `num_bytes` (in UTF-8) are the sizes of its text
+        without the end token. A document without a token is left out."""
         if self.num_tokens == self._last_end:
             return
         self._last_end = self.num_tokens
@@ -97,7 +102,7 @@ class ShardWriter:
         self.num_bytes += num_bytes
 
     def close(self) -> None:
-        """Finish all files; index.json comes last and makes the folder valid."""
+        """Completes all files. index.json is written last and makes the folder valid."""
         if self._shard is not None:
             self._close_shard()
         counts = _HashedFile(self.folder / "counts.bin")
@@ -119,7 +124,7 @@ class ShardWriter:
         write_file(self.folder / "index.json", json.dumps(index, indent=1).encode("utf-8"), DATA)
 
     def abandon(self) -> None:
-        """Close the files without finishing them."""
+        """Closes the files without completing them."""
         for file in (self._shard, self._names, self._offsets):
             if file is not None:
                 file.abandon()
@@ -148,7 +153,7 @@ class _File:
 
 
 class PackedTokens:
-    """One packed split, memory-mapped: `read(start, count)` gives tokens, `document_starts` where documents begin.
+    """Packed tokens, memory-mapped: `read(start, count)` returns tokens, `document_starts` tells where documents begin.
 
     Raises DataError when the folder is missing, foreign, of a newer format, incomplete, or packed with another tokenizer than
     `tokenizer_hash` (when given).
@@ -220,11 +225,11 @@ class PackedTokens:
         return out
 
     def document_at(self, position: int) -> int:
-        """Index of the document that holds the token at this position."""
+        """The number of the document that holds the token at this position."""
         return int(np.searchsorted(self._offsets, position, side="right")) - 1
 
     def document_name(self, document: int) -> str:
-        """The name of a document (file, or file:line of JSONL), for reports of faults; reads the list of names up to it."""
+        """The name of a document: its file, or file:line where a file holds several. Reads the list of names up to it."""
         with open(self.folder / self._names_file.name, "rb") as file:
             for number, line in enumerate(file):
                 if number == document:
@@ -241,10 +246,10 @@ class PackedTokens:
         return np.array(self._map(self._counts_file, np.dtype("<i8")))
 
     def unigram_nats(self, reference: "PackedTokens | None" = None) -> float:
-        """Nats per token of a model that knows only how frequent each token is: what a language model must beat.
+        """The loss, in nats per token, of a model that knows only how frequent each token is: what a language model must improve on.
 
-        Frequencies come from this split itself (its entropy), or from `reference` (the training split, say), where each token then counts
-        once more than it was seen so that a token it never saw is unlikely and not impossible.
+        The frequencies are those of these tokens themselves, which gives their entropy, or those of `reference`, the training split for example.
+        There each token counts once more than it occurs, so that one that does not occur is unlikely rather than impossible.
         """
         counts = self.token_counts().astype(np.float64)
         total = counts.sum()
@@ -257,11 +262,11 @@ class PackedTokens:
         return float(-(counts * np.log(model / model.sum())).sum() / total)
 
     def unigram_nats_per_byte(self, reference: "PackedTokens | None" = None) -> float:
-        """The same per byte of text; divided by ln 2 it is bits per byte."""
+        """`unigram_nats` per byte of text; divided by ln 2 it is bits per byte."""
         return self.unigram_nats(reference) * self.num_tokens / max(self.num_bytes, 1)
 
     def verify(self) -> None:
-        """Read every byte and compare it with the checksums; DataError names the damaged file."""
+        """Compares every byte with the checksums; the DataError for damage names the file."""
         for file in self._files():
             digest = hashlib.blake2b(digest_size=16)
             with open(self.folder / file.name, "rb") as raw:

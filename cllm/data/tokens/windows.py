@@ -18,12 +18,15 @@ from cllm.runtime.errors import UserError
 
 
 class Windows:
-    """A whole split once, in order, for evaluation: every token but the first (of the split, or with the document mask of each document) is a
-    target exactly once. The last row of the last batch is filled up with inputs 0 and targets -100.
+    """A whole split once, in order, for evaluation. Every token is a target exactly once, except the first token of the split, or with the document
+    mask the first token of each document. The end of the last row is padded with inputs 0 and targets -100.
 
-    A window begins every `stride` tokens (default: seq_len, so that windows lie side by side). A shorter stride overlaps them, and a target that
-    an earlier window had is -100 in the next: each but those of the first window then has at least seq_len - stride + 1 tokens before it, or all
-    of its document. Windows are rows in order: the first input of row r of batch i is token (i * batch_size + r) * stride of the split.
+    seq_len: T, the tokens of a row. batch_size: B, the rows of a batch. document_mask: whether attention stops at the boundaries of documents.
+    stride: a window begins every `stride` tokens, 1 to seq_len; by default seq_len, so that windows lie side by side. Where windows overlap, a
+        target that an earlier window had is -100: every target outside of the first window then has at least seq_len - stride + 1 tokens before
+        it, or its whole document.
+
+    The first input of row r of batch i is token (i * batch_size + r) * stride of the split, unless these are a `part`. Raises UserError for sizes out of range.
     """
 
     def __init__(self, split: PackedTokens, seq_len: int, batch_size: int = 8, *, document_mask: bool = False, stride: int | None = None):
@@ -59,7 +62,7 @@ class Windows:
 
     @property
     def num_targets(self) -> int:
-        """How many tokens are predicted in one pass."""
+        """How many targets all batches have together."""
         if self.num_rows < self.num_windows:
             return sum(batch.num_targets for batch in self)
         if self.split.num_tokens < 2:
@@ -71,16 +74,17 @@ class Windows:
         assert 0 <= index < len(self), index
         windows = self._windows[index * self.batch_size : (index + 1) * self.batch_size]
         batch = gather(self.split, [window * self.stride for window in windows], self.seq_len, self.document_mask, ring=False)
-        batch.targets[1 if windows[0] == 0 else 0 :, : self.seq_len - self.stride] = IGNORE  # scored by the window before
+        batch.targets[1 if windows[0] == 0 else 0 :, : self.seq_len - self.stride] = IGNORE  # targets of the window before
         return batch
 
 
 def gather(split: PackedTokens, starts: list[int], seq_len: int, document_mask: bool, ring: bool) -> Batch:
-    """Windows of `seq_len` inputs from each start. Past the end of the stream a ring goes on at its beginning; else rows are filled up."""
+    """A batch of windows of `seq_len` inputs, which begin at the tokens `starts`. A window that reaches the end of the split continues at its
+    beginning, if `ring`; otherwise it is padded."""
     end = split.num_tokens
     tokens = np.zeros((len(starts), seq_len), dtype=np.int64)
     targets = np.full((len(starts), seq_len), IGNORE, dtype=np.int64)
-    cuts: list[np.ndarray] = []  # places in the B * T tokens where another document begins
+    cuts: list[np.ndarray] = []  # places in the B * T tokens where a document begins
     documents: set[int] = set()
     offsets = split.document_starts
     for row, start in enumerate(starts):
@@ -91,7 +95,7 @@ def gather(split: PackedTokens, starts: list[int], seq_len: int, document_mask: 
             span = split.read(start, min(count + 1, end - start))
             tokens[row, place : place + count] = span[:count]
             targets[row, place : place + len(span) - 1] = span[1:]
-            # documents that begin in (start, start + count]: the token before is the last of another one and has no target
+            # The documents that begin in (start, start + count]: the token before each is the last of another document, and its target is dropped.
             low = int(np.searchsorted(offsets, start, side="right"))
             high = int(np.searchsorted(offsets, start + count, side="right"))
             first = split.document_at(start)
@@ -104,7 +108,7 @@ def gather(split: PackedTokens, starts: list[int], seq_len: int, document_mask: 
                 cuts.append(np.array([row * seq_len + place]))
             place += count
             start += count
-        if document_mask and place < seq_len:  # the filling is a document of its own
+        if document_mask and place < seq_len:  # the padding is a document of its own
             cuts.append(np.array([row * seq_len + place]))
     cu_seqlens = None
     if document_mask:
