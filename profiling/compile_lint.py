@@ -17,7 +17,7 @@ import report
 
 def main() -> None:
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
-    from cllm.kernels.triton import inspection
+    from cllm.kernels import inspection
     from cllm.runtime.gpu import DESCRIBED
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

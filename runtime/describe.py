@@ -90,7 +90,7 @@ def _summary() -> str:
     """The backend that most of the registered operations get on the CPU."""
     asked, names = settings(), registered_operations()
     if not names:
-        return "none are registered (import cllm.kernels)"
+        return "none are registered, because the kernels are not imported"
     plans = [explain(op) for op in names] if asked.backend is None else []
     chosen, _ = Counter(plan.backend for plan in plans).most_common(1)[0] if plans else (asked.backend, 0)
     why = next((plan.reason.partition(";")[0] for plan in plans if plan.backend == chosen), "asked for")

@@ -199,7 +199,7 @@ def _nobody(op: str, device_type: str) -> str:
     nearest = get_close_matches(op, known, n=1)
     if nearest:
         return f"none is registered; did you mean {nearest[0]}?"
-    return f"none is registered; known: {', '.join(known)}" if known else "none is registered; import cllm.kernels first"
+    return f"none is registered; known: {', '.join(known)}" if known else "none is registered; import the kernels first"
 
 
 def _work(op: str, shapes: Shapes, dtype: str, options: tuple[tuple[str, Any], ...]) -> float:

@@ -568,7 +568,7 @@ def backward(
 
 
 def launches(gpu: GPU, dtype: torch.dtype) -> Calls:
-    """The backward part of `attention_forward.launches`."""
+    """As `attention_forward.launches`, of the backward pass."""
     if gpu.is_hopper and dtype in HALVES:
         for name, (q, k, v, causal, scale, window, softcap, cu_seqlens) in cases(dtype, HEAD_DIMS):
             if can_serve(q, k, v, causal, window, softcap, cu_seqlens, gpu)[0]:

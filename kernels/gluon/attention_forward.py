@@ -514,10 +514,7 @@ def cases(dtype: torch.dtype, head_dims: tuple[int, ...]) -> Iterator[tuple[str,
 
 
 def launches(gpu: GPU, dtype: torch.dtype) -> Calls:
-    from cllm.kernels.gluon import attention_backward
-
     if gpu.is_hopper and dtype in HALVES:
         for name, (q, k, v, causal, scale, window, softcap, cu_seqlens) in cases(dtype, HEAD_DIMS):
             if can_serve(q, k, v, causal, window, softcap, cu_seqlens, gpu)[0]:
                 yield f"attention {name}", partial(forward, q, k, v, causal, scale, window, softcap, cu_seqlens)
-        yield from attention_backward.launches(gpu, dtype)

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cllm.kernels.decoding import Linear, Norm, Stack
 from cllm.kernels.numba import attention, matvec, norm, rotary
 from cllm.kernels.numba import attention_amx as amx
 from cllm.kernels.numba import attention_tile as at
 from cllm.kernels.numba.gemm import TILES, bf16_kernel
 from cllm.kernels.numba.launch import Kernel, _call, is_half, num_workers
 from cllm.kernels.numba.matvec import MOST_ROWS, Output
+from cllm.kernels.stack import Linear, Norm, Stack
 from cllm.runtime import threads
 
 __all__ = ["MOST_ROWS", "Decoder"]
@@ -60,7 +60,7 @@ def _run_workers(entries, ints, floats, tasks, workers):
 
 
 class Decoder:
-    """See kernels/decoding.py: decoder(x (B, E), position) -> logits (B, V)."""
+    """See `make_decoder` of kernels/decoding.py: decoder(x (B, E), position) -> logits (B, V)."""
 
     def __init__(self, stack: Stack, keys: Sequence[Tensor], values: Sequence[Tensor], dtype: torch.dtype) -> None:
         self.stack, self.keys, self.values, self.dtype = stack, keys, values, dtype

@@ -1,6 +1,6 @@
 """int8 weights inside the kernels: dequantised on the way into packed strips, or multiplied as they are by AMX's int8 tiles.
 
-The layout is that of kernels/quantized.py: strips of STRIP outputs, in them blocks of SCALE_BLOCK k, four k side by side: what tiles read.
+The layout is that of kernels/quantization.py: strips of STRIP outputs, in them blocks of SCALE_BLOCK k, four k side by side: what tiles read.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ from cllm.kernels.numba.simd import (
     vstore,
     vzero,
 )
-from cllm.kernels.quantized import SCALE_BLOCK, STRIP
+from cllm.kernels.quantization import SCALE_BLOCK, STRIP
 
 STRIPS = 4  # taken through K together, so that the chain of one need not wait for itself
 INTEGER_ROWS, GROUP_ROWS = 64, 8  # rows of x at a time for int8 tiles, and those of one tile: two digits each

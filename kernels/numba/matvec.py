@@ -22,7 +22,7 @@ from cllm.kernels.numba.launch import Kernel, int64_at, is_half, load, scratch, 
 from cllm.kernels.numba.micro import HAS_TILES, WORD, make_micro, make_tile_micro
 from cllm.kernels.numba.pack import pack_strip
 from cllm.kernels.numba.simd import F32, HAS_PAIRS, I64, VF, VI, BFloat, W, intrinsic, vadd, vload, vstore
-from cllm.kernels.quantized import SCALE_BLOCK, STRIP, Quantized
+from cllm.kernels.quantization import SCALE_BLOCK, STRIP, Quantized
 
 MOST_ROWS = W  # rows of one strip
 MOST_TASK_COLUMNS = 1024

@@ -14,7 +14,7 @@ from cllm.kernels.numba import feed_forward as dense
 from cllm.kernels.numba import gemm, matvec
 from cllm.kernels.numba.launch import at_most, num_workers
 from cllm.kernels.operations import Shapes
-from cllm.kernels.quantized import Quantized
+from cllm.kernels.quantization import Quantized
 
 
 def _workers(x: Tensor, weight: Quantized) -> int:

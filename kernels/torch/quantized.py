@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from cllm.kernels.quantized import Quantized
+from cllm.kernels.quantization import Quantized
 from cllm.kernels.torch import feed_forward as dense
 from cllm.kernels.torch import matmul as product
 

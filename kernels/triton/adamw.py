@@ -16,21 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from cllm.kernels.torch import adamw as reference
+from cllm.kernels.triton.adamw_table import BLOCK_ELEMENTS, COEFFICIENTS, FIELDS, HYPER, KINDS, LARGEST_SCALE, SMALLEST_SCALE
 from cllm.kernels.triton.launch import Calls, is_recording, launch
 from cllm.runtime.errors import UserError
 from cllm.runtime.gpu import GPU
 
-BLOCK_ELEMENTS = 8192
 TILE = 512
-SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 2.0**24  # of the dynamic loss scale
-
-# What the numbers in the device's tables mean; `adamw_cuda.py` gives them the same names. A row of the table, int64, for each tensor:
-FIELDS = ("PARAM", "AVG", "AVG_SQ", "HALF", "SIZE", "FIRST_BLOCK", "DECAY", "HALF_KIND")  # addresses; the decay's float64 bits
-# (address, kind) of each gradient, a table of its own because it changes:
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-HYPER = ("LEARNING_RATE", "BETA1", "BETA2", "EPS", "MAX_NORM", "LOSS_SCALE_INVERSE", "SKIP_NONFINITE", "GROWTH_INTERVAL")
-STATE = ("UPDATES", "LOSS_SCALE", "GOOD_STEPS", "SKIPPED")
-COEFFICIENTS = ("GRAD_SCALE", "RATE", "STEP_SIZE", "ROOT", "KEEP1", "KEEP2", "EPSILON", "SKIP")  # float64, from `finish` to `update`
 
 PARAM, AVG, AVG_SQ, HALF, SIZE, FIRST_BLOCK, DECAY, HALF_KIND = map(tl.constexpr, range(8))
 LEARNING_RATE, BETA1, BETA2, EPS, MAX_NORM, LOSS_SCALE_INVERSE, SKIP_NONFINITE, GROWTH_INTERVAL = map(tl.constexpr, range(8))

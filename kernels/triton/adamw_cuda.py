@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cllm.kernels.triton import adamw
+from cllm.kernels.triton import adamw_table
 from cllm.runtime.gpu import gpu_of
 
 OPTIONS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
@@ -259,11 +259,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) update(
 
 
 def constants() -> str:
-    """The numbers that both languages share, from `adamw.py`."""
-    names = [f"enum {{ {', '.join(names)} }};" for names in (adamw.FIELDS, adamw.HYPER, adamw.STATE, adamw.COEFFICIENTS)]
-    sizes = f"enum {{ NUM_FIELDS = {len(adamw.FIELDS)}, BLOCK_ELEMENTS = {adamw.BLOCK_ELEMENTS} }};"
+    """The numbers that both languages share, from `adamw_table.py`."""
+    names = [f"enum {{ {', '.join(names)} }};" for names in (adamw_table.FIELDS, adamw_table.HYPER, adamw_table.STATE, adamw_table.COEFFICIENTS)]
+    sizes = f"enum {{ NUM_FIELDS = {len(adamw_table.FIELDS)}, BLOCK_ELEMENTS = {adamw_table.BLOCK_ELEMENTS} }};"
     sizes += f" enum {{ THREADS = {THREADS}, FINISH_THREADS = {FINISH_THREADS} }};"
-    scales = f"#define SMALLEST_SCALE {float(adamw.SMALLEST_SCALE)!r}\n#define LARGEST_SCALE {float(adamw.LARGEST_SCALE)!r}"
+    scales = f"#define SMALLEST_SCALE {float(adamw_table.SMALLEST_SCALE)!r}\n#define LARGEST_SCALE {float(adamw_table.LARGEST_SCALE)!r}"
     return "\n".join([*names, sizes, scales])
 
 

@@ -3,7 +3,7 @@
 `launch(kernel, grid, *args, num_warps=..., num_stages=..., CONSTANT=...)`: args in the order of the kernel's parameters, compile-time constants by
 name and last in the kernel's signature. On a GPU the second launch of a kind goes straight to the compiled kernel, past the argument binder of
 Triton's JIT, which costs more than a small kernel runs. Inside `recording()` nothing runs: operations are called on meta tensors, and each launch
-leaves a `Launch`, which `inspection.py` compiles for any target.
+leaves a `Launch`, which `kernels/inspection.py` compiles for any target.
 """
 
 from collections.abc import Callable, Iterator

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cllm import runtime
-from cllm.kernels.quantized import SCALE_BLOCK, quantize, quantized_feed_forward, quantized_matmul
+from cllm.kernels.quantization import SCALE_BLOCK, quantize
+from cllm.kernels.quantized import quantized_feed_forward, quantized_matmul
 from cllm.runtime.errors import UserError
 
 gemm = pytest.importorskip("cllm.kernels.numba.gemm").gemm

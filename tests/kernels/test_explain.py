@@ -7,7 +7,8 @@ import torch
 
 from cllm import kernels, runtime
 from cllm.kernels.operations import OPERATIONS, visible_pairs
-from cllm.kernels.quantized import quantize, quantized_matmul
+from cllm.kernels.quantization import quantize
+from cllm.kernels.quantized import quantized_matmul
 
 pytest.importorskip("numba")
 

@@ -310,7 +310,7 @@ def test_can_serve_says_why_not():
 
 COMPILE = """
 import dataclasses, json, torch
-from cllm.kernels.triton import inspection
+from cllm.kernels import inspection
 from cllm.kernels.gluon import attention_forward as attention_hopper
 from cllm.kernels.gluon import attention_backward as attention_hopper_backward
 from cllm.kernels.triton.launch import recording

@@ -29,9 +29,9 @@ from cllm.kernels.triton.launch import Launch, recording
 from cllm.runtime import files, tuning
 from cllm.runtime.gpu import DESCRIBED, GPU, described
 
-MODULES = (
+MODULES = (  # those of kernels/triton, unless another folder is named
     "softmax", "norm", "rotary", "embedding", "cross_entropy", "linear_cross_entropy", "matmul", "feed_forward", "attention", "adamw",
-    "gluon.attention_forward",
+    "gluon.attention_forward", "gluon.attention_backward",
 )  # fmt: skip
 # Tiles of fewer rows than wgmma's 64: a decoding step has no more.
 SMALL_TILES = ("attention_decode_kernel",)
