@@ -6,8 +6,7 @@ Names are loaded on first use, so that `import cllm` compiles nothing and starts
 from typing import TYPE_CHECKING
 
 from cllm._lazy import exports
-
-__version__ = "0.1.0"
+from cllm._version import __version__ as __version__
 
 _HOME = {
     "Model": "cllm.model.model",

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from cllm.model.model import Model
 
 FILE_VERSION = 1
+BASE = "base.cllm"  # in a run of LoRA adapters, the frozen weights that they belong to
 WEIGHTS_FORMATS = ("fp32", "bf16", "int8")
 
 
@@ -155,9 +156,10 @@ def _load_checkpoint(checkpoint: Checkpoint) -> tuple[Model, Tokenizer | None]:
 
 def _merged(checkpoint: Checkpoint, run: Path) -> tuple[Model, Tokenizer | None]:
     """The frozen base model of a LoRA run with the adapters of a checkpoint added to its weights."""
-    from cllm.model.lora import LoraConfig, add_lora, merge_lora
+    from cllm.config.lora import LoraConfig
+    from cllm.model.lora import add_lora, merge_lora
 
-    base, lora = run / "base.cllm", LoraConfig.from_dict(checkpoint.state["lora"])
+    base, lora = run / BASE, LoraConfig.from_dict(checkpoint.state["lora"])
     if not base.is_file():
         raise CheckpointError(
             f"{checkpoint.path} holds LoRA adapters alone, and the weights that they belong to are missing: {base}. Keep both in one run."

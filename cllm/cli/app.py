@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from cllm import __version__
+from cllm._version import __version__
 from cllm.cli import bench, chat, checkpoint, evaluate, export, generate, machine, report, tokenizer, train
 from cllm.cli.console import ReaderGone, current, open_console, prepare_streams, silence_stdout
 from cllm.cli.mistakes import system_error, wrong_usage

@@ -14,6 +14,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
+from cllm.config.lora import TARGETS
 from cllm.config.model import ModelConfig
 from cllm.config.presets import PRESETS
 from cllm.config.schedule import KINDS
@@ -141,7 +142,7 @@ class FinetuneSection:
     )
     lora_rank: int = setting(0, "Rank of LoRA adapters, which alone are trained; 0 trains all weights.", at_least=0, example=8)
     lora_alpha: float = setting(0.0, "Adapters are multiplied by lora_alpha / lora_rank; 0 is twice the rank.", at_least=0.0, example=16)
-    lora_targets: str = setting("all", "Matrices that get adapters: all of the blocks, or those of attention.", choices=("all", "attention"))
+    lora_targets: str = setting("all", "Matrices that get adapters: all of the blocks, or those of attention.", choices=TARGETS)
 
 
 @dataclass(frozen=True)

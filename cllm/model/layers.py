@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from cllm import kernels
 from cllm.config.model import ModelConfig
-from cllm.kernels.decoding import Layer, Linear, Norm
 from cllm.kernels.embedding import tied_embedding
-from cllm.kernels.quantized import Quantized, quantize, quantized_feed_forward, quantized_matmul
+from cllm.kernels.quantization import Quantized, quantize
+from cllm.kernels.quantized import quantized_feed_forward, quantized_matmul
+from cllm.kernels.stack import Layer, Linear, Norm
 from cllm.model.cache import KVCache
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,45 +19,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from cllm import kernels
+from cllm.config.lora import LoraConfig
 from cllm.model.layers import Conv1D, Weights
-from cllm.runtime.errors import CheckpointError, UserError
+from cllm.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from cllm.model.model import Model
 
-TARGETS = ("all", "attention")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "attn.c_attn", "attn.c_proj")
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """rank of the adapters; alpha / rank multiplies them (alpha 0: 2 * rank); targets: "all" matrices of the blocks or those of "attention";
-    base: the SHA-256 of the .cllm file of the frozen weights, "" where there is none."""
-
-    rank: int
-    alpha: float = 0.0
-    targets: str = "all"
-    base: str = ""
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"lora_rank must be at least 1, got {self.rank}.")
-        if self.targets not in TARGETS:
-            raise UserError(f"lora_targets must be one of {', '.join(TARGETS)}, got {self.targets!r}.")
-
-    @property
-    def scale(self) -> float:
-        return (self.alpha or 2.0 * self.rank) / self.rank
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> LoraConfig:
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise CheckpointError(f"the checkpoint's lora settings {values!r} are not known to this CLLM.") from error
 
 
 class Adapter(nn.Module):

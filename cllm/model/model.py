@@ -21,15 +21,17 @@ from torch import Tensor, nn
 
 from cllm import kernels, runtime
 from cllm.config.model import ModelConfig
-from cllm.kernels.decoding import Decoder, Linear, Stack, make_decoder
-from cllm.kernels.quantized import Quantized, quantize, quantized_matmul
+from cllm.kernels.decoding import make_decoder
+from cllm.kernels.quantization import Quantized, quantize
+from cllm.kernels.quantized import quantized_matmul
+from cllm.kernels.stack import Decoder, Linear, Stack
 from cllm.model.cache import KVCache
 from cllm.model.layers import Context, GPT2Backbone, LlamaBackbone, Weights
 from cllm.model.rope import rotary_tables
 from cllm.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from cllm.model.lora import LoraConfig
+    from cllm.config.lora import LoraConfig
 
 INIT_STD = 0.02
 # The last matrix of each branch: what it writes is added to the residual stream, 2 * num_layers times.
@@ -82,7 +84,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def quantize_(self) -> "Model":
-        """Every matrix but the look-up tables becomes int8 (`cllm.kernels.quantized`); for generation and evaluation only, from then on."""
+        """Every matrix but the look-up tables becomes int8 (`cllm.kernels.quantization`); for generation and evaluation only, from then on."""
         if not self.is_quantized:
             for block in self.backbone.blocks:
                 for module in block.modules():

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cllm import __version__
+from cllm._version import __version__
 from cllm.files import Wording, write_file
 from cllm.monitor.records import ActivationsRow, EvaluationRow, FinalRow, LayersRow, TrainRow
 from cllm.report.charts import Series, heat_map, line_chart, share_bar, short, smoothed

@@ -10,18 +10,17 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cllm.checkpoint.model_file import load, save
+from cllm.checkpoint.model_file import BASE, load, save
 from cllm.checkpoint.safetensors import read_safetensors_metadata
 from cllm.checkpoint.store import CheckpointStore
-from cllm.model.lora import LoraConfig, add_lora
+from cllm.config.lora import LoraConfig
+from cllm.model.lora import add_lora
 from cllm.runtime.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from cllm.config.train import TrainConfig
     from cllm.data.tokens.tokenizer import Tokenizer
     from cllm.model.model import Model
-
-BASE = "base.cllm"
 
 
 def start(config: TrainConfig, out: Path) -> tuple[TrainConfig, Model, Tokenizer] | None:

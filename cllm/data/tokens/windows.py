@@ -26,7 +26,8 @@ class Windows:
         target that an earlier window had is -100: every target outside of the first window then has at least seq_len - stride + 1 tokens before
         it, or its whole document.
 
-    The first input of row r of batch i is token (i * batch_size + r) * stride of the split, unless these are a `part`. Raises UserError for sizes out of range.
+    The first input of row r of batch i is token (i * batch_size + r) * stride of the split, except in a `part`.
+    Raises UserError for sizes out of range.
     """
 
     def __init__(self, split: PackedTokens, seq_len: int, batch_size: int = 8, *, document_mask: bool = False, stride: int | None = None):

@@ -7,12 +7,13 @@ import torch
 
 from cllm import load, runtime, save
 from cllm.checkpoint.weights import load_weights, weights_of
+from cllm.config.lora import LoraConfig
 from cllm.config.model import ModelConfig
 from cllm.config.train import TrainConfig
 from cllm.data.pipeline import prepare
 from cllm.data.tokens.tokenizer import Tokenizer
 from cllm.interop.hf import save_hf
-from cllm.model.lora import LoraConfig, add_lora, lora_of, merge_lora
+from cllm.model.lora import add_lora, lora_of, merge_lora
 from cllm.model.model import Model
 from cllm.runtime.errors import CheckpointError, DataError, UserError
 from cllm.train.finetune import adapt, start
