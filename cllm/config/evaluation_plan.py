@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from cllm.config.schedule import BatchRamp
-
-if TYPE_CHECKING:
-    from cllm.config.train import TrainConfig
+from cllm.config.schema import LogSection, TrainSection
 
 FORWARD_SHARE = 1 / 3  # of the work of training on the same tokens
 LEAST_BATCHES, LEAST_TOKENS = 2, 512  # that every evaluation takes, whatever the budget: the larger of both
 CLASSES_SHARE, CLASSES_MOST = 1 / 4, 16384  # of an evaluation's tokens, and at most so many, are looked at by class
 CLASSES_COST = 2.0  # forward passes: one, and the whole row of probabilities of each token, which is ranked
+
+
+class Settings(Protocol):
+    """The sections of a `TrainConfig` that a plan follows from."""
+
+    @property
+    def train(self) -> TrainSection: ...
+
+    @property
+    def log(self) -> LogSection: ...
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class EvaluationPlan:
     split_rows: int
 
     @classmethod
-    def of(cls, config: TrainConfig, split_rows: int) -> EvaluationPlan:
+    def of(cls, config: Settings, split_rows: int) -> EvaluationPlan:
         """The plan of a configuration whose steps and eval_every are resolved."""
         settings = config.train
         assert settings.steps is not None and settings.eval_every is not None
@@ -60,24 +68,24 @@ class EvaluationPlan:
         return self.num_evaluations * each + (self.split_rows if self.whole_at_end else 0)
 
 
-def class_rows_of(config: TrainConfig, rows: int) -> int:
+def class_rows_of(config: Settings, rows: int) -> int:
     """The rows of an evaluation of `rows` rows of which each class of tokens is told."""
     if not config.log.classes or not rows:
         return 0
     return max(1, min(int(CLASSES_SHARE * rows), CLASSES_MOST // config.train.seq_len))
 
 
-def least_eval_every(config: TrainConfig) -> int:
+def least_eval_every(config: Settings) -> int:
     """The least number of steps between evaluations at which the smallest evaluation still keeps to train.eval_budget."""
     each = least_rows(config) * _cost(config) * FORWARD_SHARE  # in rows of training
     return math.ceil(each / config.train.eval_budget / (config.train.grad_accum * config.train.batch_size))
 
 
-def least_rows(config: TrainConfig) -> int:
+def least_rows(config: Settings) -> int:
     """The rows that every evaluation predicts, whatever the budget, where the split has so many."""
     return max(LEAST_BATCHES * config.train.batch_size, -(-LEAST_TOKENS // config.train.seq_len))
 
 
-def _cost(config: TrainConfig) -> float:
+def _cost(config: Settings) -> float:
     """Forward passes that one evaluated token costs, classes included."""
     return 1.0 + (CLASSES_SHARE * CLASSES_COST if config.log.classes else 0.0)

@@ -33,7 +33,7 @@ cllm.data                                from a folder of text to a data set
 cllm.data.tokens                         tokenizers, packed tokens, batches, chats
 cllm.data.documents                      files, charsets, texts
 cllm.config                              the settings and what follows from them
-cllm.files cllm._lazy cllm._version      what every room may use
+cllm.files cllm.shell cllm._lazy cllm._version     what every room may use
 cllm.kernels                             the fused operations with their contracts
 cllm.kernels.gluon cllm.kernels.sdpa     their backends, those that build on others first
 cllm.kernels.triton
