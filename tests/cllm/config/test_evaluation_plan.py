@@ -2,7 +2,7 @@
 
 import math
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cllm.config.evaluation_plan import CLASSES_COST, EvaluationPlan, least_eval_every, least_rows
@@ -22,6 +22,7 @@ def share(plan: EvaluationPlan, config: TrainConfig) -> float:
     return (during + (plan.split_rows if plan.whole_at_end else 0)) / 3 / trained
 
 
+@settings(deadline=None)
 @given(st.fixed_dictionaries(SIZES), st.integers(1, 10**6), st.integers(1, 5000))
 def test_all_evaluations_together_keep_to_the_budget_or_are_as_small_as_may_be(settings_, split_rows, eval_every):
     config = TrainConfig(**settings_, eval_every=min(eval_every, settings_["steps"]))
@@ -35,6 +36,7 @@ def test_all_evaluations_together_keep_to_the_budget_or_are_as_small_as_may_be(s
         assert share(plan, config) <= config.train.eval_budget * 1.0001 or plan.class_rows == 1
 
 
+@settings(deadline=None)
 @given(st.fixed_dictionaries(SIZES), st.integers(1, 10**6))
 def test_the_derived_pace_lets_the_smallest_evaluation_keep_to_the_budget(settings_, split_rows):
     config = TrainConfig(**settings_).resolve(ModelConfig(vocab_size=300, embed_dim=8, num_layers=1, num_heads=1, max_seq_len=4096), 10**6)
