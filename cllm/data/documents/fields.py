@@ -55,7 +55,7 @@ def choose(sample: list[Any], wanted: str = "") -> Choice:
                 sizes[path] = sizes.get(path, 0) + len(text)
     named = [path for path in _any_case(PLAIN, records) if any((text_at(record, path) or "").strip() for record in records)]
     if named:
-        return Choice(tuple(named))
+        return Choice((*named, *(name for name in PLAIN if name not in named)))  # a record beyond the sample may have only the other one
     if any(isinstance(record, str) for record in sample) and not sizes:
         return Choice(PLAIN)
     if not sizes:

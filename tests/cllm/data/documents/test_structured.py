@@ -99,7 +99,8 @@ def test_what_is_left_out_of_records_is_counted_by_reason_and_line(tmp_path):
     found, said = load(tmp_path, tmp_path / "out")
     assert found == {"a.jsonl:1": "one", "a.jsonl:5": "half of a face: \ufffd"}
     assert said[2:] == [
-        "left out 5:", "2 records that are not valid JSON: a.jsonl:2, a.jsonl:6", "2 records without a text in 'text': a.jsonl:3, a.jsonl:7",
+        "left out 5:", "2 records that are not valid JSON: a.jsonl:2, a.jsonl:6",
+        "2 records without a text in 'text' or 'content': a.jsonl:3, a.jsonl:7",
         "1 record with empty text: a.jsonl:4",
     ]  # fmt: skip
     assert load(tmp_path, tmp_path / "out")[1][1:] == said[1:]
@@ -193,3 +194,10 @@ def test_no_name_acts_on_the_terminal(tmp_path):
         assert line.isprintable() and "\x1b" not in line, line
     assert "a\\x1b[31m\\x0ared\\u202e.jsonl: 1 record, text from field 'a\\x1b[31m\\x0ared\\u202e'" in said
     assert "b\\udcff.txt" in found
+
+
+def test_a_record_beyond_the_first_thousand_may_have_its_text_in_the_other_usual_field(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' * 1000 + '{"content": "the last"}\n')
+    found, said = load(tmp_path / "a.jsonl", tmp_path / "out")
+    assert len(found) == 1001 and found["a.jsonl:1001"] == "the last"
+    assert "a.jsonl: 1,001 records, text from field 'text' or 'content'" in said
