@@ -1,17 +1,29 @@
-"""Which charset a file is written in, decided from its bytes alone.
+"""Which charset a file is written in, decided from its bytes.
 
-In this order: byte order mark; UTF-16 or UTF-32 without one (seen by where the zero bytes are); strict UTF-8; a charset that the file itself
-declares (PEP 263, HTML, XML); UTF-8 with a few damaged places; charset-normalizer; Windows-1252. What is no text at all is `Binary`.
+In this order: byte order mark; UTF-32 or UTF-16 without one; the escape sequences of ISO-2022 and HZ; strict UTF-8; a charset that the file itself
+declares (PEP 263, HTML, XML); UTF-8 with a few damaged places. These are certain. Everything else is weighed by its letters (see guess.py): charsets
+of two bytes a character with enough of them are certain as well, all others are a guess, better made for all files of a folder together.
+What is no text at all is `Binary`.
 """
 
 import codecs
+import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, NamedTuple
 
+import numpy as np
+
+from cllm.data.documents import guess
+from cllm.data.documents.guess import Evidence
+from cllm.data.documents.languages import BREAK, CONTROL, DAMAGE, IDEOGRAPHIC, SPACE, characters, codes
+from cllm.runtime.errors import UserError
+
+AUTO = "auto"  # the name that asks for the charset to be decided
 SNIFF_BYTES = 1 << 16
-_SAMPLE_BYTES = 1 << 18
+_SAMPLE_BYTES = 1 << 16
+_PIECE = 1 << 12  # bytes of a line that are looked at together
 _BLOCK = 1 << 20
 
 _MARKS = (  # the marks of UTF-32 begin like those of UTF-16, so they are tried first
@@ -32,22 +44,24 @@ _DECLARED = (
     re.compile(rb"\A\s*<\?xml[^>]{0,200}encoding=[\"']([-\w.]+)"),
     re.compile(rb"<meta[^>]{0,200}charset=[\"']?([-\w.]+)", re.IGNORECASE),
 )
-# What old text is really written in, the likelier first among equals. The two with a penalty win too often on a few lines of another language.
-_CANDIDATES = (
-    "cp1252", "cp1250", "cp1251", "koi8_r", "cp866", "cp1253", "cp1254", "cp1255", "cp1256", "cp932", "euc_jp", "iso2022_jp", "gb18030", "big5",
-    "cp949", "iso8859_2", "cp850", "cp852", "cp437", "mac_roman", "cp874", "cp1258", "cp1257",
-)  # fmt: skip
-_PENALTY = {"cp1257": 0.06, "cp949": 0.03}
-_CONTROLS = bytes(b for b in range(32) if b not in b"\t\n\r\f\b\v\x1a\x1b") + b"\x7f"
+# Terminals are sent ESC ( B as well; only a sequence that calls up a set of two bytes a character tells of ISO 2022.
+_ISO_2022 = re.compile(rb"\x1b\$[()]?[@-Z]")
+_HZ = re.compile(rb"~\{(?:[!-w][!-~])+~\}")
+_ESCAPED = ("iso2022_jp", "iso2022_jp_2", "iso2022_jp_ext", "iso2022_jp_2004", "iso2022_kr")
+_CONTROLS = bytes(b for b in range(1, 32) if b not in b"\t\n\r\f\b\v\x1a\x1b") + b"\x7f"
 _MULTIBYTE_START = re.compile(rb"[\xc2-\xf4][\x80-\xbf]")
+_FEW = 3  # zero bytes or control characters that a text of any length may hold
+_WIDE_SAMPLE = 4096
+_WIDE_LEAD = 6.0  # nats by which UTF-16 must be likelier than everything else
 
 
 class Charset(NamedTuple):
-    """How to decode a file: a Python codec, what to do with bytes that do not fit it, and how it was found."""
+    """How to decode a file: a Python codec, what to do with bytes that do not fit it, how it was found, and whether that was a guess."""
 
     codec: str
     errors: str
     how: str
+    guess: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,116 +71,275 @@ class Binary:
     reason: str
 
 
-def detect(file: IO[bytes]) -> Charset | Binary:
-    """The charset of an open file, read as a stream in blocks; the file is left at an unspecified place."""
-    head = file.read(SNIFF_BYTES)
-    for mark, codec in _MARKS:
-        if head.startswith(mark):
-            return Charset(codec, "replace", "byte order mark")
-    kind = next((kind for magic, kind in _MAGIC if head.startswith(magic)), None)
-    if kind:
-        return Binary(f"binary ({kind})")
-    if b"\0" in head:
-        wide = _wide_codec(head)
-        return Charset(wide, "replace", "zero bytes") if wide else Binary("binary (zero bytes)")
-    if len(head.translate(None, _CONTROLS)) < 0.97 * len(head):
-        return Binary("binary (control characters)")
+def detect(file: IO[bytes], encoding: str = AUTO) -> Charset | Binary:
+    """The charset of an open file, which is read to its end in blocks, from its own bytes alone. `encoding`: see `examine`."""
+    found = examine(blocks(file), encoding)
+    return guessed(found.alone()) if isinstance(found, Evidence) else found
 
-    file.seek(0)
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        for block in _blocks(file):
-            if b"\0" in block:
-                return Binary("binary (zero bytes)")
-            decoder.decode(block)
-        decoder.decode(b"", final=True)
+
+def examine(content: Iterable[bytes], encoding: str = AUTO) -> Charset | Binary | Evidence:
+    """The charset of a file given in blocks, or the evidence for it where only the letters can tell, which `guess.pool` decides on.
+
+    encoding: a codec for files that are not certainly Unicode (see `check_encoding`). A byte order mark and valid UTF-8 win over it.
+    """
+    look = _Look()
+    for block in content:
+        look.add(block)
+    look.end()
+    return _given(look, encoding) if encoding != AUTO else _decide(look)
+
+
+def guessed(codec: str) -> Charset:
+    return Charset(codec, "replace", "its letters", guess=True)
+
+
+def decode(content: bytes, encoding: str = AUTO) -> tuple[str, Charset] | Binary:
+    """A whole file as text, without its byte order mark, and how it was decoded."""
+    charset = detect(io.BytesIO(content), encoding)
+    return charset if isinstance(charset, Binary) else (content.decode(charset.codec, charset.errors).removeprefix("\ufeff"), charset)
+
+
+def check_encoding(name: str) -> str:
+    """The name of a codec as Python writes it, or "auto"; UserError for one that Python does not know."""
+    if name.lower() == AUTO:
+        return AUTO
+    if not _is_text_codec(name):
+        raise UserError(
+            f"data.encoding must be auto or the name of a charset that Python knows, got {name!r}. Use a value like cp1252, koi8_r or gb18030."
+        )
+    return codecs.lookup(name).name
+
+
+def blocks(file: IO[bytes]) -> Iterator[bytes]:
+    while block := file.read(_BLOCK):
+        yield block
+
+
+def example(file: IO[bytes], charset: Charset, size: int = 60) -> str:
+    """A piece of one line of a file, decoded, around its first word with a letter outside ASCII; empty when there is none."""
+    look = _Look(sample_bytes=_PIECE)
+    for block in blocks(file):
+        look.add(block)
+        if look.has_sample:
+            break
+    look.end()
+    for line in look.sample.decode(charset.codec, "replace").splitlines():
+        word = re.search(r"[^\W\d_]*[^\W\d_\x00-\x7f][^\W\d_]*", line)
+        if word:
+            middle = (word.start() + word.end()) // 2
+            first, last = max(0, middle - size // 2), middle + size // 2
+            piece = "".join(character if character.isprintable() else " " for character in line[first:last])
+            return f"{'... ' if first else ''}{' '.join(piece.split())}{' ...' if last < len(line) else ''}"
+    return ""
+
+
+class _Look:
+    """What one pass over a file shows, in bounded memory."""
+
+    def __init__(self, sample_bytes: int = _SAMPLE_BYTES) -> None:
+        self.head = b""
+        self.size = self.controls = self.zeros = self.zero_runs = 0
+        self.utf8 = True
+        self.ascii = True
+        self._utf8 = codecs.getincrementaldecoder("utf-8")()
+        self._lines: list[bytes] = []  # that tell something about the charset
+        self._sampled, self._sample_bytes = 0, sample_bytes
+        self._rest = b""  # the begin of a line
+
+    def add(self, block: bytes) -> None:
+        if len(self.head) < SNIFF_BYTES:
+            self.head += block[: SNIFF_BYTES - len(self.head)]
+        self.size += len(block)
+        self.controls += len(block) - len(block.translate(None, _CONTROLS))
+        zeros = block.count(0)
+        if zeros:
+            self.zeros += zeros
+            self.zero_runs += len(re.findall(rb"\0+", block))
+        self.ascii = self.ascii and block.isascii()
+        if self.utf8:
+            try:
+                self._utf8.decode(block)
+            except UnicodeDecodeError:
+                self.utf8 = False
+        if not self.has_sample:
+            self._take_lines(block)
+
+    def end(self) -> None:
+        if self.utf8:
+            try:
+                self._utf8.decode(b"", final=True)
+            except UnicodeDecodeError:
+                self.utf8 = False
+        self._keep(self._rest)
+        self._rest = b""
+
+    @property
+    def has_sample(self) -> bool:
+        return self._sampled >= self._sample_bytes
+
+    @property
+    def sample(self) -> bytes:
+        """The first lines with bytes above 127, or with the escape sequences of charsets of seven bits: only they tell charsets apart."""
+        return b"".join(self._lines)
+
+    def _take_lines(self, block: bytes) -> None:
+        content = self._rest + block
+        if not _tells(content):
+            self._rest = content[content.rfind(b"\n") + 1 :][-_PIECE:]
+            return
+        lines = content.splitlines(keepends=True)
+        self._rest = b"" if lines[-1].endswith((b"\n", b"\r")) or len(lines[-1]) >= _PIECE else lines.pop()
+        for line in lines:
+            self._keep(line)
+
+    def _keep(self, line: bytes) -> None:
+        for start in range(0, len(line), _PIECE):  # a file may be one line
+            piece = line[start : start + _PIECE]
+            if _tells(piece) and not self.has_sample:
+                self._lines.append(piece)
+                self._sampled += len(piece)
+
+
+def _tells(line: bytes) -> bool:
+    return not line.isascii() or b"\x1b$" in line or b"~{" in line
+
+
+def _given(look: _Look, encoding: str) -> Charset | Binary:
+    """The charset when the user has named one."""
+    found = _marked(look) or _magic(look)
+    if found:
+        return found
+    wide = encoding.startswith(("utf-16", "utf-32"))
+    if look.utf8 and (not look.ascii or (wide and not look.zeros)):
         return Charset("utf-8", "strict", "valid UTF-8")
-    except UnicodeDecodeError:
-        pass
-    return _legacy(file, head)
+    if not _is_text(_decoded(look.head, encoding)):
+        return Binary(f"binary (no text in {encoding})")
+    return Charset(encoding, "replace", "data.encoding")
 
 
-def _legacy(file: IO[bytes], head: bytes) -> Charset | Binary:
-    """A text that is not valid UTF-8."""
-    sample = _dense_sample(file)
-    if b"\0" in sample:
+def _decide(look: _Look) -> Charset | Binary | Evidence:
+    found = _marked(look) or _magic(look) or _escaped(look) or _wide(look) or _controls(look)
+    if found:
+        return found
+    if look.utf8:
+        return Charset("utf-8", "strict", "valid UTF-8")
+    sample = look.sample
+    found = _declared(look.head, sample)
+    if found:
+        return found
+    good = len(_MULTIBYTE_START.findall(sample))
+    bad = sample.decode("utf-8", "replace").count("\ufffd")
+    if good >= 8 * bad:
+        return Charset("utf-8", "replace", "UTF-8 with damaged places")
+    evidence = guess.weigh(sample)
+    if not evidence.is_text():
+        return Binary("binary (no known charset)")
+    certain = evidence.certain()
+    return Charset(certain, "replace", "two bytes a character") if certain else evidence
+
+
+def _marked(look: _Look) -> Charset | Binary | None:
+    for mark, codec in _MARKS:
+        if look.head.startswith(mark):
+            is_text = _decodes(look.head, codec) or _is_text(_decoded(look.head, codec))
+            return Charset(codec, "replace", "byte order mark") if is_text else Binary("binary (control characters)")
+    return None
+
+
+def _magic(look: _Look) -> Binary | None:
+    kind = next((kind for magic, kind in _MAGIC if look.head.startswith(magic)), None)
+    return Binary(f"binary ({kind})") if kind else None
+
+
+def _escaped(look: _Look) -> Charset | None:
+    """ISO 2022 and HZ: text of seven bits in which sequences of ASCII call up another set of characters."""
+    if not look.ascii:
+        return None
+    sample = look.sample
+    if _ISO_2022.search(sample):
+        order = sorted(_ESCAPED, key=lambda codec: (codec == "iso2022_kr") != (b"\x1b$)C" in sample))
+        codec = next((codec for codec in order if _decodes(look.head, codec) and _decodes(sample, codec)), None)
+        return Charset(codec or "iso2022_jp_ext", "replace", "escape sequences")
+    if _HZ.search(sample) and _decodes(sample, "hz"):
+        return Charset("hz", "replace", "escape sequences")
+    return None
+
+
+def _wide(look: _Look) -> Charset | None:
+    """UTF-32 or UTF-16 without a byte order mark, in either byte order."""
+    if look.utf8 and not look.zeros and not look.controls:
+        return None
+    head = look.head[:_WIDE_SAMPLE]
+    if len(head) >= 40 and _is_zero_separated(head):
+        return None
+    wide = guess.weigh(head, [codec for codec in guess.WIDE if codec.startswith("utf-16") or _decodes(head, codec)], plain_word=1.0)
+    codec = wide.alone()
+    if not _is_wide_text(_decoded(head, codec), -wide.best) or not _is_text(_decoded(look.head, codec)):
+        return None
+    narrow = guess.weigh(head, plain_word=1.0)
+    return Charset(codec, "replace", "several bytes a character") if wide.best - narrow.best > _WIDE_LEAD else None
+
+
+def _is_wide_text(text: str, nats: float) -> bool:
+    """Whether text in UTF-16 or UTF-32 is more than numbers that happen to be letters. Ideographs are rarer than letters and need no blanks."""
+    kinds = characters().kind[codes(text)]
+    if 2 * np.isin(kinds, IDEOGRAPHIC).sum() > len(text):
+        return nats < 11 * len(text) + 3
+    same_low_byte = sum(ord(character) & 0xFF == 0 for character in text)  # numbers below 256 in the other byte order
+    blanks = int(np.isin(kinds, (SPACE, BREAK)).sum())
+    spaced = len(text) < 16 or 50 * blanks >= len(text)
+    return nats < (7 if spaced else 4.5) * len(text) + 3 and 5 * same_low_byte <= len(text)
+
+
+def _is_zero_separated(head: bytes) -> bool:
+    """Strings of ASCII with zero bytes between. UTF-16 of Latin letters has more zeros, of other scripts many bytes that are not printable."""
+    printable, blank, zeros = (len(head) - len(head.translate(None, each)) for each in (bytes(range(32, 127)), b"\t\n\r", b"\0"))
+    return printable + blank + zeros == len(head) and blank < 0.2 * len(head) and 0 < zeros < 0.4 * len(head)
+
+
+def _controls(look: _Look) -> Binary | None:
+    """A book with a stray zero byte is a book; a log that a crash has padded with zeros is a log; a table of numbers is no text."""
+    if look.zero_runs > _FEW + look.size / 2000 or 2 * look.zeros > look.size:
         return Binary("binary (zero bytes)")
+    if look.controls > _FEW + 0.03 * look.size or 2 * look.controls > look.size:
+        return Binary("binary (control characters)")
+    return None
+
+
+def _declared(head: bytes, sample: bytes) -> Charset | None:
     for pattern in _DECLARED:
         found = pattern.search(head[:2048])
         if found:
             codec = found.group(1).decode("ascii")
             if _is_text_codec(codec) and _decodes(sample, codec):
                 return Charset(codec.lower(), "replace", "declared in the file")
-    good = len(_MULTIBYTE_START.findall(sample))
-    bad = sample.decode("utf-8", "replace").count("\ufffd")
-    if good >= 8 * bad:
-        return Charset("utf-8", "replace", "UTF-8 with damaged places")
-
-    codec = _likeliest(sample)
-    if codec:
-        return Charset(codec, "replace", "charset-normalizer")
-    if len(sample.translate(None, _CONTROLS)) < len(sample):
-        return Binary("binary (no known charset)")
-    return Charset("cp1252", "replace", "assumed")
-
-
-def _likeliest(sample: bytes) -> str | None:
-    from charset_normalizer import from_bytes
-
-    matches = from_bytes(sample, steps=8, chunk_size=1024, threshold=0.3, cp_isolation=list(_CANDIDATES))
-    ranked = sorted(
-        (round(match.chaos - 0.2 * match.coherence + _PENALTY.get(match.encoding, 0.0), 3), _CANDIDATES.index(match.encoding), match.encoding)
-        for match in matches
-        if match.encoding in _CANDIDATES
-    )
-    return ranked[0][2] if ranked else None
-
-
-def _blocks(file: IO[bytes]) -> Iterator[bytes]:
-    while block := file.read(_BLOCK):
-        yield block
-
-
-def _dense_sample(file: IO[bytes]) -> bytes:
-    """The first lines that hold bytes above 127: only they tell charsets apart."""
-    file.seek(0)
-    lines: list[bytes] = []
-    size = 0
-    while size < _SAMPLE_BYTES and (line := file.readline(1 << 14)):
-        if not line.isascii():
-            lines.append(line)
-            size += len(line)
-    return b"".join(lines)
-
-
-def _wide_codec(head: bytes) -> str | None:
-    """utf-16 or utf-32, either byte order, when the bytes mean printable text with blanks in it and are not ASCII strings between zeros."""
-    if sum(32 <= b < 127 for b in head) + head.count(0) > 0.95 * len(head):  # Latin text then: a zero in at least every other place
-        if head.count(0) < 0.4 * len(head):
-            return None
-    for codec, width in (("utf-32-le", 4), ("utf-32-be", 4), ("utf-16-le", 2), ("utf-16-be", 2)):
-        whole = head[: len(head) // width * width]
-        try:
-            text = codecs.getincrementaldecoder(codec)().decode(whole)
-        except UnicodeDecodeError:
-            continue
-        printable = sum(c.isprintable() or c in "\t\n\r\f" for c in text)
-        blank = sum(c in " \n\t\r\u3000" for c in text)
-        if len(text) >= 4 and printable >= 0.99 * len(text) and blank >= 0.002 * len(text):
-            return codec
     return None
+
+
+def _decoded(head: bytes, codec: str) -> str:
+    try:
+        return codecs.getincrementaldecoder(codec)("replace").decode(head).removeprefix("\ufeff")
+    except UnicodeError:  # some codecs cannot replace everything
+        return "\ufffd" * len(head)
+
+
+def _is_text(text: str) -> bool:
+    """Whether characters that no text has (controls, code points without a character, damage) are few."""
+    kinds = characters().kind[codes(text)]
+    return int(((kinds == CONTROL) | (kinds == DAMAGE)).sum()) <= _FEW + 0.05 * len(text)
 
 
 def _is_text_codec(name: str) -> bool:
     try:
         return bool(codecs.lookup(name)._is_text_encoding)  # not rot13, zip, hex, ...
-    except LookupError:
+    except (LookupError, ValueError):
         return False
 
 
 def _decodes(sample: bytes, codec: str) -> bool:
+    """Whether all bytes fit; a character at the end may be cut off."""
     try:
-        sample.decode(codec)
+        codecs.getincrementaldecoder(codec)().decode(sample)
     except (UnicodeError, ValueError):
         return False
     return True

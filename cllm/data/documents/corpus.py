@@ -31,7 +31,7 @@ from cllm.runtime.errors import DataError, UserError
 from cllm.runtime.printable import printable, quoted
 from cllm.runtime.progress import ByteProgress
 
-SCAN_VERSION = 2
+SCAN_VERSION = 3
 TRAIN, VAL = 0, 1
 VAL_OF_SMALL, VAL_LEAST, VAL_SHARE, VAL_MOST = 0.1, 1_000_000, 0.01, 8_000_000  # share, bytes, share, bytes: see default_val_fraction
 Report = Callable[[int], None]  # called with a number of bytes that were just dealt with

@@ -85,7 +85,7 @@ def _line_charset(file: IO[bytes], whole: Charset) -> Charset:
         else:
             sample.append(line)
             size += len(line)
-    if not some_utf8:
+    if not some_utf8 and whole.codec != "utf-8":
         return whole
     found = detect(io.BytesIO(b"".join(sample)))
     codec = "utf-8" if isinstance(found, Binary) else found.codec

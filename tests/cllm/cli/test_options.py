@@ -62,7 +62,7 @@ def test_the_help_pages_import_nothing_that_computes():
     """Numbers of modules, not of seconds: torch alone brings more than a thousand."""
     script = "import sys, typer; from cllm.cli.app import app; typer.main.get_command(app); print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
-    heavy = {"torch", "numpy", "numba", "triton", "safetensors", "tokenizers", "rich", "psutil", "charset_normalizer"}
+    heavy = {"torch", "numpy", "numba", "triton", "safetensors", "tokenizers", "rich", "psutil"}
     assert not heavy & set(modules) and len(modules) < 500
 
 
