@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -156,18 +157,41 @@ _FOREIGN = (
     (b"GGUF", "is a GGUF file, which CLLM writes and does not read. Give the run or the .cllm file that it was made from."),
     (b"version https://git-lfs", "is a pointer of Git LFS, not the file itself. Fetch the file with `git lfs pull`."),
     (b"PK\x03\x04", "is a zip archive, as torch.save writes it. A pickle inside can run any code, so it is never opened. Save it as safetensors."),
-    (b"\x80", "is a pickle. Opening one can run any code, so it is never opened. Save it as safetensors."),
     (b"\x89HDF", "is an HDF5 file, which CLLM does not read. Save it as safetensors."),
+    (b"\x93NUMPY", "is an array of NumPy, which CLLM does not read. Save it as safetensors."),
+    (b"\x1f\x8b", "is a gzip archive. Unpack it first."),
+    (b"\x28\xb5\x2f\xfd", "is a zstd archive. Unpack it first."),
+    (b"BZh", "is a bzip2 archive. Unpack it first."),
+    (b"\xfd7zXZ", "is an xz archive. Unpack it first."),
     (b"<!doctype html", "is a web page, not the file itself. Download the file again."),
     (b"<html", "is a web page, not the file itself. Download the file again."),
+    (b"<?xml", "is XML, often the error message of a server instead of the file. Download the file again."),
 )
+_PICKLE = re.compile(rb"\x80[\x02-\x05][^\0]")  # a safetensors file can begin with the same two bytes, then zeros
+_ONNX = re.compile(rb"\x08[\x01-\x1f]\x12")  # version of the format, then the name of the program that wrote it
 
 
-def foreign(path: str | Path) -> str | None:
-    """What a file of another program is, by its first bytes, and what to do: words that follow its name. None where that is not known."""
+def foreign(path: str | Path, text: bool = True) -> str | None:
+    """What a file of another program is, by its first bytes, and what to do: words that follow its name. None where that is not known.
+
+    text: whether a text may be the right file; otherwise it is named too.
+    """
     try:
         with open(path, "rb") as file:
-            head = file.read(64)
+            head = file.read(512)
     except OSError:
         return None
-    return next((words for magic, words in _FOREIGN if head.lower().startswith(magic.lower())), None)
+    if not head:
+        return "is empty. Copy or download it again."
+    known = next((words for magic, words in _FOREIGN if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(magic.lower())), None)
+    if known is not None:
+        return known
+    if _PICKLE.match(head):
+        return "is a pickle. Opening one can run any code, so it is never opened. Save it as safetensors."
+    if _ONNX.match(head):
+        return "is an ONNX file, which CLLM does not read. Save the weights as safetensors."
+    if head[257:262] == b"ustar":
+        return "is a tar archive. Unpack it first."
+    if not text and not head.translate(None, bytes(range(32, 127)) + b"\t\r\n\f"):
+        return "is a text file."
+    return None

@@ -126,6 +126,14 @@ def _content_digest(weights: Mapping[str, torch.Tensor], metadata: Mapping[str, 
     return digest.hexdigest()
 
 
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a .cllm file, without its weights. Raises CheckpointError where there is none."""
+    metadata = read_safetensors_metadata(path)
+    if "tokenizer" not in metadata:
+        raise CheckpointError(f"{path} holds no tokenizer.")
+    return _tokenizer(metadata, path)
+
+
 def _tokenizer(metadata: Mapping[str, str], where: Path) -> Tokenizer:
     from cllm.data.tokens.tokenizer import Tokenizer
 

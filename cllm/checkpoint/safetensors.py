@@ -129,8 +129,10 @@ def read_safetensors_metadata(path: Path) -> dict[str, str]:
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    what = foreign(path)
-    return CheckpointError(f"{path} {what}" if what else f"{path} is not a readable safetensors file ({reason(error)}). {NOT_A_CHECKPOINT}")
+    what = foreign(path, text=False)
+    if what is not None:
+        return CheckpointError(f"{path} {what}" + (f" {NOT_A_CHECKPOINT}" if what.endswith("text file.") else ""))
+    return CheckpointError(f"{path} is not a readable safetensors file ({reason(error)}). {NOT_A_CHECKPOINT}")
 
 
 def file_size(path: Path) -> int:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from cllm.cli.console import open_console, readable, table
-from cllm.cli.options import Checkpoint, Json, examples, option
+from cllm.cli.options import Checkpoint, Json, argument, examples, option, require_suffix
 from cllm.runtime.errors import CheckpointError
 
 app = typer.Typer()
@@ -81,13 +81,14 @@ def diff(first: Checkpoint, second: Checkpoint, as_json: Json = False) -> None:
 
 @group.command("average", epilog=examples("cllm checkpoint average runs/books --last 5 --out average.cllm"))
 def average(
-    checkpoints: Annotated[list[str], typer.Argument(metavar="CKPT...", help="One run, or two and more checkpoints of one model.")],
-    out: Annotated[Path, typer.Option(help="The .cllm file to write.")],
+    checkpoints: Annotated[list[str], argument("CKPT...", "One run, or two and more checkpoints of one model.")],
+    out: Annotated[Path, option("--out", Path, "The .cllm file to write.")],
     last: Annotated[int | None, option("--last", int, "Only so many newest checkpoints of the run.", optional=True, at_least=2, example=5)] = None,
     as_json: Json = False,
 ) -> None:
     """The mean of the weights of several checkpoints as one model; often better than the last of them."""
     console = open_console(as_json)
+    require_suffix(out, ".cllm")
     from cllm.checkpoint.model_file import save
     from cllm.checkpoint.tools import average
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cllm.cli.console import Console, open_console, table
-from cllm.cli.options import READING, Checkpoint, Device, Json, Threads, Weights, examples, load_model, option, reading_of, with_settings
+from cllm.cli.options import READING, Checkpoint, Device, Json, Threads, Weights, argument, examples, load_model, option, reading_of, with_settings
 from cllm.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ app = typer.Typer()
 @with_settings(READING)
 def evaluate(
     checkpoint: Checkpoint,
-    data: Annotated[str | None, typer.Argument(help="Folder or file of text, JSON, CSV or chats, or a packed token folder.")] = None,
+    data: Annotated[str | None, argument("DATA", "Folder or file of text, JSON, CSV or chats, or a packed token folder.")] = None,
     seq_len: Annotated[int | None, option("--seq-len", int, "Tokens of context [default: the model's].", optional=True, at_least=1)] = None,
     stride: Annotated[
         int | None,
@@ -52,7 +52,7 @@ def evaluate(
     ] = "auto",
     worst: Annotated[int, option("--worst", int, "How many of the documents with the highest loss to name.", at_least=0)] = 5,
     tasks: Annotated[str | None, typer.Option(help="Instead of DATA: tasks of lm-evaluation-harness, separated by commas. Never downloads.")] = None,
-    task_path: Annotated[Path | None, typer.Option(help="Folder with your own task files (YAML).")] = None,
+    task_path: Annotated[Path | None, option("--task-path", Path, "Folder with your own task files (YAML).")] = None,
     weights: Weights = None,
     device: Device = "auto",
     threads: Threads = None,

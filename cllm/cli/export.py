@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cllm.cli.console import open_console
-from cllm.cli.options import Checkpoint, Json, examples, load_model, option
+from cllm.cli.options import Checkpoint, Json, argument, examples, load_model, option, require_suffix
 from cllm.runtime.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ app = typer.Typer()
 def export(
     checkpoint: Checkpoint,
     to: Annotated[str, option("--to", str, "A Hugging Face folder, one file for llama.cpp, or one .cllm file.", choices=FORMATS)],
-    out: Annotated[Path, typer.Option(help="Folder or file to write.")],
+    out: Annotated[Path, option("--out", Path, "Folder or file to write.")],
     type_: Annotated[
         str | None, option("--type", str, "Numbers; q8_0 for gguf alone [default: as they are; gguf f32].", optional=True, choices=(*DTYPES, "q8_0"))
     ] = None,
@@ -41,7 +41,7 @@ def export(
 ) -> None:
     """Write a model in another format. Of a LoRA run, the merged model."""
     console = open_console(as_json)
-    _check(to, type_)
+    _check(to, type_, out)
     written = write(checkpoint, to, out, type_, *load_model(checkpoint, need_tokenizer=False))
     console.print(f"wrote {out} ({written / 1e6:,.2f} MB)")
     console.result({"checkpoint": checkpoint, "format": to, "type": type_, "out": str(out), "bytes": written})
@@ -49,12 +49,13 @@ def export(
 
 @app.command("import", epilog=examples("cllm import llama-folder/ --out llama.cllm"))
 def import_(
-    folder: Annotated[str, typer.Argument(metavar="HF_DIR", help="A Hugging Face folder with safetensors weights.")],
-    out: Annotated[Path, typer.Option(help="The .cllm file to write.")],
+    folder: Annotated[str, argument("HF_DIR", "A Hugging Face folder with safetensors weights.")],
+    out: Annotated[Path, option("--out", Path, "The .cllm file to write.")],
     as_json: Json = False,
 ) -> None:
     """Read a Llama, Mistral, Qwen2, Qwen3 or GPT-2 folder of Hugging Face's layout into one .cllm file."""
     console = open_console(as_json)
+    require_suffix(out, ".cllm")
     from cllm.checkpoint.model_file import save
     from cllm.interop.hf import load_hf
 
@@ -64,8 +65,12 @@ def import_(
     console.result({"out": str(out), "family": model.config.family, "parameters": model.config.num_parameters(), "tokenizer": tokenizer is not None})
 
 
-def _check(to: str, type: str | None) -> None:
-    """UserError for a type that the format does not have, before anything is read."""
+def _check(to: str, type: str | None, out: Path) -> None:
+    """UserError for a type that the format does not have and for a place that it cannot be written to, before anything is read."""
+    if to != "hf":
+        require_suffix(out, f".{to}")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists already and is not an empty folder. Choose another place, or remove it.")
     if to != "gguf" and type == "q8_0":
         raise UserError(f"--type q8_0 is for --to gguf alone; --to {to} takes one of {', '.join(DTYPES)}.")
 

@@ -29,7 +29,7 @@ app = typer.Typer()
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
+    prompt_file: Annotated[Path | None, option("--prompt-file", Path, "File with the text to continue.")] = None,
     max_tokens: MaxTokens = 200,
     stop: Annotated[list[str] | None, typer.Option(help="Text at which to stop; repeatable.")] = None,
     seed: Seed = 0,

@@ -1,6 +1,7 @@
 """What several commands share: options, examples on the --help page, and the model that most of them begin with."""
 
 import inspect
+import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ from cllm.runtime.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from cllm.data.documents.scan import Reading
+    from cllm.data.tokens.tokenizer import Tokenizer
 
 
 class WrongValue(typer.BadParameter):
@@ -20,18 +22,27 @@ class WrongValue(typer.BadParameter):
 
 
 def option(name: str, kind: type, help: str, **more: Any) -> Any:
-    """An option for `Annotated`: read, limited and answered as settings are (`more`: see `cllm.config.setting.Setting`)."""
-    declared = Setting(name, (kind,), help, **more)
+    """An option for `Annotated`: read, limited and answered as settings are (`more`: see `cllm.config.setting.Setting`). A Path has to be local."""
+    declared = Setting(name, (str if kind is Path else kind,), help, path=kind is Path, **more)
+    return typer.Option(name, help=help, metavar="PATH" if kind is Path else _metavar(declared), parser=_reader(declared, kind))
 
+
+def argument(name: str, help: str, kind: type = str) -> Any:
+    """An argument for `Annotated` that names a file or folder on this machine."""
+    return typer.Argument(metavar=name, help=help, parser=_reader(Setting(name.rstrip("."), (str,), help, path=True), kind))
+
+
+def _reader(declared: Setting, kind: type) -> Callable[[Any], Any]:
     def read(text: Any) -> Any:
         if not isinstance(text, str):  # the default comes through here as well
             return text
         try:
-            return declared.checked(declared.parse(text))
+            value = declared.read(text)
         except UserError as error:
             raise WrongValue(str(error)) from error
+        return value if value is None else kind(value)
 
-    return typer.Option(name, help=help, metavar=_metavar(declared), parser=read)
+    return read
 
 
 def _metavar(declared: Setting) -> str:
@@ -43,7 +54,10 @@ Device = Annotated[str, option("--device", str, "Where to compute: a GPU where t
 Threads = Annotated[
     int | None, option("--threads", int, "Upper limit of worker threads; any number gives the same bits.", optional=True, at_least=1, example=2)
 ]
-Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="A run, a checkpoint folder, a .cllm file or a Hugging Face folder.")]
+Checkpoint = Annotated[str, argument("CKPT", "A run, a checkpoint folder, a .cllm file or a Hugging Face folder.")]
+TOKENIZER = "A tokenizer.json, or the run, .cllm file or Hugging Face folder that holds one."
+TokenizerPlace = Annotated[Path, argument("TOKENIZER", TOKENIZER, Path)]
+Text = Annotated[str, argument("DATA", "Folder or file of text, JSON or CSV.")]
 Weights = Annotated[
     str | None,
     option(
@@ -93,7 +107,7 @@ def _flag(declared: Setting) -> Any:
 def read_settings(settings: Mapping[str, Setting], given: Mapping[str, str | None]) -> dict[str, Any]:
     """The values of all settings: what was given, checked, and the defaults. Raises UserError for a text outside its setting's type or limits."""
     texts = {key: text for key, text in given.items() if text is not None}
-    return {key: each.checked(each.parse(texts[key]), each.option) if key in texts else each.default for key, each in settings.items()}
+    return {key: each.read(texts[key], each.option) if key in texts else each.default for key, each in settings.items()}
 
 
 READING = {name: SETTINGS[f"data.{name}"] for name in ("text_field", "separator")}
@@ -119,14 +133,35 @@ def load_model(path: str, need_tokenizer: bool = True, weights: str | None = Non
     return model, tokenizer
 
 
-def tokenizer_file(path: str) -> Path:
-    """A tokenizer.json, or the one inside a run or Hugging Face folder."""
-    place = Path(path)
-    return place / "tokenizer.json" if place.is_dir() else place
+def load_tokenizer(place: Path) -> "Tokenizer":
+    if place.suffix == ".cllm":
+        from cllm.checkpoint.model_file import load_tokenizer
+
+        return load_tokenizer(place)
+    from cllm.data.tokens.tokenizer import Tokenizer
+
+    return Tokenizer.load(place)
 
 
 def read_text(path: Path) -> str:
+    """The text of a file in whatever charset, without its byte order mark. Raises DataError for one that cannot be read or is no text."""
+    from cllm.data.documents.charset import Binary, detect
+    from cllm.runtime.progress import say
+
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}). Convert it first.") from error
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}.") from error
+    charset = detect(io.BytesIO(content))
+    if isinstance(charset, Binary):
+        raise DataError(f"{path} is no text: it is {charset.reason}.")
+    if charset.how not in ("byte order mark", "valid UTF-8"):
+        say(f"{path} is read as {charset.codec} ({charset.how}). Save it as UTF-8 if that is wrong.")
+    text = content.decode(charset.codec, charset.errors).removeprefix("\ufeff")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def require_suffix(out: Path, suffix: str) -> None:
+    """UserError for a file to write whose name says something else, before the work of which it is the result."""
+    if out.suffix != suffix:
+        raise UserError(f"--out must name a {suffix} file, got {str(out)!r}. Use a name like model{suffix}.")

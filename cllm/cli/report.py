@@ -6,15 +6,17 @@ from typing import Annotated
 import typer
 
 from cllm.cli.console import open_console
-from cllm.cli.options import Json, examples
+from cllm.cli.options import Json, argument, examples, option
 
 app = typer.Typer()
 
 
 @app.command(epilog=examples("cllm report runs/demo", "cllm report runs/small runs/large --out comparison.html"))
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of training runs: one for its report, several to compare them.")],
-    out: Annotated[Path | None, typer.Option(help="File to write [default: report.html in RUN, comparison.html in the first of several].")] = None,
+    runs: Annotated[list[str], argument("RUN...", "Folders of training runs: one for its report, several to compare them.")],
+    out: Annotated[
+        Path | None, option("--out", Path, "File to write [default: report.html in RUN, comparison.html in the first of several].")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """One HTML page about a run, readable offline: curves, gradients, events, samples, settings. Several runs are compared."""

@@ -12,7 +12,7 @@ import typer
 
 from cllm import distributed, runtime
 from cllm.cli.console import Console, open_console, table
-from cllm.cli.options import Json, examples, with_settings
+from cllm.cli.options import Json, examples, option, with_settings
 from cllm.config.model import ModelConfig
 from cllm.config.schedule import BatchRamp
 from cllm.config.schema import SETTINGS, full_key
@@ -49,8 +49,8 @@ app = typer.Typer()
 @with_settings(FLAGS)
 def train(
     data: Annotated[str | None, typer.Argument(help="Folder of text or source code, a file, JSONL (chats too), or a packed token folder.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the run lives [default: runs/ + the name of the data].")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file with settings; flags win over it.")] = None,
+    out: Annotated[Path | None, option("--out", Path, "Where the run lives [default: runs/ + the name of the data].")] = None,
+    config: Annotated[Path | None, option("--config", Path, "TOML file with settings; flags win over it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out with its own settings; an error if there is none.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print sizes, memory, speed and every derived value, and stop.")] = False,
     find_lr: Annotated[bool, typer.Option("--find-lr", help="Try rising learning rates for 100 steps, print and plot the losses, and stop.")] = False,

@@ -28,8 +28,8 @@ OPTIMIZERS = ("adamw", "muon", "lion", "schedule_free")
 
 @dataclass(frozen=True)
 class DataSection:
-    path: str = setting("", "Folder or file to learn from, or a folder of packed tokens.", result=False)
-    tokenizer: str = setting("bpe", "Tokenizer: bpe or char (trained on the data), or the path of a tokenizer.json.")
+    path: str = setting("", "Folder or file to learn from, or a folder of packed tokens.", path=True, result=False)
+    tokenizer: str = setting("bpe", "Tokenizer: bpe or char (trained on the data), or the path of a tokenizer.json.", path=True)
     vocab_size: int | None = setting(None, "Tokens of a new BPE tokenizer; chosen by the amount of text when open.", at_least=257, example=4096)
     val_fraction: float | None = setting(
         None, "Share of the text that is kept for validation, in whole documents; when open, a tenth up to 10 MB of text, then 1 MB, "
@@ -138,7 +138,7 @@ class OptimSection:
 @dataclass(frozen=True)
 class FinetuneSection:
     start_from: str = setting(
-        "", "Model to start from: a run, a .cllm file or a Hugging Face folder (--from); empty starts from nothing.", flag="from"
+        "", "Model to start from: a run, a .cllm file or a Hugging Face folder (--from); empty starts from nothing.", path=True, flag="from"
     )
     lora_rank: int = setting(0, "Rank of LoRA adapters, which alone are trained; 0 trains all weights.", at_least=0, example=8)
     lora_alpha: float = setting(0.0, "Adapters are multiplied by lora_alpha / lora_rank; 0 is twice the rank.", at_least=0.0, example=16)

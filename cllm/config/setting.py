@@ -11,6 +11,7 @@ import difflib
 import math
 import numbers
 import operator
+import re
 import tomllib
 import types
 import typing
@@ -24,6 +25,7 @@ from cllm.runtime.errors import UserError
 _LARGEST = 2**63 - 1  # of whole numbers: what a tensor of them holds
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _LIMITS = {"above": (">", operator.gt), "at_least": (">=", operator.ge), "below": ("<", operator.lt), "at_most": ("<=", operator.le)}
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 
 
@@ -46,6 +48,8 @@ class Setting:
     """A usual value, which messages suggest."""
     result: bool = True
     """False for what cannot change the weights of a training (threads, logging): a resume may change it."""
+    path: bool = False
+    """Whether it may name a file or folder, which has to be on this machine."""
     flag: str | None = None
     """The name of its option where it is not the setting's own; `from` cannot be a field of Python's."""
 
@@ -74,6 +78,12 @@ class Setting:
                 continue
         return text
 
+    def read(self, text: str, source: str = "") -> Any:
+        """The value that was given as a text, checked. Raises UserError as `checked` does, and for an empty text (an unset variable of a shell)."""
+        if not text and str in self.types:
+            raise UserError(f"{self.name} is empty{origin(source)}. Give a value, or leave the option out.")
+        return self.checked(self.parse(text), source)
+
     def checked(self, value: Any, source: str = "") -> Any:
         """The value in its declared type and inside its limits. Raises UserError that says what was expected, and from where the value is."""
         got = f"got {shortened(value)}{origin(source)}."
@@ -97,6 +107,8 @@ class Setting:
                 raise UserError(f"{self.name} must be {sign} {getattr(self, limit)}, {got}{advice}")
         if isinstance(value, int) and abs(value) > _LARGEST:
             raise UserError(f"{self.name} must be at most {_LARGEST}, {got}{advice}")
+        if self.path and isinstance(value, str) and _ADDRESS.match(value):
+            raise UserError(f"{self.name} must be a file or folder on this machine, {got} CLLM does not use the network.")
         if self.choices and value not in self.choices:
             near = difflib.get_close_matches(str(value), self.choices, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -137,7 +149,7 @@ def _unquoted(word: str) -> Any:
         return word
     try:
         return tomllib.loads(f"value = {word}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return word
 
 

@@ -26,6 +26,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{str(path)!r} is not valid TOML: byte {error.start} is not {error.encoding.upper()}. Save the file as UTF-8.") from error
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{str(path)!r} is not valid TOML: {error}.") from error
+    except RecursionError as error:
+        raise UserError(f"{str(path)!r} is nested too deep: a configuration has sections and keys, nothing below.") from error
     values: dict[str, Any] = {}
     for section, content in tree.items():
         if section not in SECTIONS or not isinstance(content, dict):

@@ -141,7 +141,8 @@ class TrainConfig:
         for key, value in (flags or {}).items():
             if value is not None:
                 key = full_key(key)
-                put(1, key, SETTINGS[key].parse(value) if isinstance(value, str) else value, "DATA" if key == "data.path" else SETTINGS[key].option)
+                source = "DATA" if key == "data.path" else SETTINGS[key].option
+                put(1, key, SETTINGS[key].read(value, source) if isinstance(value, str) else value, source)
         for text in sets:
             key, equals, value = text.partition("=")
             if not equals:

@@ -229,7 +229,7 @@ class _Run:
         if len(tokens) > limit and not truncate:
             raise UserError(
                 f"the prompt has {len(tokens)} tokens, the model's context holds {limit}. "
-                "Shorten it, or let only its end be seen (truncate_prompt=True)."
+                "Shorten it. (From Python, truncate_prompt=True lets the model see its end alone.)"
             )
         return tokens[-limit:]
 

@@ -223,6 +223,8 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c
 FOREIGN = {
     "GGUF file": b"GGUF\x03\x00\x00\x00" + bytes(40), "pointer of Git LFS": LFS, "pickle": pickle.dumps({"a": 1}), "HDF5": b"\x89HDF\r\n\x1a\n",
     "web page": b"<!DOCTYPE html><html><head><title>Sign in</title>", "torch.save": b"PK\x03\x04" + bytes(60),
+    "ONNX file": b"\x08\x08\x12\x07pytorch", "gzip archive": b"\x1f\x8b\x08\0", "empty": b"", "XML": b'\xef\xbb\xbf<?xml version="1.0"?><Error/>',
+    "tar archive": bytes(257) + b"ustar\x0000", "array of NumPy": b"\x93NUMPY\x01\0",
 }  # fmt: skip
 
 
@@ -237,6 +239,16 @@ def test_a_file_of_another_kind_is_called_by_its_name(tmp_path, model, words, co
         (tmp_path / "hf" / name).write_bytes(content)
         with pytest.raises(CLLMError, match=rf"^{tmp_path}/hf/{name} is .*{words}"):
             load(tmp_path / "hf")
+
+
+def test_a_text_is_named_and_a_cut_off_model_is_no_pickle(tmp_path, model):
+    (tmp_path / "words.txt").write_text("It was the best of times, it was the worst of times.")
+    with pytest.raises(CheckpointError, match=r"words\.txt is a text file\. Expected a run folder"):
+        load(tmp_path / "words.txt")
+    for length in (0x280, 0x580):  # the first bytes are those of a pickle
+        (tmp_path / "cut.cllm").write_bytes(length.to_bytes(8, "little") + b'{"a":')
+        with pytest.raises(CheckpointError, match=r"cut\.cllm is not a readable safetensors file"):
+            load(tmp_path / "cut.cllm")
 
 
 def test_the_command_names_a_file_of_another_kind(tmp_path):

@@ -33,7 +33,6 @@ def resolved(**values):
         ("data.exclude", '"a, b"', "a, b"),
         ("data.exclude", "[a]", "[a]"),
         ("data.exclude", "it's", "it's"),
-        ("data.exclude", "", ""),
         ("model.rope_scaling", "null", None),
         ("model.gated", "yes", True),
     ],
@@ -69,6 +68,26 @@ def test_a_text_that_does_not_fit_says_what_was_expected(key, text, message):
     with pytest.raises(UserError) as caught:
         TrainConfig.from_layers(flags={key: text})
     assert str(caught.value) == message.format("--" + key.partition(".")[2].replace("_", "-"))
+
+
+def test_an_empty_flag_is_refused_and_an_empty_set_empties():
+    with pytest.raises(UserError, match=r"start_from is empty \(from --from\)\. Give a value, or leave the option out"):
+        TrainConfig.from_layers(flags={"finetune.start_from": ""})
+    assert TrainConfig.from_layers(sets=["data.exclude="])["data.exclude"] == ""
+
+
+@pytest.mark.parametrize("key", ["data.path", "finetune.start_from", "data.tokenizer"])
+def test_an_address_is_no_place_on_this_machine(key):
+    for address in ("https://example.org/x", "s3://bucket/x", "HF://a/b"):
+        with pytest.raises(UserError, match=f"must be a file or folder on this machine, got '{address}'"):
+            TrainConfig.from_layers(flags={key: address})
+
+
+def test_a_configuration_nested_too_deep_is_one_line(tmp_path):
+    (tmp_path / "deep.toml").write_text("[data]\nexclude = " + "[" * 100_000)
+    with pytest.raises(UserError, match="nested too deep"):
+        TrainConfig.from_toml(tmp_path / "deep.toml")
+    assert TrainConfig.from_layers(sets=["data.exclude=" + "[" * 100_000])["data.exclude"].startswith("[[")
 
 
 def test_a_list_is_no_text_and_a_very_long_value_is_not_printed_whole():
