@@ -72,7 +72,7 @@ def evaluate(
             values = tasks_run(console, model, tokenizer, [name.strip() for name in tasks.split(",") if name.strip()], task_path, batch_size)
         else:
             assert data is not None
-            sizes: dict[str, Any] = {"seq_len": seq_len, "stride": stride, "batch_size": batch_size}
+            sizes: dict[str, Any] = {"seq_len": seq_len, "stride": stride, "batch_size": batch_size, "checkpoint": checkpoint}
             values = evaluate_run(console, model, tokenizer, data, **sizes, confidence=confidence, by=by, worst=worst, reading=reading)
     console.result({"checkpoint": checkpoint, "data": data, **values})
 
@@ -83,6 +83,7 @@ def evaluate_run(
     tokenizer: Tokenizer,
     data: str,
     *,
+    checkpoint: str,
     seq_len: int | None,
     stride: int | None,
     batch_size: int,
@@ -91,16 +92,18 @@ def evaluate_run(
     worst: int,
     reading: Reading,
 ) -> dict[str, Any]:
-    """Scores all documents of `data`, prints the tables, and returns everything as plain values."""
+    """Scores all documents of `data`, prints the tables, and returns everything as plain values. checkpoint: where the model comes from."""
     from cllm import runtime
+    from cllm.cli.trained_on import trained_on
     from cllm.data.tokens.chat import is_chat
     from cllm.evaluate.documents import RESAMPLES, score_documents
 
     length = min(seq_len or model.config.max_seq_len, model.config.max_seq_len)
     if not reading.text_field and is_chat(data):
-        return _evaluate_chats(console, model, tokenizer, data, length, batch_size)
+        return _evaluate_chats(console, model, tokenizer, data, checkpoint, length, batch_size)
     with tempfile.TemporaryDirectory(prefix="cllm-evaluate-") as scratch:
         split = _split(console, tokenizer, data, scratch, reading)
+        learnt = trained_on(checkpoint, data, Path(scratch), tokenizer)
         with runtime.progress.Progress(None, "evaluating") as line:
 
             def report(done: int, total: int) -> None:
@@ -113,6 +116,8 @@ def evaluate_run(
         sources, poorest = scores.by_source(by, confidence), scores.worst(worst)
     console.print(total)
     console.print(_interval_words(scores, interval, confidence))
+    if learnt is not None:
+        console.print(learnt)
     if len(sources) > 1:
         more = f" (the {SHOWN_SOURCES} largest of {len(sources):,})" if len(sources) > SHOWN_SOURCES else ""
         console.print(f"\nby source{more}:\n{_group_table(sources[:SHOWN_SOURCES], confidence)}")
@@ -123,6 +128,7 @@ def evaluate_run(
         "seq_len": length,
         "stride": stride or length,
         "num_documents": scores.num_documents,
+        "trained_on_files": 0 if learnt is None else learnt.files,
         "num_bytes": int(scores.num_bytes.sum()),
         "confidence": confidence,
         "resamples": RESAMPLES,
@@ -132,9 +138,12 @@ def evaluate_run(
     }
 
 
-def _evaluate_chats(console: Console, model: Model, tokenizer: Tokenizer, data: str, seq_len: int, batch_size: int) -> dict[str, Any]:
+def _evaluate_chats(
+    console: Console, model: Model, tokenizer: Tokenizer, data: str, checkpoint: str, seq_len: int, batch_size: int
+) -> dict[str, Any]:
     """The answers alone are predicted; conversations are packed whole, so that there is nothing to slide over."""
     from cllm import runtime
+    from cllm.cli.trained_on import trained_on
     from cllm.data.tokens.chat import check_fit, prepare_chat
     from cllm.evaluate.loss import evaluate
 
@@ -142,6 +151,7 @@ def _evaluate_chats(console: Console, model: Model, tokenizer: Tokenizer, data: 
         dataset = prepare_chat(data, scratch, tokenizer, val_fraction=0.0, log=console.print)
         check_fit(dataset, seq_len, model.config.max_seq_len, console.print)
         split = dataset.train
+        learnt = trained_on(checkpoint, data, Path(scratch), tokenizer)
         with runtime.progress.Progress(None, "evaluating") as line:
 
             def report(done: int, total: int) -> None:
@@ -150,7 +160,10 @@ def _evaluate_chats(console: Console, model: Model, tokenizer: Tokenizer, data: 
 
             result = evaluate(model, split, seq_len=seq_len, batch_size=batch_size, progress=report)
     console.print(result)
-    return {**result.to_dict(), "seq_len": seq_len, "num_conversations": split.num_documents}
+    if learnt is not None:
+        console.print(learnt)
+    trained_on_files = 0 if learnt is None else learnt.files
+    return {**result.to_dict(), "seq_len": seq_len, "num_conversations": split.num_documents, "trained_on_files": trained_on_files}
 
 
 def tasks_run(console: Console, model: Model, tokenizer: Tokenizer, tasks: list[str], task_path: Path | None, batch_size: int) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """`cllm train`: from a folder of text to a trained model. Each part is one call; what they say on the way is for the person who waits."""
 
-import os
-import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
+from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from cllm.data.tokens.tokenizer import Tokenizer
     from cllm.distributed.world import World
     from cllm.model.model import Model
+    from cllm.monitor.guards import RunLock
 
 # The settings that most users change; --set reaches all of them.
 FLAGS = {full_key(name): SETTINGS[full_key(name)] for name in (
@@ -75,64 +77,89 @@ def train_run(
     plan_only: bool,
     find_lr: bool = False,
 ) -> None:
-    """Settings -> tokenizer and tokens -> model -> training -> a sample and the next commands. With `plan_only` or
-    `find_lr` no run is made."""
-    if resume and out is None:
-        raise UserError("--resume needs --out with the run to continue, as in cllm train --resume --out runs/demo.")
-    if resume and file is None:
-        assert out is not None
-        file = out / "config.toml"
-        if not file.exists():
-            raise UserError(f"{out} holds no run to continue (no config.toml). Start one with: {command('train', 'DATA', '--out', out)}")
+    """Settings -> tokenizer and tokens -> model -> training -> a sample and the next commands. With `plan_only` or `find_lr` no run is made, and
+    none is changed."""
     with distributed.fail_together():
-        config = TrainConfig.from_layers(file=file, flags=flags, sets=sets)
-    if not config.data.path:
-        raise UserError("nothing to learn from: give a folder or file of text, as in cllm train books/.")
+        config = _settings(flags, sets, file, out, resume)
+    work = partial(_look, _plan) if plan_only else partial(_look, _find_lr) if find_lr else partial(_train, resume=resume)
+    from cllm import kernels  # noqa: F401 - registers what `describe` tells of them
     from cllm.runtime.device import resolve
 
-    if distributed.launched():
-        from cllm.distributed.session import session
-
-        with session(config.train.device, config.train.timeout) as world:
-            _train(config, console, out or default_run(config.data.path), resume, plan_only, find_lr, world)
-        return
-    resolve(config.train.device)  # a GPU that is not there is said before any work
-    _train(config, console, out or default_run(config.data.path), resume, plan_only, find_lr, None)
-
-
-def _train(config: TrainConfig, console: Console, out: Path, resume: bool, plan_only: bool, find_lr: bool, world: "World | None") -> None:
-    with runtime.use(threads=config.train.threads):
-        from cllm.data.tokens.chat import check_fit
-        from cllm.model.model import Model
-        from cllm.train.finetune import adapt, start
-
+    with _session(config) as world, runtime.use(threads=config.train.threads):
+        if world is None:
+            resolve(config.train.device)  # a GPU that is not there is said before any work
         console.print(runtime.describe().brief())
+        if world is not None:
+            console.print(f"parallel {world.size} processes, {world.local_size} on each machine; train.parallel = {config.train.parallel}")
+        work(config, out, console, world)
 
-        started = start(config, out)
-        if started is not None:
-            config, model, tokenizer = started
-            dataset = _prepare_together(config, out, console, tokenizer, world)
-        else:
-            dataset = _prepare_together(config, out, console, None, world)
-            model = Model(config.model_config(_vocabulary_rows(dataset.tokenizer.vocab_size)), seed=config.train.seed)
-        model_config = model.config
-        config = config.resolve(model_config, dataset.train.num_tokens)
-        check_fit(dataset, config.train.seq_len, model_config.max_seq_len, console.print)
-        _print_settings(config, model_config, dataset, console)
-        if plan_only:
-            _plan(model, config, dataset, console)
-            return
-        if find_lr:
-            if world is not None:
-                raise UserError("--find-lr works in one process. Run it without torchrun.")
-            _find_lr(model, config, dataset, out, console)
-            return
-        from cllm.train.samples import sample_text
-        from cllm.train.trainer import Trainer
 
-        model = adapt(config, model, dataset.tokenizer, out)
-        trainer = Trainer(model, dataset, config, out=out, tokenizer=dataset.tokenizer)
-        result = trainer.fit(resume=True if resume else "auto")
+def _session(config: TrainConfig) -> "AbstractContextManager[World | None]":
+    """The processes that torchrun has started; None for a process that is alone, which imports nothing of them."""
+    if not distributed.launched():
+        return nullcontext()
+    from cllm.distributed.session import session
+
+    return session(config.train.device, config.train.timeout)
+
+
+def _settings(flags: Mapping[str, Any], sets: Sequence[str], file: Path | None, out: Path | None, resume: bool) -> TrainConfig:
+    """The settings of the command, with places as absolute paths, so that the run can be continued from any folder."""
+    from cllm.train.run_folder import CONFIG, absolute_places, stored_run, true_sources
+
+    if resume and out is None:
+        raise UserError("--resume needs --out with the run to continue, as in cllm train --resume --out runs/demo.")
+    own = out / CONFIG if resume and out is not None and file is None else None
+    if own is not None and not own.exists():
+        raise UserError(f"{out} holds no run to continue (no {CONFIG}). Start one with: {command('train', 'DATA', '--out', out)}")
+    config = TrainConfig.from_layers(file=own or file, flags=flags, sets=sets)
+    if own is not None:
+        config = true_sources(config, own, stored_run(own.parent))
+    if not config.data.path:
+        raise UserError("nothing to learn from: give a folder or file of text, as in cllm train books/.")
+    return absolute_places(config)
+
+
+def _train(config: TrainConfig, out: Path | None, console: Console, world: "World | None", *, resume: bool) -> None:
+    """Trains in the folder `out`, or in that of the data; compared with the run that is there before anything is written."""
+    from cllm.cli.run_data import check_same_data, data_of_new_run, data_of_run
+    from cllm.cli.run_name import take_folder
+    from cllm.train.finetune import adapt
+    from cllm.train.run_folder import go_on, how_to_train_longer, stored_run
+    from cllm.train.samples import sample_text
+    from cllm.train.trainer import Trainer
+
+    with ExitStack() as held:
+        lock: RunLock | None = None  # held by the first process
+
+        def take() -> Path:
+            nonlocal lock
+            run, lock = take_folder(out, config.data.path, held)
+            there = stored_run(run)
+            if there is not None:
+                check_same_data(there, config, console)
+            return run
+
+        run = _by_first(world, take)
+        stored = stored_run(run)
+        model, tokenizer, config = _model_to_start_from(config, run)
+        if stored is not None:
+            sizes = config.model_config(stored.vocab_size) if model is None else model.config
+            resolved = config.resolve(sizes, stored.data["train"]["tokens"])
+            go_on(resolved, stored, stored.data, stored.tokenizer_hash, new_end=resume)  # raises where this is another run
+        elif resume:
+            console.print(f"{run} was stopped before its first checkpoint and starts from the beginning")
+
+        def tokens() -> Path:
+            assert lock is not None
+            return (data_of_new_run(config, run, lock, console, tokenizer) if stored is None else data_of_run(stored, config, console)).folder
+
+        dataset, model, config = _with_data(config, model, _by_first(world, tokens), console)
+        if stored is not None and stored.finished and config.train.steps == stored.config.train.steps:
+            console.print(f"{run} is finished: all {stored.step:,} steps are done. {how_to_train_longer(stored)}")
+        model = adapt(config, model, dataset.tokenizer, run)
+        trainer = Trainer(model, dataset, config, out=run, tokenizer=dataset.tokenizer, lock=lock)
+        result = trainer.fit(resume=True if resume and stored is not None else "auto")
         trained = trainer.whole_model()
         if trained is None:
             return
@@ -140,60 +167,72 @@ def _train(config: TrainConfig, console: Console, out: Path, resume: bool, plan_
     console.print(f"\nA sample, starting from nothing:\n\n{_indented(sample)}\n")
     if result.validation is not None:
         console.print(f"Validation: {result.validation}")
-    console.print(f"The model is in {out} ({model_config.num_parameters():,} parameters). Next:")
-    talks = dataset.info.get("kind") == "chat"
-    console.print(f"  {command('chat', out) if talks else command('generate', out, '--prompt', 'The ', '--temperature', '0.7')}")
-    console.print(f"  {command('evaluate', out, Path(config.data.path))}")
-    console.print(f"  {command('report', out)}")
-    console.print(f"  {command('export', out, '--to', 'hf', '--out', Path(f'{out}-hf'))}")
-    console.result({**result.to_dict(), "parameters": model_config.num_parameters(), "sample": sample})
+    if result.stopped_early and result.resumed_from == result.step:
+        longer = command("train", "--resume", "--out", run, "--patience", "MORE")
+        console.print(f"It had stopped early after step {result.step:,}. To train it longer: {longer}")
+    console.print(f"The model is in {run} ({model.config.num_parameters():,} parameters). Next:")
+    console.print(_next_commands(run, chats=dataset.info.get("kind") == "chat"))
+    console.result({**result.to_dict(), "parameters": model.config.num_parameters(), "sample": sample})
 
 
-def default_run(data: str) -> Path:
-    """runs/NAME after the folder or file that is learnt from."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(os.path.abspath(data)).stem).strip("-.") or "run"
-    return Path("runs") / name
+def _next_commands(run: Path, chats: bool) -> str:
+    """What can be done with a trained run. It is evaluated on other text, because that which it learnt from tells only how well it remembers."""
+    talk = command("chat", run) if chats else command("generate", run, "--prompt", "The ", "--temperature", "0.7")
+    evaluate = command("evaluate", run, "OTHER-CHATS" if chats else "OTHER-TEXT")
+    return "\n".join(
+        f"  {each}" for each in (talk, evaluate, command("report", run), command("export", run, "--to", "hf", "--out", Path(f"{run}-hf")))
+    )
+
+
+Look = Callable[["Model", TrainConfig, "Dataset", Path, Console], None]
+
+
+def _look(show: Look, config: TrainConfig, out: Path | None, console: Console, world: "World | None") -> None:
+    """What a training would be, without one."""
+    from cllm.cli.run_data import data_for_a_look
+    from cllm.cli.run_name import default_run
+
+    if show is _find_lr and world is not None:
+        raise UserError("--find-lr works in one process. Run it without torchrun.")
+    run = default_run(config.data.path) if out is None else out
+    model, tokenizer, config = _model_to_start_from(config, run)
+    with ExitStack() as held:
+        folder = _by_first(world, lambda: held.enter_context(data_for_a_look(config, run, console, tokenizer)).folder)
+        dataset, model, config = _with_data(config, model, folder, console)
+        show(model, config, dataset, run, console)
+
+
+def _by_first(world: "World | None", decide: Callable[[], Path]) -> Path:
+    """The path that the first process decides on, in all of them; the others wait for it."""
+    return decide() if world is None else Path(world.from_first(lambda: str(decide())))
+
+
+def _model_to_start_from(config: TrainConfig, run: Path) -> "tuple[Model | None, Tokenizer | None, TrainConfig]":
+    """The model and tokenizer of --from, and the settings with what they settle; None and None where training starts from nothing."""
+    from cllm.train.finetune import start
+
+    started = start(config, run)
+    return (None, None, config) if started is None else (started[1], started[2], started[0])
+
+
+def _with_data(config: TrainConfig, model: "Model | None", folder: Path, console: Console) -> "tuple[Dataset, Model, TrainConfig]":
+    """The packed tokens in a folder, a model for them where there is none yet, and the settings with every value filled in, which are printed."""
+    from cllm.data import Dataset
+    from cllm.data.tokens.chat import check_fit
+    from cllm.model.model import Model
+
+    dataset = Dataset.open(folder)
+    if model is None:
+        model = Model(config.model_config(_vocabulary_rows(dataset.tokenizer.vocab_size)), seed=config.train.seed)
+    config = config.resolve(model.config, dataset.train.num_tokens)
+    check_fit(dataset, config.train.seq_len, model.config.max_seq_len, console.print)
+    _print_settings(config, model.config, dataset, console)
+    return dataset, model, config
 
 
 def _vocabulary_rows(tokens: int) -> int:
     """Rows of the embedding: the tokenizer's tokens; large vocabularies are filled up to a multiple of 64, which matrix tiles like."""
     return tokens if tokens < 1024 else -(-tokens // 64) * 64
-
-
-def _prepare_together(config: TrainConfig, out: Path, console: Console, tokenizer: "Tokenizer | None", world: "World | None") -> "Dataset":
-    """The first of several processes packs; the others find it in the cache."""
-    if world is None:
-        return _prepare(config, out, console, tokenizer)
-    console.print(f"parallel {world.size} processes, {world.local_size} on each machine; train.parallel = {config.train.parallel}")
-    prepared: list[Dataset] = []
-    world.from_first(lambda: prepared.append(_prepare(config, out, console, tokenizer)))
-    return prepared[0] if prepared else _prepare(config, out, console, tokenizer)
-
-
-def _prepare(config: TrainConfig, out: Path, console: Console, tokenizer: "Tokenizer | None" = None) -> "Dataset":
-    from cllm.data.documents.scan import Reading
-    from cllm.data.pipeline import prepare
-    from cllm.data.tokens.chat import is_chat, prepare_chat
-
-    settings = config.data
-    exclude = [Path(settings.path) / part.strip() for part in settings.exclude.split(",") if part.strip()]
-    if not settings.text_field and is_chat(settings.path):
-        if tokenizer is None:
-            raise UserError(
-                f"{settings.path} holds chats, which teach a trained model to answer. Give the model with --from. "
-                "To learn one field of them as plain text instead, name it: --set data.text_field=NAME."
-            )
-        return prepare_chat(settings.path, out / "data", tokenizer, settings.val_fraction, exclude=exclude, log=console.print)
-    return prepare(
-        settings.path,
-        out / "data",
-        tokenizer=tokenizer or settings.tokenizer,
-        vocab_size=settings.vocab_size,
-        val_fraction=settings.val_fraction,
-        exclude=exclude,
-        reading=Reading.of(settings.text_field, settings.separator),
-        log=console.print,
-    )
 
 
 def _print_settings(config: TrainConfig, model: ModelConfig, dataset: "Dataset", console: Console) -> None:
@@ -221,7 +260,7 @@ def _total_tokens(config: TrainConfig) -> int:
     return microbatches * settings.batch_size * settings.seq_len
 
 
-def _plan(model: "Model", config: TrainConfig, dataset: "Dataset", console: Console) -> None:
+def _plan(model: "Model", config: TrainConfig, dataset: "Dataset", out: Path, console: Console) -> None:
     """Memory predicted, speed measured over a few real steps whose result is thrown away."""
     from cllm.model.memory import choose_recompute, predict
     from cllm.runtime.device import resolve
@@ -283,20 +322,29 @@ def _find_lr(model: "Model", config: TrainConfig, dataset: "Dataset", out: Path,
     """Losses at rising learning rates, as a table and as a picture, and where to begin."""
     from cllm.runtime.device import resolve
     from cllm.train.lr_finder import as_rows, draw, find_learning_rate
+    from cllm.train.run_folder import holds_run
 
     device, _ = resolve(config.train.device)
     found = find_learning_rate(model.to(device), dataset.train, config)
     console.print(table(as_rows(found)))
-    picture: Path | None = out / "find-lr.png"
-    if not draw(found, out / "find-lr.png"):
+    picture: Path | None = _free_place(out.parent / f"{out.name}-find-lr.png" if holds_run(out) else out / "find-lr.png")
+    assert picture is not None
+    if not draw(found, picture):
         picture = None
         console.print('matplotlib is not installed, so there is no picture. Install it: pip install "cllm[plot]"')
     else:
         console.print(f"The curve is in {picture}.")
     if not found.diverged:
         console.print("The loss did not rise again up to the highest learning rate tried: take the suggestion with care.")
-    console.print(f"Begin with: {command('train', Path(config.data.path), '--learning-rate', f'{found.suggestion:g}')}")
+    elsewhere = ("--out", "NEW") if holds_run(out) else ()
+    console.print(f"Begin with: {command('train', Path(config.data.path), '--learning-rate', f'{found.suggestion:g}', *elsewhere)}")
     console.result({**found.to_dict(), "optimizer": config.optim.optimizer, "picture": None if picture is None else str(picture)})
+
+
+def _free_place(place: Path) -> Path:
+    """This file, or one of its name and a number, so that nothing is replaced."""
+    numbered = (place.with_stem(f"{place.stem}-{number}") for number in count(2))
+    return next(each for each in chain([place], numbered) if not each.exists())
 
 
 def _indented(text: str) -> str:

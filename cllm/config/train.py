@@ -256,10 +256,12 @@ class TrainConfig:
             return False
 
     def adopt(self, stored: TrainConfig) -> TrainConfig:
-        """On resume, what was derived here takes the stored run's value (a different machine may derive otherwise)."""
+        """On resume, what nobody has chosen takes the stored run's value: what was derived here (another machine may derive otherwise), and what was
+        left to its default both then and now (another version may have another default)."""
         config, there = self, stored.flat()
         for key, value in self.flat().items():
-            if self.sources[key].startswith("derived") and SETTINGS[key].result and value != there[key]:
+            open_here = self.sources[key].startswith("derived") or self.sources[key] == stored.sources[key] == "default"
+            if open_here and SETTINGS[key].result and value != there[key]:
                 config = config.replace("derived: stored in the run", **{key: there[key]})
         return config
 

@@ -24,17 +24,20 @@ from cllm.checkpoint.safetensors import sha256_of
 from cllm.checkpoint.store import CheckpointStore
 from cllm.checkpoint.weights import check_tokenizer
 from cllm.config.schedule import Schedule, lr
+from cllm.config.schema import SETTINGS
 from cllm.config.train import TrainConfig
+from cllm.data.tokens.tokenizer import KINDS
 from cllm.monitor.guards import BestLoss
 from cllm.runtime import files
 from cllm.runtime.errors import CheckpointError, DataError, UserError
+from cllm.runtime.printable import printable
 from cllm.shell import command
 
 if TYPE_CHECKING:
     from cllm.data import Dataset, TokenSplit
 
 CONFIG, CHECKPOINTS, DATA = "config.toml", "checkpoints", "data"
-_PATHS = ("finetune.start_from", "data.tokenizer")  # settings that are places on the disk
+_PLACES = ("data.path", "finetune.start_from", "data.tokenizer")  # settings that are, or may be, places on the disk
 _END = ("train.steps", "train.epochs", "train.patience")  # settings that only say where a run ends
 
 
@@ -45,13 +48,14 @@ _END = ("train.steps", "train.epochs", "train.patience")  # settings that only s
 class StoredRun:
     """A run as one of its checkpoints describes it, without the weights: asking costs nothing.
 
-    data: {"train": {"tokens": count, "digest": of all their bytes}, "val": ...}
+    data: {"train": {"tokens": count, "digest": of all their bytes}, "val": ...}. vocab_size: rows of the model's embedding.
     """
 
     out: Path
     step: int
     config: TrainConfig
     tokenizer_hash: str | None
+    vocab_size: int
     data: dict[str, dict[str, Any]]
     best: BestLoss
 
@@ -60,7 +64,8 @@ class StoredRun:
         """From the state.json of the checkpoint of `step`; CheckpointError when it is not that of a run."""
         try:
             config = TrainConfig.from_dict(state["config"], state["sources"])
-            return cls(out, step, config, state["tokenizer_hash"], dict(state["data"]), BestLoss.from_dict(state["best"]))
+            rows = int(state["model"]["vocab_size"])
+            return cls(out, step, config, state["tokenizer_hash"], rows, dict(state["data"]), BestLoss.from_dict(state["best"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the checkpoint of step {step:,} in {out} is not that of a run ({type(error).__name__}: {error}).") from error
 
@@ -94,6 +99,36 @@ def stored_run(out: Path) -> StoredRun | None:
 def holds_run(out: Path) -> bool:
     """Whether a run lives in this folder, trained or only begun."""
     return (out / CONFIG).is_file() or (out / CHECKPOINTS).is_dir()
+
+
+def true_sources(config: TrainConfig, file: Path, stored: StoredRun | None) -> TrainConfig:
+    """The settings read from a run's own config.toml, which lists all of them, each with the source that it had when the run began.
+
+    What was edited since has the file as its source. Before the first checkpoint the sources are not known; defaults are told by their value.
+    """
+    there = {} if stored is None else stored.config.flat()
+    for key, value in config.flat().items():
+        if config.sources[key] != f"file {file}":
+            continue
+        source = stored.config.sources[key] if stored is not None and there[key] == value else ""
+        if not source or source.startswith("file "):  # also of a run that an older version resumed
+            source = "default" if value == SETTINGS[key].default else config.sources[key]
+        config = config.replace(source, **{key: value})
+    return config
+
+
+def absolute_places(config: TrainConfig) -> TrainConfig:
+    """The settings with their places as absolute paths, so that the run can be continued from any folder.
+
+    A relative place that does not exist is left alone where it comes from a file: a run of an older version may have begun in another folder.
+    """
+    for key in _PLACES:
+        value, named = config[key], key == "data.path" and config.sources[key] == "DATA"
+        if value and value not in KINDS and (named or os.path.exists(value)):
+            if any(0xD800 <= ord(each) < 0xE000 for each in os.path.abspath(value)):
+                raise UserError(f"{printable(value)}: the name is not UTF-8, so no configuration file can hold it. Rename it, or give a link to it.")
+            config = config.replace(config.sources[key], **{key: os.path.abspath(value)})
+    return config
 
 
 # -- its tokens ------------------------------------------------------------------------------------------------------------
@@ -171,7 +206,7 @@ def go_on(
     there = stored.config
     asked = _steps_asked_for(config, there)
     config = config.adopt(there)
-    for key in _PATHS:
+    for key in _PLACES:
         if config[key] and there[key] and os.path.abspath(config[key]) == os.path.abspath(there[key]):
             config = config.replace(config.sources[key], **{key: there[key]})
     sentence = problem = None
@@ -236,9 +271,9 @@ def how_to_train_longer(stored: StoredRun) -> str:
     if old.kind == "wsd" or _first_other_rate(old, _schedule(stored.config, 2 * old.steps), stored.step) is None:
         return (
             f"To train it longer: {command('train', '--resume', '--out', stored.out, '--steps', 'MORE')}. "
-            f"To go on from its weights as a run of its own, also with other text: {another}"
+            f"To go on from its weights as a run of its own, with the same or with other text: {another}."
         )
     return (
         f"Its {old.kind} schedule was made for {old.steps:,} steps and cannot become longer. To go on from its weights as a run of its own, "
-        f"with the same or with other text: {another} (with --schedule wsd or constant that one can be made longer later)"
+        f"with the same or with other text: {another} (with --schedule wsd or constant that run can be made longer later)."
     )

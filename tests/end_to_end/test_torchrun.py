@@ -114,6 +114,26 @@ def test_a_stop_signal_to_one_process_stops_all_after_the_same_step_with_a_check
     assert CheckpointStore(tmp_path / "run" / "checkpoints").newest_good().step == step
 
 
+def test_a_run_is_compared_and_goes_on_with_its_own_tokens_in_several_processes_too(text, tmp_path):
+    mine, other = tmp_path / "mine.txt", tmp_path / "other.txt"
+    mine.write_bytes(text.read_bytes())
+    other.write_text(WORDS.upper() * 60)
+    run = Torchrun(mine, tmp_path / "run", tmp_path / "log", steps=100000)
+    run.wait_for_step(5)
+    run.worker(0).terminate()
+    run.end()
+    mine.unlink()
+    before = {each: each.read_bytes() for each in (tmp_path / "run").rglob("*") if each.is_file()}
+    status, log = Torchrun(other, tmp_path / "run", tmp_path / "log", steps=100000).end()
+    assert status != 0 and len(errors(log)) == 1 and f"learns from {mine}, and this command names {other}" in errors(log)[0]
+    assert {each: each.read_bytes() for each in (tmp_path / "run").rglob("*") if each.is_file()} == before
+    run = Torchrun(mine, tmp_path / "run", tmp_path / "log", steps=100000)
+    run.wait_for_step((CheckpointStore(tmp_path / "run" / "checkpoints").latest() or 0) + 5)
+    run.worker(1).terminate()
+    status, log = run.end()
+    assert "goes on with the tokens it began with" in log and "resuming after step" in log and "stopped by SIGTERM" in errors(log)[0]
+
+
 def test_a_wrong_option_is_told_once(text, tmp_path):
     status, log = Torchrun(text, tmp_path / "run", tmp_path / "log", "--set", "train.parallell=fsdp", steps=5).end()
     assert status != 0 and len(errors(log)) == 1 and "Did you mean 'train.parallel'?" in errors(log)[0]

@@ -30,7 +30,10 @@ GENERATED_ENDINGS = (".min.js", ".min.css", ".js.map", ".css.map")
 PARQUET = "Parquet, which is not read yet: convert it to JSONL, as in pandas.read_parquet(FILE).to_json(OUT, orient='records', lines=True)"
 VCS_FOLDERS = frozenset({"CVS", "_darcs", "_svn", "SCCS"})
 # Files that give away a folder of results: packed tokens, prepared text, a trained run, a run that is being prepared.
-_OUTPUTS = (("dataset.json",), ("tokens/dataset.json",), ("sources.json", "sources.bin"), ("metrics.jsonl", "config.toml"), ("config.toml", ".lock"))
+_OUTPUTS = (
+    ("dataset.json",), ("tokens/dataset.json",), ("sources.json", "sources.bin"),
+    ("config.toml", "metrics.jsonl"), ("config.toml", ".lock"), ("config.toml", "data/sources.json"),
+)  # fmt: skip
 FOREIGN_FOLDERS = {"__pycache__": "compiled files"} | dict.fromkeys(("node_modules", "site-packages", "dist-packages"), "installed packages")
 
 
