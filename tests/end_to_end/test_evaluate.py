@@ -43,8 +43,9 @@ def test_evaluate_gives_intervals_sources_and_the_worst_documents(model, documen
     assert len(losses) == 2 and losses == sorted(losses, reverse=True) and losses[0] > result["loss"]
     assert result["bits_per_byte"] == pytest.approx(result["loss"] * result["num_targets"] / math.log(2) / result["num_bytes"])
     ran = cllm("evaluate", model, "--threads", 1, documents, "--by", "file", "--confidence", 0.5)
-    sources = ran.out.partition("documents with")[0]
-    assert "50 % confidence over 23 documents" in sources and "good/d.jsonl" in sources and "good/d.jsonl:" not in sources
+    reading, _, after = ran.out.partition("50 % confidence over 23 documents")
+    sources = after.partition("documents with")[0]
+    assert "good/d.jsonl: 20 records" in reading and "good/d.jsonl" in sources and "good/d.jsonl:" not in sources
     assert cllm("evaluate", model, "--threads", 1, documents, "--json").json["interval"] == result["interval"]  # the same seed
 
 
