@@ -11,6 +11,7 @@ from cllm.config.model import ModelConfig
 from cllm.config.train import TrainConfig
 from cllm.data import Dataset
 from cllm.model.model import Model
+from cllm.monitor.stop_signals import Interrupted
 from cllm.train.trainer import Trainer
 
 SETTINGS = {"steps": 6, "seq_len": 16, "batch_size": 3, "grad_accum": 4, "learning_rate": 1e-2, "eval_every": 3, "checkpoint_every": 2,
@@ -52,6 +53,31 @@ def train(world, data, out, settings=None, sizes=None, seed=0, stop_after=None):
 
 class Stopped(Exception):
     pass
+
+
+def stopped_while_evaluating(world, data, out, parallel):
+    """A run in which the last process alone gets a SIGTERM, in its second evaluation; what each of them ends with."""
+    import os
+    import signal
+
+    import cllm.train.evaluations as evaluations
+
+    evaluate_part, calls = evaluations.evaluate_part, 0
+
+    def signalled(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 2 and world.rank == world.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate_part(*args, **kwargs)
+
+    evaluations.evaluate_part = signalled
+    try:
+        train(world, data, out, {"deterministic": True, "parallel": parallel})
+    except Interrupted as error:
+        return str(error)
+    finally:
+        evaluations.evaluate_part = evaluate_part
 
 
 def model_of(data, embed_dim=32, num_layers=2):

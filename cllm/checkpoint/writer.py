@@ -41,6 +41,11 @@ class CheckpointWriter:
         """Whether a checkpoint is being written."""
         return self._thread is not None and self._thread.is_alive()
 
+    @property
+    def complete(self) -> bool:
+        """Whether everything that was given is on the disk."""
+        return not self.busy and self._error is None
+
     def save(self, step: int, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
         """Starts the checkpoint of `step`, or makes it. The tensors may only change after `before_update` has returned."""
         self.wait()

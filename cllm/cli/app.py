@@ -6,19 +6,34 @@ A command reads its options, calls the library and prints what came out. Whateve
 
 import os
 import sys
-from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
+import typer.core
 
 from cllm._version import __version__
 from cllm.cli import bench, chat, checkpoint, evaluate, export, generate, machine, report, tokenizer, train
 from cllm.cli.console import ReaderGone, current, open_console, prepare_streams, silence_stdout
+from cllm.cli.interrupt import interruptible, interruption, leave
 from cllm.cli.mistakes import system_error, wrong_usage
+from cllm.distributed import launched
+from cllm.monitor.stop_signals import Interrupted
 from cllm.runtime.errors import CLLMError, DataError
+
+
+class _Commands(typer.core.TyperGroup):
+    """The subcommands. What Ctrl-C raises leaves them as an error of ours: typer answers a KeyboardInterrupt itself, without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise interruption(error) from None
+
 
 app = typer.Typer(
     name="cllm",
+    cls=_Commands,
     help="Train small and medium language models from scratch on your own text, on a GPU or on nothing but a CPU.",
     no_args_is_help=True,
     add_completion=False,
@@ -47,19 +62,24 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Entry point of the `cllm` command. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     prepare_streams()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    command: Callable[..., Any] = typer.main.get_command(app)
+    command: Any = typer.main.get_command(app)
     arguments = sys.argv[1:] if argv is None else argv
     open_console("--json" in arguments)
     try:
-        sys.exit(command(args=arguments, prog_name="cllm", standalone_mode=False) or 0)
+        with interruptible():
+            status = command(args=arguments, prog_name="cllm", standalone_mode=False) or 0
+        sys.exit(status)
     except _UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # typer does not export it
             typer.echo(error.format_message(), err=True)
             sys.exit(2)
         _fail(wrong_usage(error))
-    except (typer.Abort, KeyboardInterrupt):
-        sys.stderr.write("interrupted\n")
-        sys.exit(130)
+    except (typer.Abort, KeyboardInterrupt) as error:
+        leave(interruption(error))
+    except Interrupted as error:
+        if launched():
+            _fail(error)
+        leave(error)
     except ReaderGone as error:
         sys.exit(error.exit_status)
     except CLLMError as error:

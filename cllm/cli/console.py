@@ -48,9 +48,9 @@ class Console:
             self._finished = True
             self._write(json.dumps(plain(values), default=str, allow_nan=False) + "\n", sys.stdout, needed=True)
 
-    def error(self, error: CLLMError) -> None:
+    def error(self, error: CLLMError, prefix: str = "error: ") -> None:
         """One clear line on stderr, and the same as an object under --json."""
-        sys.stderr.write(printable_text(f"error: {error}\n"))
+        sys.stderr.write(printable_text(f"{prefix}{error}\n"))
         self.result({"error": str(error), "kind": type(error).__name__, "exit_status": error.exit_status})
 
     def _write(self, text: str, stream: Any, needed: bool = False) -> None:

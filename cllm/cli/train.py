@@ -13,11 +13,13 @@ import typer
 
 from cllm import distributed, runtime
 from cllm.cli.console import Console, open_console, table
+from cllm.cli.interrupt import stopping_with
 from cllm.cli.options import Json, examples, option, with_settings
 from cllm.config.model import ModelConfig
 from cllm.config.schedule import BatchRamp
 from cllm.config.schema import SETTINGS, full_key
 from cllm.config.train import TrainConfig
+from cllm.monitor.stop_signals import BEFORE_TRAINING
 from cllm.runtime.errors import UserError
 from cllm.shell import command
 
@@ -63,7 +65,8 @@ def train(
     """Train a model on DATA: tokenizer, packing and training in one go, each step cached; the same command continues an interrupted run."""
     flags = {"data.path": data, **settings}
     console = open_console(as_json, needs_reader=False)
-    train_run(console, flags=flags, sets=set_ or [], file=config, out=out, resume=resume, plan_only=plan, find_lr=find_lr)
+    with stopping_with("interrupted; nothing was trained" if plan or find_lr else BEFORE_TRAINING):
+        train_run(console, flags=flags, sets=set_ or [], file=config, out=out, resume=resume, plan_only=plan, find_lr=find_lr)
 
 
 def train_run(
@@ -163,7 +166,8 @@ def _train(config: TrainConfig, out: Path | None, console: Console, world: "Worl
         trained = trainer.whole_model()
         if trained is None:
             return
-        sample = sample_text(trained, dataset.tokenizer, dataset.train)
+        with stopping_with(f"interrupted while a sample was written; the run in {out} is complete"):
+            sample = sample_text(trained, dataset.tokenizer, dataset.train)
     console.print(f"\nA sample, starting from nothing:\n\n{_indented(sample)}\n")
     if result.validation is not None:
         console.print(f"Validation: {result.validation}")

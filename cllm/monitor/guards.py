@@ -1,4 +1,4 @@
-"""What watches over a run: signals, the run's lock, memory, and losses that stop falling."""
+"""What watches over a run: its lock, memory, and losses that stop falling."""
 
 from __future__ import annotations
 
@@ -7,45 +7,12 @@ import fcntl
 import math
 import os
 import resource
-import signal
 import sys
-import threading
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from cllm.runtime.errors import CheckpointError, CLLMError, UserError
-
-
-class Interrupted(CLLMError):
-    """The run was asked to stop (Ctrl-C, SIGTERM) and did so after writing a checkpoint."""
-
-    exit_status = 130
-
-
-class StopSignals:
-    """While entered, SIGINT and SIGTERM only ask: the step in progress ends and a checkpoint is written. A second Ctrl-C ends at once."""
-
-    def __init__(self) -> None:
-        self.asked: str | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals only there
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = signal.Signals(number).name
-        sys.stderr.write(f"\n{self.asked}: finishing this step and writing a checkpoint (Ctrl-C again to end at once)\n")
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+from cllm.runtime.errors import CheckpointError, UserError
 
 
 class RunLock:

@@ -32,6 +32,7 @@ class Checkpoints:
         self.store, self._report, self._metrics = store, report, metrics
         self._writer = CheckpointWriter(store, background)
         self.newest_step: int | None = None  # the newest step that was saved or found here; None: save the next one in any case
+        self._saving = False
 
     def save(self, step: int, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Starts (or makes) the checkpoint of a step; the tensors may change only after `before_update`."""
@@ -44,9 +45,14 @@ class Checkpoints:
                 self._metrics.write(MachineRow(step=step, event="slow_disk", action="wait", text=text, seconds=round(waited, 3)))
                 self._report.say(f"{text}. Raise checkpoint_every, or use a faster disk")
         megabytes = (tensors_bytes(weights) + tensors_bytes(optimizer)) / 1e6
+        self._saving = True
         with self._report.stage(f"writing a checkpoint ({megabytes:,.0f} MB)", "checkpoint"):
             self._writer.save(step, weights, optimizer, state)
-        self.newest_step = step
+        self.newest_step, self._saving = step, False
+
+    def hold(self, step: int) -> bool:
+        """Whether the checkpoint of a step is the newest and complete on the disk; may be asked in any thread."""
+        return self.newest_step == step and not self._saving and self._writer.complete
 
     def mark_best(self, step: int) -> None:
         """Makes `best` name the checkpoint of a step, as soon as it is complete."""

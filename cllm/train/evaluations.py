@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -59,19 +60,24 @@ class Evaluations:
         assert settings.eval_every is not None
         return self.possible and step > 0 and (step % settings.eval_every == 0 or step == settings.steps)
 
-    def measure(self, report: Reporter) -> Measured:
-        """One evaluation of the plan's part, with everything that goes with it."""
-        found = self.loss(report)
+    def measure(self, report: Reporter, check: Callable[[], None]) -> Measured:
+        """One evaluation of the plan's part, with everything that goes with it. `check` is called after each batch and may raise."""
+        found = self.loss(report, check)
         with report.stage("evaluating classes of tokens", "evaluation") as moved:
             classes = self._diagnostics.classes(self.plan.class_rows, moved)
             activations = self._diagnostics.activations()
         return replace(found, classes=classes, activations=activations)
 
-    def loss(self, report: Reporter, whole: bool = False) -> Measured:
+    def loss(self, report: Reporter, check: Callable[[], None], whole: bool = False) -> Measured:
         """The loss alone, of the plan's part or of the whole split."""
         rows = self._rows(whole)
         with report.stage("evaluating", "evaluation") as moved:
-            found = evaluate_part(self._model, rows, self._whole, self._dataset.val.num_bytes, moved)
+
+            def progress(done: int, total: int) -> None:
+                moved(done, total)
+                check()
+
+            found = evaluate_part(self._model, rows, self._whole, self._dataset.val.num_bytes, progress)
             return Measured(found, self._unigram_loss(rows))
 
     def _rows(self, whole: bool) -> EvaluationBatches:

@@ -9,7 +9,8 @@ a run that was stopped anywhere, also by SIGKILL, and resumed writes the same bi
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +26,12 @@ from cllm.model.lora import lora_state
 from cllm.model.memory import choose_recompute, explained_out_of_memory
 from cllm.monitor.diagnostics import Diagnostics
 from cllm.monitor.environment import record_environment
-from cllm.monitor.guards import Interrupted, RunLock, StopSignals
+from cllm.monitor.guards import RunLock
 from cllm.monitor.metrics import Metrics
 from cllm.monitor.records import ActivationsRow, EvaluationRow, FaultRow, FinalRow, Sample, StepResult, TrainResult, TrainRow
 from cllm.monitor.reporter import Reporter
 from cllm.monitor.silent import SilentMetrics, SilentReporter
+from cllm.monitor.stop_signals import BEFORE_TRAINING, Interrupted, StopRequested, StopSignals
 from cllm.runtime.device import resolve
 from cllm.runtime.errors import CheckpointError, UserError
 from cllm.shell import command
@@ -93,17 +95,28 @@ class Trainer:
         return self.state.step
 
     def fit(self, resume: str | bool = "auto") -> TrainResult:
-        """Trains to the end. resume: "auto" goes on where `out` holds this run, True demands it, False refuses it."""
+        """Trains to the end. resume: "auto" goes on where `out` holds this run, True demands it, False refuses it.
+
+        SIGINT and SIGTERM raise Interrupted, after a checkpoint where there is something to save; the weights in `model` may then be of no use.
+        """
+        try:
+            return self._fit(resume)
+        except StopRequested as request:
+            assert request.ends_with is not None  # there was nothing to save, or it has been saved
+            raise request.ends_with from None
+
+    def _fit(self, resume: str | bool) -> TrainResult:
         if resume not in ("auto", True, False):
             raise UserError(f'resume must be "auto", True or False, got {resume!r}.')
         if self._leads and self._lock is None:
             self._lock = RunLock(self.out, sign=False)
         reporter = Reporter(self.out, self.config) if self._leads else SilentReporter()
-        with self._lock or nullcontext(), runtime.use(threads=self.config.train.threads), reporter as self._report, StopSignals() as self._stop:
+        signals = StopSignals(self._nothing_to_lose)
+        with self._lock or nullcontext(), runtime.use(threads=self.config.train.threads), reporter as self._report, signals as self._stop:
             with self._out_of_memory():
                 self._open(resume)
             with self._metrics:
-                with self._out_of_memory(), self._checkpoints:
+                with self._out_of_memory(), self._checkpoints, self._saving_when_stopped():
                     self._train()
                 result = self._result()
                 self._report.finish(result)
@@ -128,11 +141,11 @@ class Trainer:
         if state.step == 0 and state.faults.may_roll_back:
             self._save()  # where a fault in the first steps goes back to
         while state.step < settings.steps and not state.best.exhausted(settings.patience):
-            with report.reading(state.step):
+            with report.reading(state.step), self._left_at_once():
                 microbatches = self.data.microbatches(state.step)
             with report.step(state.step):
                 ahead = partial(self.data.microbatches, state.step + 1)
-                result = self._train_step.run(microbatches, self._learning_rate(), report.beat, ahead, self._before_update)
+                result = self._train_step.run(microbatches, self._learning_rate(), self._beat, ahead, self._before_update)
             state.step += 1
             state.tokens += result.num_targets
             self._record(result)
@@ -146,7 +159,8 @@ class Trainer:
                 self._evaluate()
             if settings.sample_every and state.step % settings.sample_every == 0:
                 self._sample()
-            self._stop_if_asked()
+            if state.step < settings.steps:
+                self._check_stop()
         self._save()  # after early stopping; the last step has its checkpoint already
         self._checkpoints.finish()
         self._leave_weights_to_use()
@@ -156,6 +170,12 @@ class Trainer:
         """The learning rate of the next update."""
         rate, plateau = lr(self.state.step, self._schedule), self.state.plateau
         return rate if plateau is None else plateau.scaled(rate, self._schedule.min_lr)
+
+    def _beat(self) -> None:
+        """After each microbatch: no weight has changed yet, so that the step may be left."""
+        self._report.beat()
+        if self._world is None and self.device.type == "cpu":
+            self._check_stop()
 
     def _before_update(self) -> None:
         """Gradients are complete, and no weight has changed."""
@@ -177,8 +197,8 @@ class Trainer:
         """Comes after the checkpoint of the same step was written: an evaluation that fails costs nothing."""
         state, report, rate = self.state, self._report, self._learning_rate()
         self._checkpoints.before_update()  # weights may be swapped for their averages
-        with self._train_step.evaluation_weights():
-            self._measured = found = self._evaluations.measure(report)
+        with self._train_step.evaluation_weights(), self._left_at_once():
+            self._measured = found = self._evaluations.measure(report, self._check_stop)
         best = state.take_evaluation(found.evaluation.loss)
         if found.activations is not None:
             self._metrics.write(ActivationsRow(step=state.step, blocks=found.activations))
@@ -198,22 +218,11 @@ class Trainer:
         if self.tokenizer is None or model is None or not self._leads:
             return
         self._checkpoints.before_update()
-        with self._report.stage("sampling"), self._train_step.evaluation_weights():
+        with self._report.stage("sampling"), self._train_step.evaluation_weights(), self._left_at_once():
             text = sample_text(model, self.tokenizer, self.dataset.train, seed=self.state.step)
         with Appender(self.out / "samples.txt", RUN) as file:
             file.write(Sample(step=self.state.step, text=text).to_text())
         self._metrics.text("sample", self.state.step, text)
-
-    def _stop_if_asked(self) -> None:
-        """Where a signal asked the run to stop: a checkpoint, and Interrupted."""
-        asked, steps = self._stop.asked if self._world is None else self._world.agreed(self._stop.asked), self.config.train.steps
-        if asked and self.state.step < (steps or 0):
-            self._save()
-            self._checkpoints.finish()
-            raise Interrupted(
-                f"stopped by {asked} after step {self.state.step:,} of {steps:,}; the checkpoint is "
-                f"{self._checkpoints.store.path(self.state.step)}. Go on from there with: {command('train', '--resume', '--out', self.out)}"
-            )
 
     def _leave_weights_to_use(self) -> None:
         """Leaves in the model, and with restore_best in the last checkpoint, the weights to use: averages, or the best evaluation's."""
@@ -235,7 +244,8 @@ class Trainer:
         evaluations, report = self._evaluations, self._report
         if not evaluations.possible or not (evaluations.plan.whole_at_end or self._measured is None):
             return
-        self._measured = found = evaluations.loss(report, whole=evaluations.plan.whole_at_end)
+        with self._left_at_once():
+            self._measured = found = evaluations.loss(report, self._check_stop, whole=evaluations.plan.whole_at_end)
         self._metrics.write(FinalRow(step=self.step, unigram_loss=found.unigram_loss, **found.evaluation.to_dict()))
         report.evaluated(self.step, found.evaluation, found.unigram_loss, best=False)
 
@@ -257,6 +267,50 @@ class Trainer:
             checkpoint=self._checkpoints.store.path(state.step),
             out=self.out,
         )
+
+    # -- signals that ask the run to stop -----------------------------------------------------------------------------------
+
+    def _nothing_to_lose(self, asked: str) -> Interrupted | None:
+        """What to tell where the run may be left at any moment: its folder holds everything. None where it must first write a checkpoint."""
+        if self._world is not None:  # several processes leave together
+            return None
+        if self._last_step is None and self._resumed_from is None:
+            return Interrupted(BEFORE_TRAINING)
+        return self._interrupted(asked) if self._last_step is None or self._checkpoints.hold(self.step) else None
+
+    def _interrupted(self, asked: str) -> Interrupted:
+        steps, left = self.config.train.steps, ", before it was evaluated to its end" if self.step == self.config.train.steps else ""
+        return Interrupted(
+            f"stopped by {asked} after step {self.step:,} of {steps:,}{left}; the checkpoint is {self._checkpoints.store.path(self.step)}. "
+            f"Go on from there with: {command('train', '--resume', '--out', self.out)}"
+        )
+
+    def _asked(self) -> str:
+        """The signal that asked this or another process of the run to stop; empty where none has."""
+        return (self._stop.asked if self._world is None else self._world.agreed(self._stop.asked)) or ""
+
+    def _check_stop(self) -> None:
+        """Raises StopRequested where the run was asked to stop."""
+        if self._world is None:
+            self._stop.check()
+        elif self._asked():
+            raise StopRequested
+
+    def _left_at_once(self) -> AbstractContextManager[None]:
+        """Around work that changes nothing which a checkpoint holds: a signal ends it wherever it is. Several processes agree between its batches."""
+        return self._stop.at_once() if self._world is None else nullcontext()
+
+    @contextmanager
+    def _saving_when_stopped(self) -> Iterator[None]:
+        """Around the loop: writes a checkpoint when it is asked to stop at a point where the folder does not hold everything."""
+        try:
+            yield
+        except StopRequested as request:
+            if request.ends_with is None:
+                request.ends_with = self._interrupted(self._asked())
+                self._save()
+                self._checkpoints.finish()
+            raise
 
     # -- steps that went wrong ----------------------------------------------------------------------------------------------
 

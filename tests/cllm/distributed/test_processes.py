@@ -93,6 +93,16 @@ def test_resumed_twice_on_other_numbers_of_processes_nothing_changes(pool, data,
     assert rows(tmp_path / "run") == rows(tmp_path / "straight")
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_signal_to_one_process_stops_the_evaluation_of_all_with_a_checkpoint(pool, data, tmp_path, alone, parallel):
+    said = pool.run(3, jobs.stopped_while_evaluating, data, str(tmp_path / "run"), parallel)
+    assert all(each is not None and each.startswith("stopped by SIGTERM after step 6 of 6") for each in said)
+    weights, step, _, validation = pool.run(2, jobs.train, data, str(tmp_path / "run"), {"deterministic": True, "parallel": parallel}, None, 9)[0]
+    assert (weights, step, validation) == (alone[0], alone[1], alone[3])
+    jobs.train(None, data, tmp_path / "straight", {"deterministic": True, "parallel": parallel})
+    assert rows(tmp_path / "run") == rows(tmp_path / "straight")
+
+
 def test_whole_and_sharded_runs_go_on_from_each_others_checkpoints(pool, data, tmp_path, alone):
     pool.run(3, jobs.train, data, str(tmp_path / "run"), {"deterministic": True, "parallel": "fsdp"}, None, 0, 3)
     jobs.train(None, data, tmp_path / "run", {"deterministic": True}, None, 5, 5)  # one process reads the parts of three

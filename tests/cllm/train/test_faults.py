@@ -17,7 +17,7 @@ from cllm.config.model import ModelConfig
 from cllm.config.train import TrainConfig
 from cllm.data.pipeline import prepare
 from cllm.model.model import Model
-from cllm.monitor.guards import Interrupted, RunLock, StopSignals
+from cllm.monitor.guards import RunLock
 from cllm.monitor.metrics import TIME_FIELDS, read_metrics
 from cllm.runtime import progress
 from cllm.runtime.errors import CheckpointError
@@ -144,22 +144,6 @@ def test_a_full_disk_ends_the_run_with_its_checkpoints_whole_and_it_goes_on_when
         subprocess.run(["rm", "-r", store.path(step)], check=True)
     assert train(dataset, small_disk / "run", keep=1).resumed_from == newest.step
     assert outcome(small_disk / "run")[:3] == straight[:3]
-
-
-def test_signals_only_ask_while_training_and_work_as_before_afterwards():
-    before = signal.getsignal(signal.SIGINT)
-    with StopSignals() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        for _ in range(100):
-            if stop.asked:
-                break
-            time.sleep(0.01)
-        assert stop.asked == "SIGINT"
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
-    assert signal.getsignal(signal.SIGINT) is before
-    assert Interrupted("x").exit_status == 130
 
 
 def test_a_lock_that_its_holder_left_behind_does_not_stop_a_run(tmp_path):

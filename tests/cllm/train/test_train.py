@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import random
+import signal
 import threading
 
 import pytest
@@ -18,6 +20,7 @@ from cllm.data.pipeline import prepare
 from cllm.model.model import Model
 from cllm.monitor.guards import RunLock
 from cllm.monitor.metrics import TIME_FIELDS, read_metrics
+from cllm.monitor.stop_signals import Interrupted
 from cllm.runtime.errors import CheckpointError, CLLMError, DataError, UserError
 from cllm.train.trainer import Trainer
 
@@ -124,6 +127,28 @@ def test_a_stop_between_checkpoint_and_evaluation_loses_no_evaluation(dataset, t
     trainer(dataset, tmp_path / "resumed").fit()
     assert rows(tmp_path / "straight") == rows(tmp_path / "resumed")
     assert final_hashes(tmp_path / "straight") == final_hashes(tmp_path / "resumed")
+
+
+def test_a_long_update_is_left_between_two_microbatches_and_made_anew(dataset, tmp_path):
+    options = {"grad_accum": 6, "eval_every": 8, "checkpoint_every": 8, "noise_scale_every": 1}
+    trainer(dataset, tmp_path / "straight", **options).fit()
+    run = trainer(dataset, tmp_path / "run", **options)
+    loss, calls = run.model.loss, 0
+
+    def signalled(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 3 * 6 + 2:  # in the second microbatch of the fourth update
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*args, **kwargs)
+
+    run.model.loss = signalled
+    with pytest.raises(Interrupted, match="stopped by SIGTERM after step 3 of 8; the checkpoint is"):
+        run.fit()
+    assert calls == 3 * 6 + 2
+    assert trainer(dataset, tmp_path / "run", **options).fit().resumed_from == 3
+    assert final_hashes(tmp_path / "straight") == final_hashes(tmp_path / "run")
+    assert rows(tmp_path / "straight") == rows(tmp_path / "run")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
