@@ -166,7 +166,7 @@ def _train(config: TrainConfig, out: Path | None, console: Console, world: "Worl
         trained = trainer.whole_model()
         if trained is None:
             return
-        with stopping_with(f"interrupted while a sample was written; the run in {out} is complete"):
+        with stopping_with(f"interrupted while a sample was written; the run in {run} is complete"):
             sample = sample_text(trained, dataset.tokenizer, dataset.train)
     console.print(f"\nA sample, starting from nothing:\n\n{_indented(sample)}\n")
     if result.validation is not None:
