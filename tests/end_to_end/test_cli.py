@@ -240,6 +240,7 @@ def test_the_commands_that_are_shown_next_can_be_pasted_also_from_a_terminal_tha
     folder, out = tmp_path / "-it's \x1b[31m", tmp_path / "-my \u00e9\n$HOME run"
     folder.mkdir()
     (folder / "na\u00efve.txt").write_text("There was a king \u4e2d\U0001f600, and he had three daughters. " * 60)
+    (tmp_path / "OTHER-TEXT").write_text("There was a queen as well, of whom nobody had told the model. " * 60)  # stands for text of one's own
     ran = cllm("train", f"./{folder.name}", "--out", f"./{out.name}", "--steps", 2, *TINY, cwd=tmp_path, PYTHONIOENCODING="ascii")
     shown = [line.strip() for line in ran.out.split("Next:\n")[1].splitlines()]
     assert ran.status == 0 and [line.split()[1] for line in shown] == ["generate", "evaluate", "report", "export"]
