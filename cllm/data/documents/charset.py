@@ -188,7 +188,7 @@ class _Look:
             self._rest = content[content.rfind(b"\n") + 1 :][-_PIECE:]
             return
         lines = content.splitlines(keepends=True)
-        self._rest = b"" if lines[-1].endswith((b"\n", b"\r")) or len(lines[-1]) >= _PIECE else lines.pop()
+        self._rest = b"" if lines[-1].endswith(b"\n") or len(lines[-1]) >= _PIECE else lines.pop()
         for line in lines:
             self._keep(line)
 
