@@ -1,4 +1,4 @@
-"""The GPU's tools without a GPU: the suite runs through on the interpreter, the compile check prints its table, the README's commands work."""
+"""The GPU's tools without a GPU: the suite runs through on the interpreter, the compile check prints its table, the documentation's commands work."""
 
 import importlib.util
 import json
@@ -62,9 +62,9 @@ def test_the_compile_check_prints_what_the_compiler_made_of_each_kernel():
     assert "softmax_forward_kernel" in done.stdout and "0 with complaints" in done.stdout
 
 
-def test_the_readmes_gpu_commands_are_these():
-    readme = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```sh\n(.*?)```", readme, re.DOTALL)
+def test_the_gpu_commands_of_the_documentation_are_these():
+    page = (ROOT / "docs" / "guides" / "profiling.md").read_text().partition("## GPU kernels without a GPU")[2]
+    blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
     lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
     assert [words for words in lines if "profiling/" in " ".join(words)] == [
         ["python", "profiling/compile_lint.py", "--gpu", "h200", "softmax"],
