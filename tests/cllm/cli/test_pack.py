@@ -45,5 +45,5 @@ def test_a_choice_that_is_not_certain_names_the_setting_and_the_setting_settles_
     assert ran.status == 1 and "several fields hold text (de, en); choose one with data.text_field" in ran.err.replace("(en, de)", "(de, en)")
     ran = cllm(*command, "--set", "data.text_field=en", "--set", "data.separator=; the")
     assert ran.status == 0 and "a.jsonl: 60 records, text from field 'en', cut into 120 documents" in ran.out
-    ran = cllm(*command, "--set", "data.separator=")
+    ran = cllm(*command, "--set", "data.separator=", "--out", tmp_path / "other")  # in the run's own folder the other settings are refused first
     assert ran.status == 2 and "separator must not be empty" in ran.err
