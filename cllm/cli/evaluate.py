@@ -100,7 +100,7 @@ def evaluate_run(
 
     length = min(seq_len or model.config.max_seq_len, model.config.max_seq_len)
     if not reading.text_field and is_chat(data):
-        return _evaluate_chats(console, model, tokenizer, data, checkpoint, length, batch_size)
+        return _evaluate_chats(console, model, tokenizer, data, checkpoint, length, batch_size, reading.encoding)
     with tempfile.TemporaryDirectory(prefix="cllm-evaluate-") as scratch:
         split = _split(console, tokenizer, data, scratch, reading)
         learnt = trained_on(checkpoint, data, Path(scratch), tokenizer)
@@ -139,7 +139,7 @@ def evaluate_run(
 
 
 def _evaluate_chats(
-    console: Console, model: Model, tokenizer: Tokenizer, data: str, checkpoint: str, seq_len: int, batch_size: int
+    console: Console, model: Model, tokenizer: Tokenizer, data: str, checkpoint: str, seq_len: int, batch_size: int, encoding: str
 ) -> dict[str, Any]:
     """The answers alone are predicted; conversations are packed whole, so that there is nothing to slide over."""
     from cllm import runtime
@@ -148,7 +148,7 @@ def _evaluate_chats(
     from cllm.evaluate.loss import evaluate
 
     with tempfile.TemporaryDirectory(prefix="cllm-evaluate-") as scratch:
-        dataset = prepare_chat(data, scratch, tokenizer, val_fraction=0.0, log=console.print)
+        dataset = prepare_chat(data, scratch, tokenizer, val_fraction=0.0, encoding=encoding, log=console.print)
         check_fit(dataset, seq_len, model.config.max_seq_len, console.print)
         split = dataset.train
         learnt = trained_on(checkpoint, data, Path(scratch), tokenizer)

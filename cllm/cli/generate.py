@@ -30,6 +30,7 @@ def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     prompt_file: Annotated[Path | None, option("--prompt-file", Path, "File with the text to continue.")] = None,
+    encoding: Annotated[str, option("--encoding", str, "Charset of --prompt-file where it is not Unicode; auto tells it by its letters.")] = "auto",
     max_tokens: MaxTokens = 200,
     stop: Annotated[list[str] | None, typer.Option(help="Text at which to stop; repeatable.")] = None,
     seed: Seed = 0,
@@ -47,7 +48,7 @@ def generate(
     if (prompt is None) == (prompt_file is None):
         raise UserError("give the text to continue either as --prompt or as --prompt-file.")
     if prompt_file is not None:
-        prompt = read_text(prompt_file)
+        prompt = read_text(prompt_file, encoding)
     assert prompt is not None
     options = {"max_tokens": max_tokens, "stop": tuple(stop or ()), "seed": seed, "use_cache": not no_cache, **read_settings(SAMPLING, settings)}
     from cllm import runtime

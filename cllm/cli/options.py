@@ -1,7 +1,6 @@
 """What several commands share: options, examples on the --help page, and the model that most of them begin with."""
 
 import inspect
-import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -110,7 +109,7 @@ def read_settings(settings: Mapping[str, Setting], given: Mapping[str, str | Non
     return {key: each.read(texts[key], each.option) if key in texts else each.default for key, each in settings.items()}
 
 
-READING = {name: SETTINGS[f"data.{name}"] for name in ("text_field", "separator")}
+READING = {name: SETTINGS[f"data.{name}"] for name in ("text_field", "separator", "encoding")}
 
 
 def reading_of(settings: Mapping[str, str | None]) -> "Reading":
@@ -143,21 +142,26 @@ def load_tokenizer(place: Path) -> "Tokenizer":
     return Tokenizer.load(place)
 
 
-def read_text(path: Path) -> str:
-    """The text of a file in whatever charset, without its byte order mark. Raises DataError for one that cannot be read or is no text."""
-    from cllm.data.documents.charset import Binary, detect
+def read_text(path: Path, encoding: str) -> str:
+    """The text of a file in whatever charset, without its byte order mark, its line ends as newlines; a guessed charset is told on stderr.
+
+    encoding: "auto", or the charset of a file that is not Unicode. Raises DataError for a file that cannot be read or is no text, UserError for an
+    unknown charset.
+    """
+    from cllm.data.documents.charset import Binary, Guesses, check_encoding, decode
     from cllm.runtime.progress import say
 
     try:
-        content = path.read_bytes()
+        found = decode(path.read_bytes(), check_encoding(encoding))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}.") from error
-    charset = detect(io.BytesIO(content))
-    if isinstance(charset, Binary):
-        raise DataError(f"{path} is no text: it is {charset.reason}.")
-    if charset.how not in ("byte order mark", "valid UTF-8"):
-        say(f"{path} is read as {charset.codec} ({charset.how}). Save it as UTF-8 if that is wrong.")
-    text = content.decode(charset.codec, charset.errors).removeprefix("\ufeff")
+    if isinstance(found, Binary):
+        raise DataError(f"{path} is no text: it is {found.reason}.")
+    text, charset = found
+    guesses = Guesses()
+    guesses.add(path, charset)
+    for line in guesses.lines("Say --encoding NAME."):
+        say(line)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

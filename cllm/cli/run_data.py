@@ -38,13 +38,16 @@ def prepare_data(config: TrainConfig, folder: Path, console: Console, tokenizer:
     from cllm.data.tokens.chat import is_chat, prepare_chat
 
     settings, exclude = config.data, _excluded(config, run)
+    reading = Reading.of(settings.text_field, settings.separator, settings.encoding)
     if not settings.text_field and is_chat(settings.path):
         if tokenizer is None:
             raise UserError(
                 f"{settings.path} holds chats, which teach a trained model to answer. Give the model with --from. "
                 "To learn one field of them as plain text instead, name it: --set data.text_field=NAME."
             )
-        return prepare_chat(settings.path, folder, tokenizer, settings.val_fraction, exclude=exclude, keep_others=True, log=console.print)
+        return prepare_chat(
+            settings.path, folder, tokenizer, settings.val_fraction, exclude=exclude, keep_others=True, encoding=reading.encoding, log=console.print
+        )
     return prepare(
         settings.path,
         folder,
@@ -52,7 +55,7 @@ def prepare_data(config: TrainConfig, folder: Path, console: Console, tokenizer:
         vocab_size=settings.vocab_size,
         val_fraction=settings.val_fraction,
         exclude=exclude,
-        reading=Reading.of(settings.text_field, settings.separator),
+        reading=reading,
         keep_others=True,
         log=console.print,
     )
@@ -226,7 +229,9 @@ def _same_text(stored: StoredRun, path: str, config: TrainConfig, dataset: Datas
         dataset = dataset or own_tokens(stored)
         if dataset.info.get("kind") == "chat":
             excluded = _excluded(config, stored.out)
-            return is_chat(path) and chat_key(path, dataset.tokenizer, dataset.info["val_fraction"], excluded) == dataset.info["key"]
+            info = dataset.info
+            key = chat_key(path, dataset.tokenizer, info["val_fraction"], excluded, info.get("encoding", "auto")) if is_chat(path) else ""
+            return key == info["key"]
         with progress.stage(f"comparing the text in {printable(path)} with that of the run"):
             return same_text(path, stored.out / DATA, _excluded(config, stored.out))
     except (CLLMError, OSError):

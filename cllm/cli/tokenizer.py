@@ -65,20 +65,23 @@ def _dataset_summary(dataset: Any) -> dict[str, Any]:
 
 
 @group.command("train", epilog=examples("cllm tokenizer train books/ --vocab-size 8192 --out tokenizer.json"))
+@with_settings(READING)
 def train(
     data: Text,
     out: Annotated[Path, option("--out", Path, "The tokenizer.json to write.")] = Path("tokenizer.json"),
     vocab_size: Annotated[int, option("--vocab-size", int, "Number of tokens (bpe).", at_least=257, example=4096)] = 4096,
     kind: Annotated[str, option("--kind", str, "Byte-level BPE, or one token for each character.", choices=("bpe", "char"))] = "bpe",
     as_json: Json = False,
+    **settings: Any,
 ) -> None:
     """Train a tokenizer on DATA."""
     console = open_console(as_json)
     if out.is_file() and os.path.exists(data) and os.path.samefile(out, data):
         raise UserError(f"--out {out} is the text itself, which would be lost. Choose another file, such as tokenizer.json.")
-    from cllm.data.tokens.tokenizer import Tokenizer
+    reading = reading_of(settings)
+    from cllm.data.tokens.tokenizer import train_tokenizer
 
-    tokenizer = Tokenizer.train(Path(data), vocab_size=vocab_size, kind=kind)
+    tokenizer = train_tokenizer(data, vocab_size, kind, reading=reading, log=console.print)
     tokenizer.save(out)
     console.print(f"wrote {out}: {tokenizer.vocab_size:,} tokens, {tokenizer.hash[:12]}")
     console.result({"out": str(out), "vocab_size": tokenizer.vocab_size, "kind": kind, "hash": tokenizer.hash})
@@ -115,13 +118,18 @@ def decode(
 
 
 @group.command("stats", epilog=examples("cllm tokenizer stats runs/demo books/"))
+@with_settings(READING)
 def stats(
     tokenizer: TokenizerPlace,
     data: Text,
     as_json: Json = False,
+    **settings: Any,
 ) -> None:
     """How well a tokenizer fits DATA: bytes and characters per token, share of the vocabulary in use."""
     console = open_console(as_json)
-    stats = load_tokenizer(tokenizer).stats(Path(data))
+    reading = reading_of(settings)
+    from cllm.data import stream_texts
+
+    stats = load_tokenizer(tokenizer).stats(stream_texts(data, reading=reading, log=console.print))
     console.print(table([(key.replace("_", " "), readable(value)) for key, value in stats.items()]))
     console.result(stats)

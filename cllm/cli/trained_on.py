@@ -77,7 +77,8 @@ def _is_same_chat(data: str, stored: StoredRun, tokenizer: Tokenizer) -> bool:
 
     try:
         info = own_tokens(stored).info
-        return info.get("kind") == "chat" and chat_key(data, with_template(tokenizer), info["val_fraction"]) == info["key"]
+        encoding = info.get("encoding", "auto")
+        return info.get("kind") == "chat" and chat_key(data, with_template(tokenizer), info["val_fraction"], encoding=encoding) == info["key"]
     except (CLLMError, OSError, KeyError):
         return False
 

@@ -42,6 +42,9 @@ class DataSection:
         "Text between the documents of one file, such as \\n\\n\\n; auto cuts at <|endoftext|> and its like, none cuts nowhere.",
         example="none",
     )
+    encoding: str = setting(
+        "auto", "Charset of the files that are not Unicode; auto tells it by their letters, for a folder together.", example="cp1250"
+    )
     document_mask: bool = setting(True, "A token sees only its own document, never the one packed before it.")
     shuffle: str = setting(
         "epoch", "Order of the windows: epoch (each once per epoch), random (drawn with replacement) or none.", choices=("epoch", "random", "none")

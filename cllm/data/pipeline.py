@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from cllm.data.documents.corpus import Corpus, Segment, SplitPlan, describe, load_corpus, pieces, plan_split
+from cllm.data.documents.corpus import Corpus, Segment, describe, load_corpus, pieces
 from cllm.data.documents.scan import Reading
+from cllm.data.documents.sides import SplitPlan, plan_split
 from cllm.data.tokens.dataset import FORMAT, VERSION, Dataset, folder_for, is_packed, left_out, read_info, token_words
 from cllm.data.tokens.shards import ShardWriter
 from cllm.data.tokens.tokenizer import KINDS, SAMPLE_BYTES, Tokenizer, train_on

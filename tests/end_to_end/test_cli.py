@@ -69,6 +69,19 @@ def test_generate_is_repeatable_and_greedy_needs_no_cache(run):
     assert greedy[0] == greedy[1] and len(greedy[0][0]) > 0
 
 
+def test_a_prompt_may_be_in_any_charset_and_begin_with_a_mark(run, tmp_path):
+    text = "# gr\u00f6\u00dfer als ein St\u00fcck\ndef "
+    (tmp_path / "marked.txt").write_bytes(text.encode("utf-8-sig"))
+    (tmp_path / "old.txt").write_bytes(text.encode("cp1252"))
+    options = ("--max-tokens", 3, "--temperature", 0)
+    marked = cllm("generate", run, "--prompt-file", tmp_path / "marked.txt", "--json", *options)
+    assert marked.status == 0 and marked.json["prompt"] == text
+    old = cllm("generate", run, "--prompt-file", tmp_path / "old.txt", *options)
+    assert old.status == 0 and old.out.startswith(text) and "decoded 1 file from cp1252 (a guess)" in old.err
+    said = cllm("generate", run, "--prompt-file", tmp_path / "old.txt", "--encoding", "cp437", "--json", *options)
+    assert said.json["prompt"] == text.encode("cp1252").decode("cp437") and "guess" not in said.err
+
+
 def test_generate_streams_the_same_text_that_it_returns(run):
     options = ("generate", run, "--prompt", "import ", "--max-tokens", 12, "--temperature", 0)
     assert cllm(*options).out == cllm(*options, "--no-stream").out

@@ -10,17 +10,18 @@ import codecs
 import io
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import IO, NamedTuple
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from cllm.data.documents import guess
-from cllm.data.documents.guess import Evidence
+from cllm.data.documents.guess import WIDE, Evidence, weigh
 from cllm.data.documents.languages import BREAK, CONTROL, DAMAGE, IDEOGRAPHIC, SPACE, characters, codes
 from cllm.runtime.errors import UserError
 
 AUTO = "auto"  # the name that asks for the charset to be decided
+DAMAGED, GIVEN, MISFIT = "UTF-8 with damaged places", "data.encoding", "data.encoding, which does not fit"  # of Charset.how
 SNIFF_BYTES = 1 << 16
 _SAMPLE_BYTES = 1 << 16
 _PIECE = 1 << 12  # bytes of a line that are looked at together
@@ -32,6 +33,7 @@ _MARKS = (  # the marks of UTF-32 begin like those of UTF-16, so they are tried 
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
+    (b"\x84\x31\x95\x33", "gb18030"),
 )
 _MAGIC = (  # formats whose first bytes may hold no zero byte
     (b"%PDF-", "PDF"), (b"PK\x03\x04", "zip archive"), (b"\x1f\x8b", "gzip archive"), (b"BZh", "bzip2 archive"), (b"\xfd7zXZ", "xz archive"),
@@ -103,10 +105,14 @@ def check_encoding(name: str) -> str:
     """The name of a codec as Python writes it, or "auto"; UserError for one that Python does not know."""
     if name.lower() == AUTO:
         return AUTO
-    if not _is_text_codec(name):
+    try:
+        if not _is_text_codec(name):
+            raise LookupError
+        codecs.getincrementaldecoder(name)("replace").decode(b"text", final=True)  # some, as idna, cannot put anything in place of what is wrong
+    except (LookupError, UnicodeError):
         raise UserError(
             f"data.encoding must be auto or the name of a charset that Python knows, got {name!r}. Use a value like cp1252, koi8_r or gb18030."
-        )
+        ) from None
     return codecs.lookup(name).name
 
 
@@ -131,6 +137,41 @@ def example(file: IO[bytes], charset: Charset, size: int = 60) -> str:
             piece = "".join(character if character.isprintable() else " " for character in line[first:last])
             return f"{'... ' if first else ''}{' '.join(piece.split())}{' ...' if last < len(line) else ''}"
     return ""
+
+
+@dataclass
+class Guesses:
+    """Files that were decoded from a guessed charset, to be shown to somebody who can tell: codec -> how many, and a piece of the text of one."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, path: Path, charset: Charset) -> None:
+        """Counts a file; one whose charset is no guess is passed over."""
+        if not charset.guess:
+            return
+        self.counts[charset.codec] = self.counts.get(charset.codec, 0) + 1
+        if not self.examples.get(charset.codec):
+            try:
+                with open(path, "rb") as file:
+                    self.examples[charset.codec] = example(file, charset)
+            except OSError:
+                return
+
+    def lines(self, advice: str = "Say data.encoding=NAME.") -> list[str]:
+        """What to read for each charset, and what to do where it is wrong."""
+        told = []
+        for codec, count in sorted(self.counts.items()):
+            shown = f", for example: '{self.examples[codec]}'" if self.examples.get(codec) else ""
+            told.append(f"decoded {count:,} file{'s' * (count != 1)} from {codec} (a guess){shown}. Wrong? {advice}")
+        return told
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"counts": self.counts, "examples": self.examples}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Guesses":
+        return cls({str(key): int(value) for key, value in values["counts"].items()}, {str(k): str(v) for k, v in values["examples"].items()})
 
 
 class _Look:
@@ -214,7 +255,7 @@ def _given(look: _Look, encoding: str) -> Charset | Binary:
         return Charset("utf-8", "strict", "valid UTF-8")
     if not _is_text(_decoded(look.head, encoding)):
         return Binary(f"binary (no text in {encoding})")
-    return Charset(encoding, "replace", "data.encoding")
+    return Charset(encoding, "replace", GIVEN if _decodes(look.sample, encoding) else MISFIT)
 
 
 def _decide(look: _Look) -> Charset | Binary | Evidence:
@@ -230,8 +271,8 @@ def _decide(look: _Look) -> Charset | Binary | Evidence:
     good = len(_MULTIBYTE_START.findall(sample))
     bad = sample.decode("utf-8", "replace").count("\ufffd")
     if good >= 8 * bad:
-        return Charset("utf-8", "replace", "UTF-8 with damaged places")
-    evidence = guess.weigh(sample)
+        return Charset("utf-8", "replace", DAMAGED)
+    evidence = weigh(sample)
     if not evidence.is_text():
         return Binary("binary (no known charset)")
     certain = evidence.certain()
@@ -272,11 +313,11 @@ def _wide(look: _Look) -> Charset | None:
     head = look.head[:_WIDE_SAMPLE]
     if len(head) >= 40 and _is_zero_separated(head):
         return None
-    wide = guess.weigh(head, [codec for codec in guess.WIDE if codec.startswith("utf-16") or _decodes(head, codec)], plain_word=1.0)
+    wide = weigh(head, [codec for codec in WIDE if codec.startswith("utf-16") or _decodes(head, codec)], plain_word=1.0)
     codec = wide.alone()
     if not _is_wide_text(_decoded(head, codec), -wide.best) or not _is_text(_decoded(look.head, codec)):
         return None
-    narrow = guess.weigh(head, plain_word=1.0)
+    narrow = weigh(head, plain_word=1.0)
     return Charset(codec, "replace", "several bytes a character") if wide.best - narrow.best > _WIDE_LEAD else None
 
 

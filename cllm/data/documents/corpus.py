@@ -1,14 +1,7 @@
-"""All documents of a folder, read and measured once: which there are, how large, and on which side of train and validation each belongs.
+"""All documents of a folder, read and measured once: which there are, how large, and what was found, in words.
 
-What a file told is remembered in sources.json and sources.bin, and a file is read again only when its size, times or inode changed.
-
-Sides. A document goes to validation when the hash of its text, as a fraction, is below val_fraction: the same text always lands on the same
-side, and no document moves when others arrive. Where that leaves one side (nearly) empty or validation far too large, because the documents
-are few, they are taken in the order of their hashes until validation has its share; and where that cannot be done either (one book), each
-document is cut by position: its first int((1 - val_fraction) * characters) characters are for training, the rest for validation.
-
-Where no val_fraction is given, `default_val_fraction` takes it from the amount of text. As text is added it can only fall: documents then may
-leave validation for training, and none goes the other way.
+What a file told is remembered in sources.json and sources.bin, and a file is read again only when its size, times or inode changed, or when the files
+around it give another charset to it.
 """
 
 import hashlib
@@ -23,17 +16,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cllm.data.documents.charset import DAMAGED, MISFIT, Guesses
 from cllm.data.documents.chat_forms import EXAMPLE
 from cllm.data.documents.files import Skipped, SourceFile, find
-from cllm.data.documents.scan import ROW, FileInfo, Reading, read, scan
+from cllm.data.documents.guess import pool
+from cllm.data.documents.scan import ROW, FileInfo, Reading, Undecided, read, scan, scan_decoded
+from cllm.data.documents.sides import TRAIN, VAL, SplitPlan, plan_split
 from cllm.files import DATA, write_file
-from cllm.runtime.errors import DataError, UserError
+from cllm.runtime.errors import DataError
 from cllm.runtime.printable import printable, quoted
 from cllm.runtime.progress import ByteProgress
 
 SCAN_VERSION = 3
-TRAIN, VAL = 0, 1
-VAL_OF_SMALL, VAL_LEAST, VAL_SHARE, VAL_MOST = 0.1, 1_000_000, 0.01, 8_000_000  # share, bytes, share, bytes: see default_val_fraction
 Report = Callable[[int], None]  # called with a number of bytes that were just dealt with
 PIECE_CHARS = 1 << 15  # the trainer of the tokenizers library buffers 256 items, so items are small
 _SAFE_CUT = re.compile(r"(?<=[^\W_])(?=[ \n])")
@@ -72,7 +66,7 @@ class Corpus:
         listed = [[file.name, info.digest, *info.how()] for file, info in self.files]
         return hashlib.blake2b(json.dumps([SCAN_VERSION, listed]).encode("utf-8"), digest_size=16).hexdigest()
 
-    def segments(self, plan: "SplitPlan", report: Report | None = None) -> Iterator[Segment]:
+    def segments(self, plan: SplitPlan, report: Report | None = None) -> Iterator[Segment]:
         """The text of all documents, in order; DataError when a file is not any more what it was when it was measured."""
         number = 0
         for file, info in self.files:
@@ -127,66 +121,6 @@ def _changed(path: Path) -> DataError:
     return DataError(f"{path} changed while it was being read. Run the same command again when nothing writes to it.")
 
 
-@dataclass(frozen=True)
-class SplitPlan:
-    """Which side each document is on; sides None: each document is cut by position."""
-
-    val_fraction: float
-    method: str  # "hash", "hash order" or "position", in words for people and in the key of the cache
-    sides: np.ndarray | None  # (num_documents,) uint8: TRAIN or VAL
-
-    def cut(self, num_chars: int) -> int:
-        """Characters of a document for training when it is cut by position."""
-        return int((1 - self.val_fraction) * num_chars)
-
-    def train_bytes(self, rows: np.ndarray) -> int:
-        if self.sides is None:
-            return int((1 - self.val_fraction) * int(rows["bytes"].sum()))
-        return int(rows["bytes"][self.sides == TRAIN].sum())
-
-
-def default_val_fraction(num_bytes: int) -> float:
-    """The share of `num_bytes` of text that is kept for validation when none was given.
-
-    A tenth up to 10 MB, then 1 MB, from 100 MB on one hundredth, and at most 8 MB: about 2 million tokens, on which a mean loss is known to
-    about 0.002 nats (tokens spread by about 3 nats, divided by the root of their number). More would be taken from training, and cost time in
-    every evaluation, without telling more.
-    """
-    return min(VAL_OF_SMALL, max(VAL_SHARE, VAL_LEAST / max(1, num_bytes)), VAL_MOST / max(1, num_bytes))
-
-
-def plan_split(rows: np.ndarray, val_fraction: float | None) -> SplitPlan:
-    """The side of each document from the hash of its text; see the top of this file. val_fraction None: `default_val_fraction` chooses."""
-    if val_fraction is None:
-        val_fraction = default_val_fraction(int(rows["bytes"].sum()))
-    if not 0.0 <= val_fraction < 1.0:
-        raise UserError(f"val_fraction must be at least 0 and below 1, got {val_fraction}. Use a value like 0.1.")
-    if val_fraction == 0.0:
-        return SplitPlan(0.0, "hash", np.full(len(rows), TRAIN, dtype=np.uint8))
-    total = int(rows["bytes"].sum())
-
-    def fits(sides: np.ndarray) -> bool:
-        share = float(rows["bytes"][sides == VAL].sum()) / total
-        return val_fraction / 3 <= share <= min(3 * val_fraction, (1 + val_fraction) / 2) and bool((sides == TRAIN).any())
-
-    sides = (rows["key"].astype(np.float64) / 2.0**64 < val_fraction).astype(np.uint8)
-    if fits(sides):
-        return SplitPlan(val_fraction, "hash", sides)
-
-    keys, inverse = np.unique(rows["key"], return_inverse=True)
-    sizes = np.bincount(inverse, weights=rows["bytes"])  # of each distinct text, in the order of the hashes
-    chosen = np.zeros(len(keys), dtype=bool)
-    filled = 0.0
-    for i, size in enumerate(sizes):
-        if filled < val_fraction * total and filled + size <= 1.5 * val_fraction * total:
-            chosen[i] = True
-            filled += size
-    sides = chosen[inverse].astype(np.uint8)
-    if fits(sides):
-        return SplitPlan(val_fraction, "hash order", sides)
-    return SplitPlan(val_fraction, "position", None)
-
-
 def load_corpus(
     path: str | os.PathLike[str],
     memory: Path,
@@ -199,60 +133,94 @@ def load_corpus(
     Raises DataError when there is no text, and says what was found instead.
     """
     files, skipped = find(path, exclude)
-    known = _recall(memory, reading)
+    last = _recall(memory, reading)
+    known: dict[str, _Known] = {}
+    report = _counter(progress, "Reading files", sum(file.size for file in files))
+    read_now: set[str] = set()
+    for file in files:
+        stamp = [str(file.path.resolve()), file.size, *file.stamp]
+        remembered = last.get(file.name)
+        if remembered is not None and remembered.stamp == stamp:
+            known[file.name] = remembered
+            report(file.size)
+            continue
+        found = scan(file, report, reading)
+        known[file.name] = _Known(stamp, "", found) if isinstance(found, Undecided) else _Known(stamp, found)
+        read_now.add(file.name)
+
+    # A guess depends on the other files as well: one that was remembered is made again, and the file read again where it comes out otherwise.
+    codecs = pool({name: each.undecided.evidence for name, each in known.items() if each.undecided is not None})
+    changed = [file for file in files if codecs.get(file.name, "") != known[file.name].codec]
+    report = _counter(progress, "Decoding files", sum(file.size for file in changed))
+    for file in changed:
+        undecided = known[file.name].undecided
+        assert undecided is not None
+        found = scan_decoded(file, undecided, codecs[file.name], reading)
+        known[file.name] = _Known(known[file.name].stamp, found, undecided, codecs[file.name])
+        read_now.add(file.name)
+        report(file.size)
+
     used: list[tuple[SourceFile, FileInfo]] = []
-    remembered: dict[str, dict[str, Any]] = {}
-    total = sum(file.size for file in files)
-    done = files_read = 0
+    for file in files:
+        held = known[file.name].found
+        if isinstance(held, str):
+            skipped.add(held, file.name)
+        else:
+            skipped.update(held.skipped)
+            used.append((file, held))
+    if not used:
+        raise DataError(_no_text(Path(path), skipped))
+    rows = np.concatenate([info.rows for _, info in used])
+    if read_now or set(last) != set(known):
+        write_file(memory / "sources.bin", rows.tobytes(), DATA)
+        entries = {name: each.to_dict() for name, each in known.items()}
+        record = {"version": SCAN_VERSION, "reading": asdict(reading), "rows": len(rows), "files": entries}
+        write_file(memory / "sources.json", json.dumps(record).encode("utf-8"), DATA)
+    return Corpus(Path(path), used, rows, skipped, len(read_now))
+
+
+def _counter(progress: Callable[[str, int, int], None] | None, label: str, total: int) -> Report:
+    """A function that is told of bytes that were dealt with and passes their sum on."""
+    done = 0
 
     def report(num_bytes: int) -> None:
         nonlocal done
         done += num_bytes
         if progress:
-            progress("Reading files", min(done, total), total)
+            progress(label, min(done, total), total)
 
-    for file in files:
-        stamp = [str(file.path.resolve()), file.size, *file.stamp]
-        last = known.get(file.name)
-        if last is not None and last[0] == stamp:
-            info = last[1]
-            report(file.size)
-        else:
-            info = scan(file, report, reading)
-            files_read += 1
-        if isinstance(info, str):
-            skipped.add(info, file.name)
-            remembered[file.name] = {"stamp": stamp, "reason": info}
-            continue
-        skipped.update(info.skipped)
-        used.append((file, info))
-        remembered[file.name] = {"stamp": stamp, **info.to_dict()}
-    if not used:
-        raise DataError(_no_text(Path(path), skipped))
-    rows = np.concatenate([info.rows for _, info in used])
-    if files_read or set(known) != set(remembered):
-        write_file(memory / "sources.bin", rows.tobytes(), DATA)
-        record = {"version": SCAN_VERSION, "reading": asdict(reading), "rows": len(rows), "files": remembered}
-        write_file(memory / "sources.json", json.dumps(record).encode("utf-8"), DATA)
-    return Corpus(Path(path), used, rows, skipped, files_read)
+    return report
 
 
-def _recall(memory: Path, reading: Reading) -> dict[str, tuple[list[Any], "FileInfo | str"]]:
+@dataclass(frozen=True)
+class _Known:
+    """What is known of a file that had this stamp."""
+
+    stamp: list[Any]
+    found: FileInfo | str  # what it holds, or why it is left out
+    undecided: Undecided | None = None  # where its charset is a guess: what that rests on
+    codec: str = ""  # the guess
+
+    def to_dict(self) -> dict[str, Any]:
+        values: dict[str, Any] = {"reason": self.found} if isinstance(self.found, str) else self.found.to_dict()
+        return {"stamp": self.stamp, **values} | ({"undecided": self.undecided.to_dict(), "codec": self.codec} if self.undecided else {})
+
+
+def _recall(memory: Path, reading: Reading) -> dict[str, _Known]:
     """What is known of the files from last time; nothing when the record is missing, damaged, of another version or another reading."""
     try:
         record = json.loads((memory / "sources.json").read_text("utf-8"))
         rows = np.fromfile(memory / "sources.bin", dtype=ROW)
         if record["version"] != SCAN_VERSION or record["reading"] != asdict(reading) or record["rows"] != len(rows):
             return {}
-        known: dict[str, tuple[list[Any], FileInfo | str]] = {}
+        known: dict[str, _Known] = {}
         first = 0
         for name, entry in record["files"].items():
-            if "reason" in entry:
-                known[name] = (entry["stamp"], str(entry["reason"]))
-                continue
-            own = rows[first : first + entry["rows"]]
-            first += entry["rows"]
-            known[name] = (entry["stamp"], FileInfo.from_dict(entry, own))
+            own = rows[first : first + entry.get("rows", 0)]
+            first += len(own)
+            found = str(entry["reason"]) if "reason" in entry else FileInfo.from_dict(entry, own)
+            undecided = Undecided.from_dict(entry["undecided"]) if "undecided" in entry else None
+            known[name] = _Known(entry["stamp"], found, undecided, str(entry.get("codec", "")))
         return known if first == len(rows) else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
@@ -274,25 +242,29 @@ def _no_text(path: Path, skipped: Skipped) -> str:
 # -- the text itself ------------------------------------------------------------------------------------------------------------------
 
 
-def measure(path: str | os.PathLike[str], bar: ByteProgress, log: Callable[[str], None] | None = None) -> Corpus:
+def measure(path: str | os.PathLike[str], bar: ByteProgress, log: Callable[[str], None] | None = None, reading: Reading = Reading()) -> Corpus:
     """All text at a path, found and measured without anything being remembered; `log` hears what was found."""
     with tempfile.TemporaryDirectory(prefix="cllm-") as scratch:
-        corpus = load_corpus(path, Path(scratch), (), bar)
+        corpus = load_corpus(path, Path(scratch), (), bar, reading)
     if log is not None:
         describe(corpus, plan_split(corpus.rows, 0.0), log)
     return corpus
 
 
 def stream_texts(
-    path: str | os.PathLike[str], *, log: Callable[[str], None] | None = None, progress: Callable[[str, int, int], None] | None = None
+    path: str | os.PathLike[str],
+    *,
+    reading: Reading = Reading(),
+    log: Callable[[str], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Iterator[str]:
     """All text at a path as a stream of pieces, documents not marked; for statistics.
 
-    log gets a sentence about what was found; progress(step, bytes done, bytes in all) replaces the progress line.
-    Raises DataError when there is no text.
+    reading: how texts are taken out of the files. log gets a sentence about what was found; progress(step, bytes done, bytes in all) replaces the
+    progress line. Raises DataError when there is no text.
     """
     with ByteProgress(progress) as bar:
-        corpus = measure(path, bar, log)
+        corpus = measure(path, bar, log, reading)
         for segment in corpus.segments(plan_split(corpus.rows, 0.0), bar.step("Reading text", corpus.num_bytes)):
             yield from pieces(segment.chunks)
 
@@ -347,6 +319,9 @@ def pieces(chunks: Iterable[str], size: int = PIECE_CHARS) -> Iterator[str]:
         yield buffer[start:]
 
 
+# -- what was found, in words ---------------------------------------------------------------------------------------------------------
+
+
 def describe(corpus: Corpus, plan: SplitPlan, tell: Callable[[str], None]) -> tuple[str, str, str]:
     """Tells what was found, what was left out and how it is split; returns it as a step of `prepare`: (step, "done" or "cached", in words)."""
     files, documents = len(corpus.files), len(corpus.rows)
@@ -355,9 +330,8 @@ def describe(corpus: Corpus, plan: SplitPlan, tell: Callable[[str], None]) -> tu
     tell(f"files: {words} ({state})")
     for line in _origins(corpus):
         tell(f"  {line}")
-    others = sorted({info.charset.codec for _, info in corpus.files} - {"utf-8", "utf-8-sig"})
-    if others:
-        tell(f"  decoded from {', '.join(others)}")
+    for line in _charsets(corpus):
+        tell(f"  {line}")
     for line in corpus.skipped.report():
         tell(f"  {line}")
     if plan.val_fraction:
@@ -367,6 +341,24 @@ def describe(corpus: Corpus, plan: SplitPlan, tell: Callable[[str], None]) -> tu
             how = f"{int((plan.sides == VAL).sum()):,} documents, chosen by the hash of their text"
         tell(f"  validation: {kept / 1e6:,.2f} MB ({100 * kept / corpus.num_bytes:.1f} %), {how}")
     return "files", "cached" if not corpus.files_read else "done", words
+
+
+def _charsets(corpus: Corpus) -> list[str]:
+    """What the files were decoded from, where that was not UTF-8; what was guessed, with an example; what did not fit."""
+    guesses = Guesses()
+    for file, info in corpus.files:
+        guesses.add(file.path, info.charset)
+    certain = sorted({info.charset.codec for _, info in corpus.files if not info.charset.guess} - {"utf-8", "utf-8-sig"})
+    lines = [f"decoded from {', '.join(certain)}"] if certain else []
+    lines += guesses.lines()
+    damaged: dict[str, list[str]] = {}
+    for file, info in corpus.files:
+        if info.charset.how in (DAMAGED, MISFIT):
+            damaged.setdefault(info.charset.codec, []).append(printable(file.name))
+    for codec, names in sorted(damaged.items()):
+        shown = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        lines.append(f"{len(names):,} file{'s' * (len(names) != 1)} with bytes that are not {codec}, each read as U+FFFD: {shown}")
+    return lines
 
 
 def _origins(corpus: Corpus) -> list[str]:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cllm.data.documents import tables
-from cllm.data.documents.charset import Binary, Charset, detect
+from cllm.data.documents.charset import AUTO, Binary, Charset, detect
 from cllm.data.documents.chat_forms import is_conversation, is_message
 
 JSON_EXTENSIONS = frozenset({".jsonl", ".ndjson", ".jsonlines", ".json"})
@@ -60,9 +60,9 @@ class Layout:
     table: "tables.Dialect | None" = None
 
 
-def charset_of(file: IO[bytes]) -> Charset | Binary:
-    """How to decode an open file of records, line by line where it is not in one charset."""
-    found = detect(file)
+def charset_of(file: IO[bytes], encoding: str = AUTO) -> Charset | Binary:
+    """How to decode an open file of records, line by line where it is not in one charset. `encoding`: see `charset.examine`."""
+    found = detect(file, encoding)
     file.seek(0)
     if isinstance(found, Binary):
         head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
@@ -70,10 +70,10 @@ def charset_of(file: IO[bytes]) -> Charset | Binary:
         return Charset("utf-8", "replace", "JSON with damaged places") if head[:1] in (b"{", b"[") else found
     if found.errors == "strict" or found.codec.startswith(("utf-8-", "utf-16", "utf-32")):
         return found
-    return _line_charset(file, found)
+    return _line_charset(file, found, encoding)
 
 
-def _line_charset(file: IO[bytes], whole: Charset) -> Charset:
+def _line_charset(file: IO[bytes], whole: Charset, encoding: str) -> Charset:
     """The charset of the lines that are not UTF-8, and whether there are others that are."""
     sample: list[bytes] = []
     size, some_utf8 = 0, False
@@ -87,9 +87,8 @@ def _line_charset(file: IO[bytes], whole: Charset) -> Charset:
             size += len(line)
     if not some_utf8 and whole.codec != "utf-8":
         return whole
-    found = detect(io.BytesIO(b"".join(sample)))
-    codec = "utf-8" if isinstance(found, Binary) else found.codec
-    return Charset(codec, "replace", _MIXED)
+    found = detect(io.BytesIO(b"".join(sample)), encoding)
+    return Charset("utf-8", "replace", _MIXED) if isinstance(found, Binary) else Charset(found.codec, "replace", _MIXED, found.guess)
 
 
 def _is_utf8(line: bytes) -> bool:

@@ -17,10 +17,11 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from cllm.data.documents import fields
-from cllm.data.documents.charset import Binary, Charset, detect
+from cllm.data.documents import charset, fields
+from cllm.data.documents.charset import Binary, Charset
 from cllm.data.documents.chat_forms import mostly_conversations
 from cllm.data.documents.files import CODE_EXTENSIONS, PARQUET, Skipped, SourceFile
+from cllm.data.documents.guess import Evidence
 from cllm.data.documents.records import RECORD_EXTENSIONS, Records, charset_of, clean
 from cllm.data.documents.separators import AUTO, MARKERS, NONE, Splitter, passing, recognise
 from cllm.data.documents.separators import parse as parse_separator
@@ -40,15 +41,16 @@ _PLACE = re.compile(
 
 @dataclass(frozen=True)
 class Reading:
-    """How texts are taken out of files, as data.text_field and data.separator say."""
+    """How texts are taken out of files, as data.text_field, data.separator and data.encoding say."""
 
     text_field: str = ""  # empty: found by itself
     separator: str = AUTO  # as `separators.parse` gives it
+    encoding: str = charset.AUTO  # as `charset.check_encoding` gives it
 
     @classmethod
-    def of(cls, text_field: str, separator: str) -> "Reading":
+    def of(cls, text_field: str, separator: str, encoding: str = charset.AUTO) -> "Reading":
         """From the values of the settings; UserError for those that cannot be used."""
-        return cls(text_field, parse_separator(separator))
+        return cls(text_field, parse_separator(separator), charset.check_encoding(encoding))
 
 
 @dataclass
@@ -99,7 +101,24 @@ def file_of(document: str) -> str:
     return _PLACE.sub("", document)
 
 
-def scan(file: SourceFile, report: Callable[[int], None] | None = None, reading: Reading = Reading()) -> FileInfo | str:
+@dataclass(frozen=True)
+class Undecided:
+    """A file of text of which only the letters tell the charset: `guess.pool` decides with the files around it, then `scan_decoded` reads it."""
+
+    digest: str
+    evidence: Evidence
+    not_records: str = ""  # see FileInfo
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"digest": self.digest, "evidence": self.evidence.to_dict(), "not_records": self.not_records}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Undecided":
+        return cls(str(values["digest"]), Evidence.from_dict(values["evidence"]), str(values["not_records"]))
+
+
+def scan(file: SourceFile, report: Callable[[int], None] | None = None, reading: Reading = Reading()) -> FileInfo | Undecided | str:
     """Read a file once and say what it holds, or why it is left out."""
     suffix = file.path.suffix.lower()
     try:
@@ -113,17 +132,26 @@ def scan(file: SourceFile, report: Callable[[int], None] | None = None, reading:
             if not isinstance(found, _NotRecords):
                 return found
             raw.seek(0)
-            charset = detect(raw)
-        if isinstance(charset, Binary):
-            return charset.reason
-        info = _scan_text(file.path, digest, charset, reading)
-    except PermissionError:
-        return "unreadable (permission denied)"
+            decided = charset.examine(charset.blocks(raw), reading.encoding)
+        if isinstance(decided, Binary):
+            return decided.reason
+        if isinstance(decided, Evidence):
+            return Undecided(digest, decided, found.reason)
+        return _scan_text(file.path, digest, decided, reading, found.reason)
     except OSError as error:
-        return f"unreadable ({error.strerror})"
-    if isinstance(info, FileInfo):
-        info.not_records = found.reason
-    return info
+        return _unreadable(error)
+
+
+def scan_decoded(file: SourceFile, undecided: Undecided, codec: str, reading: Reading = Reading()) -> FileInfo | str:
+    """What a file holds when it is decoded with this codec."""
+    try:
+        return _scan_text(file.path, undecided.digest, charset.guessed(codec), reading, undecided.not_records)
+    except OSError as error:
+        return _unreadable(error)
+
+
+def _unreadable(error: OSError) -> str:
+    return f"unreadable ({(error.strerror or str(error)).lower()})"
 
 
 def read(file: SourceFile, info: FileInfo) -> Iterator[Document]:
@@ -156,22 +184,22 @@ def _digest(raw: IO[bytes], report: Callable[[int], None] | None) -> str:
 # -- text ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _scan_text(path: Path, digest: str, charset: Charset, reading: Reading) -> FileInfo | str:
+def _scan_text(path: Path, digest: str, decoding: Charset, reading: Reading, not_records: str) -> FileInfo | str:
     is_code = path.suffix.lower() in CODE_EXTENSIONS
     wanted: tuple[str, ...] = MARKERS if reading.separator == AUTO else (reading.separator,)
     if reading.separator == NONE or (reading.separator == AUTO and is_code):  # a program may well print a marker
         wanted = ()
     seen: list[bool] = []
-    row, longest, mean = _measure(passing(_read_text(path, charset), wanted, seen))
+    row, longest, mean = _measure(passing(_read_text(path, decoding), wanted, seen))
     if row is None:
         return "empty"
     if is_code and longest > LONG_LINE and mean > LONG_MEAN:
         return "minified or generated"
-    info = FileInfo("text", digest, charset, np.array([row], dtype=ROW))
+    info = FileInfo("text", digest, decoding, np.array([row], dtype=ROW), not_records=not_records)
     guarded = reading.separator == AUTO
-    separator = (recognise(_read_text(path, charset)) if guarded else reading.separator) if seen else ""
+    separator = (recognise(_read_text(path, decoding)) if guarded else reading.separator) if seen else ""
     if separator:
-        documents = Splitter(separator, guarded).documents(_read_text(path, charset))
+        documents = Splitter(separator, guarded).documents(_read_text(path, decoding))
         rows = [each for each, _, _ in map(_measure, documents) if each is not None]
         if not rows:
             return "empty"
@@ -179,10 +207,12 @@ def _scan_text(path: Path, digest: str, charset: Charset, reading: Reading) -> F
     return info
 
 
-def _read_text(path: Path, charset: Charset) -> Iterator[str]:
-    with open(path, encoding=charset.codec, errors=charset.errors, newline=None) as text:
-        while chunk := text.read(CHUNK_CHARS):
+def _read_text(path: Path, decoding: Charset) -> Iterator[str]:
+    with open(path, encoding=decoding.codec, errors=decoding.errors, newline=None) as text:
+        chunk = text.read(CHUNK_CHARS).removeprefix("\ufeff")
+        while chunk:
             yield chunk if chunk.isascii() else clean(chunk)
+            chunk = text.read(CHUNK_CHARS)
 
 
 def _measure(chunks: Iterable[str]) -> tuple[tuple[int, int, int] | None, int, float]:
@@ -216,10 +246,10 @@ class _NotRecords:
 
 
 def _scan_records(file: SourceFile, raw: IO[bytes], digest: str, reading: Reading) -> FileInfo | str | _NotRecords:
-    charset = charset_of(raw)
-    if isinstance(charset, Binary):
-        return charset.reason
-    records = Records(file.path, charset)
+    decoding = charset_of(raw, reading.encoding)
+    if isinstance(decoding, Binary):
+        return decoding.reason
+    records = Records(file.path, decoding)
     unit, file_kind = ("row", "table") if records.layout.table else ("record", "JSON file")
     sample = records.sample()
     if not reading.text_field and mostly_conversations(sample):
@@ -239,7 +269,7 @@ def _scan_records(file: SourceFile, raw: IO[bytes], digest: str, reading: Readin
     rows = [row for row in (_measure([text])[0] for _, text in texts) if row is not None]
     if not rows:
         return f"{file_kind} in which no {unit} has a text ({'; '.join(skipped.lines())})"
-    info = FileInfo("records", digest, charset, np.array(rows, dtype=ROW), skipped, choice.fields, tuple(name for name in used if name), unit)
+    info = FileInfo("records", digest, decoding, np.array(rows, dtype=ROW), skipped, choice.fields, tuple(name for name in used if name), unit)
     info.num_units, info.separator = used.total(), reading.separator
     return info
 

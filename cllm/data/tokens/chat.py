@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cllm.data.documents.charset import Binary
+from cllm.data.documents.charset import AUTO, Binary, Guesses
 from cllm.data.documents.chat_forms import EXAMPLE, NotAConversation, conversation, mostly_conversations
-from cllm.data.documents.corpus import default_val_fraction
 from cllm.data.documents.files import Skipped, SourceFile, find
 from cllm.data.documents.records import RECORD_EXTENSIONS, Records, charset_of
+from cllm.data.documents.sides import default_val_fraction
 from cllm.data.tokens.chat_template import Part, check_messages, encode_conversation, with_template
 from cllm.data.tokens.conversations import ChatSplit
 from cllm.data.tokens.dataset import FORMAT, VERSION, Dataset, folder_for, is_packed, left_out, read_info
@@ -68,24 +68,25 @@ def _holds_chats(file: SourceFile) -> bool:
 
 def prepare_chat(
     path: str | os.PathLike[str], out_dir: str | os.PathLike[str], tokenizer: Tokenizer, val_fraction: float | None = None,
-    log: Callable[[str], None] | None = None, keep_others: bool = False, exclude: Iterable[str | os.PathLike[str]] = (),
+    log: Callable[[str], None] | None = None, keep_others: bool = False, exclude: Iterable[str | os.PathLike[str]] = (), encoding: str = AUTO,
 ) -> Dataset:  # fmt: skip
     """The packed conversations of a file or folder; what `out_dir` already holds of the same is used again.
 
     What is no conversation is left out and counted by reason, and both that and the forms of the others are told to `log`, from the cache as well.
-    keep_others: never replaces conversations of another file or split. exclude: places below `path` that are not data; out_dir never is. Raises
-    DataError when no conversation is left, UserError for a tokenizer without a chat template and without the tokens of ours.
+    keep_others: never replaces conversations of another file or split. exclude: places below `path` that are not data; out_dir never is.
+    encoding: the charset of files that are not Unicode; auto tells it by their letters. Raises DataError when no conversation is left, UserError
+    for a tokenizer without a chat template and without the tokens of ours.
     """
     tell = log or (lambda line: None)
     tokenizer = with_template(tokenizer)
     exclude = [out_dir, *exclude]
     if val_fraction is None:
         val_fraction = default_val_fraction(sum(file.size for file in find(path, exclude)[0]))
-    key = chat_key(path, tokenizer, val_fraction, exclude)
+    key = chat_key(path, tokenizer, val_fraction, exclude, encoding)
     folder, state = folder_for(Path(out_dir), "chat", key, keep_others), "cached"
     if not _holds(folder, key):
         state = "done"
-        _pack(Path(path), folder, key, tokenizer, val_fraction, exclude)
+        _pack(Path(path), folder, key, tokenizer, val_fraction, exclude, encoding)
     info = read_info(folder)
     train, val = (ChatSplit(folder / name, tokenizer.hash) for name in SPLITS)
     plural = "s" * (train.num_documents != 1)
@@ -93,18 +94,22 @@ def prepare_chat(
     tell(f"chats: {words} ({state})")
     for form, count in list(info["forms"].items())[:8]:
         tell(f"  {count:,} conversation{'s' * (count != 1)} from {form}")
+    for line in Guesses.from_dict(info["guesses"]).lines() if "guesses" in info else ():
+        tell(f"  {line}")
     for line in left_out(info):
         tell(f"  {line}")
     return Dataset(folder, train, val, tokenizer, info, [("chats", state, words)])
 
 
-def chat_key(path: str | os.PathLike[str], tokenizer: Tokenizer, val_fraction: float, exclude: Iterable[str | os.PathLike[str]] = ()) -> str:
+def chat_key(
+    path: str | os.PathLike[str], tokenizer: Tokenizer, val_fraction: float, exclude: Iterable[str | os.PathLike[str]] = (), encoding: str = AUTO
+) -> str:
     """A digest of everything that the packed conversations of a file or folder depend on; `tokenizer` has its chat template."""
     contents = []
     for file in find(path, exclude)[0]:
         with open(file.path, "rb") as raw:
             contents.append([file.name if Path(path).is_dir() else "", hashlib.file_digest(raw, "blake2b").hexdigest()])
-    parts = [CHAT_VERSION, contents, val_fraction, tokenizer.hash, tokenizer.settings]
+    parts = [CHAT_VERSION, contents, val_fraction, tokenizer.hash, tokenizer.settings, *([encoding] if encoding != AUTO else [])]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -154,8 +159,11 @@ def _holds(folder: Path, key: str) -> bool:
         return False
 
 
-def _pack(path: Path, folder: Path, key: str, tokenizer: Tokenizer, val_fraction: float, exclude: Iterable[str | os.PathLike[str]]) -> None:
+def _pack(
+    path: Path, folder: Path, key: str, tokenizer: Tokenizer, val_fraction: float, exclude: Iterable[str | os.PathLike[str]], encoding: str
+) -> None:
     files, skipped = find(path, exclude)
+    guesses = Guesses()
     forms: dict[str, int] = {}
     with new_folder(folder, DATA) as temporary:
         writers: list[ShardWriter] = []
@@ -164,7 +172,7 @@ def _pack(path: Path, folder: Path, key: str, tokenizer: Tokenizer, val_fraction
             writers.append(ShardWriter(temporary / name, tokenizer.vocab_size, tokenizer.hash, tokenizer.eot_id))
             writers.append(ShardWriter(temporary / name / "answers", 2, "answers", None))
         try:
-            for each in _conversations(files, tokenizer, val_fraction, skipped):
+            for each in _conversations(files, tokenizer, val_fraction, encoding, skipped, guesses):
                 forms[each.form] = forms.get(each.form, 0) + 1
                 ids = np.array([i for part in each.parts for i in part.ids], dtype=np.int64)
                 answers = np.array([int(part.is_answer) for part in each.parts for _ in part.ids], dtype=np.int64)
@@ -184,6 +192,7 @@ def _pack(path: Path, folder: Path, key: str, tokenizer: Tokenizer, val_fraction
             "format": FORMAT, "version": VERSION, "kind": "chat", "key": key, "tokenizer": tokenizer.hash, "val_fraction": val_fraction,
             "num_files": len(files), "num_documents": writers[0].num_documents + writers[2].num_documents,
             "forms": dict(sorted(forms.items(), key=lambda item: (-item[1], item[0]))), "skipped": skipped.to_dict(),
+            "guesses": guesses.to_dict(), "encoding": encoding,
         }  # fmt: skip
         tokenizer.save(temporary / "tokenizer.json")
         write_file(temporary / "dataset.json", json.dumps(info, indent=1).encode(), DATA)
@@ -206,12 +215,14 @@ class _Encoded(NamedTuple):
     parts: list[Part]
 
 
-def _conversations(files: list[SourceFile], tokenizer: Tokenizer, val_fraction: float, skipped: Skipped) -> Iterator[_Encoded]:
+def _conversations(
+    files: list[SourceFile], tokenizer: Tokenizer, val_fraction: float, encoding: str, skipped: Skipped, guesses: Guesses
+) -> Iterator[_Encoded]:
     """Every conversation that can be learnt. The side is the hash of what is said in it: equal ones never lie on both."""
     with ByteProgress() as bar:
         report = bar.step("Reading chats", sum(file.size for file in files))
         for file in files:
-            for place, record in _records(file, skipped, report):
+            for place, record in _records(file, encoding, skipped, guesses, report):
                 name = f"{printable(file.name)}:{place}"
                 try:
                     form, messages = conversation(record)
@@ -233,17 +244,18 @@ def _up_to_last_answer(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     return messages[: last + 1]
 
 
-def _records(file: SourceFile, skipped: Skipped, report: Callable[[int], None]) -> Iterator[tuple[str, object]]:
+def _records(file: SourceFile, encoding: str, skipped: Skipped, guesses: Guesses, report: Callable[[int], None]) -> Iterator[tuple[str, object]]:
     """(place, record) of a file; of one that can hold none, the reason is counted."""
     try:
         if file.path.suffix.lower() not in RECORD_EXTENSIONS:
             skipped.add("no JSON or CSV", file.name)
             return
         with open(file.path, "rb") as raw:
-            charset = charset_of(raw)
+            charset = charset_of(raw, encoding)
         if isinstance(charset, Binary):
             skipped.add(charset.reason, file.name)
             return
+        guesses.add(file.path, charset)
         records = Records(file.path, charset)
         yield from records.read(lambda reason, place: skipped.add(reason, f"{file.name}:{place}"), report)
     except OSError as error:

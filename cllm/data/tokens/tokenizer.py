@@ -23,7 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from cllm.data.documents.corpus import TRAIN, VAL, Corpus, SplitPlan, TextSample, measure, pieces, plan_split, stream_texts
+from cllm.data.documents.corpus import Corpus, TextSample, measure, pieces, stream_texts
+from cllm.data.documents.scan import Reading
+from cllm.data.documents.sides import TRAIN, VAL, SplitPlan, plan_split
 from cllm.data.tokens.vocabulary import (
     CHARACTER_PATTERN,
     END_OF_TEXT,
@@ -341,17 +343,19 @@ def train_tokenizer(
     *,
     pre_tokenizer: str = "gpt-2",
     sample_bytes: int = SAMPLE_BYTES,
+    reading: Reading = Reading(),
     log: Callable[[str], None] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Tokenizer:
     """A tokenizer trained on all text at a path (whatever `cllm train` takes), without anything being written.
 
     vocab_size: of a BPE tokenizer; None chooses by the amount of text. sample_bytes: how much of the text it learns from at most.
+    reading: how texts are taken out of the files.
     log gets a sentence about what was found; progress(step, bytes done, bytes in all) replaces the progress line.
     Raises DataError when there is no text, UserError for a vocabulary that is too small or an unknown pre-tokenizer.
     """
     with ByteProgress(progress) as bar:
-        corpus = measure(path, bar, log)
+        corpus = measure(path, bar, log, reading)
         return train_on(corpus, plan_split(corpus.rows, 0.0), kind, vocab_size, pre_tokenizer, sample_bytes, bar)[0]
 
 

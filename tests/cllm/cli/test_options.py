@@ -17,8 +17,8 @@ FLAGS = {
         --vocab-size --embed-dim --num-layers --num-heads --num-kv-heads --ffn-dim --seq-len --batch-size --grad-accum --steps --epochs
         --learning-rate --min-lr --warmup --schedule --seed --checkpoint-every --keep --eval-every --patience --sample-every --on-nonfinite
         --overfit-one-batch""",
-    "generate": """--prompt --prompt-file --max-tokens --stop --seed --samples --no-cache --stream --weights --device --threads --json --temperature
-        --top-k --top-p --min-p --repetition-penalty""",
+    "generate": """--prompt --prompt-file --encoding --max-tokens --stop --seed --samples --no-cache --stream --weights --device --threads --json
+        --temperature --top-k --top-p --min-p --repetition-penalty""",
     "chat": "--system --max-tokens --seed --weights --device --threads --json --temperature --top-k --top-p --min-p --repetition-penalty",
 }
 
@@ -29,7 +29,7 @@ def test_the_flags_of_commands_are_frozen(command):
     assert set(options(command)) == set(FLAGS[command].split())
 
 
-@pytest.mark.parametrize(("command", "settings", "others"), [("train", SETTINGS, 7), ("generate", SAMPLING, 12), ("chat", SAMPLING, 7)])
+@pytest.mark.parametrize(("command", "settings", "others"), [("train", SETTINGS, 7), ("generate", SAMPLING, 13), ("chat", SAMPLING, 7)])
 def test_the_help_of_a_flag_is_the_help_of_its_setting(command, settings, others):
     declared = {each.option: each for each in settings.values()}
     made = {

@@ -5,7 +5,7 @@ import codecs
 import pytest
 
 from cllm.cli.options import load_tokenizer, read_text
-from cllm.runtime.errors import CLLMError, DataError
+from cllm.runtime.errors import CLLMError, DataError, UserError
 
 TEXT = "Es war einmal ein K\u00f6nig, der hatte drei T\u00f6chter; die j\u00fcngste war sch\u00f6n.\n"
 
@@ -18,12 +18,12 @@ TEXT = "Es war einmal ein K\u00f6nig, der hatte drei T\u00f6chter; die j\u00fcng
         (codecs.BOM_UTF16_LE + TEXT.encode("utf-16-le"), ""),
         (codecs.BOM_UTF16_BE + TEXT.encode("utf-16-be"), ""),
         (TEXT.replace("\n", "\r\n").encode(), ""),
-        (TEXT.encode("cp1252"), "p.txt is read as cp125"),
+        (TEXT.encode("cp1252"), "decoded 1 file from cp1252 (a guess), for example: 'Es war einmal"),
     ],
 )
 def test_a_prompt_is_the_text_that_was_written(content, told, tmp_path, capsys):
     (tmp_path / "p.txt").write_bytes(content)
-    assert read_text(tmp_path / "p.txt") == TEXT
+    assert read_text(tmp_path / "p.txt", "auto") == TEXT
     err = capsys.readouterr().err
     assert told in err and bool(told) == bool(err)
 
@@ -37,7 +37,14 @@ def test_what_is_no_text_is_named(make, words, tmp_path):
     elif make:
         (tmp_path / "p").mkdir()
     with pytest.raises(DataError, match=rf"{tmp_path}/p {words}"):
-        read_text(tmp_path / "p")
+        read_text(tmp_path / "p", "auto")
+
+
+def test_the_charset_of_a_prompt_can_be_said(tmp_path, capsys):
+    (tmp_path / "p.txt").write_bytes(TEXT.encode("cp437"))
+    assert read_text(tmp_path / "p.txt", "cp437") == TEXT and not capsys.readouterr().err
+    with pytest.raises(UserError, match="charset that Python knows, got 'cp43'"):
+        read_text(tmp_path / "p.txt", "cp43")
 
 
 def test_the_tokenizer_of_a_model_file_is_found(tmp_path):

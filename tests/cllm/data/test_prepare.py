@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cllm.data import Dataset, is_packed, train_tokenizer
-from cllm.data.documents.corpus import TRAIN, VAL, default_val_fraction, plan_split
 from cllm.data.documents.scan import ROW
+from cllm.data.documents.sides import TRAIN, VAL, default_val_fraction, plan_split
 from cllm.data.pipeline import prepare
 from cllm.data.tokens.dataset import read_info
 from cllm.data.tokens.shards import ShardWriter

@@ -8,7 +8,7 @@ import pytest
 
 from cllm.data.documents.charset import Binary, detect
 from cllm.data.documents.files import Skipped, find
-from cllm.data.documents.scan import read, scan
+from cllm.data.documents.scan import Undecided, read, scan, scan_decoded
 from cllm.runtime.errors import DataError
 
 GERMAN = (
@@ -32,6 +32,8 @@ def texts(root, **kwargs):
     found = {}
     for file in files:
         info = scan(file)
+        if isinstance(info, Undecided):
+            info = scan_decoded(file, info, info.evidence.alone())
         if isinstance(info, str):
             skipped.add(info, file.name)
             continue

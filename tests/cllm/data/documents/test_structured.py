@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from cllm.data.documents.corpus import describe, load_corpus, plan_split
+from cllm.data.documents.corpus import describe, load_corpus
 from cllm.data.documents.scan import CHATS, Reading, file_of, read
+from cllm.data.documents.sides import plan_split
 from cllm.runtime.errors import DataError
 
 STORIES = [f"The small garden number {n} repaired the old river at night, before the winter came." for n in range(6)]

@@ -1,0 +1,103 @@
+"""Folders of old text: files are decoded alike, what was guessed is shown, what the user says is done, and the cache knows what it depends on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cllm.data.documents.corpus import describe, load_corpus
+from cllm.data.documents.scan import Reading, read
+from cllm.data.documents.sides import plan_split
+from cllm.runtime.errors import UserError
+
+GERMAN = "Unser Zug f\u00e4hrt um zehn nach f\u00fcnf ab, also m\u00fcssen wir uns beeilen. Drau\u00dfen regnet es heftig auf den B\u00fcrgersteig.\n"
+POLISH = "S\u0105siadka ma dwa koty, ale jeden z nich zagin\u0105\u0142. Czy kto\u015b go widzia\u0142? Prosz\u0119 dzwoni\u0107 przed sobot\u0105.\n"
+
+
+def load(folder: Path, memory: Path, encoding: str = "auto"):
+    """(text of each document by name, what was said, how many files were read)"""
+    corpus = load_corpus(folder, memory, reading=Reading.of("", "auto", encoding))
+    said: list[str] = []
+    describe(corpus, plan_split(corpus.rows, 0.0), said.append)
+    texts = {each.name: "".join(each.chunks) for file, info in corpus.files for each in read(file, info)}
+    return texts, [line.strip() for line in said], corpus.files_read, corpus.digest()
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "memory").mkdir()
+    return tmp_path / "data", tmp_path / "memory"
+
+
+def test_a_guess_is_shown_with_a_piece_of_text_the_first_time_and_from_the_cache(place):
+    data, memory = place
+    (data / "a.txt").write_bytes(b"heading\n" + GERMAN.encode("cp1252"))
+    (data / "b.txt").write_bytes("M\u00fcll".encode("cp1252"))
+    (data / "c.txt").write_bytes(POLISH.encode("utf-8"))
+    (data / "d.txt").write_bytes(GERMAN.encode("utf-16"))
+    texts, said, files_read, digest = load(data, memory)
+    assert texts == {"a.txt": "heading\n" + GERMAN, "b.txt": "M\u00fcll", "c.txt": POLISH, "d.txt": GERMAN} and files_read == 4
+    assert "decoded from utf-16" in said
+    (guess,) = [line for line in said if "guess" in line]
+    assert guess.startswith("decoded 2 files from cp1252 (a guess), for example: 'Unser Zug f\u00e4hrt um")
+    assert guess.endswith("'. Wrong? Say data.encoding=NAME.")
+    again = load(data, memory)
+    assert again[2] == 0 and again[3] == digest and again[1][1:] == said[1:]
+
+
+def test_a_file_that_joins_the_folder_may_change_what_others_are_read_as(place):
+    data, memory = place
+    (data / "note.txt").write_bytes("Fu\u00df".encode("mac_roman"))
+    alone, _, _, before = load(data, memory)
+    assert alone["note.txt"] != "Fu\u00df"
+    for number in range(3):
+        (data / f"{number}.txt").write_bytes(GERMAN.encode("mac_roman"))
+    together, _, files_read, after = load(data, memory)
+    assert together["note.txt"] == "Fu\u00df" and files_read == 4 and before != after
+    fresh = data.parent / "fresh"
+    fresh.mkdir()
+    assert load(data, fresh)[3] == after, "the cache and a first reading disagree"
+    for number in range(3):
+        (data / f"{number}.txt").unlink()
+    assert load(data, memory)[0] == alone
+
+
+def test_a_file_that_is_left_out_after_it_was_decoded_stays_a_witness(place):
+    data, memory = place
+    (data / "a.js").write_bytes(("var a='" + GERMAN.strip() * 60 + "';").encode("mac_roman"))
+    (data / "b.txt").write_bytes("sch\u00f6n!".encode("mac_roman"))
+    first = load(data, memory)
+    assert list(first[0]) == ["b.txt"] and any("minified" in line for line in first[1])
+    (data / "c.txt").write_bytes(b"another")
+    second = load(data, memory)
+    assert second[2] == 1 and second[0]["b.txt"] == first[0]["b.txt"]
+
+
+def test_what_the_user_says_is_done_for_all_that_is_not_unicode(place):
+    data, memory = place
+    (data / "a.txt").write_bytes(POLISH.encode("cp852"))
+    (data / "b.txt").write_bytes(POLISH.encode("utf-8"))
+    (data / "c.jsonl").write_bytes(json.dumps({"text": POLISH}, ensure_ascii=False).encode("cp852"))
+    (data / "d.csv").write_bytes(("text\n" + POLISH).encode("cp852"))
+    load(data, memory)
+    for encoding in ("cp852", "IBM852"):
+        texts, said, _, digest = load(data, memory, encoding)
+        assert texts == {"a.txt": POLISH, "b.txt": POLISH, "c.jsonl:1": POLISH, "d.csv:2": POLISH.rstrip()}
+        assert not any("guess" in line for line in said) and "decoded from cp852" in said
+    wrong, _, files_read, other = load(data, memory, "cp1250")
+    assert wrong["a.txt"] == POLISH.encode("cp852").decode("cp1250", "replace") and files_read == 4 and other != digest
+
+
+def test_bytes_that_do_not_fit_are_told(place):
+    data, memory = place
+    (data / "a.txt").write_bytes(GERMAN.encode("cp1252") * 3)
+    texts, said, _, _ = load(data, memory, "utf-8")
+    assert "\ufffd" in texts["a.txt"] and "1 file with bytes that are not utf-8, each read as U+FFFD: a.txt" in said
+    (data / "a.txt").write_bytes(GERMAN.encode("utf-8") * 9 + b"\xff\n")
+    assert "1 file with bytes that are not utf-8, each read as U+FFFD: a.txt" in load(data, memory)[1]
+
+
+def test_an_unknown_charset_is_refused_before_anything_is_read(place):
+    with pytest.raises(UserError, match=r"data\.encoding must be auto or the name of a charset that Python knows, got 'cp12500'"):
+        load(place[0] / "nowhere", place[1], "cp12500")
