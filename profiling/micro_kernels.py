@@ -54,11 +54,12 @@ def _l1_loops(threads: int) -> dict[str, tuple[dict[str, int], float]]:
     """For each micro-kernel: (instructions of its loop, GFLOP/s on `threads` cores out of the L1 cache)."""
     import numba
 
-    from cllm.kernels.numba import gemm, micro
+    from cllm.kernels.numba import gemm_block, micro
+    from cllm.kernels.numba.gemm import BLOCK_WORDS
     from cllm.kernels.numba.simd import W
 
-    mr, nv, words = micro.MR, micro.NV, gemm.BLOCK_WORDS
-    micro_n, tile_22 = gemm._micro_n, gemm._tile_22 if micro.HAS_TILES else None
+    mr, nv, words = micro.MR, micro.NV, BLOCK_WORDS
+    micro_n, tile_22 = gemm_block.micro_n, gemm_block.tile_22 if micro.HAS_TILES else None
 
     @numba.njit(nogil=True, parallel=True)
     def vectors(memory, stride, repeats, workers):
@@ -71,13 +72,13 @@ def _l1_loops(threads: int) -> dict[str, tuple[dict[str, int], float]]:
 
     def tiles_py(memory, stride, repeats, workers, config):
         for worker in numba.prange(workers):
-            gemm.tiles_on(config)
+            gemm_block.tiles_on(config)
             a = memory + worker * stride
             b = a + 2 * W * words * 4
             out = b + 2 * W * words * 4
             for _ in range(repeats):
                 tile_22(a, W * words * 4, 64, 1024, b, W * words * 4, 0, 0, out, 2 * W * 4, words // W)
-            gemm.tiles_off()
+            gemm_block.tiles_off()
 
     stride = 256 << 10
     memory = torch.randn(threads * stride // 4 + 16)
@@ -88,7 +89,7 @@ def _l1_loops(threads: int) -> dict[str, tuple[dict[str, int], float]]:
         memory_half = torch.randn(threads * stride // 2 + 32).bfloat16()
         base_half = -(-memory_half.data_ptr() // 64) * 64
         tiles = numba.njit(nogil=True, parallel=True)(tiles_py)
-        contestants.append(("amx", tiles, 2.0 * (2 * W) ** 2 * words * 2, (gemm._buffers.config_address,)))
+        contestants.append(("amx", tiles, 2.0 * (2 * W) ** 2 * words * 2, (micro.CONFIGURATION,)))
     for name, call, flops, more in contestants:
         at, repeats = base if name == "fp32" else base_half, 20_000
         call(at, stride, 10, threads, *more)

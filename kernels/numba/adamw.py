@@ -5,7 +5,7 @@ squares are float64, added up block by block in a fixed tree.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,11 +14,12 @@ from numba import types
 from numba.extending import models, register_model
 from torch import Tensor
 
+from cllm.kernels.numba.fields import fields
 from cllm.kernels.numba.launch import FANOUT, Kernel, at_most, dense, float32_at, int64_at, is_half, load, load_whole, num_workers, store
+from cllm.kernels.numba.llvm import intrinsic
 from cllm.kernels.numba.micro import prefetch_l1
 from cllm.kernels.numba.simd import (
     W,
-    intrinsic,
     vabs,
     vadd,
     vdiv,
@@ -42,10 +43,42 @@ from cllm.kernels.operations import Shapes
 BLOCK_ELEMENTS = 16384
 AHEAD = 2048  # elements that are on their way to the L1 cache: pages end the processor's own prefetching
 
-# Columns of the tensor table, one row each (int64).
-PARAM, GRAD, AVG, AVG_SQ, GRAD_HALF, SIZE, FIRST_BLOCK, NUM_FIELDS = range(8)
-TABLE, BLOCK_TENSOR, SQUARES, LARGEST, NONFINITE, DECAYS = range(6)
-CLIP, STEP_SIZE, BETA1, BETA2, EPS, ROOT_CORRECTION2 = range(6)
+
+class _Tensor(NamedTuple):
+    """A row of the table of tensors, int64: addresses, and where its blocks begin among those of all tensors."""
+
+    param: int
+    grad: int
+    avg: int
+    avg_sq: int
+    grad_half: int  # whether the gradient is bfloat16
+    size: int
+    first_block: int
+
+
+class _Arguments(NamedTuple):
+    """Addresses."""
+
+    tensors: int  # the table of tensors
+    block_tensor: int  # int64: the tensor of each block
+    squares: int  # float64 as the next two, of each block: the sum of squares,
+    largest: int  # the largest |g|,
+    nonfinite: int  # and how many elements are inf or NaN
+    decays: int = 0  # float32: what the weights of each tensor are multiplied with
+
+
+class _Options(NamedTuple):
+    clip: float
+    step_size: float
+    beta1: float
+    beta2: float
+    eps: float
+    root_correction2: float
+
+
+TENSOR, _tensor = fields(_Tensor)
+P, _arguments = fields(_Arguments)
+F, _options = fields(_Options)
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 _VD = ir.VectorType(ir.DoubleType(), W)
@@ -103,34 +136,34 @@ def _put_double(tc, address, i, value):
 
 
 def _measure(p, f, task, worker):
-    row = p[TABLE] + int64_at(p[BLOCK_TENSOR], task) * NUM_FIELDS * 8
-    grad, half = int64_at(row, GRAD), int64_at(row, GRAD_HALF)
-    start = (task - int64_at(row, FIRST_BLOCK)) * BLOCK_ELEMENTS
+    row = p[P.tensors] + int64_at(p[P.block_tensor], task) * len(TENSOR) * 8
+    grad, half = int64_at(row, TENSOR.grad), int64_at(row, TENSOR.grad_half)
+    start = (task - int64_at(row, TENSOR.first_block)) * BLOCK_ELEMENTS
     squares, largest, nonfinite = _no_squares(), vzero(), vzero()
     one, zero = vset(_ONE), vzero()
-    end = min(start + BLOCK_ELEMENTS, int64_at(row, SIZE))
+    end = min(start + BLOCK_ELEMENTS, int64_at(row, TENSOR.size))
     for c in range(start, end, W):
         prefetch_l1(grad + (c + AHEAD) * (2 if half else 4))
         g = load(grad, half, c, end - c)
         squares = _add_squares(squares, g)
         largest = vmax_nan(largest, vabs(g))
         nonfinite = vadd(nonfinite, vselect(visnan(vsub(g, g)), one, zero))
-    _put_double(p[SQUARES], task, _sum_squares(squares))
-    _put_double(p[LARGEST], task, np.float64(vhmax(largest)))
-    _put_double(p[NONFINITE], task, np.float64(vhsum(nonfinite)))
+    _put_double(p[P.squares], task, _sum_squares(squares))
+    _put_double(p[P.largest], task, np.float64(vhmax(largest)))
+    _put_double(p[P.nonfinite], task, np.float64(vhsum(nonfinite)))
 
 
 def _update(p, f, task, worker):
-    tensor = int64_at(p[BLOCK_TENSOR], task)
-    row = p[TABLE] + tensor * NUM_FIELDS * 8
-    param, grad, avg, avg_sq = int64_at(row, PARAM), int64_at(row, GRAD), int64_at(row, AVG), int64_at(row, AVG_SQ)
-    half = int64_at(row, GRAD_HALF)
-    start = (task - int64_at(row, FIRST_BLOCK)) * BLOCK_ELEMENTS
-    end = min(start + BLOCK_ELEMENTS, int64_at(row, SIZE))
-    clip, step_size, eps = vset(np.float32(f[CLIP])), vset(np.float32(-f[STEP_SIZE])), vset(np.float32(f[EPS]))
-    beta1, rest1 = vset(np.float32(f[BETA1])), vset(np.float32(1.0 - f[BETA1]))
-    beta2, rest2 = vset(np.float32(f[BETA2])), vset(np.float32(1.0 - f[BETA2]))
-    root, keep = vset(np.float32(1.0 / f[ROOT_CORRECTION2])), vset(float32_at(p[DECAYS], tensor))
+    tensor = int64_at(p[P.block_tensor], task)
+    row = p[P.tensors] + tensor * len(TENSOR) * 8
+    param, grad, avg, avg_sq = int64_at(row, TENSOR.param), int64_at(row, TENSOR.grad), int64_at(row, TENSOR.avg), int64_at(row, TENSOR.avg_sq)
+    half = int64_at(row, TENSOR.grad_half)
+    start = (task - int64_at(row, TENSOR.first_block)) * BLOCK_ELEMENTS
+    end = min(start + BLOCK_ELEMENTS, int64_at(row, TENSOR.size))
+    clip, step_size, eps = vset(np.float32(f[F.clip])), vset(np.float32(-f[F.step_size])), vset(np.float32(f[F.eps]))
+    beta1, rest1 = vset(np.float32(f[F.beta1])), vset(np.float32(1.0 - f[F.beta1]))
+    beta2, rest2 = vset(np.float32(f[F.beta2])), vset(np.float32(1.0 - f[F.beta2]))
+    root, keep = vset(np.float32(1.0 / f[F.root_correction2])), vset(float32_at(p[P.decays], tensor))
     whole = end - (end - start) % W
     for c in range(start, whole, W):
         for address in (param, avg, avg_sq):
@@ -172,11 +205,19 @@ class _Table:
     """Addresses of all tensors and which tensor each block belongs to."""
 
     def __init__(self, params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor]):
-        rows, num_blocks = np.zeros((len(params), NUM_FIELDS), np.int64), 0
+        rows, num_blocks = np.zeros((len(params), len(TENSOR)), np.int64), 0
         counts = np.zeros(len(params), np.int64)
         for i, (param, grad, avg, avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
             counts[i] = _num_blocks(param.numel())
-            rows[i] = (param.data_ptr(), grad.data_ptr(), avg.data_ptr(), avg_sq.data_ptr(), is_half(grad), param.numel(), num_blocks)
+            rows[i] = _tensor(
+                param=param.data_ptr(),
+                grad=grad.data_ptr(),
+                avg=avg.data_ptr(),
+                avg_sq=avg_sq.data_ptr(),
+                grad_half=is_half(grad),
+                size=param.numel(),
+                first_block=num_blocks,
+            )
             num_blocks += int(counts[i])
         self.rows, self.num_blocks = rows, num_blocks
         self.block_tensor = np.repeat(np.arange(len(params), dtype=np.int64), counts)
@@ -197,9 +238,15 @@ def statistics(grads: list[Tensor]) -> Tensor:
     gradients = [dense(t) for t in grads]
     table = _Table(gradients, gradients, gradients, gradients)
     squares, largest, nonfinite = (np.zeros(table.num_blocks) for _ in range(3))
-    ints = (table.rows.ctypes.data, table.block_tensor.ctypes.data, squares.ctypes.data, largest.ctypes.data, nonfinite.ctypes.data)
+    arguments = _arguments(
+        tensors=table.rows.ctypes.data,
+        block_tensor=table.block_tensor.ctypes.data,
+        squares=squares.ctypes.data,
+        largest=largest.ctypes.data,
+        nonfinite=nonfinite.ctypes.data,
+    )
     elements = sum(t.numel() for t in grads)
-    _measure_kernel(table.num_blocks, num_workers("adamw", ((elements,),), torch.float32, update=False), ints)
+    _measure_kernel(table.num_blocks, num_workers("adamw", ((elements,),), torch.float32, update=False), arguments)
     found = math.sqrt(_tree_sum(squares)), float(largest.max(initial=0.0)), float(nonfinite.sum())
     return torch.tensor(found, dtype=torch.float32)
 
@@ -216,11 +263,17 @@ def step(
     blocks = table.num_blocks
     squares, largest, nonfinite = np.zeros(blocks), np.zeros(blocks), np.zeros(blocks)
     decays = np.array([1.0 - learning_rate * decay for decay in weight_decays], np.float32)
-    ints = (table.rows.ctypes.data, table.block_tensor.ctypes.data, squares.ctypes.data, largest.ctypes.data,
-            nonfinite.ctypes.data, decays.ctypes.data)  # fmt: skip
+    arguments = _arguments(
+        tensors=table.rows.ctypes.data,
+        block_tensor=table.block_tensor.ctypes.data,
+        squares=squares.ctypes.data,
+        largest=largest.ctypes.data,
+        nonfinite=nonfinite.ctypes.data,
+        decays=decays.ctypes.data,
+    )
     elements = sum(t.numel() for t in params)
     workers = num_workers("adamw", ((elements,),), torch.float32)
-    _measure_kernel(blocks, workers, ints)
+    _measure_kernel(blocks, workers, arguments)
     norm = math.sqrt(_tree_sum(squares))
     num_nonfinite = int(nonfinite.sum())  # whole numbers: exact in any order
     stats = torch.tensor([norm, float(largest.max(initial=0.0)), float(num_nonfinite)], dtype=torch.float32)
@@ -231,7 +284,8 @@ def step(
         clip = max_norm / (norm + 1e-6)
         clip = 1.0 if clip > 1.0 else clip
     correction1, root_correction2 = 1.0 - beta1**step, math.sqrt(1.0 - beta2**step)
-    _update_kernel(blocks, workers, ints, (clip, learning_rate / correction1, beta1, beta2, eps, root_correction2))
+    options = _options(clip=clip, step_size=learning_rate / correction1, beta1=beta1, beta2=beta2, eps=eps, root_correction2=root_correction2)
+    _update_kernel(blocks, workers, arguments, options)
     for originals, updated in zip((params, exp_avgs, exp_avg_sqs), states):
         for original, copied in zip(originals, updated):
             if original is not copied:

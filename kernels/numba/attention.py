@@ -13,10 +13,12 @@ from torch import Tensor
 
 from cllm.kernels.numba import attention_amx as amx
 from cllm.kernels.numba import attention_tile as at
-from cllm.kernels.numba.attention_tile import KEYS, WORD
+from cllm.kernels.numba.attention_tile import KEYS, SEGMENT, WORD, F, P
+from cllm.kernels.numba.fields import fields
 from cllm.kernels.numba.gemm import TILES as TILES_KERNEL
 from cllm.kernels.numba.gemm import bf16_kernel
-from cllm.kernels.numba.launch import Kernel, at_most, float32_at, inline, int64_at, is_half, jit, num_workers, put_float32, scratch
+from cllm.kernels.numba.launch import Kernel, at_most, float32_at, inline, int64_at, jit, num_workers, put_float32, scratch
+from cllm.kernels.numba.micro import CONFIGURATION
 from cllm.kernels.numba.simd import (
     W,
     vadd,
@@ -42,25 +44,69 @@ from cllm.kernels.operations import Shapes
 
 ROWS = 64  # query rows of a tile: a multiple of at.MR and of amx.LANES
 
-TILES, CONFIGURATION = range(at.NUM_SHARED, at.NUM_SHARED + 2)  # whether AMX multiplies
+
+class _Own(NamedTuple):
+    """What the forward kernels read behind the shared arguments."""
+
+    tiles: int  # whether AMX multiplies
+    configuration: int  # of the AMX tiles, an address
+    pack_segments: int = 0  # a table of segments that counts blocks of keys in `tasks`, for the packing
+
+
+class _State(NamedTuple):
+    """Addresses of what a tile keeps for its rows while it walks over the keys, in float32."""
+
+    largest: int  # the running maximum, in log2 units
+    shift: int  # minus that maximum, or 0 where nothing was seen yet
+    correction: int  # what the sums and outputs so far are multiplied with
+    sums: int  # W partial sums of the exponentials
+
+
+class _WorkSpace(NamedTuple):
+    """Addresses in the work space of one worker."""
+
+    q: int
+    out: int
+    scores: int
+    state: int
+    own_block: int  # a block of keys and values that this worker packed
+
+
+OWN, own_arguments = fields(_Own, start=len(P))
 
 ROWS_STEP = 16  # rows are filled in groups that both ways of multiplying can read
 _ONE, _INFINITY, _LOWEST = np.float32(1.0), np.float32(np.inf), np.float32(-np.inf)
-_FORWARD_ROW = 3 * WORD + W * WORD  # running maximum, its new value, correction; W partial sums of the exponentials
+_STATE_BYTES = (3 + W) * ROWS * WORD
 
 
 @inline
-def _row_sizes(width):
-    """Bytes of Q (or O) rows, and of scores."""
-    return ROWS * width * WORD, ROWS * KEYS * WORD
+def _state(address):
+    row = ROWS * WORD
+    return _State(largest=address, shift=address + row, correction=address + 2 * row, sums=address + 3 * row)
+
+
+@inline
+def _work_space(p, worker):
+    rows = ROWS * at.padded_dim(p[P.dim]) * WORD
+    q = p[P.scratch] + worker * p[P.scratch_size]
+    scores = q + 2 * rows
+    state = scores + ROWS * KEYS * WORD
+    return _WorkSpace(q=q, out=q + rows, scores=scores, state=state, own_block=state + _STATE_BYTES)
+
+
+def work_bytes(dim: int) -> int:
+    """Bytes of `_work_space`: two tiles of rows, scores, the state, and a block of keys and values with room for one more W x W of the packing."""
+    width = -(-dim // W) * W
+    size = 2 * ROWS * width * WORD + ROWS * KEYS * WORD + _STATE_BYTES + 2 * KEYS * width * WORD + W * W * WORD
+    return -(-size // 4096) * 4096
 
 
 @jit
 def _limit(p, f, scores, rows, num_queries, t0, queries, num_keys, key, columns, masked):
     """Softcap and mask, in the place of the scores."""
-    lowest, cap = vset(_LOWEST), vset(np.float32(f[at.SOFTCAP]))
-    capped = f[at.SOFTCAP] != 0.0
-    inner = vset(np.float32(abs(f[at.SCALE]) / f[at.SOFTCAP] if capped else 1.0))
+    lowest, cap = vset(_LOWEST), vset(np.float32(f[F.softcap]))
+    capped = f[F.softcap] != 0.0
+    inner = vset(np.float32(abs(f[F.scale]) / f[F.softcap] if capped else 1.0))
     for r in range(rows):
         row = scores + r * (KEYS * WORD)
         if capped:
@@ -74,17 +120,17 @@ def _limit(p, f, scores, rows, num_queries, t0, queries, num_keys, key, columns,
 
 
 @jit
-def _maxima(scores, state, rows, columns, factor):
-    """Brings the running maximum of every row up to date, in log2 units, and finds what the sums so far are to be multiplied by."""
-    largest, shift, correction = state, state + ROWS * WORD, state + 2 * ROWS * WORD
+def _maxima(scores, state_address, rows, columns, factor):
+    """Updates the running maximum of every row, and with it the shift of its scores and the correction of its sums so far."""
+    state = _state(state_address)
     lowest, scale = vset(_LOWEST), vset(factor)
     for r in range(0, rows, W):
-        before = vload(largest, r)
+        before = vload(state.largest, r)
         new = vmax(vmul(at.largest_of_rows(scores + r * (KEYS * WORD), KEYS * WORD, columns // W), scale), before)
         safe = vselect(veq(new, lowest), vzero(), new)  # nothing seen yet: exp2(-inf - 0) = 0
-        vstore(correction, r, vexp2_normal(vsub(before, safe)))
-        vstore(largest, r, new)
-        vstore(shift, r, vneg(safe))
+        vstore(state.correction, r, vexp2_normal(vsub(before, safe)))
+        vstore(state.largest, r, new)
+        vstore(state.shift, r, vneg(safe))
 
 
 @inline
@@ -101,40 +147,41 @@ def _row_of_exponentials(row, columns, scale, minus, total, tiles):
 
 
 @inline
-def _exponentials(scores, state, out, width, rows, columns, factor, tiles, begins):
-    """Scores -> exponentials in their place, which their sums grow by; corrects the sums, and the output unless it begins."""
-    shift, correction, sums = state + ROWS * WORD, state + 2 * ROWS * WORD, state + 3 * ROWS * WORD
+def _exponentials(scores, state_address, out, width, rows, columns, factor, tiles, begins):
+    """Replaces the scores by their exponentials and adds these to the sums, after correcting the sums and, unless it begins here, the output."""
+    state = _state(state_address)
     scale = vset(factor)
     for r in range(rows):
-        row, minus, by = scores + r * (KEYS * WORD), vset(float32_at(shift, r)), float32_at(correction, r)
-        total = vmul(vload(sums, r * W), vset(by))
+        row, minus, by = scores + r * (KEYS * WORD), vset(float32_at(state.shift, r)), float32_at(state.correction, r)
+        total = vmul(vload(state.sums, r * W), vset(by))
         if columns == KEYS:
             total = _row_of_exponentials(row, KEYS, scale, minus, total, tiles)
         else:
             total = _row_of_exponentials(row, columns, scale, minus, total, tiles)
-        vstore(sums, r * W, total)
+        vstore(state.sums, r * W, total)
         if by != _ONE and not begins:
             for c in range(0, width, W):
                 vstore(out + r * width * WORD, c, vmul(vload(out + r * width * WORD, c), vset(by)))
 
 
 @jit
-def _finish(p, state, out, width, rows, num_queries, b, t0, head):
+def _finish(p, state_address, out, width, rows, num_queries, b, t0, head):
     """Divide rows by their sums and write them, with their log-sum-exps."""
-    largest, inverse, lse, sums = state, state + ROWS * WORD, state + 2 * ROWS * WORD, state + 3 * ROWS * WORD
+    state = _state(state_address)
+    inverse, lse = state.shift, state.correction  # which are no longer needed
     for r in range(0, rows, W):
-        total = at.sums_of_rows(sums + r * (W * WORD))
+        total = at.sums_of_rows(state.sums + r * (W * WORD))
         vstore(inverse, r, vdiv(vset(_ONE), total))
-        vstore(lse, r, vfma(vload(largest, r), vset(np.float32(at.LN_2)), vlog(total)))
-    size, dim = 2 if p[at.HALF] else 4, p[at.DIM]
+        vstore(lse, r, vfma(vload(state.largest, r), vset(np.float32(at.LN_2)), vlog(total)))
+    size, dim = 2 if p[P.half] else 4, p[P.dim]
     for r in range(rows):
         t, h, by = t0 + r % num_queries, head + r // num_queries, float32_at(inverse, r)
-        to = p[at.OUT] + ((b * p[at.TOKENS] + t) * p[at.HEADS] + h) * dim * size
+        to = p[P.out] + ((b * p[P.tokens] + t) * p[P.heads] + h) * dim * size
         nothing, times = by == _INFINITY, vset(by)
         for c in range(0, dim, W):
             v = vzero() if nothing else vmul(vload(out + r * width * WORD, c), times)
-            amx.store_row(to, p[at.HALF], p[TILES], c, v, dim - c)
-        put_float32(p[at.LSE], (b * p[at.HEADS] + h) * p[at.TOKENS] + t, float32_at(lse, r))
+            amx.store_row(to, p[P.half], p[OWN.tiles], c, v, dim - c)
+        put_float32(p[P.lse], (b * p[P.heads] + h) * p[P.tokens] + t, float32_at(lse, r))
 
 
 @inline
@@ -145,46 +192,47 @@ def _pair_strips(keys):
 
 @jit
 def _pack_block(p, b, token, kv, rows, target, width, spare):
-    k = p[at.K] + b * p[at.K_BATCH] + token * p[at.K_TOKEN] + kv * p[at.K_HEAD]
-    v = p[at.V] + b * p[at.V_BATCH] + token * p[at.V_TOKEN] + kv * p[at.V_HEAD]
-    if p[TILES]:
-        amx.fill_strips_of_rows(k, p[at.K_TOKEN], rows, p[at.DIM], _pair_strips(rows), target, spare)
-        amx.fill_strips_of_columns(v, p[at.V_TOKEN], rows, p[at.DIM], KEYS // 2, target + KEYS * width * WORD, spare)
+    k = p[P.k] + b * p[P.k_batch] + token * p[P.k_token] + kv * p[P.k_head]
+    v = p[P.v] + b * p[P.v_batch] + token * p[P.v_token] + kv * p[P.v_head]
+    if p[OWN.tiles]:
+        amx.fill_strips_of_rows(k, p[P.k_token], rows, p[P.dim], _pair_strips(rows), target, spare)
+        amx.fill_strips_of_columns(v, p[P.v_token], rows, p[P.dim], KEYS // 2, target + KEYS * width * WORD, spare)
         return
-    at.fill_strips(k, p[at.HALF], p[at.K_TOKEN], rows, p[at.DIM], target, spare)
-    at.fill_rows(v, p[at.HALF], p[at.V_TOKEN], rows, p[at.DIM], target + KEYS * width * WORD, _ONE, rows)
+    at.fill_strips(k, p[P.half], p[P.k_token], rows, p[P.dim], target, spare)
+    at.fill_rows(v, p[P.half], p[P.v_token], rows, p[P.dim], target + KEYS * width * WORD, _ONE, rows)
 
 
 def _pack(p, f, task, worker):
     """One key block of one key-value head, for all the query tiles that will read it."""
-    segment = at.find_segment(p, task, at.TASKS)
-    num_keys, width = int64_at(segment, at.NUM_KEYS), at.padded_dim(p[at.DIM])
+    segment = at.find_segment(p[OWN.pack_segments], p[P.num_segments], task, SEGMENT.tasks)
+    num_keys, width = int64_at(segment, SEGMENT.num_keys), at.padded_dim(p[P.dim])
     blocks = (num_keys + KEYS - 1) // KEYS
-    local = task - int64_at(segment, at.TASKS)
+    local = task - int64_at(segment, SEGMENT.tasks)
     key, kv = (local % blocks) * KEYS, local // blocks
-    target = p[at.PACKED] + task * (2 * KEYS * width * WORD)
-    spare = p[at.SCRATCH] + worker * p[at.SCRATCH_SIZE]
-    token = int64_at(segment, at.START) + key
-    _pack_block(p, int64_at(segment, at.BATCH), token, kv, min(KEYS, num_keys - key), target, width, spare)
+    target = p[P.packed] + task * (2 * KEYS * width * WORD)
+    spare = p[P.scratch] + worker * p[P.scratch_size]
+    token = int64_at(segment, SEGMENT.start) + key
+    _pack_block(p, int64_at(segment, SEGMENT.batch), token, kv, min(KEYS, num_keys - key), target, width, spare)
 
 
 @jit
 def _block_of_keys(p, segment, kv, block, valid, own_block):
     """Where a block of keys lies packed: for all tiles, or now for this one."""
-    width, num_keys = at.padded_dim(p[at.DIM]), int64_at(segment, at.NUM_KEYS)
+    width, num_keys = at.padded_dim(p[P.dim]), int64_at(segment, SEGMENT.num_keys)
     size = 2 * KEYS * width * WORD
-    if p[at.PACKED] != 0:
-        return p[at.PACKED] + (int64_at(segment, at.BLOCKS) + kv * ((num_keys + KEYS - 1) // KEYS) + block) * size
-    token = int64_at(segment, at.START) + block * KEYS
-    _pack_block(p, int64_at(segment, at.BATCH), token, kv, valid, own_block, width, own_block + size)
+    if p[P.packed] != 0:
+        return p[P.packed] + (int64_at(segment, SEGMENT.blocks) + kv * ((num_keys + KEYS - 1) // KEYS) + block) * size
+    token = int64_at(segment, SEGMENT.start) + block * KEYS
+    _pack_block(p, int64_at(segment, SEGMENT.batch), token, kv, valid, own_block, width, own_block + size)
     return own_block
 
 
 @jit
-def _walk(p, f, segment, kv, q, out, scores, state, own_block, rows, num_queries, t0):
+def _walk(p, f, segment, kv, space, rows, num_queries, t0):
     """All blocks of keys that a tile of queries sees, one after the other."""
-    queries, num_keys, width = int64_at(segment, at.QUERIES), int64_at(segment, at.NUM_KEYS), at.padded_dim(p[at.DIM])
-    factor, row, scores_row, tiles = np.float32(at.log2_factor(f)), width * WORD, KEYS * WORD, p[TILES]
+    q, out, scores, state, own_block = space.q, space.out, space.scores, space.state, space.own_block
+    queries, num_keys, width = int64_at(segment, SEGMENT.queries), int64_at(segment, SEGMENT.num_keys), at.padded_dim(p[P.dim])
+    factor, row, scores_row, tiles = np.float32(at.log2_factor(f)), width * WORD, KEYS * WORD, p[OWN.tiles]
     last = t0 + num_queries - 1
     end = at.end_key(p, last, queries, num_keys)
     open_from, open_to = at.first_key(p, last, queries, num_keys), at.end_key(p, t0, queries, num_keys)
@@ -198,9 +246,9 @@ def _walk(p, f, segment, kv, q, out, scores, state, own_block, rows, num_queries
             _tile_scores(p, q, packed, scores, rows, columns)
         else:
             columns = (valid + W - 1) // W * W
-            at.multiply(q, row, packed, W * WORD, row * W, scores, scores_row, rows, p[at.DIM], columns // W, True)
+            at.multiply(q, row, packed, W * WORD, row * W, scores, scores_row, rows, p[P.dim], columns // W, True)
         masked = key < open_from or key + columns > open_to
-        if masked or f[at.SOFTCAP] != 0.0:
+        if masked or f[F.softcap] != 0.0:
             _limit(p, f, scores, rows, num_queries, t0, queries, num_keys, key, columns, masked)
         _maxima(scores, state, rows, columns, factor)
         if tiles:
@@ -213,7 +261,7 @@ def _walk(p, f, segment, kv, q, out, scores, state, own_block, rows, num_queries
 
 @inline
 def _tile_scores(p, q, packed, scores, rows, columns):
-    half_row, row_strips = (p[at.DIM] + amx.STEP - 1) // amx.STEP * amx.STEP_BYTES, (rows + amx.LANES - 1) // amx.LANES
+    half_row, row_strips = (p[P.dim] + amx.STEP - 1) // amx.STEP * amx.STEP_BYTES, (rows + amx.LANES - 1) // amx.LANES
     strip = half_row * amx.LANES
     amx.multiply(q, strip, half_row, amx.STEP_BYTES, packed, strip, scores, KEYS * WORD, row_strips, columns // amx.LANES,
                  half_row // amx.STEP_BYTES, True)  # fmt: skip
@@ -221,18 +269,18 @@ def _tile_scores(p, q, packed, scores, rows, columns):
 
 @inline
 def _tile_outputs(p, scores, values, out, rows, columns, begins):
-    row, row_strips, strips = KEYS * WORD, (rows + amx.LANES - 1) // amx.LANES, (p[at.DIM] + amx.LANES - 1) // amx.LANES
-    amx.multiply(scores, row * amx.LANES, row, amx.STEP_BYTES, values, KEYS // 2 * amx.STEP_BYTES, out, at.padded_dim(p[at.DIM]) * WORD, row_strips,
+    row, row_strips, strips = KEYS * WORD, (rows + amx.LANES - 1) // amx.LANES, (p[P.dim] + amx.LANES - 1) // amx.LANES
+    amx.multiply(scores, row * amx.LANES, row, amx.STEP_BYTES, values, KEYS // 2 * amx.STEP_BYTES, out, at.padded_dim(p[P.dim]) * WORD, row_strips,
                  strips, columns // amx.STEP, begins)  # fmt: skip
 
 
 def _forward(p, f, task, worker):
     """One tile: rows are num_queries queries of each of num_heads heads that share a key-value head."""
-    segment = at.find_segment(p, task, at.TASKS)
-    b, start = int64_at(segment, at.BATCH), int64_at(segment, at.START)
-    queries = int64_at(segment, at.QUERIES)
-    local = task - int64_at(segment, at.TASKS)
-    group = p[at.HEADS] // p[at.KV_HEADS]
+    segment = at.find_segment(p[P.segments], p[P.num_segments], task, SEGMENT.tasks)
+    b, start = int64_at(segment, SEGMENT.batch), int64_at(segment, SEGMENT.start)
+    queries = int64_at(segment, SEGMENT.queries)
+    local = task - int64_at(segment, SEGMENT.tasks)
+    group = p[P.heads] // p[P.kv_heads]
     tile_queries = min(queries, ROWS)
     tile_heads = min(group, ROWS // tile_queries)
     tiles, parts = (queries + tile_queries - 1) // tile_queries, (group + tile_heads - 1) // tile_heads
@@ -241,34 +289,30 @@ def _forward(p, f, task, worker):
     num_queries, num_heads = min(tile_queries, queries - t0), min(tile_heads, group - head)
     rows, head = num_queries * num_heads, head + kv * group
 
-    width = at.padded_dim(p[at.DIM])
-    q_size, scores_size = _row_sizes(width)
-    q = p[at.SCRATCH] + worker * p[at.SCRATCH_SIZE]
-    out, scores = q + q_size, q + 2 * q_size
-    state = scores + scores_size
-    own_block = state + ROWS * _FORWARD_ROW
+    width, space = at.padded_dim(p[P.dim]), _work_space(p, worker)
     sign = at.scale_sign(f)
     all_rows = (rows + ROWS_STEP - 1) // ROWS_STEP * ROWS_STEP
-    half_row = (p[at.DIM] + amx.STEP - 1) // amx.STEP * amx.STEP_BYTES
+    half_row = (p[P.dim] + amx.STEP - 1) // amx.STEP * amx.STEP_BYTES
     for i in range(num_heads):
-        source = p[at.Q] + b * p[at.Q_BATCH] + (start + t0) * p[at.Q_TOKEN] + (head + i) * p[at.Q_HEAD]
+        source = p[P.q] + b * p[P.q_batch] + (start + t0) * p[P.q_token] + (head + i) * p[P.q_head]
         filled = num_queries if i < num_heads - 1 else all_rows - i * num_queries
-        if p[TILES]:
-            amx.fill_rows(source, p[at.Q_TOKEN], num_queries, p[at.DIM], q + i * num_queries * half_row, half_row, filled)
+        if p[OWN.tiles]:
+            amx.fill_rows(source, p[P.q_token], num_queries, p[P.dim], space.q + i * num_queries * half_row, half_row, filled)
         else:
-            target = q + i * num_queries * width * WORD
-            at.fill_rows(source, p[at.HALF], p[at.Q_TOKEN], num_queries, p[at.DIM], target, sign, filled)
-    if p[TILES]:
-        amx.start(p[CONFIGURATION])
+            target = space.q + i * num_queries * width * WORD
+            at.fill_rows(source, p[P.half], p[P.q_token], num_queries, p[P.dim], target, sign, filled)
+    if p[OWN.tiles]:
+        amx.start(p[OWN.configuration])
+    state = _state(space.state)
     for r in range(0, ROWS, W):
-        vstore(state, r, vset(_LOWEST))
+        vstore(state.largest, r, vset(_LOWEST))
     for r in range(ROWS):
-        vstore(state + 3 * ROWS * WORD, r * W, vzero())
+        vstore(state.sums, r * W, vzero())
 
-    _walk(p, f, segment, kv, q, out, scores, state, own_block, rows, num_queries, t0)
-    if p[TILES]:
+    _walk(p, f, segment, kv, space, rows, num_queries, t0)
+    if p[OWN.tiles]:
         amx.stop()
-    _finish(p, state, out, width, rows, num_queries, b, start + t0, head)
+    _finish(p, space.state, space.out, width, rows, num_queries, b, start + t0, head)
 
 
 def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -291,13 +335,13 @@ class _Grid(NamedTuple):
 
 
 def _grid(table: np.ndarray, heads: int, kv_heads: int) -> _Grid:
-    queries, num_keys, group = table[:, at.QUERIES], table[:, at.NUM_KEYS], heads // kv_heads
+    queries, num_keys, group = table[:, SEGMENT.queries], table[:, SEGMENT.num_keys], heads // kv_heads
     pack_table, num_blocks = table.copy(), kv_heads * -(-num_keys // KEYS)
-    blocks = at.count(pack_table, at.TASKS, num_blocks)
-    at.count(table, at.BLOCKS, num_blocks)
+    blocks = at.count(pack_table, SEGMENT.tasks, num_blocks)
+    at.count(table, SEGMENT.blocks, num_blocks)
     tile_queries = np.clip(queries, 1, ROWS)
     parts = -(-group // np.minimum(group, ROWS // tile_queries))
-    tasks = at.count(table, at.TASKS, kv_heads * parts * -(-queries // tile_queries))
+    tasks = at.count(table, SEGMENT.tasks, kv_heads * parts * -(-queries // tile_queries))
     return _Grid(table, pack_table, tasks, blocks)
 
 
@@ -310,13 +354,6 @@ def launched_workers(planned: int, shapes: Shapes, dtype: torch.dtype, **options
     """How many of the planned workers the forward pass uses."""
     (batch, queries, heads, dim), (_, num_keys, kv_heads, _) = shapes if len(shapes) == 2 else (*shapes, *shapes)
     return at_most(planned, _dense_grid(batch, queries, num_keys, heads, kv_heads).tasks) if dim else 1
-
-
-def work_bytes(dim: int) -> int:
-    """Work space of one worker of the forward pass."""
-    width = -(-dim // W) * W
-    size = 2 * ROWS * width * WORD + ROWS * (KEYS * WORD + _FORWARD_ROW) + 2 * KEYS * width * WORD + W * W * WORD
-    return -(-size // 4096) * 4096
 
 
 def forward(
@@ -344,12 +381,13 @@ def forward(
     packed = 0
     if grid.tasks > kv_heads * len(grid.table):  # several tiles read each block
         packed_owner, packed = scratch("attention keys", 2 * block_size * grid.blocks)
-    ints = [*at.describe(q), *at.describe(k), *at.describe(v), out.data_ptr(), lse.data_ptr(), is_half(q), heads, kv_heads, dim,
-            tokens, int(causal), window, grid.pack_table.ctypes.data, len(grid.table), address, size, packed, tiles, amx.CONFIGURATION]  # fmt: skip
+    arguments = (
+        *at.shared(q, k, v, out, lse, causal=causal, window=window, segments=grid.table, scratch=address, scratch_size=size, packed=packed),
+        *own_arguments(tiles=tiles, configuration=CONFIGURATION, pack_segments=grid.pack_table.ctypes.data),
+    )
     if packed:
-        _pack_kernel(grid.blocks, workers, ints)
-    ints[at.SEGMENTS] = grid.table.ctypes.data
-    _forward_kernel(grid.tasks, workers, ints, (scale, softcap))
+        _pack_kernel(grid.blocks, workers, arguments)
+    _forward_kernel(grid.tasks, workers, arguments, at.options(scale=scale, softcap=softcap))
     del owner
     if packed:
         del packed_owner

@@ -5,14 +5,14 @@ to a word, as pack.py makes them. An element is one chain over k in order, so it
 On a CPU without AMX what multiplies and packs here does nothing and is never called: LLVM could not compile the instructions.
 """
 
-import numpy as np
 from numba import types
 
-from cllm.kernels.numba import simd
+from cllm.kernels.numba import llvm
 from cllm.kernels.numba.launch import inline, jit, load, store
-from cllm.kernels.numba.micro import HAS_TILES, tile_configuration, tile_configure, tile_release
+from cllm.kernels.numba.llvm import HAS_PAIRS, I8, I64, VF, BFloat, intrinsic
+from cllm.kernels.numba.micro import HAS_TILES, tile_configure, tile_release
 from cllm.kernels.numba.pack import BF16_PAIRS, pack_strip
-from cllm.kernels.numba.simd import HAS_PAIRS, I8, I64, VF, BFloat, W, intrinsic, vec, vload, vstore, vstore_flushed, vzero
+from cllm.kernels.numba.simd import W, vec, vload, vstore, vstore_flushed, vzero
 
 LANES = 16  # rows and columns of a tile
 STEP = 32  # k of one instruction
@@ -28,7 +28,7 @@ def _make_tiles(row_strips: int, column_strips: int):
             a, a_strip, a_row, a_step, b, b_strip, c, c_row, steps, first = args
 
             def op(name, *operands):
-                simd.call(bld, f"llvm.x86.{name}", simd.ir.VoidType(), *operands)
+                llvm.call(bld, f"llvm.x86.{name}", llvm.ir.VoidType(), *operands)
 
             def at(address):
                 return bld.inttoptr(address, I8.as_pointer())
@@ -173,10 +173,10 @@ def halves(tc, low, high):
         if not HAS_TILES:
             return low
         if HAS_PAIRS:
-            both = simd.call(bld, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", simd.ir.VectorType(BFloat(), 2 * W), high, low)
+            both = llvm.call(bld, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", llvm.ir.VectorType(BFloat(), 2 * W), high, low)
         else:
-            lanes = simd.ir.Constant(simd.ir.VectorType(simd.I32, 2 * W), list(range(2 * W)))
-            both = bld.shuffle_vector(simd.round_bf16(bld, low), simd.round_bf16(bld, high), lanes)
+            lanes = llvm.ir.Constant(llvm.ir.VectorType(llvm.I32, 2 * W), list(range(2 * W)))
+            both = bld.shuffle_vector(llvm.round_bf16(bld, low), llvm.round_bf16(bld, high), lanes)
         return bld.bitcast(both, VF)
 
     return vec(vec, vec), codegen
@@ -191,9 +191,9 @@ def _make_interleave(part: int):
         def codegen(ctx, bld, sig, args):
             if not HAS_TILES:
                 return args[0]
-            words = simd.ir.VectorType(simd.I16, 2 * W)
+            words = llvm.ir.VectorType(llvm.I16, 2 * W)
             columns = [8 * (c // 4) + 4 * part + c % 4 for c in range(LANES)]
-            lanes = simd.ir.Constant(simd.ir.VectorType(simd.I32, 2 * W), [lane for c in columns for lane in (c, 2 * W + c)])
+            lanes = llvm.ir.Constant(llvm.ir.VectorType(llvm.I32, 2 * W), [lane for c in columns for lane in (c, 2 * W + c)])
             return bld.bitcast(bld.shuffle_vector(bld.bitcast(args[0], words), bld.bitcast(args[1], words), lanes), VF)
 
         return vec(vec, vec), codegen
@@ -202,13 +202,3 @@ def _make_interleave(part: int):
 
 
 interleave_low, interleave_high = _make_interleave(0), _make_interleave(1)
-
-
-def _aligned_configuration() -> tuple[np.ndarray, int]:
-    memory = np.zeros(128, np.uint8)
-    start = -memory.ctypes.data % 64
-    memory[start : start + 64] = np.frombuffer(tile_configuration(), np.uint8)
-    return memory, memory.ctypes.data + start
-
-
-_memory, CONFIGURATION = _aligned_configuration()

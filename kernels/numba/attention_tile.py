@@ -7,7 +7,7 @@ beside it, the batch, or how many queries came in one call. Every kind of mask i
 Everything is computed in float32 on tiles in a worker's scratch; bfloat16 is widened while a tile is filled.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,22 +16,69 @@ from numba import types
 from torch import Tensor
 
 from cllm.kernels import operations
-from cllm.kernels.numba import simd
-from cllm.kernels.numba.launch import inline, int64_at, jit, load, store
+from cllm.kernels.numba import llvm
+from cllm.kernels.numba.fields import fields
+from cllm.kernels.numba.launch import inline, int64_at, is_half, jit, load, store
+from cllm.kernels.numba.llvm import F32, FEATURES, I8, I64, VF, VI, const, intrinsic, splat
 from cllm.kernels.numba.pack import BF16_WIDENED, F32_AS_IS, pack_strip
-from cllm.kernels.numba.simd import F32, FEATURES, I8, I64, VF, VI, W, const, intrinsic, splat, vec, vmul, vset, vzero
+from cllm.kernels.numba.simd import W, vec, vmul, vset, vzero
 
 KEYS = 128  # keys of a block
 WORD = 4
 MR, NV = (8, 2) if W == 16 or "neon" in FEATURES else (4, 2)  # accumulators that fit 32 or 16 registers
 
-# Integers every attention kernel reads; addresses and strides in bytes.
-(Q, Q_BATCH, Q_TOKEN, Q_HEAD, K, K_BATCH, K_TOKEN, K_HEAD, V, V_BATCH, V_TOKEN, V_HEAD, OUT, LSE, HALF, HEADS, KV_HEADS, DIM,
- TOKENS, CAUSAL, WINDOW, SEGMENTS, NUM_SEGMENTS, SCRATCH, SCRATCH_SIZE, PACKED, NUM_SHARED) = range(27)  # fmt: skip
-SCALE, SOFTCAP = 0, 1  # floats
 
-# One row of the segment table; TASKS and BLOCKS count those of the segments before.
-BATCH, START, QUERIES, NUM_KEYS, TASKS, BLOCKS, SEGMENT_FIELDS = range(7)
+class _Shared(NamedTuple):
+    """What every attention kernel reads first: addresses, and strides in bytes."""
+
+    q: int
+    q_batch: int
+    q_token: int
+    q_head: int
+    k: int
+    k_batch: int
+    k_token: int
+    k_head: int
+    v: int
+    v_batch: int
+    v_token: int
+    v_head: int
+    out: int  # contiguous
+    lse: int  # float32 (B, H, T)
+    half: int  # whether q, k, v and the output are bfloat16
+    heads: int
+    kv_heads: int
+    dim: int
+    tokens: int  # queries of a batch entry
+    causal: int
+    window: int  # 0: none
+    segments: int  # the table of segments
+    num_segments: int
+    scratch: int  # work space of the first worker
+    scratch_size: int  # of each worker, in bytes
+    packed: int = 0  # all blocks of keys and values, packed; 0: each tile packs those that it needs
+
+
+class _Options(NamedTuple):
+    scale: float
+    softcap: float  # 0: none
+
+
+class _Segment(NamedTuple):
+    """A row of the table of segments, int64."""
+
+    batch: int
+    start: int  # its first token
+    queries: int
+    num_keys: int
+    tasks: int  # how many tasks belong to the segments before
+    blocks: int  # how many blocks of keys, or of queries, belong to the segments before
+
+
+P, _shared = fields(_Shared)
+F, options = fields(_Options)
+SEGMENT, _ = fields(_Segment)
+SEGMENT_BYTES = 8 * len(SEGMENT)
 
 LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453
 
@@ -63,11 +110,11 @@ def _make_micro(rows: int, strips: int, a_transposed: bool):
             bld.position_at_end(loop)
             k, a_now, b_now = bld.phi(I64), bld.phi(I64), bld.phi(I64)
             acc = [[bld.phi(VF) for _ in range(strips)] for _ in range(rows)]
-            b_values = [simd.load(bld, at(bld.add(b_now, offset)), VF) for offset in strip_at]
+            b_values = [llvm.load(bld, at(bld.add(b_now, offset)), VF) for offset in strip_at]
             new = []
             for i in range(rows):
-                x = splat(bld, simd.load(bld, at(bld.add(a_now, row_at[i])), F32))
-                new.append([simd.fma(bld, x, b_values[j], acc[i][j]) for j in range(strips)])
+                x = splat(bld, llvm.load(bld, at(bld.add(a_now, row_at[i])), F32))
+                new.append([llvm.fma(bld, x, b_values[j], acc[i][j]) for j in range(strips)])
             k_next, a_next, b_next = bld.add(k, I64(1)), bld.add(a_now, a_step), bld.add(b_now, b_row)
             for phi, start, after in ((k, I64(0), k_next), (a_now, a, a_next), (b_now, b, b_next)):
                 phi.add_incoming(start, pre)
@@ -85,7 +132,7 @@ def _make_micro(rows: int, strips: int, a_transposed: bool):
                     row = bld.add(c, bld.mul(c_row, I64(i)))
                     for j in range(strips):
                         ptr = at(row, j * W * WORD)
-                        simd.store(bld, bld.fadd(simd.load(bld, ptr, VF), new[i][j]) if adding else new[i][j], ptr)
+                        llvm.store(bld, bld.fadd(llvm.load(bld, ptr, VF), new[i][j]) if adding else new[i][j], ptr)
                 bld.branch(end)
             bld.position_at_end(end)
             return ctx.get_dummy_value()
@@ -163,8 +210,8 @@ def largest_of_rows(tc, address, row_bytes, vectors):
         bld.position_at_end(loop)
         n, tops = bld.phi(I64), [bld.phi(VF) for _ in range(W)]
         offset = bld.add(address, bld.mul(n, I64(W * WORD)))
-        rows = [simd.load(bld, bld.inttoptr(bld.add(offset, bld.mul(row_bytes, I64(i))), I8.as_pointer()), VF) for i in range(W)]
-        new = [simd._greater(bld, row, top) for row, top in zip(rows, tops)]
+        rows = [llvm.load(bld, bld.inttoptr(bld.add(offset, bld.mul(row_bytes, I64(i))), I8.as_pointer()), VF) for i in range(W)]
+        new = [llvm.greater(bld, row, top) for row, top in zip(rows, tops)]
         after = bld.add(n, I64(1))
         n.add_incoming(I64(0), pre)
         n.add_incoming(after, loop)
@@ -173,7 +220,7 @@ def largest_of_rows(tc, address, row_bytes, vectors):
             top.add_incoming(value, loop)
         bld.cbranch(bld.icmp_signed("<", after, vectors), loop, done)
         bld.position_at_end(done)
-        return _fold_rows(bld, new, lambda a, b: simd._greater(bld, a, b))
+        return _fold_rows(bld, new, lambda a, b: llvm.greater(bld, a, b))
 
     return vec(types.intp, types.intp, types.intp), codegen
 
@@ -183,7 +230,7 @@ def sums_of_rows(tc, address):
     """Lane i: the sum of the W elements of row i, for W rows that follow each other."""
 
     def codegen(ctx, bld, sig, args):
-        rows = [simd.load(bld, bld.inttoptr(bld.add(args[0], I64(i * W * WORD)), I8.as_pointer()), VF) for i in range(W)]
+        rows = [llvm.load(bld, bld.inttoptr(bld.add(args[0], I64(i * W * WORD)), I8.as_pointer()), VF) for i in range(W)]
         return _fold_rows(bld, rows, bld.fadd)
 
     return vec(types.intp), codegen
@@ -198,16 +245,16 @@ def padded_dim(dim):
 
 
 @jit
-def find_segment(p, task, field):
-    """Address of the table row whose tasks, counted in `field`, include this one."""
-    low, high = 0, p[NUM_SEGMENTS] - 1
+def find_segment(segments, num_segments, task, field):
+    """Address of the row of a table of segments whose tasks, counted in `field`, include this one."""
+    low, high = 0, num_segments - 1
     while low < high:
         middle = (low + high + 1) // 2
-        if int64_at(p[SEGMENTS], middle * SEGMENT_FIELDS + field) <= task:
+        if int64_at(segments, middle * len(SEGMENT) + field) <= task:
             low = middle
         else:
             high = middle - 1
-    return p[SEGMENTS] + low * (SEGMENT_FIELDS * 8)
+    return segments + low * SEGMENT_BYTES
 
 
 @inline
@@ -219,26 +266,26 @@ def dealt(local, blocks):
 
 @inline
 def first_key(p, t, num_queries, num_keys):
-    return max(0, t + num_keys - num_queries - p[WINDOW] + 1) if p[WINDOW] > 0 else 0
+    return max(0, t + num_keys - num_queries - p[P.window] + 1) if p[P.window] > 0 else 0
 
 
 @inline
 def end_key(p, t, num_queries, num_keys):
-    return max(0, min(num_keys, t + num_keys - num_queries + 1)) if p[CAUSAL] else num_keys
+    return max(0, min(num_keys, t + num_keys - num_queries + 1)) if p[P.causal] else num_keys
 
 
 @inline
 def scale_sign(f):
     """The factor of the queries in a tile: what is left of the scale is positive, so that it keeps the order of scores."""
-    return np.float32(1.0 if f[SCALE] > 0.0 else -1.0 if f[SCALE] < 0.0 else 0.0)
+    return np.float32(1.0 if f[F.scale] > 0.0 else -1.0 if f[F.scale] < 0.0 else 0.0)
 
 
 @inline
 def log2_factor(f):
     """Brings a score (after softcap, where there is one) to log2 units; never 0, which would make NaN of a hidden key's -inf."""
-    if f[SOFTCAP] != 0.0 or f[SCALE] == 0.0:
+    if f[F.softcap] != 0.0 or f[F.scale] == 0.0:
         return LOG2_E
-    return abs(f[SCALE]) * LOG2_E
+    return abs(f[F.scale]) * LOG2_E
 
 
 @jit
@@ -273,31 +320,64 @@ def strided(x: Tensor) -> Tensor:
     return x if x.shape[3] <= 1 or x.stride(3) == 1 else x.contiguous()
 
 
-def describe(x: Tensor) -> tuple[int, int, int, int]:
-    size = x.element_size()
-    return x.data_ptr(), x.stride(0) * size, x.stride(1) * size, x.stride(2) * size
+def shared(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, window: int, segments: np.ndarray, scratch: int, scratch_size: int,
+    packed: int = 0,
+) -> tuple[int, ...]:  # fmt: skip
+    """The shared arguments of a launch; q, k and v have unit stride in D."""
+    size = q.element_size()
+    (_, tokens, heads, dim), kv_heads = q.shape, k.shape[2]
+    q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
+    return _shared(
+        q=q.data_ptr(),
+        q_batch=q_strides[0] * size,
+        q_token=q_strides[1] * size,
+        q_head=q_strides[2] * size,
+        k=k.data_ptr(),
+        k_batch=k_strides[0] * size,
+        k_token=k_strides[1] * size,
+        k_head=k_strides[2] * size,
+        v=v.data_ptr(),
+        v_batch=v_strides[0] * size,
+        v_token=v_strides[1] * size,
+        v_head=v_strides[2] * size,
+        out=out.data_ptr(),
+        lse=lse.data_ptr(),
+        half=is_half(q),
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=dim,
+        tokens=tokens,
+        causal=int(causal),
+        window=window,
+        segments=segments.ctypes.data,
+        num_segments=len(segments),
+        scratch=scratch,
+        scratch_size=scratch_size,
+        packed=packed,
+    )
 
 
 def dense(batch: int, queries: int, num_keys: int) -> np.ndarray:
     """The segment table of a batch, without TASKS and BLOCKS."""
-    table = np.zeros((batch, SEGMENT_FIELDS), np.int64)
-    table[:, BATCH] = np.arange(batch)
-    table[:, QUERIES], table[:, NUM_KEYS] = queries, num_keys
+    table = np.zeros((batch, len(SEGMENT)), np.int64)
+    table[:, SEGMENT.batch] = np.arange(batch)
+    table[:, SEGMENT.queries], table[:, SEGMENT.num_keys] = queries, num_keys
     return table
 
 
 def documents(cu_seqlens: Tensor) -> np.ndarray:
     """The segment table of packed documents, without TASKS and BLOCKS."""
     bounds = cu_seqlens.detach().to(torch.int64).numpy()
-    table = np.zeros((len(bounds) - 1, SEGMENT_FIELDS), np.int64)
-    table[:, START] = bounds[:-1]
-    table[:, QUERIES] = table[:, NUM_KEYS] = np.diff(bounds)
+    table = np.zeros((len(bounds) - 1, len(SEGMENT)), np.int64)
+    table[:, SEGMENT.start] = bounds[:-1]
+    table[:, SEGMENT.queries] = table[:, SEGMENT.num_keys] = np.diff(bounds)
     return table
 
 
 def visible_pairs(table: np.ndarray, causal: bool, window: int) -> int:
     """Pairs of a query and a key that it sees, over all segments."""
-    return int(operations.visible_pairs(table[:, QUERIES], table[:, NUM_KEYS], causal, window).sum())
+    return int(operations.visible_pairs(table[:, SEGMENT.queries], table[:, SEGMENT.num_keys], causal, window).sum())
 
 
 def count(table: np.ndarray, field: int, numbers: np.ndarray) -> int:

@@ -4,12 +4,13 @@ The formulas stand in kernels/torch/cross_entropy.py.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cllm.kernels.numba.fields import fields
 from cllm.kernels.numba.launch import (
     Kernel,
     as_rows,
@@ -24,30 +25,39 @@ from cllm.kernels.numba.launch import (
     row_bytes,
     store,
 )
-from cllm.kernels.numba.simd import (
-    W,
-    vadd,
-    vany,
-    veq,
-    vexp_normal,
-    vfma,
-    vhmax,
-    vhsum,
-    vlanes_below,
-    vmax,
-    vmul,
-    vselect,
-    vset,
-    vsub,
-    vtanh,
-    vzero,
-)
+from cllm.kernels.numba.simd import W, vadd, vany, veq, vexp_normal, vfma, vhmax, vhsum, vlanes_below, vmax, vmul, vselect, vset, vsub, vtanh, vzero
 from cllm.kernels.operations import Shapes
 
 ELEMENTS_PER_TASK = 16384  # a task is at least one row
 
-LOGITS, LOGITS_ROW, HALF, TARGETS, ROWS, COLUMNS, TASK_ROWS, IGNORE, LOSSES, PLAIN, CORRECT, LSE, DLOGITS, DLOGITS_ROW = range(14)
-SMOOTHING, Z_LOSS, SOFTCAP = range(3)
+
+class _Arguments(NamedTuple):
+    """Addresses, and in bytes the distance from row to row."""
+
+    logits: int
+    logits_row: int
+    half: int  # whether logits and their gradient are bfloat16
+    targets: int  # int64
+    rows: int
+    columns: int
+    task_rows: int
+    ignore: int  # the target of rows that do not count
+    losses: int  # forward the loss of each row, backward the gradient of that loss; float32 as all that follows
+    lse: int
+    plain: int = 0
+    correct: int = 0
+    dlogits: int = 0
+    dlogits_row: int = 0
+
+
+class _Options(NamedTuple):
+    smoothing: float
+    z_loss: float
+    softcap: float  # 0 where there is none
+
+
+P, _arguments = fields(_Arguments)
+F, _options = fields(_Options)
 
 _ZERO, _ONE, _LOWEST = np.float32(0.0), np.float32(1.0), np.float32(-np.inf)
 
@@ -66,11 +76,11 @@ def _first_lane(v):
 
 
 def _forward(p, f, task, worker):
-    half, columns = p[HALF], p[COLUMNS]
-    smoothing, z_loss, cap = np.float32(f[SMOOTHING]), np.float32(f[Z_LOSS]), np.float32(f[SOFTCAP])
+    half, columns = p[P.half], p[P.columns]
+    smoothing, z_loss, cap = np.float32(f[F.smoothing]), np.float32(f[F.z_loss]), np.float32(f[F.softcap])
     lowest = vset(_LOWEST)
-    for row in range(task * p[TASK_ROWS], min((task + 1) * p[TASK_ROWS], p[ROWS])):
-        x, target = p[LOGITS] + row * p[LOGITS_ROW], int64_at(p[TARGETS], row)
+    for row in range(task * p[P.task_rows], min((task + 1) * p[P.task_rows], p[P.rows])):
+        x, target = p[P.logits] + row * p[P.logits_row], int64_at(p[P.targets], row)
         largest = lowest
         for c in range(0, columns, W):
             n = columns - c
@@ -85,9 +95,9 @@ def _forward(p, f, task, worker):
         # Losses from differences to the maximum: through lse they would lose the digits of an offset that all logits share.
         log_mass = np.float32(math.log(vhsum(exps)))
         lse = log_mass + largest_z
-        put_float32(p[LSE], row, lse)
+        put_float32(p[P.lse], row, lse)
         loss, plain, correct = _ZERO, _ZERO, False
-        if target != p[IGNORE]:
+        if target != p[P.ignore]:
             target_z = _first_lane(_capped(x, half, target, columns - target, cap))
             plain = log_mass + (largest_z - target_z)
             loss = plain
@@ -102,21 +112,21 @@ def _forward(p, f, task, worker):
                     if vany(veq(z, m)):
                         correct = False
                         break
-        put_float32(p[LOSSES], row, loss)
-        put_float32(p[PLAIN], row, plain)
-        put_float32(p[CORRECT], row, _ONE if correct else _ZERO)
+        put_float32(p[P.losses], row, loss)
+        put_float32(p[P.plain], row, plain)
+        put_float32(p[P.correct], row, _ONE if correct else _ZERO)
 
 
 def _backward(p, f, task, worker):
-    half, columns = p[HALF], p[COLUMNS]
-    smoothing, z_loss, cap = np.float32(f[SMOOTHING]), np.float32(f[Z_LOSS]), np.float32(f[SOFTCAP])
-    for row in range(task * p[TASK_ROWS], min((task + 1) * p[TASK_ROWS], p[ROWS])):
-        x, out, target = p[LOGITS] + row * p[LOGITS_ROW], p[DLOGITS] + row * p[DLOGITS_ROW], int64_at(p[TARGETS], row)
-        if target == p[IGNORE]:
+    half, columns = p[P.half], p[P.columns]
+    smoothing, z_loss, cap = np.float32(f[F.smoothing]), np.float32(f[F.z_loss]), np.float32(f[F.softcap])
+    for row in range(task * p[P.task_rows], min((task + 1) * p[P.task_rows], p[P.rows])):
+        x, out, target = p[P.logits] + row * p[P.logits_row], p[P.dlogits] + row * p[P.dlogits_row], int64_at(p[P.targets], row)
+        if target == p[P.ignore]:
             for c in range(0, columns, W):
                 store(out, half, c, vzero(), columns - c)
             continue
-        scale, lse = float32_at(p[LOSSES], row), float32_at(p[LSE], row)
+        scale, lse = float32_at(p[P.losses], row), float32_at(p[P.lse], row)
         weight, minus_lse = vset(scale * (_ONE + np.float32(2.0) * z_loss * lse)), vset(-lse)
         minus_even = vset(-scale * smoothing / np.float32(columns))
         ones, inverse = vset(_ONE), vset(_ONE / cap if cap != _ZERO else _ZERO)
@@ -165,10 +175,22 @@ def forward(
         _forward_kernel(
             tasks,
             num_workers("cross_entropy", (rows.shape,), rows.dtype),
-            (rows.data_ptr(), row_bytes(rows), is_half(rows), targets.data_ptr(), rows.shape[0], rows.shape[1], task_rows,
-             ignore_index, losses.data_ptr(), plain.data_ptr(), correct.data_ptr(), lse.data_ptr(), 0, 0),
-            (label_smoothing, z_loss, softcap),
-        )  # fmt: skip
+            _arguments(
+                logits=rows.data_ptr(),
+                logits_row=row_bytes(rows),
+                half=is_half(rows),
+                targets=targets.data_ptr(),
+                rows=rows.shape[0],
+                columns=rows.shape[1],
+                task_rows=task_rows,
+                ignore=ignore_index,
+                losses=losses.data_ptr(),
+                lse=lse.data_ptr(),
+                plain=plain.data_ptr(),
+                correct=correct.data_ptr(),
+            ),
+            _options(smoothing=label_smoothing, z_loss=z_loss, softcap=softcap),
+        )
     return losses, plain, correct.bool(), lse
 
 
@@ -185,8 +207,20 @@ def backward(
         _backward_kernel(
             tasks,
             num_workers("cross_entropy", (rows.shape,), rows.dtype, backward=True),
-            (rows.data_ptr(), row_bytes(rows), is_half(rows), targets.data_ptr(), rows.shape[0], rows.shape[1], task_rows,
-             ignore_index, dlosses.data_ptr(), 0, 0, lse.data_ptr(), dlogits.data_ptr(), rows.shape[1] * rows.element_size()),
-            (label_smoothing, z_loss, softcap),
-        )  # fmt: skip
+            _arguments(
+                logits=rows.data_ptr(),
+                logits_row=row_bytes(rows),
+                half=is_half(rows),
+                targets=targets.data_ptr(),
+                rows=rows.shape[0],
+                columns=rows.shape[1],
+                task_rows=task_rows,
+                ignore=ignore_index,
+                losses=dlosses.data_ptr(),
+                lse=lse.data_ptr(),
+                dlogits=dlogits.data_ptr(),
+                dlogits_row=rows.shape[1] * rows.element_size(),
+            ),
+            _options(smoothing=label_smoothing, z_loss=z_loss, softcap=softcap),
+        )
     return dlogits

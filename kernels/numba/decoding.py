@@ -7,6 +7,7 @@ B sequences, E embed, H heads, D head dim.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -14,27 +15,48 @@ import torch
 from torch import Tensor
 
 from cllm.kernels.numba import attention, matvec, norm, rotary
-from cllm.kernels.numba import attention_amx as amx
 from cllm.kernels.numba import attention_tile as at
+from cllm.kernels.numba.fields import fields
 from cllm.kernels.numba.gemm import TILES, bf16_kernel
 from cllm.kernels.numba.launch import Kernel, _call, is_half, num_workers
 from cllm.kernels.numba.matvec import MOST_ROWS, Output
+from cllm.kernels.numba.micro import CONFIGURATION
 from cllm.kernels.stack import Linear, Norm, Stack
 from cllm.runtime import threads
 
 __all__ = ["MOST_ROWS", "Decoder"]
 
-(Q, Q_ROW, HEADS, K, K_ROW, KV_HEADS, K_OUT, K_OUT_ROW, COS, SIN, PAIRS, HALF, NUM_FIELDS) = range(13)
+
+class _Rotation(NamedTuple):
+    """Addresses, and in bytes the distance from sequence to sequence."""
+
+    q: int
+    q_row: int
+    heads: int
+    k: int
+    k_row: int
+    kv_heads: int
+    k_out: int  # in the cache, at the position of the token
+    k_out_row: int
+    cos: int  # the row of the token's position
+    sin: int
+    pairs: int  # half of the head size
+    half: int  # whether q and k are bfloat16
+
+
+P, _rotation = fields(_Rotation)
 
 
 def _rotate(p, f, task, worker):
     """Queries in place, keys into the cache. One task for each sequence."""
-    head = 2 * p[PAIRS] * (2 if p[HALF] else 4)
-    for h in range(p[HEADS]):
-        q = p[Q] + task * p[Q_ROW] + h * head
-        rotary._turn(q, q, p[HALF], p[COS], p[SIN], p[PAIRS], 0)
-    for h in range(p[KV_HEADS]):
-        rotary._turn(p[K] + task * p[K_ROW] + h * head, p[K_OUT] + task * p[K_OUT_ROW] + h * head, p[HALF], p[COS], p[SIN], p[PAIRS], 0)
+    head = 2 * p[P.pairs] * (2 if p[P.half] else 4)
+    for h in range(p[P.heads]):
+        q = p[P.q] + task * p[P.q_row] + h * head
+        rotary._turn(q, q, p[P.half], p[P.cos], p[P.sin], p[P.pairs], 0)
+    for h in range(p[P.kv_heads]):
+        rotary._turn(
+            p[P.k] + task * p[P.k_row] + h * head, p[P.k_out] + task * p[P.k_out_row] + h * head, p[P.half], p[P.cos], p[P.sin], p[P.pairs], 0
+        )
 
 
 _rotate_kernel = Kernel(_rotate)
@@ -126,9 +148,9 @@ class Decoder:
             to_keys = stack.rotary is None and layer.k_norm is None
             k_out = Output(keys.data_ptr(), row) if to_keys else self._rows(k)
             jobs = self._products([(y, layer.q, self._rows(q)), (y, layer.k, k_out), (y, layer.v, Output(values.data_ptr(), row))])
-            self.moving.append((jobs[2], matvec.OUT, values.data_ptr(), token))
+            self.moving.append((jobs[2], matvec.JOB.out, values.data_ptr(), token))
             if to_keys:
-                self.moving.append((jobs[1], matvec.OUT, keys.data_ptr(), token))
+                self.moving.append((jobs[1], matvec.JOB.out, keys.data_ptr(), token))
             for heads_of, each in ((q, layer.q_norm), (k, layer.k_norm)):
                 if each is not None:
                     on_heads = heads_of.view(-1, stack.head_dim)
@@ -163,17 +185,26 @@ class Decoder:
         weight = weights.weight.detach().contiguous()
         bias = None if weights.bias is None else weights.bias.detach().contiguous()
         self.kept += [weight, bias]
-        p = np.zeros(17, np.int64)
-        for field, value in (
-            (norm.X, x.data_ptr()), (norm.X_ROW, row), (norm.RESIDUAL, 0 if residual is None else residual.data_ptr()),
-            (norm.RESIDUAL_ROW, row), (norm.H, 0 if h is None else h.data_ptr()), (norm.H_ROW, row), (norm.Y, y.data_ptr()), (norm.Y_ROW, row),
-            (norm.HALF, is_half(x)), (norm.WEIGHT, weight.data_ptr()), (norm.WEIGHT_HALF, is_half(weight)),
-            (norm.BIAS, 0 if bias is None else bias.data_ptr()), (norm.BIAS_HALF, 0 if bias is None else is_half(bias)),
-            (norm.MEAN, 0 if bias is None else self._empty(rows, dtype=torch.float32).data_ptr()),
-            (norm.RSTD, self._empty(rows, dtype=torch.float32).data_ptr()), (norm.ROWS, rows), (norm.COLUMNS, columns),
-        ):  # fmt: skip
-            p[field] = value
-        self._launch(norm._forward_kernel, -(-rows // norm.ROWS_PER_TASK), p, (self.stack.eps,))
+        arguments = norm.forward_arguments(
+            x=x.data_ptr(),
+            x_row=row,
+            residual=0 if residual is None else residual.data_ptr(),
+            residual_row=row,
+            h=0 if h is None else h.data_ptr(),
+            h_row=row,
+            y=y.data_ptr(),
+            y_row=row,
+            half=is_half(x),
+            weight=weight.data_ptr(),
+            weight_half=is_half(weight),
+            bias=0 if bias is None else bias.data_ptr(),
+            bias_half=0 if bias is None else is_half(bias),
+            mean=0 if bias is None else self._empty(rows, dtype=torch.float32).data_ptr(),
+            rstd=self._empty(rows, dtype=torch.float32).data_ptr(),
+            rows=rows,
+            columns=columns,
+        )
+        self._launch(norm._forward_kernel, -(-rows // norm.ROWS_PER_TASK), arguments, norm.options(eps=self.stack.eps))
 
     def _job(self, x: Tensor, linear: Linear, out: Output, first_task: int = 0, partner: int = 0) -> np.ndarray:
         weight, bias = linear.weight, linear.bias
@@ -192,20 +223,33 @@ class Decoder:
         for x, linear, out in products:
             jobs.append(self._job(x, linear, out, tasks, partner))
             tasks += matvec.num_tasks(jobs[-1])
-        self._launch(matvec.kernel, tasks, [len(jobs), self.scratch, self.scratch_bytes, amx.CONFIGURATION, *(job.ctypes.data for job in jobs)])
+        self._launch(matvec.kernel, tasks, matvec.launch_arguments(jobs, self.scratch, self.scratch_bytes))
         return jobs
 
     def _rotary(self, q: Tensor, k: Tensor, keys: Tensor, heads: int, kv_heads: int, token: int, row: int) -> None:
         assert self.stack.rotary is not None
         cos, sin = (table.detach().float().contiguous() for table in self.stack.rotary)
         self.kept += [cos, sin]
-        p = np.zeros(NUM_FIELDS, np.int64)
-        p[Q], p[Q_ROW], p[HEADS] = q.data_ptr(), q.stride(0) * q.element_size(), heads
-        p[K], p[K_ROW], p[KV_HEADS] = k.data_ptr(), k.stride(0) * k.element_size(), kv_heads
-        p[K_OUT_ROW], p[PAIRS], p[HALF] = row, self.stack.head_dim // 2, is_half(q)
-        p = self._launch(_rotate_kernel, self.batch, p)
+        p = self._launch(
+            _rotate_kernel,
+            self.batch,
+            _rotation(
+                q=q.data_ptr(),
+                q_row=q.stride(0) * q.element_size(),
+                heads=heads,
+                k=k.data_ptr(),
+                k_row=k.stride(0) * k.element_size(),
+                kv_heads=kv_heads,
+                k_out=keys.data_ptr(),
+                k_out_row=row,
+                cos=cos.data_ptr(),
+                sin=sin.data_ptr(),
+                pairs=self.stack.head_dim // 2,
+                half=is_half(q),
+            ),
+        )
         pairs = self.stack.head_dim // 2 * 4
-        self.moving += [(p, K_OUT, keys.data_ptr(), token), (p, COS, cos.data_ptr(), pairs), (p, SIN, sin.data_ptr(), pairs)]
+        self.moving += [(p, P.k_out, keys.data_ptr(), token), (p, P.cos, cos.data_ptr(), pairs), (p, P.sin, sin.data_ptr(), pairs)]
 
     def _attention(self, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, heads: int, kv_heads: int) -> None:
         dim = self.stack.head_dim
@@ -216,11 +260,15 @@ class Decoder:
             self.attention_scratch = self._aligned(size * self.workers)
             self.lse = self._empty(self.batch, heads, dtype=torch.float32)
         tiles = int(self.dtype == torch.bfloat16 and bf16_kernel() == TILES)
-        ints = [*at.describe(q4), *at.describe(keys), *at.describe(values), out.data_ptr(), self.lse.data_ptr(), is_half(q),
-                heads, kv_heads, dim, 1, 1, self.stack.window, grid.table.ctypes.data, len(grid.table),
-                self.attention_scratch, size, 0, tiles, amx.CONFIGURATION]  # fmt: skip
+        arguments = (
+            *at.shared(
+                q4, keys, values, out, self.lse, causal=True, window=self.stack.window, segments=grid.table, scratch=self.attention_scratch,
+                scratch_size=size,
+            ),
+            *attention.own_arguments(tiles=tiles, configuration=CONFIGURATION),
+        )  # fmt: skip
         self.kept.append(grid)
         flat = grid.table.reshape(-1)
         for b in range(self.batch):
-            self.moving.append((flat, b * at.SEGMENT_FIELDS + at.NUM_KEYS, 1, 1))
-        self._launch(attention._forward_kernel, grid.tasks, ints, (dim**-0.5, 0.0))
+            self.moving.append((flat, b * len(at.SEGMENT) + at.SEGMENT.num_keys, 1, 1))
+        self._launch(attention._forward_kernel, grid.tasks, arguments, at.options(scale=dim**-0.5, softcap=0.0))

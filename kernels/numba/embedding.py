@@ -4,12 +4,12 @@ V rows of the table, E columns, N tokens.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cllm.kernels.numba._arrays import as_flat
+from cllm.kernels.numba.fields import fields
 from cllm.kernels.numba.launch import (
     Kernel,
     as_rows,
@@ -31,16 +31,46 @@ from cllm.kernels.operations import Shapes
 TOKENS_PER_TASK = 16
 ROWS_PER_TASK = 16
 
-WEIGHT, WEIGHT_ROW, WEIGHT_HALF, TOKENS, OUT, OUT_ROW, OUT_HALF, NUM_TOKENS, COLUMNS = range(9)
-DY, DY_ROW, DY_HALF, ORDER, STARTS, DWEIGHT, DWEIGHT_ROW, DWEIGHT_HALF, NUM_ROWS, E = range(10)
+
+class _Forward(NamedTuple):
+    """Addresses, in bytes the distance from row to row, and whether the rows are bfloat16."""
+
+    weight: int
+    weight_row: int
+    weight_half: int
+    tokens: int  # int64
+    out: int
+    out_row: int
+    out_half: int
+    num_tokens: int
+    columns: int
+
+
+class _Backward(NamedTuple):
+    """Addresses, in bytes the distance from row to row, and whether the rows are bfloat16."""
+
+    dy: int
+    dy_row: int
+    dy_half: int
+    order: int  # int64: the tokens, grouped by the row that they looked up
+    starts: int  # int64: where the group of each row begins in `order`
+    dweight: int
+    dweight_row: int
+    dweight_half: int
+    num_rows: int
+    columns: int
+
+
+FWD, _forward_arguments = fields(_Forward)
+BWD, _backward_arguments = fields(_Backward)
 
 
 def _forward(p, f, task, worker):
-    columns, half, out_half = p[COLUMNS], p[WEIGHT_HALF], p[OUT_HALF]
+    columns, half, out_half = p[FWD.columns], p[FWD.weight_half], p[FWD.out_half]
     size = 2 if half else 4
     whole = columns - columns % W
-    for token in range(task * TOKENS_PER_TASK, min((task + 1) * TOKENS_PER_TASK, p[NUM_TOKENS])):
-        row, out = p[WEIGHT] + int64_at(p[TOKENS], token) * p[WEIGHT_ROW], p[OUT] + token * p[OUT_ROW]
+    for token in range(task * TOKENS_PER_TASK, min((task + 1) * TOKENS_PER_TASK, p[FWD.num_tokens])):
+        row, out = p[FWD.weight] + int64_at(p[FWD.tokens], token) * p[FWD.weight_row], p[FWD.out] + token * p[FWD.out_row]
         if half == out_half:
             copy_bytes(out, row, columns * size)
             continue
@@ -51,18 +81,18 @@ def _forward(p, f, task, worker):
 
 
 def _backward(p, f, task, worker):
-    dy, half, columns = p[DY], p[DY_HALF], p[E]
-    for row in range(task * ROWS_PER_TASK, min((task + 1) * ROWS_PER_TASK, p[NUM_ROWS])):
-        start, end = int64_at(p[STARTS], row), int64_at(p[STARTS], row + 1)
-        out = p[DWEIGHT] + row * p[DWEIGHT_ROW]
+    dy, half, columns = p[BWD.dy], p[BWD.dy_half], p[BWD.columns]
+    for row in range(task * ROWS_PER_TASK, min((task + 1) * ROWS_PER_TASK, p[BWD.num_rows])):
+        start, end = int64_at(p[BWD.starts], row), int64_at(p[BWD.starts], row + 1)
+        out = p[BWD.dweight] + row * p[BWD.dweight_row]
         for c in range(0, columns, 2 * W):
             n = columns - c
             low, high = vzero(), vzero()
             for i in range(start, end):
-                source = dy + int64_at(p[ORDER], i) * p[DY_ROW]
+                source = dy + int64_at(p[BWD.order], i) * p[BWD.dy_row]
                 low, high = vadd(low, load(source, half, c, n)), vadd(high, load(source, half, c + W, n - W))
-            store(out, p[DWEIGHT_HALF], c, low, n)
-            store(out, p[DWEIGHT_HALF], c + W, high, n - W)
+            store(out, p[BWD.dweight_half], c, low, n)
+            store(out, p[BWD.dweight_half], c + W, high, n - W)
 
 
 _forward_kernel, _backward_kernel = Kernel(_forward), Kernel(_backward)
@@ -102,9 +132,18 @@ def forward(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         _forward_kernel(
             _tasks(flat.numel()),
             num_workers("embedding", (tokens.shape, weight.shape), dtype),
-            (table.data_ptr(), row_bytes(table), is_half(table), flat.data_ptr(), out.data_ptr(), row_bytes(out), is_half(out),
-             flat.numel(), table.shape[1]),
-        )  # fmt: skip
+            _forward_arguments(
+                weight=table.data_ptr(),
+                weight_row=row_bytes(table),
+                weight_half=is_half(table),
+                tokens=flat.data_ptr(),
+                out=out.data_ptr(),
+                out_row=row_bytes(out),
+                out_half=is_half(out),
+                num_tokens=flat.numel(),
+                columns=table.shape[1],
+            ),
+        )
     return out.view(*tokens.shape, table.shape[1])
 
 
@@ -117,9 +156,19 @@ def _sum_rows(dy: Tensor, order: Tensor, starts: Tensor, most_rows: int, dtype: 
         _backward_kernel(
             -(-sums.shape[0] // ROWS_PER_TASK),
             num_workers("embedding", ((order.numel(),), (most_rows, columns)), dy.dtype, backward=True),
-            (source.data_ptr(), row_bytes(source), is_half(source), order.data_ptr(), starts.data_ptr(), sums.data_ptr(),
-             row_bytes(sums), is_half(sums), sums.shape[0], columns),
-        )  # fmt: skip
+            _backward_arguments(
+                dy=source.data_ptr(),
+                dy_row=row_bytes(source),
+                dy_half=is_half(source),
+                order=order.data_ptr(),
+                starts=starts.data_ptr(),
+                dweight=sums.data_ptr(),
+                dweight_row=row_bytes(sums),
+                dweight_half=is_half(sums),
+                num_rows=sums.shape[0],
+                columns=columns,
+            ),
+        )
     return sums
 
 
@@ -127,7 +176,7 @@ def _grouped(tokens: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """(starts (V + 1,), order (N,)) of `_group_by_row`."""
     flat = tokens.reshape(-1).contiguous()
     starts, order = torch.empty(num_rows + 1, dtype=torch.int64), torch.empty(flat.numel(), dtype=torch.int64)
-    _group_by_row(as_flat(flat), as_flat(starts), as_flat(order))
+    _group_by_row(flat.numpy(), starts.numpy(), order.numpy())
     return starts, order
 
 

@@ -1,12 +1,11 @@
-"""Matrix product C = A B (+ C) (+ bias) on strided float32 or bfloat16 views, with float32 accumulation.
+"""Matrix product C = A B (+ C) (+ bias) on strided float32 or bfloat16 views, with float32 accumulation: how it is cut, and its launches.
 
-An element's bits depend on its row of A, its column of B and K, on nothing else: not on M, N, the tile grid, the number
-of workers or whether B was packed before. K is cut into parts of K_PART and those into equal blocks; each block is one
-fma chain from 0, blocks are added in order within a part, then parts in order. (AMX tiles continue one chain through a
-part.) So a decoded token gets the bits of the same token in a long prefill.
+An element's bits depend on its row of A, its column of B and K, on nothing else: not on M, N, the tile grid, the number of workers or whether B
+was packed before. K is cut into parts of K_PART and those into equal blocks; each block is one fma chain from 0, blocks are added in order within a
+part, then parts in order. (AMX tiles continue one chain through a part.) So a decoded token gets the bits of the same token in a long prefill.
 
-Method: K. Goto, R. van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008 (BLIS): packed strips of A and
-B, a micro-kernel in registers, tiles of C that stay in the L2 cache.
+Method: K. Goto, R. van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008 (BLIS): packed strips of A and B, a micro-kernel in
+registers, tiles of C that stay in the L2 cache. The tasks are in gemm_kernel.py.
 """
 
 import functools
@@ -14,456 +13,30 @@ import os
 import threading
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 
-from cllm.kernels.numba import activation, micro, pack
-from cllm.kernels.numba.launch import num_workers, share
-from cllm.kernels.numba.micro import BLOCK_BYTES, HAS_TILES, MR, NV, WORD, make_micro, make_tile_micro, make_writing_micro, prefetch
-from cllm.kernels.numba.pack import pack_lines, pack_strip
-from cllm.kernels.numba.simd import HAS_PAIRS, W, vadd, vload, vload_masked, vstore, vstore_bf16, vstore_bf16_masked, vstore_masked
-from cllm.runtime import threads
+from cllm.kernels.numba import activation, pack
+from cllm.kernels.numba.gemm_block import LINE
+from cllm.kernels.numba.gemm_kernel import BY_CHAINS, BY_PAIRS, BY_TILES, P
+from cllm.kernels.numba.gemm_kernel import run as _run
+from cllm.kernels.numba.launch import num_workers
+from cllm.kernels.numba.llvm import HAS_PAIRS, W
+from cllm.kernels.numba.micro import BLOCK_BYTES, CONFIGURATION, HAS_TILES, NV, WORD
 from cllm.runtime.device import cpu
 from cllm.runtime.errors import BackendError
 
-FP32, PAIRS, TILES, WIDENED = "fp32", "vdpbf16ps", "amx", "widened"  # micro-kernels; the last three compute bfloat16
-
-BLOCK_WORDS = 128  # words of a strip in one K block: a panel of three strips takes 24 KB, half of an L1 cache of 48
-TILE_BLOCK_WORDS = 256  # the same for AMX, where A passes the L1 cache by and a panel of two strips may take 32 KB
-LINE = 64  # bytes of a cache line
-FINISH_ROWS = 8
-K_PART = 4096  # bounds the packed copies; float32 accumulation restarts here
-TILE_ROWS, TILE_COLUMNS = 128, 192  # columns: 4 panels of 48
-AMX_ROWS, AMX_COLUMNS = 512, 768  # at most: its part of B takes half of the L2 cache
-ONE_SLAB_ROWS = 64  # up to here each tile packs its own part of B, once
-MOST_GROUP, CHUNK_WORDS = 12, 32  # strips that one task packs; words at a time where the panel is contiguous
-PACK_BYTES = 32 << 20  # packed copies of A and of B are kept below this, each
-
-# Fields of the parameter block that the kernels read (int64; addresses and strides in bytes unless said).
-(KERNEL, ROWS, COLUMNS, DEPTH, BLOCK, A, A_STRIP, A_ROW, A_K, A_MODE, A_PACKED, B, B_STRIP, B_COLUMN, B_K, B_MODE,
- B_PACKED, B_READY, OUT, OUT_ROW, OUT_HALF, OLD, OLD_ROW, BIAS, DIRECT, TILE_R, TILE_C, SCRATCH,
- SCRATCH_STRIDE, CONFIG, GROUP_A, GROUP_B, TASKS_A, TASKS_B, NUM_TILES, A_IN_PLACE, DEALT,
- WHAT, ACTIVATION, HIDDEN, Z, UP, DZ, DUP, HIDDEN_ROW, NUM_FIELDS) = range(46)  # fmt: skip
-_CODE = {FP32: 0, WIDENED: 0, PAIRS: 1, TILES: 2}
-
-_micro_1, _micro_2, _micro_n = make_micro(MR, 1), make_micro(MR, min(2, NV)), make_micro(MR, NV)
-if HAS_PAIRS:
-    _pairs_1, _pairs_2, _pairs_n = make_micro(MR, 1, True), make_micro(MR, 2, True), make_micro(MR, NV, True)
-if HAS_TILES:
-    _tile_11, _tile_12 = make_tile_micro(1, 1, stream_b=True), make_tile_micro(1, 2, stream_b=True)
-    _tile_21, _tile_22 = make_tile_micro(2, 1, stream_b=True), make_tile_micro(2, 2, stream_b=True)
-    _tile_writing = make_writing_micro()
-
-
-# ---- one block of K: packed strips -> C tile -----------------------------------------------------------------------
-
-
-@numba.njit(cache=True, nogil=True)
-def _prefetch(address, begin, end):
-    for line in range(begin, end):
-        prefetch(address + line * LINE)
-
-
-@numba.njit(cache=True, nogil=True)
-def _prefetch_rows(address, row, lines, rows):
-    for _ in range(rows):
-        _prefetch(address, 0, lines)
-        address += row
-
-
-@numba.njit(cache=True, nogil=True)
-def _prefetch_finish(p, r, c, rows, columns):
-    """The lines that `_finish` will touch are on their way while the sums are made."""
-    size = 2 if p[OUT_HALF] != 0 else 4
-    lines = (columns * size + LINE - 1) // LINE
-    if p[OUT] != 0:
-        _prefetch_rows(p[OUT] + r * p[OUT_ROW] + c * size, p[OUT_ROW], lines, rows)
-    if p[WHAT] != activation.NONE:
-        for field in range(HIDDEN, DUP + 1):
-            if p[field] != 0:
-                _prefetch_rows(p[field] + r * p[HIDDEN_ROW] + c * size, p[HIDDEN_ROW], lines, rows)
-
-
-@numba.njit(cache=True, nogil=True)
-def _finish_activation(p, sums, sums_row, r, c, rows, columns):
-    """The same where the product ends in an activation (activation.py)."""
-    half, row = p[OUT_HALF] != 0, p[HIDDEN_ROW]
-    at = r * row + c * (2 if half else 4)
-    activation.finish_piece(
-        p[ACTIVATION], p[WHAT], half, rows, columns, sums, sums_row,
-        p[OLD] + r * p[OLD_ROW] + c * 4 if p[OLD] != 0 else 0,
-        p[OLD_ROW],
-        p[BIAS] + c * 4 if p[BIAS] != 0 else 0,
-        row,
-        p[Z] + at if p[Z] != 0 else 0,
-        p[UP] + at if p[UP] != 0 else 0,
-        p[OUT] + at if p[OUT] != 0 else 0,
-        p[HIDDEN] + at,
-        p[DZ] + at if p[DZ] != 0 else 0,
-        p[DUP] + at if p[DUP] != 0 else 0,
-    )  # fmt: skip
-
-
-@numba.njit(cache=True, nogil=True)
-def _finish_rows(p, sums, sums_row, r, c, rows, columns):
-    """Sums (+ old C) (+ bias) -> C[r : r + rows, c : c + columns]."""
-    half, out_row, old_row = p[OUT_HALF] != 0, p[OUT_ROW], p[OLD_ROW]
-    out = p[OUT] + r * out_row + c * (2 if half else 4)
-    old = p[OLD] + r * old_row + c * 4 if p[OLD] != 0 else 0
-    bias = p[BIAS] + c * 4 if p[BIAS] != 0 else 0
-    whole = columns - columns % W
-    for _ in range(rows):
-        for i in range(0, whole, W):
-            v = vload(sums, i)
-            if old != 0:
-                v = vadd(vload(old, i), v)
-            if bias != 0:
-                v = vadd(v, vload(bias, i))
-            if half:
-                vstore_bf16(out, i, v)
-            else:
-                vstore(out, i, v)
-        if whole < columns:
-            n = columns - whole
-            v = vload_masked(sums, whole, n)
-            if old != 0:
-                v = vadd(vload_masked(old, whole, n), v)
-            if bias != 0:
-                v = vadd(v, vload_masked(bias, whole, n))
-            if half:
-                vstore_bf16_masked(out, whole, v, n)
-            else:
-                vstore_masked(out, whole, v, n)
-        sums += sums_row
-        out += out_row
-        if old != 0:
-            old += old_row
-
-
-@numba.njit(cache=True, nogil=True)
-def _finish(p, sums, sums_row, r, c, rows, columns):
-    """The scratch tile's sums -> C[r : r + rows, c : c + columns], a few rows at a time while the lines of the next ones are on their way.
-
-    The whole tile at once: a micro-tile's rows would touch a page for every line or two.
-    """
-    for first in range(0, rows, FINISH_ROWS):
-        now = min(FINISH_ROWS, rows - first)
-        if first + now < rows:
-            _prefetch_finish(p, r + first + now, c, min(FINISH_ROWS, rows - first - now), columns)
-        if p[WHAT] != activation.NONE:
-            _finish_activation(p, sums + first * sums_row, sums_row, r + first, c, now, columns)
-        else:
-            _finish_rows(p, sums + first * sums_row, sums_row, r + first, c, now, columns)
-
-
-# One block of K for one tile of C: out = (the sums of the blocks before +) A strips x B strips; out is the scratch tile or, at the end, C itself.
-
-
-@numba.njit(cache=True, nogil=True)
-def _block_fp32(a, a_strip, b, b_strip, sums, sums_row, first, out, out_row, words, rows, columns, next_b):
-    calls = (rows + MR - 1) // MR
-    lines = words * W * WORD // LINE
-    strips = (columns + W - 1) // W
-    for s in range(0, strips, NV):
-        count = min(NV, strips - s)
-        # The next panel of B (at the end, that of the next block) travels to L2 while this one is used.
-        coming = b + (s + NV) * b_strip if s + NV < strips else next_b
-        for r in range(0, rows, MR):
-            if coming != 0:
-                i = r // MR
-                for j in range(NV):
-                    _prefetch(coming + j * b_strip, lines * i // calls, lines * (i + 1) // calls)
-            at_a = a + (r // W) * a_strip + (r % W) * WORD
-            at_b = b + s * b_strip
-            at_old = 0 if first else sums + r * sums_row + s * (W * WORD)
-            at_out = out + r * out_row + s * (W * WORD)
-            if s == 0:
-                _prefetch(at_a + a_strip, (r % W) // MR * lines * MR // W, ((r % W) // MR + 1) * lines * MR // W)
-            if count == NV:
-                _micro_n(at_a, at_b, b_strip, at_old, sums_row, at_out, out_row, words)
-            else:
-                done = 0
-                if count - done >= 2:
-                    _micro_2(at_a, at_b, b_strip, at_old, sums_row, at_out, out_row, words)
-                    done = 2
-                for j in range(done, count):
-                    beside = j * (W * WORD)
-                    at_old_j = at_old + beside if at_old != 0 else 0
-                    _micro_1(at_a, at_b + j * b_strip, b_strip, at_old_j, sums_row, at_out + beside, out_row, words)
-
-
-def _block_pairs_py(a, a_strip, b, b_strip, sums, sums_row, first, out, out_row, words, rows, columns):
-    strips = (columns + W - 1) // W
-    for s in range(0, strips, NV):
-        count = min(NV, strips - s)
-        for r in range(0, rows, MR):
-            at_a = a + (r // W) * a_strip + (r % W) * WORD
-            at_b = b + s * b_strip
-            at_old = 0 if first else sums + r * sums_row + s * (W * WORD)
-            at_out = out + r * out_row + s * (W * WORD)
-            if count == NV:
-                _pairs_n(at_a, at_b, b_strip, at_old, sums_row, at_out, out_row, words)
-            elif count == 2:
-                _pairs_2(at_a, at_b, b_strip, at_old, sums_row, at_out, out_row, words)
-            else:
-                _pairs_1(at_a, at_b, b_strip, at_old, sums_row, at_out, out_row, words)
-
-
-def _tile_py(a, a_strip, a_row, a_step, b, b_strip, old, old_row, out, out_row, steps, two_rows, two_columns):
-    if two_rows:
-        if two_columns:
-            _tile_22(a, a_strip, a_row, a_step, b, b_strip, old, old_row, out, out_row, steps)
-        else:
-            _tile_21(a, a_strip, a_row, a_step, b, b_strip, old, old_row, out, out_row, steps)
-    elif two_columns:
-        _tile_12(a, a_strip, a_row, a_step, b, b_strip, old, old_row, out, out_row, steps)
-    else:
-        _tile_11(a, a_strip, a_row, a_step, b, b_strip, old, old_row, out, out_row, steps)
-
-
-def _block_tiles_py(a, a_strip, a_row, a_step, b, b_strip, sums, sums_row, first, out, out_row, words, rows, columns):
-    strips, row_strips = (columns + W - 1) // W, (rows + W - 1) // W
-    for s in range(0, strips, 2):
-        for r in range(0, row_strips, 2):
-            at_old = 0 if first else sums + r * W * sums_row + s * (W * WORD)
-            at_out = out + r * W * out_row + s * (W * WORD)
-            _tile(
-                a + r * a_strip, a_strip, a_row, a_step, b + s * b_strip, b_strip, at_old, sums_row, at_out, out_row, words // W,
-                r + 1 < row_strips, s + 1 < strips,
-            )  # fmt: skip
-
-
-def _tiles_on_py(address):
-    micro.tile_configure(address)
-
-
-def _tiles_off_py():
-    micro.tile_release()
-
-
-def _absent_pairs(a, a_strip, b, b_strip, sums, sums_row, first, out, out_row, words, rows, columns):
-    pass
-
-
-def _absent_tiles(a, a_strip, a_row, a_step, b, b_strip, sums, sums_row, first, out, out_row, words, rows, columns):
-    pass
-
-
-def _absent_on(address):
-    pass
-
-
-def _absent_off():
-    pass
-
-
-# A CPU without the instructions must not see them: LLVM could not select them.
-_jit = numba.njit(cache=True, nogil=True)
-_block_pairs = _jit(_block_pairs_py if HAS_PAIRS else _absent_pairs)
-if HAS_TILES:
-    _tile = _jit(_tile_py)
-block_tiles = _jit(_block_tiles_py if HAS_TILES else _absent_tiles)
-tiles_on = _jit(_tiles_on_py if HAS_TILES else _absent_on)
-tiles_off = _jit(_tiles_off_py if HAS_TILES else _absent_off)
-
-
-@numba.njit(cache=True, nogil=True)
-def _pack_strips(mode, source, panel_stride, k_stride, lanes, num_k, words, target, strip_bytes, spare, rows_first):
-    """Strips side by side. Where the panel is contiguous in memory, a few k at a time, so that its lines serve them all."""
-    size = 2 if mode in (pack.BF16_WIDENED, pack.BF16_PAIRS) else 4
-    per_word = 2 if mode >= pack.BF16_PAIRS else 1
-    if panel_stride == 1 and k_stride != 1 and not rows_first:
-        pack_lines(mode, source, k_stride, lanes, num_k, words, target, strip_bytes)
-        return
-    step = words if k_stride == 1 else CHUNK_WORDS
-    for word in range(0, words, step):
-        k = word * per_word
-        for first in range(0, lanes, W):
-            pack_strip(
-                mode,
-                source + (first * panel_stride + k * k_stride) * size,
-                panel_stride,
-                k_stride,
-                min(W, lanes - first),
-                num_k - k,
-                min(step, words - word),
-                target + (first // W) * strip_bytes + word * (W * WORD),
-                spare,
-                rows_first,
-            )
-
-
-@numba.njit(cache=True, nogil=True)
-def _pack_a(p, group, spare):
-    first = group * p[GROUP_A]
-    size = 2 if p[A_MODE] in (pack.BF16_WIDENED, pack.BF16_PAIRS) else 4
-    source = p[A] + first * W * p[A_ROW] * size
-    lanes = min(p[GROUP_A] * W, p[ROWS] - first * W)
-    words = (p[A_STRIP] - LINE) // (W * WORD)
-    target = p[A_PACKED] + first * p[A_STRIP]
-    _pack_strips(p[A_MODE], source, p[A_ROW], p[A_K], lanes, p[DEPTH], words, target, p[A_STRIP], spare, p[KERNEL] == 2)
-
-
-@numba.njit(cache=True, nogil=True)
-def _pack_b(p, column, lanes, k, num_k, words, target, strip_bytes, spare):
-    size = 2 if p[B_MODE] in (pack.BF16_WIDENED, pack.BF16_PAIRS) else 4
-    source = p[B] + (column * p[B_COLUMN] + k * p[B_K]) * size
-    _pack_strips(p[B_MODE], source, p[B_COLUMN], p[B_K], lanes, num_k, words, target, strip_bytes, spare, False)
-
-
-def _last_tiles_py(p, a, a_strip, a_row, a_step, b, sums, sums_row, first, piece, words, r, c, columns):
-    """The last block of K for two strips of rows, all whole: each 2 x 2 tiles are written to C while the next are computed."""
-    half, row, old_row, width = p[OUT_HALF], p[OUT_ROW], p[OLD_ROW], 2 * W * WORD
-    step = width // 2 if half else width
-    to = p[OUT] + r * row + c // (2 * W) * step - step  # where the tiles before go
-    old = p[OLD] + r * old_row + c * WORD - width if p[OLD] != 0 else 0
-    bias = p[BIAS] + c * WORD - width if p[BIAS] != 0 else 0
-    held, here = 0, piece
-    for s in range(0, columns // W + 2, 2):
-        steps = words // W if s < columns // W else 0
-        at_old = 0 if first else sums + s * (W * WORD)
-        _tile_writing(
-            a, a_strip, a_row, a_step, b + s * p[B_STRIP], p[B_STRIP], at_old, sums_row, here, width, steps, held, to, row, half, old, old_row,
-            bias, to + step,
-        )  # fmt: skip
-        held, here = here, piece + 4 * BLOCK_BYTES if here == piece else piece
-        to += step
-        old += width if old != 0 else 0
-        bias += width if bias != 0 else 0
-
-
-def _absent_last_tiles(p, a, a_strip, a_row, a_step, b, sums, sums_row, first, piece, words, r, c, columns):
-    pass
-
-
-_last_tiles = _jit(_last_tiles_py if HAS_TILES else _absent_last_tiles)
-
-
-@numba.njit(cache=True, nogil=True)
-def _multiply_tiles(p, r0, c0, rows, columns, sums, sums_row):
-    """One tile of C on AMX, two strips of rows at a time: A's stay in the L1 cache while B's pass by it, and C is written from left to right."""
-    tiles_on(p[CONFIG])
-    piece = sums + (p[TILE_R] + 2 * W - 1) // (2 * W) * (2 * W) * sums_row
-    for r in range(0, rows, 2 * W):
-        now = min(2 * W, rows - r)
-        plain = now == 2 * W and columns % (2 * W) == 0 and p[WHAT] == activation.NONE
-        for k in range(0, p[DEPTH], p[BLOCK]):
-            padded = ((min(p[BLOCK], p[DEPTH] - k) + 1) // 2 + W - 1) // W * W
-            offset = k // 2 * (W * WORD)
-            a, a_strip, a_row, a_step = p[A_PACKED] + ((r0 + r) // W) * p[A_STRIP] + offset, p[A_STRIP], W * WORD, BLOCK_BYTES
-            if p[A_IN_PLACE] != 0:
-                a, a_strip, a_row, a_step = p[A] + (r0 + r) * p[A_ROW] * 2 + k * 2, W * p[A_ROW] * 2, p[A_ROW] * 2, W * WORD
-            b = p[B_PACKED] + (c0 // W) * p[B_STRIP] + offset
-            if plain and k + p[BLOCK] >= p[DEPTH]:
-                _last_tiles(p, a, a_strip, a_row, a_step, b, sums, sums_row, k == 0, piece, padded, r0 + r, c0, columns)
-            else:
-                block_tiles(a, a_strip, a_row, a_step, b, p[B_STRIP], sums, sums_row, k == 0, sums, sums_row, padded, now, columns)
-        if not plain:
-            _finish(p, sums, sums_row, r0 + r, c0, now, columns)
-    tiles_off()
-
-
-@numba.njit(cache=True, nogil=True)
-def _multiply(p, task, scratch):
-    """One tile of C."""
-    tiles_across = (p[COLUMNS] + p[TILE_C] - 1) // p[TILE_C]
-    r0, c0 = (task // tiles_across) * p[TILE_R], (task % tiles_across) * p[TILE_C]
-    rows, columns = min(p[TILE_R], p[ROWS] - r0), min(p[TILE_C], p[COLUMNS] - c0)
-    # Whole micro-tiles go straight to C; a ragged edge, or what `_finish` has to change, goes through the scratch tile, which has room for padding.
-    direct = p[DIRECT] != 0 and columns % W == 0 and rows % W == 0
-    packed_b = scratch + BLOCK_BYTES
-    per_word = 1 if p[KERNEL] == 0 else 2
-    # Sums wait in the scratch tile, whose rows lie side by side: rows of C are often a power of two apart and would evict each other.
-    sums, sums_row = packed_b + p[TILE_C] * (p[BLOCK] // per_word * WORD), p[TILE_C] * WORD
-    if p[KERNEL] == 2 and p[B_READY] != 0:
-        _multiply_tiles(p, r0, c0, rows, columns, sums, sums_row)
-        return
-    if p[KERNEL] == 2:
-        tiles_on(p[CONFIG])
-    for k in range(0, p[DEPTH], p[BLOCK]):
-        num_k = min(p[BLOCK], p[DEPTH] - k)
-        words = (num_k + per_word - 1) // per_word
-        padded = (words + W - 1) // W * W
-        offset = (k // per_word) * (W * WORD)
-        a = p[A_PACKED] + (r0 // W) * p[A_STRIP] + offset
-        first, last = k == 0, k + num_k >= p[DEPTH]
-        next_b = 0
-        if p[B_READY]:
-            b, b_strip = p[B_PACKED] + (c0 // W) * p[B_STRIP] + offset, p[B_STRIP]
-            if not last:
-                next_b = b + padded * (W * WORD)
-        else:
-            b, b_strip = packed_b, padded * (W * WORD)
-            _pack_b(p, c0, columns, k, num_k, padded, packed_b, b_strip, scratch)
-        out, out_row = sums, sums_row
-        if last and direct:
-            out, out_row = p[OUT] + r0 * p[OUT_ROW] + c0 * 4, p[OUT_ROW]
-        if p[KERNEL] == 0:
-            _block_fp32(a, p[A_STRIP], b, b_strip, sums, sums_row, first, out, out_row, words, rows, columns, next_b)
-        elif p[KERNEL] == 1:
-            _block_pairs(a, p[A_STRIP], b, b_strip, sums, sums_row, first, out, out_row, words, rows, columns)
-        else:
-            a_strip, a_row, a_step = p[A_STRIP], W * WORD, BLOCK_BYTES
-            if p[A_IN_PLACE] != 0:
-                a, a_strip, a_row, a_step = p[A] + r0 * p[A_ROW] * 2 + k * 2, W * p[A_ROW] * 2, p[A_ROW] * 2, W * WORD
-            block_tiles(a, a_strip, a_row, a_step, b, b_strip, sums, sums_row, first, sums, sums_row, padded, rows, columns)
-    if p[KERNEL] == 2:
-        tiles_off()
-    if not direct:
-        _finish(p, sums, sums_row, r0, c0, rows, columns)
-
-
-PACK, MULTIPLY = range(2)
-
-
-@numba.njit(cache=True, nogil=True)
-def _task(stage, p, task, worker):
-    scratch = p[SCRATCH] + worker * p[SCRATCH_STRIDE]
-    if stage == MULTIPLY:
-        _multiply(p, task, scratch)
-    elif task < p[TASKS_A]:
-        _pack_a(p, task, scratch)
-    else:
-        group = task - p[TASKS_A]
-        column = group * p[GROUP_B] * W
-        lanes = min(p[GROUP_B] * W, p[COLUMNS] - column)
-        target = p[B_PACKED] + group * p[GROUP_B] * p[B_STRIP]
-        _pack_b(p, column, lanes, 0, p[DEPTH], (p[B_STRIP] - LINE) // (W * WORD), target, p[B_STRIP], scratch)
-
-
-@numba.njit(cache=True, nogil=True)
-def _tasks(stage, p):
-    return p[TASKS_A] + p[TASKS_B] if stage == PACK else p[NUM_TILES]
-
-
-@numba.njit(cache=True, nogil=True)
-def _run_alone(p):
-    for stage in range(2):
-        for task in range(_tasks(stage, p)):
-            _task(stage, p, task, 0)
-
-
-@numba.njit(cache=True, nogil=True, parallel=True)
-def _run_workers(p, workers):
-    for stage in range(2):  # one loop for both, so that what it calls is compiled once
-        tasks = _tasks(stage, p)
-        dealt = stage == PACK or p[DEALT] != 0
-        for worker in numba.prange(workers):
-            first, end, step = share(tasks, worker, workers, dealt)
-            for task in range(first, end, step):
-                _task(stage, p, task, worker)
-
-
-def _run(p: np.ndarray, workers: int) -> None:
-    if workers <= 1:
-        _run_alone(p)
-    else:
-        threads.numba_workers(workers)
-        _run_workers(p, workers)
-
-
-# ---- planning on the Python side -----------------------------------------------------------------------------------
+FP32, PAIRS, TILES, WIDENED = "fp32", "vdpbf16ps", "amx", "widened"  # ways to multiply; the last three compute bfloat16
+CODES = {FP32: BY_CHAINS, WIDENED: BY_CHAINS, PAIRS: BY_PAIRS, TILES: BY_TILES}
+
+BLOCK_WORDS = 128  # words of a strip in one K block: a panel of three strips takes 24 KB, half of an L1 cache of 48 KB
+TILE_BLOCK_WORDS = 256  # the same for AMX: A passes the L1 cache by, and a panel of two strips may take 32 KB
+K_PART = 4096  # k after which float32 accumulation begins anew; it bounds the packed copies
+TILE_ROWS, TILE_COLUMNS = 128, 192  # the largest tile of C; its columns are four panels of 48
+AMX_ROWS, AMX_COLUMNS = 512, 768  # the largest tile on AMX; its part of B takes half of the L2 cache
+ONE_SLAB_ROWS = 64  # with no more rows than this, each tile packs its own part of B, which is used once
+MAX_GROUP = 12  # the most strips that one task packs
+PACK_BYTES = 32 << 20  # the packed copy of A, and that of B, are kept below this
 
 
 class _Buffers(threading.local):
@@ -471,10 +44,6 @@ class _Buffers(threading.local):
 
     def __init__(self) -> None:
         self.held: dict[str, torch.Tensor] = {}
-        self.config = np.zeros(192, np.uint8)
-        start = -self.config.ctypes.data % 64
-        self.config_address = self.config.ctypes.data + start
-        self.config[start : start + 64] = np.frombuffer(micro.tile_configuration(), np.uint8)
 
     def take(self, name: str, size: int) -> torch.Tensor:
         held = self.held.get(name)
@@ -504,7 +73,7 @@ def kernel_for(compute: torch.dtype) -> str:
     return FP32 if compute == torch.float32 else bf16_kernel()
 
 
-def _mode(kernel: str, dtype: torch.dtype) -> int:
+def pack_mode(kernel: str, dtype: torch.dtype) -> int:
     half = dtype == torch.bfloat16
     if kernel == FP32:
         return pack.BF16_WIDENED if half else pack.F32_AS_IS
@@ -523,19 +92,19 @@ def _parts(depth: int) -> list[tuple[int, int]]:
 
 def _strip_bytes(kernel: str, num_k: int) -> int:
     """One line more than its words need: strips a multiple of 4096 bytes apart would share the same few sets of the L1 cache."""
-    words = num_k if _CODE[kernel] == 0 else (num_k + 1) // 2
+    words = num_k if CODES[kernel] == BY_CHAINS else (num_k + 1) // 2
     return _round_up(words, W) * W * WORD + LINE
 
 
 def _block(kernel: str, num_k: int) -> int:
-    per_word = 1 if _CODE[kernel] == 0 else 2
+    per_word = 1 if CODES[kernel] == BY_CHAINS else 2
     blocks = -(-num_k // ((TILE_BLOCK_WORDS if kernel == TILES else BLOCK_WORDS) * per_word))
     return _round_up(-(-num_k // blocks), W * per_word)
 
 
 def _group(lanes: int, workers: int) -> int:
     """Strips packed by one task."""
-    return max(1, min(MOST_GROUP, lanes // (2 * W * workers)))
+    return max(1, min(MAX_GROUP, lanes // (2 * W * workers)))
 
 
 def _aligned(t: torch.Tensor) -> int:
@@ -562,16 +131,16 @@ class Packed:
 
 
 def _pack_columns(b: torch.Tensor, kernel: str, target: int, workers: int) -> None:
-    p = np.zeros(NUM_FIELDS, np.int64)
+    p = np.zeros(len(P), np.int64)
     depth, columns = b.shape
-    p[DEPTH], p[COLUMNS], p[B_K], p[B_COLUMN] = depth, columns, *b.stride()
-    p[B_MODE], p[B_STRIP] = _mode(kernel, b.dtype), _strip_bytes(kernel, depth)
-    p[B], p[B_PACKED] = b.data_ptr(), target
-    p[GROUP_B] = group = _group(columns, workers)
-    p[TASKS_B] = tasks = -(-columns // (group * W))
+    p[P.depth], p[P.columns], p[P.b_k], p[P.b_column] = depth, columns, *b.stride()
+    p[P.b_mode], p[P.b_strip] = pack_mode(kernel, b.dtype), _strip_bytes(kernel, depth)
+    p[P.b], p[P.b_packed] = b.data_ptr(), target
+    p[P.group_b] = group = _group(columns, workers)
+    p[P.tasks_b] = tasks = -(-columns // (group * W))
     workers = min(workers, tasks)
     spare = _buffers.take("spare", workers * BLOCK_BYTES + 64)
-    p[SCRATCH], p[SCRATCH_STRIDE] = _aligned(spare), BLOCK_BYTES
+    p[P.scratch], p[P.scratch_stride] = _aligned(spare), BLOCK_BYTES
     _run(p, workers)
 
 
@@ -727,34 +296,34 @@ def _block_plan(
     one_slab = rows <= ONE_SLAB_ROWS
     tile_rows, tile_columns = _tile_shape(rows, columns, depth, kernel, workers)
     tiles = -(-rows // tile_rows) * -(-columns // tile_columns)
-    p = np.zeros(NUM_FIELDS, np.int64)
-    p[KERNEL], p[BLOCK] = _CODE[kernel], _block(kernel, depth)
-    p[ROWS], p[COLUMNS], p[DEPTH] = rows, columns, depth
-    p[A_ROW], p[A_K], p[A_MODE], p[A_STRIP] = *a_stride, _mode(kernel, a_dtype), strip
-    p[B_STRIP], p[B_READY] = strip, 1
-    p[OUT_HALF], p[DIRECT] = out_dtype == torch.bfloat16, direct
-    p[TILE_R], p[TILE_C], p[NUM_TILES] = tile_rows, tile_columns, tiles
+    p = np.zeros(len(P), np.int64)
+    p[P.kernel], p[P.block] = CODES[kernel], _block(kernel, depth)
+    p[P.rows], p[P.columns], p[P.depth] = rows, columns, depth
+    p[P.a_row], p[P.a_k], p[P.a_mode], p[P.a_strip] = *a_stride, pack_mode(kernel, a_dtype), strip
+    p[P.b_strip], p[P.b_ready] = strip, 1
+    p[P.out_half], p[P.direct] = out_dtype == torch.bfloat16, direct
+    p[P.tile_rows], p[P.tile_columns], p[P.num_tiles] = tile_rows, tile_columns, tiles
     # Whole tiles of bfloat16 rows are loaded from where they lie.
-    p[A_IN_PLACE] = kernel == TILES and a_dtype == torch.bfloat16 and a_stride[1] == 1 and rows % W == 0 and depth % (2 * W) == 0
+    p[P.a_in_place] = kernel == TILES and a_dtype == torch.bfloat16 and a_stride[1] == 1 and rows % W == 0 and depth % (2 * W) == 0
     # Tiles in one piece, so that a worker's rows of A stay in its caches; in turn where A is read as it lies, and where B is large: both measured.
-    p[DEALT] = p[A_IN_PLACE] or -(-columns // W) * strip > PACK_BYTES
-    if pack_a and not p[A_IN_PLACE]:
-        p[GROUP_A] = group = _group(rows, workers)
-        p[TASKS_A] = -(-rows // (group * W))
+    p[P.dealt] = p[P.a_in_place] or -(-columns // W) * strip > PACK_BYTES
+    if pack_a and not p[P.a_in_place]:
+        p[P.group_a] = group = _group(rows, workers)
+        p[P.tasks_a] = -(-rows // (group * W))
     b_bytes = 0
     if b_stride is not None:
         assert b_dtype is not None
-        p[B_K], p[B_COLUMN], p[B_MODE] = *b_stride, _mode(kernel, b_dtype)
-        p[B_READY] = not one_slab
+        p[P.b_k], p[P.b_column], p[P.b_mode] = *b_stride, pack_mode(kernel, b_dtype)
+        p[P.b_ready] = not one_slab
         if not one_slab:
-            p[GROUP_B] = group = _group(columns, workers)
-            p[TASKS_B] = -(-columns // (group * W))
+            p[P.group_b] = group = _group(columns, workers)
+            p[P.tasks_b] = -(-columns // (group * W))
             b_bytes = -(-columns // W) * strip + 64
-    block_bytes = int(p[BLOCK]) // (1 if _CODE[kernel] == 0 else 2) * WORD
+    block_bytes = int(p[P.block]) // (1 if CODES[kernel] == BY_CHAINS else 2) * WORD
     tile_bytes = BLOCK_BYTES + tile_columns * block_bytes + _round_up(tile_rows, 2 * W) * tile_columns * WORD + 8 * BLOCK_BYTES
     stride = _round_up(tile_bytes, 4096) + 64  # not a multiple of 4096: the workers' tiles spread over sets
-    p[SCRATCH_STRIDE] = stride
-    workers = max(1, min(workers, max(tiles, int(p[TASKS_A] + p[TASKS_B]))))
+    p[P.scratch_stride] = stride
+    workers = max(1, min(workers, max(tiles, int(p[P.tasks_a] + p[P.tasks_b]))))
     return _BlockPlan(p, workers, stride * workers + 64, _round_up(rows, 2 * W) // W * strip + 64, b_bytes)
 
 
@@ -802,27 +371,27 @@ def _part(
             p = plan.fields.copy()
             # Held until the workers are done: the largest are not kept beyond this call.
             held = [_buffers.take("scratch", plan.scratch_bytes), _buffers.take("a", plan.a_bytes)]
-            p[SCRATCH], p[A_PACKED] = map(_aligned, held)
-            p[CONFIG] = _buffers.config_address
-            p[A] = a.data_ptr() + r0 * a.stride(0) * a.element_size()
+            p[P.scratch], p[P.a_packed] = map(_aligned, held)
+            p[P.configuration] = CONFIGURATION
+            p[P.a] = a.data_ptr() + r0 * a.stride(0) * a.element_size()
             if isinstance(b, int):
-                p[B_PACKED] = b
+                p[P.b_packed] = b
             else:
-                p[B] = b.data_ptr() + c0 * b.stride(1) * b.element_size()
+                p[P.b] = b.data_ptr() + c0 * b.stride(1) * b.element_size()
                 if plan.b_bytes:
                     held.append(_buffers.take("b", plan.b_bytes))
-                    p[B_PACKED] = _aligned(held[-1])
+                    p[P.b_packed] = _aligned(held[-1])
             if out is not None:
-                _place(p, OUT, OUT_ROW, out, r0, c0)
+                _place(p, P.out, P.out_row, out, r0, c0)
             if end is not None:
-                p[WHAT], p[ACTIVATION] = end.what, activation.CODES[end.activation]
-                for field, tensor in ((HIDDEN, end.hidden), (Z, end.z), (UP, end.up), (DZ, end.dz), (DUP, end.dup)):
+                p[P.what], p[P.activation] = end.what, activation.CODES[end.activation]
+                for field, tensor in ((P.hidden, end.hidden), (P.z, end.z), (P.up, end.up), (P.dz, end.dz), (P.dup, end.dup)):
                     if tensor is not None:
-                        _place(p, field, HIDDEN_ROW, tensor, r0, c0)
+                        _place(p, field, P.hidden_row, tensor, r0, c0)
             if old is not None:
-                _place(p, OLD, OLD_ROW, old, r0, c0)
+                _place(p, P.old, P.old_row, old, r0, c0)
             if bias is not None:
-                p[BIAS] = bias.data_ptr() + c0 * 4
+                p[P.bias] = bias.data_ptr() + c0 * 4
             _run(p, plan.workers)
             del held
 

@@ -9,30 +9,11 @@ import numba
 import numpy as np
 from numba import types
 
-from cllm.kernels.numba import pack, simd
+from cllm.kernels.numba import llvm, pack
 from cllm.kernels.numba.launch import float32_at, load, put_float32
+from cllm.kernels.numba.llvm import F32, FEATURES, I8, I64, VF, VI, const_int, intrinsic
 from cllm.kernels.numba.micro import HAS_TILES, WORD, tile_configuration
-from cllm.kernels.numba.simd import (
-    F32,
-    FEATURES,
-    I8,
-    I64,
-    VF,
-    VI,
-    W,
-    const_int,
-    intrinsic,
-    vabs,
-    vec,
-    vfma,
-    vhmax,
-    vload,
-    vmax_nan,
-    vmul,
-    vset,
-    vstore,
-    vzero,
-)
+from cllm.kernels.numba.simd import W, vabs, vec, vfma, vhmax, vload, vmax_nan, vmul, vset, vstore, vzero
 from cllm.kernels.quantization import SCALE_BLOCK, STRIP
 
 STRIPS = 4  # taken through K together, so that the chain of one need not wait for itself
@@ -51,8 +32,8 @@ def _make_int8_words(mode: int) -> Any:
     def words(tc, source, scales, target):
         def codegen(ctx, bld, sig, args):
             source, scales, target = args
-            packed = simd.load(bld, bld.inttoptr(source, I8.as_pointer()), VI, 4)
-            scale = simd.load(bld, bld.inttoptr(scales, F32.as_pointer()), VF)
+            packed = llvm.load(bld, bld.inttoptr(source, I8.as_pointer()), VI, 4)
+            scale = llvm.load(bld, bld.inttoptr(scales, F32.as_pointer()), VF)
             v = []
             for j in range(4):
                 q = bld.ashr(bld.shl(packed, const_int(24 - 8 * j)), const_int(24))
@@ -62,7 +43,7 @@ def _make_int8_words(mode: int) -> Any:
             elif mode == pack.F32_ROUNDED_WIDENED:
                 v = [pack._rounded(bld, each) for each in v]
             for i, each in enumerate(v):
-                simd.store(bld, each, bld.inttoptr(bld.add(target, I64(i * W * WORD)), F32.as_pointer()))
+                llvm.store(bld, each, bld.inttoptr(bld.add(target, I64(i * W * WORD)), F32.as_pointer()))
             return ctx.get_dummy_value()
 
         return types.void(types.intp, types.intp, types.intp), codegen
@@ -98,12 +79,12 @@ _LARGEST, _SMALLEST = np.float32(127 * 256), np.float32(1e-33)
 @intrinsic
 def _put_digits(tc, x, inverse, high, low):
     def codegen(ctx, bld, sig, args):
-        bytes_of = simd.ir.VectorType(I8, W)
-        rounded = simd.call(bld, f"llvm.rint.v{W}f32", VF, bld.fmul(args[0], args[1]))
+        bytes_of = llvm.ir.VectorType(I8, W)
+        rounded = llvm.call(bld, f"llvm.rint.v{W}f32", VF, bld.fmul(args[0], args[1]))
         q = bld.fptosi(rounded, VI)
         h = bld.ashr(bld.add(q, const_int(128)), const_int(8))
         for digit, address in ((h, args[2]), (bld.sub(q, bld.shl(h, const_int(8))), args[3])):
-            simd.store(bld, bld.trunc(digit, bytes_of), bld.inttoptr(address, I8.as_pointer()), 1)
+            llvm.store(bld, bld.trunc(digit, bytes_of), bld.inttoptr(address, I8.as_pointer()), 1)
         return ctx.get_dummy_value()
 
     return types.void(vec, vec, types.intp, types.intp), codegen
@@ -114,7 +95,7 @@ def _joined(tc, high, low):
     """256 high + low of W sums at two addresses, as float32."""
 
     def codegen(ctx, bld, sig, args):
-        h, low = (simd.load(bld, bld.inttoptr(each, I8.as_pointer()), VI, 4) for each in args)
+        h, low = (llvm.load(bld, bld.inttoptr(each, I8.as_pointer()), VI, 4) for each in args)
         return bld.sitofp(bld.add(bld.shl(h, const_int(8)), low), VF)
 
     return vec(types.intp, types.intp), codegen
@@ -129,7 +110,7 @@ def _make_tiles(strips: int) -> Any:
             a, b, b_strip, c = args
 
             def op(name, *operands):
-                simd.call(bld, f"llvm.x86.{name}", simd.ir.VoidType(), *operands)
+                llvm.call(bld, f"llvm.x86.{name}", llvm.ir.VoidType(), *operands)
 
             def at(address):
                 return bld.inttoptr(address, I8.as_pointer())

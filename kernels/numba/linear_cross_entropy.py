@@ -5,16 +5,15 @@ dtype. Statistics of a row are made by one worker in a fixed order, so no bit de
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 
 from cllm.kernels.numba import gemm as product
-from cllm.kernels.numba._arrays import as_flat
+from cllm.kernels.numba.fields import fields
 from cllm.kernels.numba.gemm import Packed, gemm
-from cllm.kernels.numba.launch import at_most, num_workers, scratch
+from cllm.kernels.numba.launch import Kernel, at_most, float32_at, int64_at, jit, num_workers, put_float32, scratch
 from cllm.kernels.numba.simd import (
     W,
     vadd,
@@ -39,14 +38,40 @@ from cllm.kernels.numba.simd import (
     vzero,
 )
 from cllm.kernels.operations import Shapes
-from cllm.runtime import threads
 
 _LOGIT_BYTES = 64 << 20
 _MOST_ROWS = 4096
-_LOWEST = np.float32(-np.inf)
+_ZERO, _ONE, _LOWEST = np.float32(0.0), np.float32(1.0), np.float32(-np.inf)
 
 
-@numba.njit(cache=True, nogil=True)
+class _Arguments(NamedTuple):
+    """Addresses of what the rows of a block read and write."""
+
+    logits: int  # float32, contiguous
+    columns: int
+    targets: int  # int64
+    ignore: int  # the target of rows that do not count
+    upstream: int  # float32: the gradient of each row's loss
+    statistics: int  # whether losses, plain, correct and lse are written; lse is read otherwise
+    gradient: int  # whether gradients take the place of the logits
+    half: int  # whether gradients are bfloat16: they fill the first half of a row
+    losses: int  # float32, as the next three
+    plain: int
+    correct: int  # 1 or 0
+    lse: int
+
+
+class _Options(NamedTuple):
+    smoothing: float
+    z_loss: float
+    softcap: float  # 0 where there is none
+
+
+P, _arguments = fields(_Arguments)
+F, _options = fields(_Options)
+
+
+@jit
 def _cap(row, size, softcap):
     """z = softcap * tanh(logits / softcap), in place."""
     inverse, cap = vset(np.float32(1.0 / softcap)), vset(np.float32(softcap))
@@ -57,7 +82,7 @@ def _cap(row, size, softcap):
 # Loops over a row run in four chains of vectors, so that no step waits for the last one; then the ragged end.
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _row_sum(row, size):
     t0, t1, t2, t3 = vzero(), vzero(), vzero(), vzero()
     whole = size - size % (4 * W)
@@ -69,7 +94,7 @@ def _row_sum(row, size):
     return vhsum(vadd(vadd(t0, t1), vadd(t2, t3)))
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _row_statistics(row, size):
     """(max, log-sum-exp) of one row of z; the latter in float64."""
     lowest = vset(_LOWEST)
@@ -94,7 +119,7 @@ def _row_statistics(row, size):
     return top, np.float64(base) + (math.log(mass) if mass > 0.0 else (-np.inf if mass == 0.0 else np.nan))
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _gradient_at(z, shift, weight, uniform, shrink, capped, last):
     dz = vfma(vexp_normal(vsub(z, shift)), weight, uniform)
     if capped:
@@ -103,7 +128,7 @@ def _gradient_at(z, shift, weight, uniform, shrink, capped, last):
     return vmul(dz, last)
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _row_gradient(row, size, half, target, lse, upstream, label_smoothing, z_loss, softcap):
     """Replace z by upstream * d(loss)/d(logits). bfloat16 results fill the first half of the row, behind the reading."""
     capped = softcap > 0.0
@@ -137,7 +162,7 @@ def _row_gradient(row, size, half, target, lse, upstream, label_smoothing, z_los
         vstore_masked(row, block, special, size - block)
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _clear(row, size, half):
     for i in range(0, size, W):
         if half:
@@ -146,46 +171,45 @@ def _clear(row, size, half):
             vstore_masked(row, i, vzero(), size - i)
 
 
-@numba.njit(cache=True, nogil=True)
-def _first_maximum(z, target):
-    """Whether z[target] is the first of the largest values of the row, given that it is one of the largest."""
-    i = 0
-    while z[i] != z[target]:
+@jit
+def _is_first_of_the_largest(row, target):
+    """Whether the target is the first of the largest values of the row, given that it is one of them."""
+    i, largest = 0, float32_at(row, target)
+    while float32_at(row, i) != largest:
         i += 1
     return i == target
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
-def _rows(logits, size, targets, upstream, ignore_index, label_smoothing, z_loss, softcap, statistics, gradient, half,
-          losses, plain, correct, lses, workers):  # fmt: skip
-    """Each row of the block: cap, statistics (losses, plain, correct, lses are written), gradient in place."""
-    count = targets.size
-    for worker in numba.prange(workers):
-        for r in range(worker, count, workers):
-            z = logits[r * size : (r + 1) * size]
-            row = z.ctypes.data
-            target = targets[r]
-            valid = target != ignore_index
-            if softcap > 0.0:
-                _cap(row, size, softcap)
-            if statistics:
-                top, lse = _row_statistics(row, size)
-                lses[r] = lse
-                plain[r], losses[r], correct[r] = 0.0, 0.0, False
-                if valid:
-                    at_target = np.float64(z[target])
-                    loss = lse - at_target
-                    plain[r] = loss
-                    if label_smoothing != 0.0:
-                        loss = (1.0 - label_smoothing) * loss + label_smoothing * (lse - np.float64(_row_sum(row, size)) / size)
-                    losses[r] = loss + z_loss * lse * lse
-                    correct[r] = lse == lse and z[target] == top and _first_maximum(z, target)
-            if gradient:
-                if valid:
-                    _row_gradient(row, size, half, target, np.float64(lses[r]), np.float64(upstream[r]),
-                                  label_smoothing, z_loss, softcap)  # fmt: skip
-                else:
-                    _clear(row, size, half)
+def _row(p, f, task, worker):
+    """One row of the block: softcap, statistics where they are asked for, and the gradient in the place of the logits."""
+    size, target, smoothing, softcap = p[P.columns], int64_at(p[P.targets], task), f[F.smoothing], f[F.softcap]
+    row, valid = p[P.logits] + task * size * 4, target != p[P.ignore]
+    if softcap > 0.0:
+        _cap(row, size, softcap)
+    if p[P.statistics]:
+        top, lse = _row_statistics(row, size)
+        plain, loss, correct = 0.0, 0.0, False
+        if valid:
+            at_target = float32_at(row, target)
+            plain = lse - np.float64(at_target)
+            loss = plain
+            if smoothing != 0.0:
+                loss = (1.0 - smoothing) * loss + smoothing * (lse - np.float64(_row_sum(row, size)) / size)
+            loss = loss + f[F.z_loss] * lse * lse
+            correct = lse == lse and at_target == top and _is_first_of_the_largest(row, target)
+        put_float32(p[P.lse], task, np.float32(lse))
+        put_float32(p[P.plain], task, np.float32(plain))
+        put_float32(p[P.losses], task, np.float32(loss))
+        put_float32(p[P.correct], task, _ONE if correct else _ZERO)
+    if p[P.gradient]:
+        if valid:
+            lse, upstream = np.float64(float32_at(p[P.lse], task)), np.float64(float32_at(p[P.upstream], task))
+            _row_gradient(row, size, p[P.half] != 0, target, lse, upstream, smoothing, f[F.z_loss], softcap)
+        else:
+            _clear(row, size, p[P.half] != 0)
+
+
+_kernel = Kernel(_row, dealt=True)
 
 
 def _row_blocks(rows: int, vocabulary: int) -> list[slice]:
@@ -213,8 +237,7 @@ class _Pass:
         self.workers = num_workers("linear_cross_entropy", (x.shape, weight.shape), x.dtype, gradients=gradient)
         self.blocks = _row_blocks(x.shape[0], weight.shape[0])
         rows = x.shape[0]
-        self.losses, self.plain, self.lse = (torch.empty(rows, dtype=torch.float32) for _ in range(3))
-        self.correct = torch.empty(rows, dtype=torch.bool)
+        self.losses, self.plain, self.correct, self.lse = (torch.empty(rows, dtype=torch.float32) for _ in range(4))
         if gradient:
             self.dx = torch.empty(x.shape, dtype=x.dtype)
             self.dweight = torch.empty(weight.shape, dtype=torch.float32)
@@ -224,6 +247,7 @@ class _Pass:
     def run(self, statistics: bool, upstream: torch.Tensor) -> None:
         """upstream (N,): the gradient of each row's loss."""
         x, vocabulary, half = self.x, self.weight.shape[0], self.x.dtype == torch.bfloat16
+        ignore_index, label_smoothing, z_loss, softcap = self.options
         several = len(self.blocks) > 1
         right = Packed(self.weight.t(), x.dtype, self.workers) if several else self.weight.t()
         back = Packed(self.weight, x.dtype, self.workers) if several and self.gradient else self.weight
@@ -234,13 +258,21 @@ class _Pass:
             part = x[block]
             flat = memory[: part.shape[0] * vocabulary]
             logits = gemm(part, right, out=flat.view(-1, vocabulary), compute=x.dtype, workers=self.workers)
-            workers = max(1, min(self.workers, part.shape[0]))
-            threads.numba_workers(workers)
-            _rows(
-                as_flat(flat), vocabulary, as_flat(self.targets[block]), as_flat(upstream[block]), *self.options,
-                statistics, self.gradient, half, as_flat(self.losses[block]), as_flat(self.plain[block]),
-                as_flat(self.correct[block]), as_flat(self.lse[block]), workers,
-            )  # fmt: skip
+            arguments = _arguments(
+                logits=flat.data_ptr(),
+                columns=vocabulary,
+                targets=self.targets.data_ptr() + 8 * block.start,
+                ignore=ignore_index,
+                upstream=upstream.data_ptr() + 4 * block.start,
+                statistics=int(statistics),
+                gradient=int(self.gradient),
+                half=int(half),
+                losses=self.losses.data_ptr() + 4 * block.start,
+                plain=self.plain.data_ptr() + 4 * block.start,
+                correct=self.correct.data_ptr() + 4 * block.start,
+                lse=self.lse.data_ptr() + 4 * block.start,
+            )
+            _kernel(part.shape[0], self.workers, arguments, _options(smoothing=label_smoothing, z_loss=z_loss, softcap=softcap))
             if self.gradient:
                 dlogits = flat.view(torch.bfloat16).view(-1, 2 * vocabulary)[:, :vocabulary] if half else logits
                 gemm(dlogits, back, out=self.dx[block], compute=x.dtype, workers=self.workers)
@@ -248,7 +280,7 @@ class _Pass:
                 gemm(dlogits.t(), part, out=total, add=total if index else None, compute=x.dtype, workers=self.workers)
 
     def statistics(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.losses, self.plain, self.correct, self.lse
+        return self.losses, self.plain, self.correct.bool(), self.lse
 
     def gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.dx, self.dweight.to(self.weight.dtype)

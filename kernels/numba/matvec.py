@@ -8,32 +8,72 @@ A job is one matrix; a launch has the tasks of several jobs (the projections of 
 made first: gate before up. Weights are float32, bfloat16, or int8 with a scale for every SCALE_BLOCK of K (quantized.py).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numba
 import numpy as np
 import torch
-from numba import types
 from torch import Tensor
 
-from cllm.kernels.numba import activation, gemm, int8, pack, simd
+from cllm.kernels.numba import activation, gemm, int8, pack
+from cllm.kernels.numba.fields import fields
+from cllm.kernels.numba.gemm_block import tiles_off, tiles_on
+from cllm.kernels.numba.gemm_kernel import BY_CHAINS, BY_PAIRS, BY_TILES
 from cllm.kernels.numba.int8 import GROUP_ROWS, HAS_INTEGERS, INTEGER_ROWS, LINE, STRIPS, TILE_BYTES
 from cllm.kernels.numba.launch import Kernel, int64_at, is_half, load, scratch, store
-from cllm.kernels.numba.micro import HAS_TILES, WORD, make_micro, make_tile_micro
+from cllm.kernels.numba.llvm import HAS_PAIRS
+from cllm.kernels.numba.matvec_words import fill_chain, fill_paired
+from cllm.kernels.numba.micro import CONFIGURATION, HAS_TILES, WORD, make_micro, make_tile_micro
 from cllm.kernels.numba.pack import pack_strip
-from cllm.kernels.numba.simd import F32, HAS_PAIRS, I64, VF, VI, BFloat, W, intrinsic, vadd, vload, vstore
+from cllm.kernels.numba.simd import W, vadd, vload, vstore
 from cllm.kernels.quantization import SCALE_BLOCK, STRIP, Quantized
 
 MOST_ROWS = W  # rows of one strip
 MOST_TASK_COLUMNS = 1024
 
-# Fields of a job (int64; addresses and strides in bytes).
-(KERNEL, ROWS, COLUMNS, DEPTH, X, X_ROW, X_HALF, B, B_COLUMN, B_K, B_MODE, SCALES, SCALES_STRIP, BIAS, OUT, OUT_ROW, OUT_HALF,
- ACTIVATION, HIDDEN, Z, PARTNER, TASK_COLUMNS, FIRST_TASK, TILE_CONFIGURATION, NUM_FIELDS) = range(25)  # fmt: skip
-# Of a launch: the number of jobs, work space of a worker, tile configuration; then the addresses of the jobs.
-NUM_JOBS, SCRATCH, SCRATCH_STRIDE, CONFIGURATION, JOBS = range(5)
-INT8 = 8  # B_MODE beside those of pack.py
-CHAIN, PAIRS, TILES, INTEGERS = range(4)
+
+class _Job(NamedTuple):
+    """One matrix, int64: addresses (0 where there is no such operand), and strides in bytes."""
+
+    kernel: int  # BY_CHAINS, BY_PAIRS, BY_TILES or BY_INTEGERS
+    rows: int
+    columns: int
+    depth: int
+    x: int
+    x_row: int
+    x_half: int  # whether x is bfloat16
+    b: int  # the weights
+    b_column: int  # from output to output; of int8 weights from strip to strip
+    b_k: int
+    b_mode: int  # see pack.py; INT8 beside those
+    scales: int  # of int8 weights
+    scales_strip: int
+    bias: int
+    out: int
+    out_row: int
+    out_half: int
+    activation: int  # -1: none
+    hidden: int  # the result of the activation
+    z: int  # what the partner wrote
+    partner: int  # the address of another job, whose same outputs are made first; 0: none
+    task_columns: int
+    first_task: int  # of this job among the tasks of the launch
+    tile_configuration: int  # for int8 tiles
+
+
+class _Launch(NamedTuple):
+    """What the kernel reads, before the addresses of the jobs."""
+
+    num_jobs: int
+    scratch: int  # work space of the first worker
+    scratch_stride: int
+    configuration: int  # of the AMX tiles
+
+
+JOB, _ = fields(_Job)
+P, _launch_arguments = fields(_Launch)
+INT8 = len(pack.MODES)  # a mode beside those of pack.py
+BY_INTEGERS = BY_TILES + 1  # a way to multiply beside those of gemm_kernel.py
 
 _PART = gemm.K_PART
 _STRIP_BYTES = gemm.BLOCK_WORDS * W * WORD
@@ -52,98 +92,27 @@ if HAS_TILES:
     _tiles_1, _tiles_2 = make_tile_micro(1, 1), make_tile_micro(2, 1)
 
 
-# ---- W x W words of the weights, converted and turned in registers ---------------------------------------------------
-
-
-def _rounded_pairs(bld: Any, first: Any, second: Any) -> Any:
-    if not HAS_PAIRS:
-        return pack._pairs(bld, *pack._even_odd(bld, first, second))
-    both = simd.ir.VectorType(BFloat(), 2 * W)
-    return bld.bitcast(simd.call(bld, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", both, second, first), VF)
-
-
-def _turned(bld: Any, v: list[Any]) -> list[Any]:
-    """The transpose of W vectors: log2(W) rounds that swap off-diagonal blocks of growing size."""
-    size = 1
-    while size < W:
-        upper = simd.ir.Constant(VI, [j if not j & size else W + j - size for j in range(W)])
-        lower = simd.ir.Constant(VI, [j + size if not j & size else W + j for j in range(W)])
-        for i in range(W):
-            if not i & size:
-                x, y = v[i], v[i + size]
-                v[i], v[i + size] = bld.shuffle_vector(x, y, upper), bld.shuffle_vector(x, y, lower)
-        size *= 2
-    return v
-
-
-def _make_block(mode: int, turned: bool) -> Any:
-    """block(source, row, target): W words of each of W rows -> [row][word], or turned [word][row]."""
-
-    @intrinsic
-    def block(tc, source, row, target):
-        def codegen(ctx, bld, sig, args):
-            source, row, target = args
-            v = []
-            for lane in range(W):
-                address = bld.add(source, bld.mul(row, I64(lane)))
-                if mode == pack.F32_ROUNDED_PAIRS:
-                    halves = [simd.load(bld, bld.inttoptr(bld.add(address, I64(i * W * WORD)), F32.as_pointer()), VF) for i in range(2)]
-                    v.append(_rounded_pairs(bld, *halves))
-                else:
-                    v.append(pack._emit_along_k(bld, mode, address, None, False))
-            for i, words in enumerate(_turned(bld, v) if turned else v):
-                simd.store(bld, words, bld.inttoptr(bld.add(target, I64(i * W * WORD)), F32.as_pointer()))
-            return ctx.get_dummy_value()
-
-        return types.void(types.intp, types.intp, types.intp), codegen
-
-    return block
-
-
-_turn_float32, _turn_widened, _turn_pairs = (_make_block(mode, True) for mode in (pack.F32_AS_IS, pack.BF16_WIDENED, pack.BF16_PAIRS))
-_rounded_rows = _make_block(pack.F32_ROUNDED_PAIRS, False)
-
-
-@numba.njit(cache=True, nogil=True)
-def _fill_chain(mode, source, row, words, target):
-    """A strip of whole blocks, for chains of float32."""
-    for word in range(0, words, W):
-        if mode == pack.F32_AS_IS:
-            _turn_float32(source + word * 4, row, target + word * W * WORD)
-        else:
-            _turn_widened(source + word * 2, row, target + word * W * WORD)
-
-
-def _fill_paired_py(rows_first, source, row, words, target):
-    """The same for pairs of bfloat16; rows_first as the A side of AMX tiles, from float32."""
-    for word in range(0, words, W):
-        if rows_first:
-            _rounded_rows(source + word * 8, row, target + word * W * WORD)
-        else:
-            _turn_pairs(source + word * 4, row, target + word * W * WORD)
-
-
 # ---- a group of strips through K -------------------------------------------------------------------------------------
 
 
 @numba.njit(cache=True, nogil=True)
 def _fill(job, c, lanes, k, num_k, words, target, spare):
     """One strip of the weights for one K block, as gemm.py packs it; rows first, as the A side, for AMX tiles."""
-    mode, column, step, kernel = int64_at(job, B_MODE), int64_at(job, B_COLUMN), int64_at(job, B_K), int64_at(job, KERNEL)
+    mode, column, step, kernel = int64_at(job, JOB.b_mode), int64_at(job, JOB.b_column), int64_at(job, JOB.b_k), int64_at(job, JOB.kernel)
     size = 2 if mode == pack.BF16_WIDENED or mode == pack.BF16_PAIRS else 4
     if mode == INT8:  # B_COLUMN and SCALES_STRIP take from strip to strip
-        source = int64_at(job, B) + c // STRIP * column + c % STRIP * 4
-        scales = int64_at(job, SCALES) + c // STRIP * int64_at(job, SCALES_STRIP) + c % STRIP * 4
-        int8.fill_words(int64_at(job, X_HALF), kernel != CHAIN, source, scales, k, words, target)
+        source = int64_at(job, JOB.b) + c // STRIP * column + c % STRIP * 4
+        scales = int64_at(job, JOB.scales) + c // STRIP * int64_at(job, JOB.scales_strip) + c % STRIP * 4
+        int8.fill_words(int64_at(job, JOB.x_half), kernel != BY_CHAINS, source, scales, k, words, target)
         return
-    source = int64_at(job, B) + c * column + k * step
-    whole = lanes == W and step == size and num_k == words * (1 if kernel == CHAIN else 2)
-    if whole and kernel == CHAIN and mode != pack.F32_ROUNDED_WIDENED:
-        _fill_chain(mode, source, column, words, target)
-    elif whole and kernel != CHAIN and (mode == pack.BF16_PAIRS) == (kernel == PAIRS):
-        _fill_paired(kernel == TILES, source, column, words, target)
+    source = int64_at(job, JOB.b) + c * column + k * step
+    whole = lanes == W and step == size and num_k == words * (1 if kernel == BY_CHAINS else 2)
+    if whole and kernel == BY_CHAINS and mode != pack.F32_ROUNDED_WIDENED:
+        fill_chain(mode, source, column, words, target)
+    elif whole and kernel != BY_CHAINS and (mode == pack.BF16_PAIRS) == (kernel == BY_PAIRS):
+        fill_paired(kernel == BY_TILES, source, column, words, target)
     else:
-        pack_strip(mode, source, column // size, step // size, lanes, num_k, words, target, spare, kernel == TILES)
+        pack_strip(mode, source, column // size, step // size, lanes, num_k, words, target, spare, kernel == BY_TILES)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -191,47 +160,42 @@ def _absent_tiles(x, b, b_strip, b_row, b_step, turned, steps, strips, first):
     pass
 
 
-def _absent_fill(rows_first, source, row, words, target):
-    pass
-
-
 # A CPU without the instructions must not see them: LLVM could not select them.
 _jit = numba.njit(cache=True, nogil=True)
 _pairs_block = _jit(_pairs_block_py if HAS_PAIRS else _absent_block)
 _tiles_block = _jit(_tiles_block_py if HAS_TILES else _absent_tiles)
-_fill_paired = _jit(_fill_paired_py if W == 16 else _absent_fill)
 
 
 @numba.njit(cache=True, nogil=True)
 def _part(job, scratch, c, columns, k0, num_k, sums):
     """sums [row][columns] of one part of K."""
-    kernel, rows, column = int64_at(job, KERNEL), int64_at(job, ROWS), int64_at(job, B_COLUMN)
-    per_word = 1 if kernel == CHAIN else 2
+    kernel, rows, column = int64_at(job, JOB.kernel), int64_at(job, JOB.rows), int64_at(job, JOB.b_column)
+    per_word = 1 if kernel == BY_CHAINS else 2
     blocks = (num_k + gemm.BLOCK_WORDS * per_word - 1) // (gemm.BLOCK_WORDS * per_word)
     step = W * per_word
     block = ((num_k + blocks - 1) // blocks + step - 1) // step * step
     strips = (columns + W - 1) // W
     b, turned, spare = scratch, scratch + _TURNED, scratch + _SPARE
-    size = int64_at(job, B_K)  # 1, 2 or 4 where the elements of one output lie side by side
-    in_place = kernel == TILES and int64_at(job, B_MODE) == pack.BF16_PAIRS and size == 2 and columns % W == 0
+    size = int64_at(job, JOB.b_k)  # 1, 2 or 4 where the elements of one output lie side by side
+    in_place = kernel == BY_TILES and int64_at(job, JOB.b_mode) == pack.BF16_PAIRS and size == 2 and columns % W == 0
     for k in range(0, num_k, block):
         n = min(block, num_k - k)
         words = (n + per_word - 1) // per_word
         padded = (words + W - 1) // W * W
         x = scratch + _X + (k0 + k) // per_word * (W * WORD)
         if in_place and n % step == 0:
-            at = int64_at(job, B) + c * column + (k0 + k) * 2
+            at = int64_at(job, JOB.b) + c * column + (k0 + k) * 2
             _tiles_block(x, at, W * column, column, W * WORD, turned, padded // W, strips, k == 0)
             continue
         for s in range(strips):
             _fill(job, c + s * W, min(W, columns - s * W), k0 + k, n, padded, b + s * (_STRIP_BYTES + LINE), spare)
-        if kernel == TILES:
+        if kernel == BY_TILES:
             _tiles_block(x, b, _STRIP_BYTES + LINE, W * WORD, W * W * WORD, turned, padded // W, strips, k == 0)
-        elif kernel == PAIRS:
+        elif kernel == BY_PAIRS:
             _pairs_block(x, b, sums, rows, words, strips, k == 0)
         else:
             _chain_block(x, b, sums, rows, words, strips, k == 0)
-    if kernel == TILES:
+    if kernel == BY_TILES:
         for s in range(strips):
             pack.transpose(turned + s * (W * W * WORD), W * WORD, spare)
             for m in range(rows):
@@ -243,20 +207,20 @@ def _part(job, scratch, c, columns, k0, num_k, sums):
 
 @numba.njit(cache=True, nogil=True)
 def _finish(job, total, c, columns):
-    rows, half, row = int64_at(job, ROWS), int64_at(job, OUT_HALF), int64_at(job, OUT_ROW)
+    rows, half, row = int64_at(job, JOB.rows), int64_at(job, JOB.out_half), int64_at(job, JOB.out_row)
     size = 2 if half else 4
-    bias = int64_at(job, BIAS)
+    bias = int64_at(job, JOB.bias)
     if bias != 0:
         bias += c * 4
-    if int64_at(job, ACTIVATION) >= 0:
-        z = int64_at(job, Z)
+    if int64_at(job, JOB.activation) >= 0:
+        z = int64_at(job, JOB.z)
         if z != 0:
             z += c * size
-        hidden = int64_at(job, HIDDEN) + c * size
-        activation.finish_piece(int64_at(job, ACTIVATION), activation.ACTIVATE, half != 0, rows, columns, total, _SUMS_ROW, 0, 0, bias, row,
+        hidden = int64_at(job, JOB.hidden) + c * size
+        activation.finish_piece(int64_at(job, JOB.activation), activation.ACTIVATE, half != 0, rows, columns, total, _SUMS_ROW, 0, 0, bias, row,
                                 z, 0, 0, hidden, 0, 0)  # fmt: skip
         return
-    out = int64_at(job, OUT) + c * size
+    out = int64_at(job, JOB.out) + c * size
     for m in range(rows):
         for i in range(0, columns, W):
             v = vload(total + m * _SUMS_ROW, i)
@@ -267,30 +231,30 @@ def _finish(job, total, c, columns):
 
 @numba.njit(cache=True, nogil=True)
 def _pack_x(job, scratch):
-    num_k, half = int64_at(job, DEPTH), int64_at(job, X_HALF)
+    num_k, half = int64_at(job, JOB.depth), int64_at(job, JOB.x_half)
     size = 2 if half else 4
-    paired = int64_at(job, KERNEL) != CHAIN
+    paired = int64_at(job, JOB.kernel) != BY_CHAINS
     mode = (pack.BF16_PAIRS if paired else pack.BF16_WIDENED) if half else pack.F32_AS_IS
     words = ((num_k + 1) // 2 if paired else num_k) + W - 1
-    pack_strip(mode, int64_at(job, X), int64_at(job, X_ROW) // size, 1, int64_at(job, ROWS), num_k, words // W * W, scratch + _X,
+    pack_strip(mode, int64_at(job, JOB.x), int64_at(job, JOB.x_row) // size, 1, int64_at(job, JOB.rows), num_k, words // W * W, scratch + _X,
                scratch + _SPARE, False)  # fmt: skip
 
 
 @numba.njit(cache=True, nogil=True)
 def _columns(job, scratch, begin, end):
     """Outputs [begin, end) of every row."""
-    depth, rows = int64_at(job, DEPTH), int64_at(job, ROWS)
+    depth, rows = int64_at(job, JOB.depth), int64_at(job, JOB.rows)
     sums, total = scratch + _SUMS, scratch + _TOTAL
-    integers = int64_at(job, KERNEL) == INTEGERS
+    integers = int64_at(job, JOB.kernel) == BY_INTEGERS
     if integers:
-        int8.pack_digits(int64_at(job, X), int64_at(job, X_ROW), int64_at(job, X_HALF), rows, depth, scratch + _X)
+        int8.pack_digits(int64_at(job, JOB.x), int64_at(job, JOB.x_row), int64_at(job, JOB.x_half), rows, depth, scratch + _X)
     else:
         _pack_x(job, scratch)
     for c in range(begin, end, STRIPS * W):
         columns = min(STRIPS * W, end - c)
         if integers:
-            row, scales_row = int64_at(job, B_COLUMN), int64_at(job, SCALES_STRIP)
-            weights, scales = int64_at(job, B) + c // STRIP * row, int64_at(job, SCALES) + c // STRIP * scales_row
+            row, scales_row = int64_at(job, JOB.b_column), int64_at(job, JOB.scales_strip)
+            weights, scales = int64_at(job, JOB.b) + c // STRIP * row, int64_at(job, JOB.scales) + c // STRIP * scales_row
             int8.multiply(scratch + _X, rows, depth, weights, row, scales, scales_row, (columns + W - 1) // W, scratch, total, _SUMS_ROW)
             _finish(job, total, c, columns)
             continue
@@ -306,30 +270,28 @@ def _columns(job, scratch, begin, end):
 
 def _launch(p, f, task, worker):
     number = 0
-    while number + 1 < p[NUM_JOBS] and int64_at(p[JOBS + number + 1], FIRST_TASK) <= task:
+    while number + 1 < p[P.num_jobs] and int64_at(p[len(P) + number + 1], JOB.first_task) <= task:
         number += 1
-    job = p[JOBS + number]
-    width = int64_at(job, TASK_COLUMNS)
-    begin = (task - int64_at(job, FIRST_TASK)) * width
-    end = min(begin + width, int64_at(job, COLUMNS))
-    scratch = p[SCRATCH] + worker * p[SCRATCH_STRIDE]
-    kernel = int64_at(job, KERNEL)
-    tiles = kernel in (TILES, INTEGERS)
+    job = p[len(P) + number]
+    width = int64_at(job, JOB.task_columns)
+    begin = (task - int64_at(job, JOB.first_task)) * width
+    end = min(begin + width, int64_at(job, JOB.columns))
+    scratch = p[P.scratch] + worker * p[P.scratch_stride]
+    kernel = int64_at(job, JOB.kernel)
+    tiles = kernel in (BY_TILES, BY_INTEGERS)
     if tiles:
-        gemm.tiles_on(p[CONFIGURATION] if kernel == TILES else int64_at(job, TILE_CONFIGURATION))
-    if int64_at(job, PARTNER) != 0:
-        _columns(int64_at(job, PARTNER), scratch, begin, end)
+        tiles_on(p[P.configuration] if kernel == BY_TILES else int64_at(job, JOB.tile_configuration))
+    if int64_at(job, JOB.partner) != 0:
+        _columns(int64_at(job, JOB.partner), scratch, begin, end)
     _columns(job, scratch, begin, end)
     if tiles:
-        gemm.tiles_off()
+        tiles_off()
 
 
 kernel = Kernel(_launch, dealt=True)
 
 
 # ---- on the Python side ----------------------------------------------------------------------------------------------
-
-_CODES = {gemm.FP32: CHAIN, gemm.WIDENED: CHAIN, gemm.PAIRS: PAIRS, gemm.TILES: TILES}
 
 
 class Output(NamedTuple):
@@ -364,33 +326,44 @@ def job(x: Tensor, weight: "Tensor | Quantized", bias: Tensor | None, out: Outpu
     integers = isinstance(weight, Quantized) and in_integers(x.dtype)
     assert rows <= (INTEGER_ROWS if integers else MOST_ROWS) and weight.shape[1] == depth and x.stride(1) == 1
     kernel = gemm.kernel_for(x.dtype)
-    p = np.zeros(NUM_FIELDS, np.int64)
-    p[KERNEL], p[ROWS], p[COLUMNS], p[DEPTH] = INTEGERS if integers else _CODES[kernel], rows, columns, depth
-    p[TILE_CONFIGURATION] = int8.configuration(rows)
-    p[X], p[X_ROW], p[X_HALF] = x.data_ptr(), x.stride(0) * x.element_size(), is_half(x)
+    p = np.zeros(len(JOB), np.int64)
+    p[JOB.kernel], p[JOB.rows], p[JOB.columns], p[JOB.depth] = BY_INTEGERS if integers else gemm.CODES[kernel], rows, columns, depth
+    p[JOB.tile_configuration] = int8.configuration(rows)
+    p[JOB.x], p[JOB.x_row], p[JOB.x_half] = x.data_ptr(), x.stride(0) * x.element_size(), is_half(x)
     if isinstance(weight, Quantized):
-        p[B], p[B_COLUMN], p[B_MODE] = weight.values.data_ptr(), weight.values.stride(0), INT8
-        p[SCALES], p[SCALES_STRIP] = weight.scales.data_ptr(), weight.scales.stride(0) * 4
+        p[JOB.b], p[JOB.b_column], p[JOB.b_mode] = weight.values.data_ptr(), weight.values.stride(0), INT8
+        p[JOB.scales], p[JOB.scales_strip] = weight.scales.data_ptr(), weight.scales.stride(0) * 4
     else:
         size = weight.element_size()
-        p[B], p[B_COLUMN], p[B_K], p[B_MODE] = weight.data_ptr(), weight.stride(0) * size, weight.stride(1) * size, gemm._mode(kernel, weight.dtype)
-    p[BIAS] = 0 if bias is None else bias.data_ptr()
-    p[OUT], p[OUT_ROW], p[OUT_HALF], p[ACTIVATION] = out.address, out.row, is_half(x), -1
+        p[JOB.b], p[JOB.b_column], p[JOB.b_k], p[JOB.b_mode] = (
+            weight.data_ptr(),
+            weight.stride(0) * size,
+            weight.stride(1) * size,
+            gemm.pack_mode(kernel, weight.dtype),
+        )
+    p[JOB.bias] = 0 if bias is None else bias.data_ptr()
+    p[JOB.out], p[JOB.out_row], p[JOB.out_half], p[JOB.activation] = out.address, out.row, is_half(x), -1
     if out.activation is not None:
-        p[HIDDEN], p[Z], p[ACTIVATION] = out.address, out.z, activation.CODES[out.activation]
-    p[PARTNER], p[TASK_COLUMNS], p[FIRST_TASK] = partner, task_columns(columns, workers), first_task
+        p[JOB.hidden], p[JOB.z], p[JOB.activation] = out.address, out.z, activation.CODES[out.activation]
+    p[JOB.partner], p[JOB.task_columns], p[JOB.first_task] = partner, task_columns(columns, workers), first_task
     return p
 
 
 def num_tasks(p: np.ndarray) -> int:
-    return int(-(-p[COLUMNS] // p[TASK_COLUMNS]))
+    return int(-(-p[JOB.columns] // p[JOB.task_columns]))
 
 
-def launch_ints(jobs: list[np.ndarray], workers: int) -> tuple[list[int], Tensor]:
+def launch_arguments(jobs: list[np.ndarray], scratch: int, scratch_stride: int) -> tuple[int, ...]:
+    """What the kernel reads for these jobs; scratch_stride: bytes of each worker's work space."""
+    launch = _launch_arguments(num_jobs=len(jobs), scratch=scratch, scratch_stride=scratch_stride, configuration=CONFIGURATION)
+    return (*launch, *(each.ctypes.data for each in jobs))
+
+
+def _prepared(jobs: list[np.ndarray], workers: int) -> tuple[tuple[int, ...], Tensor]:
     """What the kernel reads for these jobs, and the work space behind it."""
-    size = max(scratch_bytes(int(p[DEPTH]), int(p[ROWS])) for p in jobs)
+    size = max(scratch_bytes(int(p[JOB.depth]), int(p[JOB.rows])) for p in jobs)
     owner, address = scratch("matvec", size * workers)
-    return [len(jobs), address, size, gemm._buffers.config_address, *(p.ctypes.data for p in jobs)], owner
+    return launch_arguments(jobs, address, size), owner
 
 
 def _place(out: Tensor) -> tuple[int, int]:
@@ -408,8 +381,8 @@ def matvec(x: Tensor, weight: "Tensor | Quantized", bias: Tensor | None = None, 
     if out.numel():
         bias = _float32(bias)
         p = job(x, weight, bias, Output(*_place(out)), workers)
-        ints, owner = launch_ints([p], workers)
-        kernel(num_tasks(p), workers, ints)
+        arguments, owner = _prepared([p], workers)
+        kernel(num_tasks(p), workers, arguments)
         del owner
     return out
 
@@ -422,7 +395,7 @@ def activated(x: Tensor, w_gate: "Tensor | Quantized | None", w_up: "Tensor | Qu
         partner = job(x, w_gate, None, Output(*_place(z)), workers)
     end = Output(*_place(hidden), name, 0 if partner is None else z.data_ptr())
     p = job(x, w_up, b_up, end, workers, partner=0 if partner is None else partner.ctypes.data)
-    ints, owner = launch_ints([p], workers)
-    kernel(num_tasks(p), workers, ints)
+    arguments, owner = _prepared([p], workers)
+    kernel(num_tasks(p), workers, arguments)
     del owner, partner
     return hidden

@@ -13,11 +13,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 
-from cllm.kernels.numba import simd
-from cllm.kernels.numba.simd import F32, FEATURES, I8, I32, I64, VF, VI, BFloat, W, const, intrinsic, load, splat, store
+from cllm.kernels.numba import llvm
+from cllm.kernels.numba.llvm import F32, FEATURES, I8, I32, I64, VF, VI, BFloat, W, const, intrinsic, load, splat, store
 
 _I = types.intp
 WORD = 4
@@ -43,7 +44,7 @@ L1, L2 = 3, 2  # LLVM's names for where a prefetched line goes
 
 
 def _emit_prefetch(bld: Any, pointer: Any, level: int) -> None:
-    simd.call(bld, "llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(level), I32(1))
+    llvm.call(bld, "llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(level), I32(1))
 
 
 def make_micro(rows: int, strips: int, pairs: bool = False) -> Any:
@@ -78,11 +79,11 @@ def make_micro(rows: int, strips: int, pairs: bool = False) -> Any:
                 if pairs:
                     x = bld.bitcast(splat(bld, load(bld, ptr, I32), VI), vb)
                     name = "llvm.x86.avx512bf16.dpbf16ps.512"
-                    new.append([simd.call(bld, name, VF, acc[i][j], x, bld.bitcast(b_now[j], vb))
+                    new.append([llvm.call(bld, name, VF, acc[i][j], x, bld.bitcast(b_now[j], vb))
                                 for j in range(strips)])  # fmt: skip
                 else:
                     x = splat(bld, load(bld, ptr, F32))
-                    new.append([simd.fma(bld, x, b_now[j], acc[i][j]) for j in range(strips)])
+                    new.append([llvm.fma(bld, x, b_now[j], acc[i][j]) for j in range(strips)])
             k_next = bld.add(k, I64(1))
             k.add_incoming(k_next, loop)
             for i in range(rows):
@@ -135,7 +136,7 @@ _ROWS_A_STEP = 4  # that a writing micro-kernel writes beside one step: 8 steps 
 
 
 def _tile_op(bld: Any, name: str, *args: Any) -> None:
-    simd.call(bld, f"llvm.x86.{name}", ir.VoidType(), *args)
+    llvm.call(bld, f"llvm.x86.{name}", ir.VoidType(), *args)
 
 
 def make_tile_micro(row_strips: int, column_strips: int, stream_b: bool = False) -> Any:
@@ -191,7 +192,7 @@ def make_writing_micro() -> Any:
                     with bld.if_else(bld.icmp_unsigned("!=", half, I64(0))) as (rounded, whole):
                         with rounded:
                             for j in range(2):
-                                store(bld, simd.round_bf16(bld, v[j]), _at(bld, target, j * W * 2), 2)
+                                store(bld, llvm.round_bf16(bld, v[j]), _at(bld, target, j * W * 2), 2)
                         with whole:
                             for j in range(2):
                                 store(bld, v[j], _at(bld, target, j * W * WORD))
@@ -331,3 +332,14 @@ def _request_tiles() -> bool:
 
 
 HAS_TILES = _request_tiles()
+
+
+def _aligned_configuration() -> tuple[np.ndarray, int]:
+    memory = np.zeros(128, np.uint8)
+    start = -memory.ctypes.data % 64
+    memory[start : start + 64] = np.frombuffer(tile_configuration(), np.uint8)
+    return memory, memory.ctypes.data + start
+
+
+_configuration_memory, CONFIGURATION = _aligned_configuration()
+"""CONFIGURATION: the address of `tile_configuration()`, aligned to a cache line; it lives as long as the process."""

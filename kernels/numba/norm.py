@@ -5,12 +5,13 @@ the blocks are added up by a tree of fan-out 12.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cllm.kernels.numba.fields import fields
 from cllm.kernels.numba.launch import (
     Kernel,
     as_rows,
@@ -36,10 +37,60 @@ from cllm.kernels.operations import Shapes
 
 ROWS_PER_TASK = 16
 
-(X, X_ROW, RESIDUAL, RESIDUAL_ROW, H, H_ROW, Y, Y_ROW, HALF, WEIGHT, WEIGHT_HALF, BIAS, BIAS_HALF, MEAN, RSTD, ROWS,
- COLUMNS) = range(17)  # fmt: skip
-(DY, DY_ROW, DH, DH_ROW, HB, HB_ROW, DX, DX_ROW, HALF_B, WEIGHT_B, WEIGHT_HALF_B, MEAN_B, RSTD_B, PARTIAL, PARTIAL_ROW,
- PARTIAL_BIAS, ROWS_B, COLUMNS_B, BLOCK_ROWS) = range(19)  # fmt: skip
+
+class Forward(NamedTuple):
+    """Addresses (0 where there is no such tensor), and in bytes the distance from row to row."""
+
+    x: int
+    x_row: int
+    residual: int
+    residual_row: int
+    h: int  # x + residual
+    h_row: int
+    y: int
+    y_row: int
+    half: int  # whether x, residual, h and y are bfloat16
+    weight: int
+    weight_half: int
+    bias: int
+    bias_half: int
+    mean: int  # of each row, float32; 0 for RMSNorm
+    rstd: int
+    rows: int
+    columns: int
+
+
+class Options(NamedTuple):
+    eps: float
+
+
+class _Backward(NamedTuple):
+    """Addresses (0 where there is no such tensor), and in bytes the distance from row to row."""
+
+    dy: int
+    dy_row: int
+    dh: int  # what else flows into h, past the norm
+    dh_row: int
+    h: int
+    h_row: int
+    dx: int
+    dx_row: int
+    half: int  # whether dy, dh, h and dx are bfloat16
+    weight: int
+    weight_half: int
+    mean: int  # 0 for RMSNorm
+    rstd: int
+    partial: int  # float32 sums of each block of rows, for dweight
+    partial_row: int
+    partial_bias: int  # the same for dbias
+    rows: int
+    columns: int
+    block_rows: int
+
+
+FWD, forward_arguments = fields(Forward)
+BWD, _backward_arguments = fields(_Backward)
+F, options = fields(Options)
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
@@ -49,12 +100,12 @@ _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 @inline
 def _add_residual(p, row, h):
-    x, residual, half = p[X] + row * p[X_ROW], p[RESIDUAL] + row * p[RESIDUAL_ROW], p[HALF]
-    whole = p[COLUMNS] - p[COLUMNS] % W
+    x, residual, half = p[FWD.x] + row * p[FWD.x_row], p[FWD.residual] + row * p[FWD.residual_row], p[FWD.half]
+    whole = p[FWD.columns] - p[FWD.columns] % W
     for c in range(0, whole, W):
         store_whole(h, half, c, vadd(load_once(x, half, c), load_once(residual, half, c)))
-    if whole < p[COLUMNS]:
-        n = p[COLUMNS] - whole
+    if whole < p[FWD.columns]:
+        n = p[FWD.columns] - whole
         store(h, half, whole, vadd(load(x, half, whole, n), load(residual, half, whole, n)), n)
 
 
@@ -114,19 +165,19 @@ def normalise(h, y, half, columns, mean, rstd, weight, weight_half, bias, bias_h
 
 def _forward(p, f, task, worker):
     """MEAN is 0 for RMSNorm."""
-    half, columns = p[HALF], p[COLUMNS]
-    for row in range(task * ROWS_PER_TASK, min((task + 1) * ROWS_PER_TASK, p[ROWS])):
-        h = p[X] + row * p[X_ROW]
-        if p[RESIDUAL] != 0:
-            h = p[H] + row * p[H_ROW]
+    half, columns = p[FWD.half], p[FWD.columns]
+    for row in range(task * ROWS_PER_TASK, min((task + 1) * ROWS_PER_TASK, p[FWD.rows])):
+        h = p[FWD.x] + row * p[FWD.x_row]
+        if p[FWD.residual] != 0:
+            h = p[FWD.h] + row * p[FWD.h_row]
             _add_residual(p, row, h)
         mean = _ZERO
-        if p[MEAN] != 0:
+        if p[FWD.mean] != 0:
             mean = _sum(h, half, columns) / np.float32(columns)
-            put_float32(p[MEAN], row, mean)
-        rstd = inverse_rms(h, half, columns, mean, f[0])
-        put_float32(p[RSTD], row, rstd)
-        normalise(h, p[Y] + row * p[Y_ROW], half, columns, mean, rstd, p[WEIGHT], p[WEIGHT_HALF], p[BIAS], p[BIAS_HALF])
+            put_float32(p[FWD.mean], row, mean)
+        rstd = inverse_rms(h, half, columns, mean, f[F.eps])
+        put_float32(p[FWD.rstd], row, rstd)
+        normalise(h, p[FWD.y] + row * p[FWD.y_row], half, columns, mean, rstd, p[FWD.weight], p[FWD.weight_half], p[FWD.bias], p[FWD.bias_half])
 
 
 @inline
@@ -178,18 +229,18 @@ def differentiate(dy, dh, h, dx, half, columns, centred, mean, rstd, weight, wei
 
 def _backward(p, f, task, worker):
     """One block of rows: its rows of dx, and its part of dweight (and dbias)."""
-    columns, centred = p[COLUMNS_B], p[MEAN_B] != 0
-    partial, partial_bias = p[PARTIAL] + task * p[PARTIAL_ROW], 0
+    columns, centred = p[BWD.columns], p[BWD.mean] != 0
+    partial, partial_bias = p[BWD.partial] + task * p[BWD.partial_row], 0
     clear(partial, columns)
-    if p[PARTIAL_BIAS] != 0:
-        partial_bias = p[PARTIAL_BIAS] + task * p[PARTIAL_ROW]
+    if p[BWD.partial_bias] != 0:
+        partial_bias = p[BWD.partial_bias] + task * p[BWD.partial_row]
         clear(partial_bias, columns)
-    for row in range(task * p[BLOCK_ROWS], min((task + 1) * p[BLOCK_ROWS], p[ROWS_B])):
-        dh = p[DH] + row * p[DH_ROW] if p[DH] != 0 else 0
-        mean = float32_at(p[MEAN_B], row) if centred else _ZERO
+    for row in range(task * p[BWD.block_rows], min((task + 1) * p[BWD.block_rows], p[BWD.rows])):
+        dh = p[BWD.dh] + row * p[BWD.dh_row] if p[BWD.dh] != 0 else 0
+        mean = float32_at(p[BWD.mean], row) if centred else _ZERO
         differentiate(
-            p[DY] + row * p[DY_ROW], dh, p[HB] + row * p[HB_ROW], p[DX] + row * p[DX_ROW], p[HALF_B], columns, centred, mean,
-            float32_at(p[RSTD_B], row), p[WEIGHT_B], p[WEIGHT_HALF_B], partial, partial_bias,
+            p[BWD.dy] + row * p[BWD.dy_row], dh, p[BWD.h] + row * p[BWD.h_row], p[BWD.dx] + row * p[BWD.dx_row], p[BWD.half], columns, centred, mean,
+            float32_at(p[BWD.rstd], row), p[BWD.weight], p[BWD.weight_half], partial, partial_bias,
         )  # fmt: skip
 
 
@@ -226,11 +277,27 @@ def _norm(
         _forward_kernel(
             _tasks(rows.shape[0]),
             num_workers(op, (x.shape,), x.dtype, residual=residual is not None),
-            (rows.data_ptr(), row_bytes(rows), _address(added), 0 if added is None else row_bytes(added), _address(h), row,
-             y.data_ptr(), row, is_half(x), weight.data_ptr(), is_half(weight), _address(bias),
-             0 if bias is None else is_half(bias), _address(mean), rstd.data_ptr(), rows.shape[0], rows.shape[1]),
-            (eps,),
-        )  # fmt: skip
+            forward_arguments(
+                x=rows.data_ptr(),
+                x_row=row_bytes(rows),
+                residual=_address(added),
+                residual_row=0 if added is None else row_bytes(added),
+                h=_address(h),
+                h_row=row,
+                y=y.data_ptr(),
+                y_row=row,
+                half=is_half(x),
+                weight=weight.data_ptr(),
+                weight_half=is_half(weight),
+                bias=_address(bias),
+                bias_half=0 if bias is None else is_half(bias),
+                mean=_address(mean),
+                rstd=rstd.data_ptr(),
+                rows=rows.shape[0],
+                columns=rows.shape[1],
+            ),
+            options(eps=eps),
+        )
     return y, h, rstd, mean
 
 
@@ -255,10 +322,28 @@ def _norm_backward(
     _backward_kernel(
         num_blocks,
         workers,
-        (g.data_ptr(), row_bytes(g), _address(also), 0 if also is None else row_bytes(also), rows.data_ptr(), row_bytes(rows),
-         dx.data_ptr(), columns * dx.element_size(), is_half(h), weight.data_ptr(), is_half(weight), _address(mean),
-         rstd.data_ptr(), partial, padded, partial_bias, num_rows, columns, block_rows),
-    )  # fmt: skip
+        _backward_arguments(
+            dy=g.data_ptr(),
+            dy_row=row_bytes(g),
+            dh=_address(also),
+            dh_row=0 if also is None else row_bytes(also),
+            h=rows.data_ptr(),
+            h_row=row_bytes(rows),
+            dx=dx.data_ptr(),
+            dx_row=columns * dx.element_size(),
+            half=is_half(h),
+            weight=weight.data_ptr(),
+            weight_half=is_half(weight),
+            mean=_address(mean),
+            rstd=rstd.data_ptr(),
+            partial=partial,
+            partial_row=padded,
+            partial_bias=partial_bias,
+            rows=num_rows,
+            columns=columns,
+            block_rows=block_rows,
+        ),
+    )
     for sums, total in ((partial, dweight), (partial_bias, dbias)):
         if total is not None:
             add_up(sums, padded, num_blocks, total, workers)

@@ -10,9 +10,10 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from cllm.kernels.numba import simd
+from cllm.kernels.numba import llvm, simd
+from cllm.kernels.numba.llvm import F32, I16, I32, I64, VF, VH, VI, const, const_int, intrinsic, load, store
 from cllm.kernels.numba.micro import WORD, prefetch_l1
-from cllm.kernels.numba.simd import F32, I16, I32, I64, VF, VH, VI, W, const, const_int, intrinsic, load, store, vstore, vzero
+from cllm.kernels.numba.simd import W, vstore, vzero
 
 F32_AS_IS, BF16_WIDENED, F32_ROUNDED_WIDENED, BF16_PAIRS, F32_ROUNDED_PAIRS = range(5)
 MODES = range(5)
@@ -24,20 +25,20 @@ _I = types.intp
 def _vector(bld: Any, address: Any, lanes: Any, half: bool, masked: bool) -> Any:
     """W elements as float32; lanes from `lanes` on are 0 when masked."""
     if half:
-        return simd.widen_bf16(bld, _halves(bld, address, lanes, masked))
+        return llvm.widen_bf16(bld, _halves(bld, address, lanes, masked))
     ptr = bld.inttoptr(address, F32.as_pointer())
-    return simd._masked_load(bld, ptr, VF, lanes) if masked else load(bld, ptr, VF)
+    return llvm.masked_load(bld, ptr, VF, lanes) if masked else load(bld, ptr, VF)
 
 
 def _halves(bld: Any, address: Any, lanes: Any, masked: bool) -> Any:
     """W bfloat16, as bits."""
     ptr = bld.inttoptr(address, I16.as_pointer())
-    return simd._masked_load(bld, ptr, VH, lanes) if masked else load(bld, ptr, VH, 2)
+    return llvm.masked_load(bld, ptr, VH, lanes) if masked else load(bld, ptr, VH, 2)
 
 
 def _pairs(bld: Any, low: Any, high: Any) -> Any:
     """Two vectors of k and k+1, already representable in bfloat16 or to be rounded -> words, as bits in a vec."""
-    low, high = simd.round_bf16_bits(bld, low), simd.round_bf16_bits(bld, high)
+    low, high = llvm.round_bf16_bits(bld, low), llvm.round_bf16_bits(bld, high)
     low = bld.and_(low, const_int(0xFFFF))
     return bld.bitcast(bld.or_(low, bld.shl(high, const_int(16))), VF)
 
@@ -78,7 +79,7 @@ def _emit_across(bld: Any, mode: int, address: Any, count: Any, second: Any, mas
 
 
 def _rounded(bld: Any, x: Any) -> Any:
-    return bld.bitcast(bld.shl(simd.round_bf16_bits(bld, x), const_int(16)), VF)
+    return bld.bitcast(bld.shl(llvm.round_bf16_bits(bld, x), const_int(16)), VF)
 
 
 def _by_mode(bld: Any, mode: Any, whole: Any, emit: Any) -> Any:

@@ -4,13 +4,14 @@ Su et al. 2021, arXiv 2104.09864; pairs are (x[d], x[d + D/2]). The norm's rows 
 operation hands to the other is rounded as if they ran one after the other: the bits are the same.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cllm.kernels.numba import norm
+from cllm.kernels.numba.fields import fields
 from cllm.kernels.numba.launch import (
     Kernel,
     at_most,
@@ -31,8 +32,47 @@ from cllm.kernels.operations import Shapes
 
 TOKENS_PER_TASK = 16
 
-(X, X_BATCH, X_TOKEN, X_HEAD, HALF, OUT, COS, SIN, POSITIONS, POSITIONS_BATCH, NUM_TOKENS, ALL_TOKENS, HEADS, PAIRS,
- INVERSE, WEIGHT, WEIGHT_HEAD, WEIGHT_HALF, RSTD, DY, PARTIAL, PARTIAL_ROW, BLOCK_TOKENS) = range(23)  # fmt: skip
+
+class _Arguments(NamedTuple):
+    """Addresses, and strides in bytes."""
+
+    x: int
+    x_batch: int
+    x_token: int
+    x_head: int
+    half: int  # whether x, dy and the output are bfloat16
+    out: int  # contiguous; backward dx
+    cos: int
+    sin: int
+    positions: int  # int64; 0: the tokens are at 0, 1, 2, ...
+    positions_batch: int  # in elements; 0: the same for every sequence
+    num_tokens: int
+    all_tokens: int
+    heads: int
+    pairs: int  # half of the head size
+    inverse: int  # turns by the negative angle
+    weight: int = 0  # of the norm before the rotation; 0: there is none
+    weight_head: int = 0
+    weight_half: int = 0
+    rstd: int = 0  # float32, one for each head of each token
+
+
+class _Backward(NamedTuple):
+    """What the gradient of the norm reads behind the fields above."""
+
+    dy: int  # contiguous
+    partial: int  # float32 sums of each block of tokens, for dweight
+    partial_row: int
+    block_tokens: int
+
+
+class _Options(NamedTuple):
+    eps: float
+
+
+P, _arguments = fields(_Arguments)
+B, _backward_arguments = fields(_Backward, start=len(P))
+F, _options = fields(_Options)
 
 _ZERO = np.float32(0.0)
 
@@ -53,42 +93,42 @@ def _turn(x, out, half, cos, sin, pairs, inverse):
 @inline
 def _token(p, token):
     """(address of a token's first head in x, bytes from the start of the tables to the row of its position)."""
-    b, t = token // p[NUM_TOKENS], token % p[NUM_TOKENS]
-    position = t if p[POSITIONS] == 0 else int64_at(p[POSITIONS], b * p[POSITIONS_BATCH] + t)
-    return p[X] + b * p[X_BATCH] + t * p[X_TOKEN], position * p[PAIRS] * 4
+    b, t = token // p[P.num_tokens], token % p[P.num_tokens]
+    position = t if p[P.positions] == 0 else int64_at(p[P.positions], b * p[P.positions_batch] + t)
+    return p[P.x] + b * p[P.x_batch] + t * p[P.x_token], position * p[P.pairs] * 4
 
 
 def _forward(p, f, task, worker):
     """WEIGHT is 0 where there is no norm."""
-    half, head_dim = p[HALF], 2 * p[PAIRS]
+    half, head_dim = p[P.half], 2 * p[P.pairs]
     row_bytes = head_dim * (2 if half else 4)
-    for token in range(task * TOKENS_PER_TASK, min((task + 1) * TOKENS_PER_TASK, p[ALL_TOKENS])):
+    for token in range(task * TOKENS_PER_TASK, min((task + 1) * TOKENS_PER_TASK, p[P.all_tokens])):
         heads, at = _token(p, token)
-        for h in range(p[HEADS]):
-            row = token * p[HEADS] + h
-            x, out = heads + h * p[X_HEAD], p[OUT] + row * row_bytes
-            if p[WEIGHT] != 0:
-                rstd = norm.inverse_rms(x, half, head_dim, _ZERO, f[0])
-                put_float32(p[RSTD], row, rstd)
-                norm.normalise(x, out, half, head_dim, _ZERO, rstd, p[WEIGHT] + h * p[WEIGHT_HEAD], p[WEIGHT_HALF], 0, 0)
+        for h in range(p[P.heads]):
+            row = token * p[P.heads] + h
+            x, out = heads + h * p[P.x_head], p[P.out] + row * row_bytes
+            if p[P.weight] != 0:
+                rstd = norm.inverse_rms(x, half, head_dim, _ZERO, f[F.eps])
+                put_float32(p[P.rstd], row, rstd)
+                norm.normalise(x, out, half, head_dim, _ZERO, rstd, p[P.weight] + h * p[P.weight_head], p[P.weight_half], 0, 0)
                 x = out
-            _turn(x, out, half, p[COS] + at, p[SIN] + at, p[PAIRS], p[INVERSE])
+            _turn(x, out, half, p[P.cos] + at, p[P.sin] + at, p[P.pairs], p[P.inverse])
 
 
 def _norm_backward(p, f, task, worker):
     """One block of tokens: its rows of dx (OUT), into which dy is turned back first, and its part of dweight."""
-    half, head_dim = p[HALF], 2 * p[PAIRS]
-    row_bytes, partial = head_dim * (2 if half else 4), p[PARTIAL] + task * p[PARTIAL_ROW]
-    norm.clear(partial, p[HEADS] * head_dim)
-    for token in range(task * p[BLOCK_TOKENS], min((task + 1) * p[BLOCK_TOKENS], p[ALL_TOKENS])):
+    half, head_dim = p[P.half], 2 * p[P.pairs]
+    row_bytes, partial = head_dim * (2 if half else 4), p[B.partial] + task * p[B.partial_row]
+    norm.clear(partial, p[P.heads] * head_dim)
+    for token in range(task * p[B.block_tokens], min((task + 1) * p[B.block_tokens], p[P.all_tokens])):
         heads, at = _token(p, token)
-        for h in range(p[HEADS]):
-            row = token * p[HEADS] + h
-            dx = p[OUT] + row * row_bytes
-            _turn(p[DY] + row * row_bytes, dx, half, p[COS] + at, p[SIN] + at, p[PAIRS], 1)
+        for h in range(p[P.heads]):
+            row = token * p[P.heads] + h
+            dx = p[P.out] + row * row_bytes
+            _turn(p[B.dy] + row * row_bytes, dx, half, p[P.cos] + at, p[P.sin] + at, p[P.pairs], 1)
             norm.differentiate(
-                dx, 0, heads + h * p[X_HEAD], dx, half, head_dim, False, _ZERO, float32_at(p[RSTD], row), p[WEIGHT] + h * p[WEIGHT_HEAD],
-                p[WEIGHT_HALF], partial + h * head_dim * 4, 0,
+                dx, 0, heads + h * p[P.x_head], dx, half, head_dim, False, _ZERO, float32_at(p[P.rstd], row), p[P.weight] + h * p[P.weight_head],
+                p[P.weight_half], partial + h * head_dim * 4, 0,
             )  # fmt: skip
 
 
@@ -109,34 +149,46 @@ def launched_workers(planned: int, shapes: Shapes, dtype: torch.dtype, **options
     return at_most(planned, _tasks(batch * num_tokens)) if heads * head_dim else 1
 
 
-def _fields(
+def _prepared(
     x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool, weight: Tensor | None, rstd: Tensor | None
 ) -> tuple[tuple[int, ...], tuple[object, ...]]:
-    """The integers up to RSTD, and whatever they hold addresses of."""
+    """The kernel's arguments, and whatever they hold addresses of."""
     batch, num_tokens, heads, head_dim = x.shape
     x, cos, sin = _dense(x), cos.detach().float().contiguous(), sin.detach().float().contiguous()
-    where, per_batch = 0, 0
-    if positions is not None:
-        positions = positions.contiguous()
-        where, per_batch = positions.data_ptr(), num_tokens if positions.dim() == 2 else 0
-    scale = (0, 0, 0, 0)
-    if weight is not None and rstd is not None:
-        weight, rstd = _dense(weight), rstd.contiguous()
-        scale = weight.data_ptr(), weight.stride(0) * weight.element_size(), is_half(weight), rstd.data_ptr()
-    strides = (stride * x.element_size() for stride in x.stride()[:3])
-    ints = (
-        x.data_ptr(), *strides, is_half(x), out.data_ptr(), cos.data_ptr(), sin.data_ptr(), where, per_batch, num_tokens, batch * num_tokens, heads,
-        head_dim // 2, int(inverse), *scale,
-    )  # fmt: skip
-    return ints, (x, cos, sin, positions, weight, rstd)
+    positions = None if positions is None else positions.contiguous()
+    weight = None if weight is None else _dense(weight)
+    rstd = None if rstd is None else rstd.contiguous()
+    size, (batch_stride, token_stride, head_stride, _) = x.element_size(), x.stride()
+    arguments = _arguments(
+        x=x.data_ptr(),
+        x_batch=batch_stride * size,
+        x_token=token_stride * size,
+        x_head=head_stride * size,
+        half=is_half(x),
+        out=out.data_ptr(),
+        cos=cos.data_ptr(),
+        sin=sin.data_ptr(),
+        positions=0 if positions is None else positions.data_ptr(),
+        positions_batch=num_tokens if positions is not None and positions.dim() == 2 else 0,
+        num_tokens=num_tokens,
+        all_tokens=batch * num_tokens,
+        heads=heads,
+        pairs=head_dim // 2,
+        inverse=int(inverse),
+        weight=0 if weight is None else weight.data_ptr(),
+        weight_head=0 if weight is None else weight.stride(0) * weight.element_size(),
+        weight_half=0 if weight is None else is_half(weight),
+        rstd=0 if rstd is None else rstd.data_ptr(),
+    )
+    return arguments, (x, cos, sin, positions, weight, rstd)
 
 
 def apply(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool) -> Tensor:
     """x (B, T, H, D), cos and sin (P, D/2) float32, positions int64 (T,), (B, T) or None for 0 .. T-1 -> (B, T, H, D)."""
     out = torch.empty(x.shape, dtype=x.dtype)
     if out.numel():
-        ints, kept = _fields(x, out, cos, sin, positions, inverse, None, None)
-        _forward_kernel(_tasks(ints[ALL_TOKENS]), num_workers("rotary", (x.shape,), x.dtype), ints)
+        arguments, kept = _prepared(x, out, cos, sin, positions, inverse, None, None)
+        _forward_kernel(_tasks(x.shape[0] * x.shape[1]), num_workers("rotary", (x.shape,), x.dtype), arguments)
         del kept
     return out
 
@@ -145,8 +197,8 @@ def norm_forward(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor
     """RMSNorm of each head of x with its row of weight (H, D), then the rotation -> (B, T, H, D), and rstd (B, T, H) float32."""
     out, rstd = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[:3], dtype=torch.float32)
     if out.numel():
-        ints, kept = _fields(x, out, cos, sin, positions, False, weight, rstd)
-        _forward_kernel(_tasks(ints[ALL_TOKENS]), num_workers("rotary", (x.shape,), x.dtype), ints, (eps,))
+        arguments, kept = _prepared(x, out, cos, sin, positions, False, weight, rstd)
+        _forward_kernel(_tasks(x.shape[0] * x.shape[1]), num_workers("rotary", (x.shape,), x.dtype), arguments, _options(eps=eps))
         del kept
     return out, rstd
 
@@ -158,12 +210,14 @@ def norm_backward(
     dx, dweight = torch.empty(x.shape, dtype=x.dtype), torch.zeros(weight.shape, dtype=weight.dtype)
     if dx.numel():
         dy = dy.detach().contiguous()
-        ints, kept = _fields(x, dx, cos, sin, positions, True, weight, rstd)
-        block_tokens = rows_per_block(ints[ALL_TOKENS], TOKENS_PER_TASK)
-        num_blocks, padded = -(-ints[ALL_TOKENS] // block_tokens), -(-dweight.numel() // W) * W * 4
+        arguments, kept = _prepared(x, dx, cos, sin, positions, True, weight, rstd)
+        all_tokens = x.shape[0] * x.shape[1]
+        block_tokens = rows_per_block(all_tokens, TOKENS_PER_TASK)
+        num_blocks, padded = -(-all_tokens // block_tokens), -(-dweight.numel() // W) * W * 4
         owner, partial = scratch("norm", num_blocks * padded)
         workers = num_workers("rotary", (x.shape,), x.dtype, backward=True)
-        _norm_backward_kernel(num_blocks, workers, (*ints, dy.data_ptr(), partial, padded, block_tokens))
+        own = _backward_arguments(dy=dy.data_ptr(), partial=partial, partial_row=padded, block_tokens=block_tokens)
+        _norm_backward_kernel(num_blocks, workers, (*arguments, *own))
         add_up(partial, padded, num_blocks, dweight, workers)
         del kept, owner
     return dx, dweight

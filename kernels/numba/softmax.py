@@ -1,12 +1,13 @@
 """Softmax over the last dimension on the CPU: N rows of E elements. Each row is one chain of fixed order."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cllm.kernels.numba.fields import fields
 from cllm.kernels.numba.launch import (
     Kernel,
     as_rows,
@@ -26,22 +27,39 @@ from cllm.kernels.operations import Shapes
 
 ELEMENTS_PER_TASK = 8192  # a task is at least one row
 
-X, X_ROW, Y, Y_ROW, OUT, OUT_ROW, HALF, ROWS, COLUMNS, TASK_ROWS, E, E_ROW = range(12)
 
+class _Arguments(NamedTuple):
+    """Addresses, and in bytes the distance from row to row."""
+
+    x: int  # forward the input, backward the gradient of the output
+    x_row: int
+    y: int  # backward the output
+    y_row: int
+    out: int
+    out_row: int
+    half: int  # whether the elements are bfloat16
+    rows: int
+    columns: int
+    task_rows: int
+    exponentials: int  # work space: a float32 row of each worker
+    exponentials_row: int
+
+
+P, _arguments = fields(_Arguments)
 _LOWEST = np.float32(-np.inf)
 _ONE = np.float32(1.0)
 
 
-# Four chains of vectors, so that each step need not wait for the last one; then the ragged end.
+# A loop over a row keeps four independent chains of vectors, so that no step waits for the one before, and then handles what is left.
 
 
 def _forward(p, f, task, worker):
-    half, columns = p[HALF], p[COLUMNS]
+    half, columns = p[P.half], p[P.columns]
     lowest = vset(_LOWEST)
-    e = p[E] + worker * p[E_ROW]  # float32 exponentials of one row
+    e = p[P.exponentials] + worker * p[P.exponentials_row]
     whole = columns - columns % (4 * W)
-    for row in range(task * p[TASK_ROWS], min((task + 1) * p[TASK_ROWS], p[ROWS])):
-        x, out = p[X] + row * p[X_ROW], p[OUT] + row * p[OUT_ROW]
+    for row in range(task * p[P.task_rows], min((task + 1) * p[P.task_rows], p[P.rows])):
+        x, out = p[P.x] + row * p[P.x_row], p[P.out] + row * p[P.out_row]
         m0, m1, m2, m3 = lowest, lowest, lowest, lowest
         for c in range(0, whole, 4 * W):
             m0, m1 = vmax(load_once(x, half, c), m0), vmax(load_once(x, half, c + W), m1)
@@ -72,10 +90,10 @@ def _forward(p, f, task, worker):
 
 
 def _backward(p, f, task, worker):
-    half, columns = p[HALF], p[COLUMNS]
+    half, columns = p[P.half], p[P.columns]
     whole = columns - columns % (4 * W)
-    for row in range(task * p[TASK_ROWS], min((task + 1) * p[TASK_ROWS], p[ROWS])):
-        dy, y, out = p[X] + row * p[X_ROW], p[Y] + row * p[Y_ROW], p[OUT] + row * p[OUT_ROW]
+    for row in range(task * p[P.task_rows], min((task + 1) * p[P.task_rows], p[P.rows])):
+        dy, y, out = p[P.x] + row * p[P.x_row], p[P.y] + row * p[P.y_row], p[P.out] + row * p[P.out_row]
         t0, t1, t2, t3 = vzero(), vzero(), vzero(), vzero()
         for c in range(0, whole, 4 * W):
             t0 = vfma(load_once(dy, half, c), load_once(y, half, c), t0)
@@ -115,14 +133,26 @@ def _run(kernel: Kernel, x: Tensor, y: Tensor | None) -> Tensor:
         other = rows if y is None else as_rows(y)
         tasks, task_rows = _tasks(*rows.shape)
         workers = num_workers("softmax", (x.shape,), x.dtype, backward=y is not None)
-        e_row = -(-rows.shape[1] // W) * W * 4 + 64
-        owner, e = scratch("softmax", workers * e_row)
+        exponentials_row = -(-rows.shape[1] // W) * W * 4 + 64
+        owner, exponentials = scratch("softmax", workers * exponentials_row)
         kernel(
             tasks,
             workers,
-            (rows.data_ptr(), row_bytes(rows), other.data_ptr(), row_bytes(other), result.data_ptr(), row_bytes(result),
-             is_half(x), rows.shape[0], rows.shape[1], task_rows, e, e_row),
-        )  # fmt: skip
+            _arguments(
+                x=rows.data_ptr(),
+                x_row=row_bytes(rows),
+                y=other.data_ptr(),
+                y_row=row_bytes(other),
+                out=result.data_ptr(),
+                out_row=row_bytes(result),
+                half=is_half(x),
+                rows=rows.shape[0],
+                columns=rows.shape[1],
+                task_rows=task_rows,
+                exponentials=exponentials,
+                exponentials_row=exponentials_row,
+            ),
+        )
         del owner
     return out
 

@@ -1,0 +1,88 @@
+"""Strips of weights for decoding: W x W words at a time, converted and turned in registers on their way from memory."""
+
+from typing import Any
+
+import numba
+from numba import types
+
+from cllm.kernels.numba import llvm, pack
+from cllm.kernels.numba.llvm import F32, HAS_PAIRS, I64, VF, VI, BFloat, W, intrinsic
+from cllm.kernels.numba.micro import WORD
+
+_jit = numba.njit(cache=True, nogil=True)
+
+
+def _rounded_pairs(bld: Any, first: Any, second: Any) -> Any:
+    if not HAS_PAIRS:
+        return pack._pairs(bld, *pack._even_odd(bld, first, second))
+    both = llvm.ir.VectorType(BFloat(), 2 * W)
+    return bld.bitcast(llvm.call(bld, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", both, second, first), VF)
+
+
+def _turned(bld: Any, v: list[Any]) -> list[Any]:
+    """The transpose of W vectors: log2(W) rounds that swap off-diagonal blocks of growing size."""
+    size = 1
+    while size < W:
+        upper = llvm.ir.Constant(VI, [j if not j & size else W + j - size for j in range(W)])
+        lower = llvm.ir.Constant(VI, [j + size if not j & size else W + j for j in range(W)])
+        for i in range(W):
+            if not i & size:
+                x, y = v[i], v[i + size]
+                v[i], v[i + size] = bld.shuffle_vector(x, y, upper), bld.shuffle_vector(x, y, lower)
+        size *= 2
+    return v
+
+
+def _make_block(mode: int, turned: bool) -> Any:
+    """block(source, row, target): W words of each of W rows -> [row][word], or turned [word][row]."""
+
+    @intrinsic
+    def block(tc, source, row, target):
+        def codegen(ctx, bld, sig, args):
+            source, row, target = args
+            v = []
+            for lane in range(W):
+                address = bld.add(source, bld.mul(row, I64(lane)))
+                if mode == pack.F32_ROUNDED_PAIRS:
+                    halves = [llvm.load(bld, bld.inttoptr(bld.add(address, I64(i * W * WORD)), F32.as_pointer()), VF) for i in range(2)]
+                    v.append(_rounded_pairs(bld, *halves))
+                else:
+                    v.append(pack._emit_along_k(bld, mode, address, None, False))
+            for i, words in enumerate(_turned(bld, v) if turned else v):
+                llvm.store(bld, words, bld.inttoptr(bld.add(target, I64(i * W * WORD)), F32.as_pointer()))
+            return ctx.get_dummy_value()
+
+        return types.void(types.intp, types.intp, types.intp), codegen
+
+    return block
+
+
+_turn_float32, _turn_widened, _turn_pairs = (_make_block(mode, True) for mode in (pack.F32_AS_IS, pack.BF16_WIDENED, pack.BF16_PAIRS))
+_rounded_rows = _make_block(pack.F32_ROUNDED_PAIRS, False)
+
+
+@_jit
+def fill_chain(mode, source, row, words, target):
+    """A strip of whole blocks, for chains of float32."""
+    for word in range(0, words, W):
+        if mode == pack.F32_AS_IS:
+            _turn_float32(source + word * 4, row, target + word * W * WORD)
+        else:
+            _turn_widened(source + word * 2, row, target + word * W * WORD)
+
+
+def _fill_paired_py(rows_first, source, row, words, target):
+    """The same for pairs of bfloat16; rows_first as the A side of AMX tiles, from float32."""
+    for word in range(0, words, W):
+        if rows_first:
+            _rounded_rows(source + word * 8, row, target + word * W * WORD)
+        else:
+            _turn_pairs(source + word * 4, row, target + word * W * WORD)
+
+
+def _absent_fill(rows_first, source, row, words, target):
+    pass
+
+
+# A CPU without the instructions must not see them: LLVM could not select them.
+fill_paired = _jit(_fill_paired_py if W == 16 else _absent_fill)
