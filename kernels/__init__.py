@@ -1,7 +1,8 @@
 """The fused operations: torch tensors in, torch tensors out, each with a gradient, the same names on every device.
 
-Each is a `torch.library` operator (`torch.ops.cllm.*`), so that `torch.compile` and `torch.export` work on them. `cllm.runtime`
-chooses the backend of a call: numba or plain torch on a CPU.
+Each is a `torch.library` operator (`torch.ops.cllm.*`), so that `torch.compile` and `torch.export` work on them. `cllm.runtime` chooses the
+backend of a call: numba on a CPU; Triton, Gluon on Hopper, or torch's own attention on a GPU; and plain torch, the reference that all others are
+tested against, for every other dtype and device.
 """
 
 from cllm.kernels._register import add_backend

@@ -22,7 +22,7 @@ Probe = Callable[[str], float | None]
 _probes: dict[str, Probe] = {}
 SIZES = ((1024, 1024, 1024), (4096, 384, 1536))  # rows, depth, columns: matrix units reach most on flat products, others on square ones
 PASSES = 2  # each rate is taken twice, seconds apart: a short disturbance then hits only one of them
-QUIET_SHARE = 0.85  # of the cores' time that this process must have had for its rates to be kept
+QUIET_SHARE = 0.85  # rates are kept only if this process had at least this share of the cores' time while they were measured
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from cllm.runtime import tuning
 
-LOSES = 0.95  # what reaches less than this of another's speed is not chosen; within it the order of priority decides
+LOSES = 0.95  # a backend below this share of the fastest one's speed is not chosen; among the others priority decides
 
 Shapes = tuple[tuple[int, ...], ...]
 

@@ -21,7 +21,7 @@ class _Numba(Backend):
         return working, f"the work is cut into parts for {working}"
 
 
-VARIABLES = ("CLLM_SIMD_LANES", "CLLM_BF16_KERNEL")  # of the environment, that files in this folder read
+VARIABLES = ("CLLM_SIMD_LANES", "CLLM_BF16_KERNEL")  # environment variables that files in this folder read
 
 runtime.compiler.register_kernels(Path(__file__).parent, VARIABLES)
 runtime.register_library("numba", "so the CPU kernels cannot run and plain torch does all the work. Install it: pip install numba")

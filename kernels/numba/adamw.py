@@ -41,7 +41,7 @@ from cllm.kernels.numba.simd import (
 from cllm.kernels.operations import Shapes
 
 BLOCK_ELEMENTS = 16384
-AHEAD = 2048  # elements that are on their way to the L1 cache: pages end the processor's own prefetching
+AHEAD = 2048  # how many elements ahead the L1 cache is filled: the processor's own prefetching stops at the end of a page
 
 
 class _Tensor(NamedTuple):

@@ -42,7 +42,7 @@ from cllm.kernels.numba.simd import (
 )
 from cllm.kernels.operations import Shapes
 
-ROWS = 64  # query rows of a tile: a multiple of at.MR and of amx.LANES
+ROWS = 64  # a tile has this many rows of queries: a multiple of at.MR and of amx.LANES
 
 
 class _Own(NamedTuple):
@@ -74,7 +74,7 @@ class _WorkSpace(NamedTuple):
 
 OWN, own_arguments = fields(_Own, start=len(P))
 
-ROWS_STEP = 16  # rows are filled in groups that both ways of multiplying can read
+ROWS_STEP = 16  # a tile is filled up to a multiple of this many rows, which vectors and AMX tiles can both read
 _ONE, _INFINITY, _LOWEST = np.float32(1.0), np.float32(np.inf), np.float32(-np.inf)
 _STATE_BYTES = (3 + W) * ROWS * WORD
 

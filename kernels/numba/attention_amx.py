@@ -14,8 +14,8 @@ from cllm.kernels.numba.micro import HAS_TILES, tile_configure, tile_release
 from cllm.kernels.numba.pack import BF16_PAIRS, pack_strip
 from cllm.kernels.numba.simd import W, vec, vload, vstore, vstore_flushed, vzero
 
-LANES = 16  # rows and columns of a tile
-STEP = 32  # k of one instruction
+LANES = 16  # a tile has this many rows and columns
+STEP = 32  # one instruction sums over this many k
 STEP_BYTES = 64
 
 

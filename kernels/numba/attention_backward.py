@@ -24,7 +24,7 @@ from cllm.kernels.numba.micro import CONFIGURATION
 from cllm.kernels.numba.simd import W, vfma, vhsum, vzero
 
 MAX_WAITING = 1.4  # together is chosen while waiting for the last heads costs at most this factor: apart makes 7 products instead of 5
-MAX_GATHERED_BYTES = 64 << 20  # of dq (on AMX of dk and dv) that one worker gathers
+MAX_GATHERED_BYTES = 64 << 20  # the most of dq (on AMX of dk and dv) that one worker may gather
 
 _ZERO = np.float32(0.0)
 

@@ -11,7 +11,7 @@ from cllm.kernels.numba.fields import fields
 from cllm.kernels.numba.launch import int64_at, jit
 from cllm.kernels.numba.simd import W, vload, vmul, vset, vstore, vzero
 
-ROWS = 64  # queries of a block: a multiple of at.MR
+ROWS = 64  # a block has this many queries: a multiple of at.MR
 
 
 class _Own(NamedTuple):

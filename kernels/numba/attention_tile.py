@@ -23,7 +23,7 @@ from cllm.kernels.numba.llvm import F32, FEATURES, I8, I64, VF, VI, const, intri
 from cllm.kernels.numba.pack import BF16_WIDENED, F32_AS_IS, pack_strip
 from cllm.kernels.numba.simd import W, vec, vmul, vset, vzero
 
-KEYS = 128  # keys of a block
+KEYS = 128  # a block has this many keys
 WORD = 4
 MR, NV = (8, 2) if W == 16 or "neon" in FEATURES else (4, 2)  # accumulators that fit 32 or 16 registers
 

@@ -28,7 +28,7 @@ from cllm.kernels.numba.launch import (
 from cllm.kernels.numba.simd import W, vadd, vany, veq, vexp_normal, vfma, vhmax, vhsum, vlanes_below, vmax, vmul, vselect, vset, vsub, vtanh, vzero
 from cllm.kernels.operations import Shapes
 
-ELEMENTS_PER_TASK = 16384  # a task is at least one row
+ELEMENTS_PER_TASK = 16384  # a task is as many whole rows as this holds, and at least one
 
 
 class _Arguments(NamedTuple):

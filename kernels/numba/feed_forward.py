@@ -17,7 +17,7 @@ from cllm.kernels.numba.launch import num_workers
 from cllm.kernels.numba.sums import column_sums
 from cllm.kernels.operations import Shapes
 
-_HIDDEN_BYTES = 32 << 20  # float32 hidden values of one row block
+_HIDDEN_BYTES = 32 << 20  # a block of rows is cut so that its hidden values in float32 stay below this
 
 
 def _row_blocks(rows: int, hidden: int) -> list[slice]:

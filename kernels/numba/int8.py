@@ -16,8 +16,8 @@ from cllm.kernels.numba.micro import HAS_TILES, WORD, tile_configuration
 from cllm.kernels.numba.simd import W, vabs, vec, vfma, vhmax, vload, vmax_nan, vmul, vset, vstore, vzero
 from cllm.kernels.quantization import SCALE_BLOCK, STRIP
 
-STRIPS = 4  # taken through K together, so that the chain of one need not wait for itself
-INTEGER_ROWS, GROUP_ROWS = 64, 8  # rows of x at a time for int8 tiles, and those of one tile: two digits each
+STRIPS = 4  # strips that go through K together, so that no chain of additions waits for itself
+INTEGER_ROWS, GROUP_ROWS = 64, 8  # the most rows of x in one call of int8 tiles, and the rows that one tile holds, as two digits each
 LINE, TILE_BYTES = 64, 1024
 HAS_INTEGERS = HAS_TILES and "amxint8" in FEATURES
 

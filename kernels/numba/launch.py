@@ -23,9 +23,9 @@ from cllm.kernels.numba.micro import prefetch_l1
 from cllm.kernels.numba.simd import W, vload, vload_bf16, vload_bf16_masked, vload_masked, vstore, vstore_bf16, vstore_bf16_masked, vstore_masked
 from cllm.runtime import threads
 
-FANOUT = 12  # of the trees that add up partial sums, as in runtime.tree
-AHEAD_BYTES = 8192  # what is read once is on its way to the L1 cache this far ahead: pages end the processor's own prefetching
-TARGET_PARTIALS = 256  # partial sums over rows: enough for many workers, few enough to add up quickly
+FANOUT = 12  # partial sums are added up in trees of this fan-out, as in runtime.tree
+AHEAD_BYTES = 8192  # how far ahead the L1 cache is filled with what is read once: the processor stops at the end of a page
+TARGET_PARTIALS = 256  # sums over rows are cut into about this many parts: enough for many workers, and quickly added up
 
 _INTS, _FLOATS = types.CPointer(types.int64), types.CPointer(types.float64)
 _TASK = types.void(_INTS, _FLOATS, types.int64, types.int64)

@@ -28,7 +28,7 @@ from cllm.kernels.numba.pack import pack_strip
 from cllm.kernels.numba.simd import W, vadd, vload, vstore
 from cllm.kernels.quantization import SCALE_BLOCK, STRIP, Quantized
 
-MOST_ROWS = W  # rows of one strip
+MOST_ROWS = W  # the most rows of x that a job takes: those of one strip
 MOST_TASK_COLUMNS = 1024
 
 

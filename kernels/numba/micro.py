@@ -131,8 +131,8 @@ prefetch, prefetch_l1 = _make_prefetch(L2), _make_prefetch(L1)
 
 # ---- AMX -----------------------------------------------------------------------------------------------------------
 
-_TILE_BYTES = 1024  # 16 rows of 64 bytes
-_ROWS_A_STEP = 4  # that a writing micro-kernel writes beside one step: 8 steps for all
+_TILE_BYTES = 1024  # an AMX tile has 16 rows of 64 bytes
+_ROWS_A_STEP = 4  # rows of C that a writing micro-kernel writes beside one step of k: 8 steps write them all
 
 
 def _tile_op(bld: Any, name: str, *args: Any) -> None:

@@ -17,8 +17,8 @@ from cllm.kernels.numba.simd import W, vstore, vzero
 
 F32_AS_IS, BF16_WIDENED, F32_ROUNDED_WIDENED, BF16_PAIRS, F32_ROUNDED_PAIRS = range(5)
 MODES = range(5)
-LINES_AHEAD = 8  # lines of the operand that are on their way while one is packed
-NO_SECOND = -1  # no stride in bytes is odd
+LINES_AHEAD = 8  # how many lines of the operand the packing fetches ahead
+NO_SECOND = -1  # there is no k + 1; a real stride is even, and so never -1
 _I = types.intp
 
 

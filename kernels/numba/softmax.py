@@ -25,7 +25,7 @@ from cllm.kernels.numba.launch import (
 from cllm.kernels.numba.simd import W, vadd, vexp_normal, vfma, vhmax, vhsum, vlanes_below, vload, vmax, vmul, vselect, vset, vstore, vsub, vzero
 from cllm.kernels.operations import Shapes
 
-ELEMENTS_PER_TASK = 8192  # a task is at least one row
+ELEMENTS_PER_TASK = 8192  # a task is as many whole rows as this holds, and at least one
 
 
 class _Arguments(NamedTuple):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cllm.kernels.torch import fixed_order_sum
 
-_SLICE_ELEMENTS = 1 << 20  # a float64 copy of a slice, not of a whole embedding table
+_SLICE_ELEMENTS = 1 << 20  # gradients are measured in slices of this size, so that no whole embedding table is copied to float64
 
 
 def _statistics(grads: list[Tensor]) -> tuple[float, float, int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cllm.kernels.torch import accumulate_dtype, cross_entropy, rounded_weight
 
-_CHUNK_ELEMENTS = 1 << 22  # logits held at a time: 16 MB in float32
+_CHUNK_ELEMENTS = 1 << 22  # as many logits are held at a time: 16 MB in float32
 
 
 def _row_chunks(num_rows: int, vocab_size: int) -> list[slice]:
