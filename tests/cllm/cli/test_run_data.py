@@ -14,6 +14,7 @@ from cllm.cli.app import app
 from cllm.data import Dataset
 from cllm.data.tokens.shards import ShardWriter
 from cllm.monitor.guards import RunLock
+from cllm.monitor.stop_signals import Interrupted
 from cllm.runtime.errors import CheckpointError, CLLMError, DataError, UserError
 from cllm.train import lr_finder
 
@@ -297,7 +298,8 @@ def test_packed_tokens_elsewhere_are_used_and_missed_by_name(place, tmp_path):
 def killed_while_packing(monkeypatch, *arguments):
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "close", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
-        cllm(*arguments)  # typer itself takes the interrupt
+        with pytest.raises(Interrupted):
+            cllm(*arguments)
 
 
 def test_a_run_stopped_while_it_is_prepared_is_found_and_begins_again(finished, tmp_path, monkeypatch, capfd):
