@@ -15,7 +15,7 @@ from cllm._version import __version__
 from cllm.cli import bench, chat, checkpoint, evaluate, export, generate, machine, report, tokenizer, train
 from cllm.cli.console import ReaderGone, current, open_console, prepare_streams, silence_stdout
 from cllm.cli.interrupt import interruptible, interruption, leave
-from cllm.cli.mistakes import system_error, wrong_usage
+from cllm.cli.mistakes import out_of_memory, system_error, wrong_usage
 from cllm.distributed import launched
 from cllm.monitor.stop_signals import Interrupted
 from cllm.runtime.errors import CLLMError, DataError
@@ -86,6 +86,11 @@ def main(argv: list[str] | None = None) -> NoReturn:
         _fail(error)
     except OSError as error:
         _fail(system_error(error))
+    except (MemoryError, RuntimeError) as error:
+        explained = out_of_memory(error)
+        if explained is None:
+            raise
+        _fail(explained)
 
 
 def _fail(error: CLLMError) -> NoReturn:

@@ -34,7 +34,7 @@ def generate(
     max_tokens: MaxTokens = 200,
     stop: Annotated[list[str] | None, typer.Option(help="Text at which to stop; repeatable.")] = None,
     seed: Seed = 0,
-    samples: Annotated[int, option("--samples", int, "How many continuations.", at_least=1)] = 1,
+    samples: Annotated[int, option("--samples", int, "How many continuations.", at_least=1, at_most=10_000)] = 1,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute every token from scratch (a check, slow).")] = False,
     stream: Annotated[bool, typer.Option(help="Print the text as it is written.")] = True,
     weights: Weights = None,

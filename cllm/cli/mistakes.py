@@ -36,6 +36,14 @@ def _unknown_option(name: str, context: Any) -> str:
     return f"{words}. Did you mean {near[0]}?" if near else words
 
 
+def out_of_memory(error: BaseException) -> CLLMError | None:
+    """What to do when the memory does not suffice; None for another error."""
+    words = str(error)
+    if not (isinstance(error, MemoryError) or "can't allocate memory" in words or "not enough memory" in words or "out of memory" in words):
+        return None
+    return CLLMError("out of memory. Use a smaller model or a smaller batch, let other programs end, or take a machine with more memory.")
+
+
 def system_error(error: OSError) -> CLLMError:
     """A file or disk that could not be used."""
     where = f" ({error.filename})" if error.filename else ""

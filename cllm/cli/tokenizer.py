@@ -20,7 +20,7 @@ from cllm.cli.options import (
     reading_of,
     with_settings,
 )
-from cllm.config.schema import SETTINGS
+from cllm.config.schema import MAX_VOCAB, SETTINGS
 from cllm.config.setting import shortened
 from cllm.runtime.errors import UserError
 
@@ -69,7 +69,7 @@ def _dataset_summary(dataset: Any) -> dict[str, Any]:
 def train(
     data: Text,
     out: Annotated[Path, option("--out", Path, "The tokenizer.json to write.")] = Path("tokenizer.json"),
-    vocab_size: Annotated[int, option("--vocab-size", int, "Number of tokens (bpe).", at_least=257, example=4096)] = 4096,
+    vocab_size: Annotated[int, option("--vocab-size", int, "Number of tokens (bpe).", at_least=257, at_most=MAX_VOCAB, example=4096)] = 4096,
     kind: Annotated[str, option("--kind", str, "Byte-level BPE, or one token for each character.", choices=("bpe", "char"))] = "bpe",
     as_json: Json = False,
     **settings: Any,
@@ -109,7 +109,7 @@ def decode(
     """Token ids to text."""
     console = open_console(as_json)
     words = "".join(standard_input()).split() if ids is None else ids
-    wrong = next((word for word in words if not word.isascii() or not word.isdigit()), None)
+    wrong = next((word for word in words if not (word.isascii() and word.isdigit() and len(word) < 19)), None)
     if wrong is not None:
         raise UserError(f"token ids must be whole numbers, got {shortened(wrong)}.")
     text = load_tokenizer(tokenizer).decode([int(word) for word in words])

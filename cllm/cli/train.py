@@ -83,6 +83,8 @@ def train_run(
     """Settings -> tokenizer and tokens -> model -> training -> a sample and the next commands. With `plan_only` or `find_lr` no run is made, and
     none is changed."""
     with distributed.fail_together():
+        if plan_only and find_lr:
+            raise UserError("--plan and --find-lr exclude each other: one predicts, the other tries. Give one of them.")
         config = _settings(flags, sets, file, out, resume)
     work = partial(_look, _plan) if plan_only else partial(_look, _find_lr) if find_lr else partial(_train, resume=resume)
     from cllm import kernels  # noqa: F401 - registers what `describe` tells of them
@@ -223,11 +225,14 @@ def _with_data(config: TrainConfig, model: "Model | None", folder: Path, console
     """The packed tokens in a folder, a model for them where there is none yet, and the settings with every value filled in, which are printed."""
     from cllm.data import Dataset
     from cllm.data.tokens.chat import check_fit
+    from cllm.model.memory import check_weights_fit
     from cllm.model.model import Model
 
     dataset = Dataset.open(folder)
     if model is None:
-        model = Model(config.model_config(_vocabulary_rows(dataset.tokenizer.vocab_size)), seed=config.train.seed)
+        sizes = config.model_config(_vocabulary_rows(dataset.tokenizer.vocab_size))
+        check_weights_fit(sizes)
+        model = Model(sizes, seed=config.train.seed)
     config = config.resolve(model.config, dataset.train.num_tokens)
     check_fit(dataset, config.train.seq_len, model.config.max_seq_len, console.print)
     _print_settings(config, model.config, dataset, console)
@@ -266,8 +271,8 @@ def _total_tokens(config: TrainConfig) -> int:
 
 def _plan(model: "Model", config: TrainConfig, dataset: "Dataset", out: Path, console: Console) -> None:
     """Memory predicted, speed measured over a few real steps whose result is thrown away."""
-    from cllm.model.memory import choose_recompute, predict
-    from cllm.runtime.device import resolve
+    from cllm.model.memory import choose_recompute, out_of_memory, predict
+    from cllm.runtime.device import free_memory, resolve
     from cllm.train.build import make_batches, make_step
     from cllm.train.evaluations import predict_seconds
 
@@ -278,6 +283,11 @@ def _plan(model: "Model", config: TrainConfig, dataset: "Dataset", out: Path, co
     model.to(device).recompute, _ = choose_recompute(settings.recompute, *sizes, device)
     background = settings.async_checkpoint and device.type == "cpu"  # of a GPU's run the copy lies in the host's memory
     memory = predict(*sizes, model.recompute, config.optim.optimizer, average=config.optim.ema > 0, background_checkpoint=background)
+    console.print("predicted memory:")
+    parts = [*memory.rows(), ("total", memory.total, "")]
+    console.print(table([(name, f"{count / 1e6:,.0f} MB", what) for name, count, what in parts]))
+    if memory.total > free_memory(device):
+        raise UserError(out_of_memory(memory, settings.batch_size, settings.seq_len, model.recompute))
     step = make_step(model, config)
     batches = make_batches(dataset.train, config)
     seconds = []
@@ -292,9 +302,6 @@ def _plan(model: "Model", config: TrainConfig, dataset: "Dataset", out: Path, co
     eta = per_token * _total_tokens(config)
     with runtime.progress.Stage("Measuring the speed of an evaluation"):
         plan, evaluation_eta = predict_seconds(model, dataset.val, config)
-    console.print("predicted memory:")
-    parts = [*memory.rows(), ("total", memory.total, "")]
-    console.print(table([(name, f"{count / 1e6:,.0f} MB", what) for name, count, what in parts]))
     console.print(f"measured speed: {1 / per_token:,.0f} tokens/s: about {runtime.progress.duration(eta)} for {steps:,} steps")
     if evaluation_eta:
         of_all = (

@@ -22,6 +22,7 @@ from cllm.config.setting import Setting, origin, setting, settings_of, shortened
 from cllm.runtime.errors import UserError
 
 DEFAULT_PRESET = "cllm-5m"
+MAX_VOCAB = 1_000_000  # several times the largest in use; the library that learns the tokens sets room aside for all of them
 DEVICES = ("auto", "cpu", "cuda")
 OPTIMIZERS = ("adamw", "muon", "lion", "schedule_free")
 
@@ -30,7 +31,9 @@ OPTIMIZERS = ("adamw", "muon", "lion", "schedule_free")
 class DataSection:
     path: str = setting("", "Folder or file to learn from, or a folder of packed tokens.", path=True, result=False)
     tokenizer: str = setting("bpe", "Tokenizer: bpe or char (trained on the data), or the path of a tokenizer.json.", path=True)
-    vocab_size: int | None = setting(None, "Tokens of a new BPE tokenizer; chosen by the amount of text when open.", at_least=257, example=4096)
+    vocab_size: int | None = setting(
+        None, "Tokens of a new BPE tokenizer; chosen by the amount of text when open.", at_least=257, at_most=MAX_VOCAB, example=4096
+    )
     val_fraction: float | None = setting(
         None, "Share of the text that is kept for validation, in whole documents; when open, a tenth up to 10 MB of text, then 1 MB, "
         "from 100 MB on one hundredth, and never more than 8 MB (about 2 million tokens).", at_least=0.0, below=1.0, example=0.1,
@@ -56,7 +59,7 @@ class TrainSection:
     steps: int | None = setting(None, "Optimizer updates; derived from epochs when open.", at_least=1, example=1000)
     epochs: float | None = setting(None, "Passes over the training tokens; used when steps is open.", above=0.0, example=1)
     seq_len: int = setting(256, "Tokens of one training sequence.", at_least=1, example=256)
-    batch_size: int = setting(16, "Sequences of one microbatch, that is of one forward pass.", at_least=1, example=16)
+    batch_size: int = setting(16, "Sequences of one microbatch, that is of one forward pass.", at_least=1, at_most=1_000_000, example=16)
     grad_accum: int = setting(1, "Microbatches whose gradients are summed for one update.", at_least=1, example=1)
     precision: str = setting(
         "auto", "Numbers of the forward and backward; weights and optimizer stay float32.", choices=("auto", "fp32", "bf16", "fp16")
@@ -117,7 +120,7 @@ class OptimSection:
         "adamw, muon (AdamW for embeddings and vectors), lion or schedule_free (AdamW without a decay of the learning rate).",
         choices=OPTIMIZERS,
     )
-    learning_rate: float | None = setting(None, "Highest learning rate.", above=0.0, example="3e-4")
+    learning_rate: float | None = setting(None, "Highest learning rate.", above=0.0, at_most=1e6, example="3e-4")
     min_lr: float | None = setting(None, "Learning rate at the end of the schedule, and the lowest at any time.", at_least=0.0, example="3e-5")
     warmup: int | None = setting(None, "Steps in which the learning rate rises to its highest value.", at_least=0, example=100)
     schedule: str = setting("cosine", "Shape of the decay after the warm-up.", choices=KINDS)

@@ -145,7 +145,7 @@ class TrainConfig:
                 put(1, key, SETTINGS[key].read(value, source) if isinstance(value, str) else value, source)
         for text in sets:
             key, equals, value = text.partition("=")
-            if not equals:
+            if not equals or not key.strip():
                 raise UserError(f"--set needs section.key=value, got {text!r}. Write for example --set optim.beta2=0.99")
             source = f"--set {key.strip()}"
             key = full_key(key.strip(), source)

@@ -107,6 +107,16 @@ def choose_recompute(asked: str, config: ModelConfig, batch_size: int, seq_len: 
     return RECOMPUTE[-1], f"{needed / 1e9:.1f} GB predicted is more than the {room / 1e9:.1f} GB to be had"
 
 
+def check_weights_fit(config: ModelConfig) -> None:
+    """UserError for a model whose weights alone are more than the memory to be had, before they are made: that could take the machine with it."""
+    needed, room = 4 * config.num_parameters(), free_memory(torch.device("cpu"))
+    if needed > room:
+        raise UserError(
+            f"the weights of this model ({config.num_parameters():,} parameters) need {needed / 1e9:,.1f} GB, and {room / 1e9:,.1f} GB of memory "
+            "are free. Choose a smaller --preset, or a smaller --embed-dim, --ffn-dim or --vocab-size or fewer --num-layers."
+        )
+
+
 @contextmanager
 def explained_out_of_memory(config: ModelConfig, batch_size: int, seq_len: int, precision: str, recompute: str) -> Iterator[None]:
     """Turns the allocator's error into one that names the largest consumers and the options that would help."""

@@ -42,6 +42,12 @@ def test_plan_prints_sizes_and_trains_nothing(text, tmp_path):
     assert not (tmp_path / "planned" / "checkpoints").exists()
 
 
+def test_a_plan_that_does_not_fit_says_what_takes_the_memory_and_measures_nothing(text, tmp_path):
+    ran = cllm("train", text, "--out", tmp_path / "planned", "--steps", 5, *TINY, "--batch-size", "1e6", "--plan")
+    assert ran.status == 2 and "predicted memory:" in ran.out and "activations" in ran.out
+    assert "error: out of memory. A step needs about" in ran.err and "--batch-size 500000" in ran.err
+
+
 def test_ctrl_c_writes_a_checkpoint_exits_130_and_the_same_command_goes_on(text, tmp_path):
     command = ["train", text, "--out", tmp_path / "run", "--steps", 100_000, "--checkpoint-every", 100_000, "--eval-every", 100_000, *TINY]
     process = subprocess.Popen([sys.executable, "-m", "cllm", *map(str, command)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -114,3 +114,9 @@ def test_input_that_is_no_text_is_named():
             [sys.executable, "-c", BEGIN + script], env={**os.environ, **environment}, input=b"ab\xff\n", capture_output=True, timeout=300
         )
         assert ran.returncode == 1 and ran.stderr.startswith(b"error: standard input is not ") and ran.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("error", ["MemoryError()", "RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: you tried to allocate 9 bytes')"])
+def test_too_little_memory_is_one_line(error):
+    ran = python(f"from cllm.cli import app\ndef run(*a, **k): raise {error}\napp.typer.main.get_command = lambda each: run\nmain([])")
+    assert ran.returncode == 1 and ran.stderr.startswith(b"error: out of memory. Use a smaller model") and ran.stderr.count(b"\n") == 1

@@ -80,3 +80,11 @@ def test_an_allocation_that_fails_names_the_largest_consumers_and_what_helps():
         torch.empty(1 << 60)
     with pytest.raises(RuntimeError, match="something else"), memory.explained_out_of_memory(config, 1, 1, "fp32", "none"):
         raise RuntimeError("something else")
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_made():
+    memory.check_weights_fit(ModelConfig(**SIZES))
+    with pytest.raises(
+        runtime.UserError, match=r"^the weights of this model \([\d,]+ parameters\) need [\d,.]+ GB, and [\d,.]+ GB of memory are free\. "
+    ):
+        memory.check_weights_fit(ModelConfig(**SIZES | {"ffn_dim": 10**14}))
