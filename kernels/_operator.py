@@ -1,14 +1,22 @@
-"""How an operation becomes an operator of torch: a `torch.library` custom operator in the namespace `cllm`.
+"""How an operation becomes an operator of torch: a `torch.library` operator in the namespace `cllm`.
 
 It has a fake implementation (the shapes that a compiler needs) and, where it is differentiable, a formula for its gradient, which is an operator
 of its own. Its implementation asks `_register.backend` for the module that serves the call.
+
+`torch.library.custom_op` would do the same, but its first call imports the whole of `torch._dynamo`, for more than a second: a quarter of the time
+that a short command takes.
 """
 
+import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+
+_LIBRARY = torch.library.Library("cllm", "FRAGMENT")  # the operators exist as long as this does
 
 
 def operation(
@@ -22,12 +30,23 @@ def operation(
     """Decorator: register a function as the operator `cllm::name` and return what calls it."""
 
     def make(function: Callable[..., Any]) -> Callable[..., Any]:
-        op = torch.library.custom_op(f"cllm::{name}", function, mutates_args=mutates_args)
-        op.register_fake(fake)
+        mutated = [place for place, parameter in enumerate(inspect.signature(function).parameters) if parameter in mutates_args]
+        untraced = torch._disable_dynamo(function)
+
+        def implementation(*args: Any) -> Any:
+            # Where nothing has loaded the compiler there is nothing that could trace the implementation, and no reason to load it.
+            result = (untraced if "torch._dynamo" in sys.modules else function)(*args)
+            for place in mutated:
+                increment_version(args[place])
+            return result
+
+        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=mutates_args), tags=torch.Tag.pt2_compliant_tag)
+        _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"cllm::{name}", fake, lib=_LIBRARY)
         if backward is not None:
-            op.register_autograd(backward, setup_context=setup_context)
+            torch.library.register_autograd(f"cllm::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
         operator = getattr(torch.ops.cllm, name).default
-        if mutates_args:  # the dispatcher counts the versions of what an operator changes
+        if mutates_args:  # the dispatcher has to see what an operator changes
             return operator
 
         def call(*args: Any) -> Any:

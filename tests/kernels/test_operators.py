@@ -1,5 +1,8 @@
 """Registration: opcheck on every operator, compiled equals eager, analytic gradients against finite differences."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -119,6 +122,21 @@ def test_fake_and_meta_tensors_get_shapes_without_computing():
         assert kernels.softmax(torch.empty(3, 4, device="meta")).is_meta
         with FakeTensorMode():
             assert kernels.matmul(torch.empty(3, 4), torch.empty(4, 5)).shape == (3, 5)
+
+
+def test_an_operator_that_changes_tensors_counts_their_versions():
+    tensors = [_normal(5, grad=False) for _ in range(4)]
+    lists = [[tensor] for tensor in tensors]
+    kernels.adamw_(*lists, learning_rate=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decays=[0.0], step=1)
+    assert [tensor._version for tensor in tensors] == [1, 0, 1, 1]
+
+
+def test_a_call_does_not_load_the_compiler():
+    script = (
+        "import sys, torch; from cllm.kernels import softmax; softmax(torch.zeros(2, 3, requires_grad=True)); print('torch._dynamo' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"
 
 
 def _gradcheck_calls():
