@@ -188,27 +188,16 @@ def _seal_cache() -> None:
 
 
 def _announce_compilation() -> None:
-    """numba tells when it really compiles (not when it loads from the cache): then the user is told, every two seconds."""
+    """Has the user told when numba really compiles, which it tells of, and not when it loads from the cache."""
     from numba.core import event
 
-    from cllm.runtime.progress import Stage
+    from cllm.runtime.progress import compilation
 
     class Announcer(event.Listener):
-        depth = 0
-        seconds = 0.0
-        stage: Stage | None = None
-
         def on_start(self, event: Any) -> None:
-            self.depth += 1
-            if self.depth == 1:
-                self.stage = Stage("Compiling CPU kernels for this machine (once; kept for the next run)", seconds_before=self.seconds)
-                self.stage.__enter__()
+            compilation.begin("compiling CPU kernels for this machine (once; kept for the next run)")
 
         def on_end(self, event: Any) -> None:
-            self.depth -= 1
-            if self.depth == 0 and self.stage is not None:
-                self.stage.__exit__()
-                self.seconds += self.stage.seconds
-                self.stage = None
+            compilation.end()
 
     event.register("numba:compile", Announcer())

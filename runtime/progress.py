@@ -1,24 +1,26 @@
-"""Nothing is silent: progress lines with an ETA, a heartbeat for long stages, and a watchdog that shows where a stall is.
+"""Nothing is silent: work that takes long says on standard error what it is, how far it is and how much time is left.
 
-All of it goes to stderr: drawn in place on a terminal, as plain lines in a log.
+Work may lie inside other work. The innermost owns the line; what is around it waits until it has ended. On a terminal the line is drawn in its
+place, four times a second. In a log it is a line of its own, after 5 seconds, 10 more, 20 more, 40 more and then once a minute, and never one that
+says what the one before has said.
 """
 
-import faulthandler
-import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TextIO
+from os import environ
+from typing import Any, Self, TextIO
 
 from cllm.runtime.printable import printable, printable_text
 
-HEARTBEAT_SECONDS = 2.0
+SHOWN_AFTER = 2.0  # seconds after which a stage is worth a line on a terminal
+FIRST_PAUSE, LONGEST_PAUSE = 5.0, 60.0  # seconds before a line in a log: before the first one, and at most; each pause is twice the one before
 WIDE = 120  # columns of a terminal that has room for a bar beside the figures
 
 _lock = threading.RLock()
-_active: "Progress | None" = None
-_stages = 0  # that are going on and speak for themselves
+_going_on: list["Progress"] = []  # the innermost is the last
+_screen: "_Screen | None" = None  # while a line is drawn in its place
 
 
 def duration(seconds: float) -> str:
@@ -33,16 +35,26 @@ def duration(seconds: float) -> str:
 
 def say(text: str) -> None:
     """One line on stderr, above the progress line where there is one, without what would act on a terminal (escape codes of a file's name)."""
-    text = printable_text(text)
     with _lock:
-        if _active is not None:
-            _active._write(text)
-        else:
-            sys.stderr.write(text + "\n")
-            sys.stderr.flush()
+        _write(printable_text(text), _going_on[-1].stream if _going_on else sys.stderr)
 
 
-class _Ticker:
+def _write(text: str, stream: TextIO) -> None:
+    if _screen is not None:
+        _screen.console.print(text, markup=False, highlight=False, soft_wrap=True)
+    else:
+        stream.write(text + "\n")
+        stream.flush()
+
+
+def abandon() -> None:
+    """For a process that ends where it is: the terminal gets back its cursor, and the line is gone. May be called in any thread."""
+    screen = _screen
+    if screen is not None:
+        screen.abandon()
+
+
+class Ticker:
     """Calls a function every so many seconds in a thread of its own until stopped."""
 
     def __init__(self, seconds: float, call: Callable[[], None]) -> None:
@@ -61,116 +73,153 @@ class _Ticker:
 
 
 class Progress:
-    """One line: how far, the caller's own figures, and the time left. A heartbeat renews it even while the caller is busy.
+    """Work that shows how far it is, the caller's own figures and the time left, and ends with a line of what it came to. A context manager.
 
-    total None: unknown, then no ETA. `log_seconds` is the pause between lines where stderr is not a terminal.
+    total: of what `update` counts; None where it is unknown, and then no time left is told. initial: what was done before, in another run.
+    log_seconds: the first pause between lines in a log. stream: standard error, or that of the work around this.
+
+    The time left is the mean pace of the work since its first advance, which warms up; neither the compilation of kernels nor work inside this one
+    counts. `later_seconds` is added to it: of such work that is still to come.
     """
 
+    shown_after = 0.0  # seconds before the line is shown on a terminal
+
     def __init__(
-        self, total: float | None, label: str, *, initial: float = 0, log_seconds: float = HEARTBEAT_SECONDS, stream: TextIO | None = None
+        self, total: float | None, label: str, *, initial: float = 0, log_seconds: float = FIRST_PAUSE, stream: TextIO | None = None
     ) -> None:
-        self.total, self.label, self.initial = total, label, initial
-        self._stream = stream or sys.stderr
-        self._terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._pause = 0.25 if self._terminal else log_seconds
-        self._done, self._text, self._note = float(initial), "", ""
-        self._written: tuple[float, str] | None = None
-        self._started = self._drawn = time.monotonic()
-        self._rich: Any = None
-        self._task: Any = None
+        self.total, self.label = total, label
+        self.later_seconds = 0.0
+        self._given_stream, self.stream = stream, stream or sys.stderr
+        self._done, self._text = float(initial), ""
+        self._waits_for = ""  # what happens before the next advance, shown instead of the caller's figures
+        self._first = self._newest = (0.0, 0.0)  # seconds of own work at the first and at the newest advance, and what was done then
+        self._advances = 0
+        self._pause = self._due = log_seconds
+        self._last = ("", (0.0, ""))  # the last line of the log, and its figures
+        self._seconds_before = 0.0  # when it is entered again
+        self._started = self._began = self._beside = 0.0
+        self._around: Progress | None = None
+        self._inside: Progress | None = None
 
-    def __enter__(self) -> "Progress":
-        global _active
-        self._started = self._drawn = time.monotonic()
-        if self._terminal:
-            from rich.console import Console
-            from rich.progress import BarColumn, TaskProgressColumn, TextColumn
-            from rich.progress import Progress as Rich
-            from rich.table import Column
-
-            console = Console(file=self._stream)
-            # On a narrow terminal the figures matter more than the bar, and the time left more than the last figures, which are cut.
-            bar = (BarColumn(bar_width=16),) if console.width >= WIDE else ()
-            fixed = [
-                TextColumn(field, table_column=Column(no_wrap=True, min_width=width), markup=False)
-                for field, width in (("{task.description}", len(self.label)), ("{task.fields[left]}", 8))
-            ]
-            text = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1), markup=False)
-            columns = (fixed[0], *bar, TaskProgressColumn(table_column=Column(min_width=4)), fixed[1], text)
-            self._rich = Rich(*columns, console=console, refresh_per_second=4, transient=True, expand=True)
-            self._task = self._rich.add_task(printable(self.label), total=self.total, completed=self.initial, text="", left="")
-            self._rich.start()
+    def __enter__(self) -> Self:
         with _lock:
-            self._before, _active = _active, self
-        self._ticker = _Ticker(max(0.05, min(self._pause, HEARTBEAT_SECONDS)), self._beat)
+            self._around = _going_on[-1] if _going_on else None
+            self.stream = self._given_stream or (self._around.stream if self._around else sys.stderr)
+            self._terminal = self.stream.isatty() and environ.get("TERM") != "dumb"
+            self._started, self._began, self._beside = time.monotonic(), compilation.clock(), 0.0
+            if self._around is not None:
+                self._around._inside = self
+            _going_on.append(self)
+            self._beat()
+        self._ticker = Ticker(min(max(0.05, self._pause), 0.5), self._beat)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        global _active
-        self._ticker.stop()
+        global _screen
         with _lock:
-            _active = self._before
-        if self._rich is not None:
-            self._rich.stop()
-        self._stream.write(self.line() + "\n")
-        self._stream.flush()
+            if self._around is not None:
+                self._around._beside += compilation.clock() - self._began
+                self._around._inside = None
+            closed = _screen if not any(each.is_shown for each in _going_on if each is not self) else None
+            if closed is not None:
+                closed.stop()
+                _screen = None
+            self._last_word()
+            self._seconds_before = self.seconds
+            _going_on.remove(self)
+        self._ticker.stop()
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self._started
+        """Seconds since it was entered."""
+        return self._seconds_before + time.monotonic() - self._started
 
-    def eta_seconds(self) -> float | None:
-        """Time left at the mean speed so far; None before the first advance or without a total."""
-        gained = self._done - self.initial
-        if self.total is None or gained <= 0:
-            return None
-        return max(0.0, self.seconds * (self.total - self._done) / gained)
+    @property
+    def is_shown(self) -> bool:
+        """Whether it takes long enough to be shown on a terminal."""
+        return self.seconds >= self.shown_after
 
     def update(self, done: float, text: str = "") -> None:
         """`done` of `total`, with the caller's figures as text."""
-        self._done = float(done)
-        self._text = text or self._text
+        done = float(done)
+        if done < self._done:  # begun again
+            self._advances = 0
+        elif done > self._done:
+            self._newest = self._own_seconds(), done
+            self._first = self._newest if not self._advances else self._first
+            self._advances += 1
+            if not compilation.is_going_on:
+                self._waits_for = ""
+        self._done, self._text = done, text or self._text
         self._beat()
 
-    @property
-    def in_place(self) -> bool:
-        """Whether the line is drawn anew in its place, as on a terminal."""
-        return self._rich is not None
+    def wait_for(self, what: str) -> None:
+        """Shows what happens until the next advance."""
+        self._waits_for = what
 
-    def note(self, text: str) -> None:
-        """Shown instead of the caller's figures until it is empty again: what is waited for between two updates."""
-        self._note = text
+    def seconds_left(self) -> float | None:
+        """Until `total` is done; None where that is not known yet."""
+        if self.total is None or self._advances < 2:
+            return None
+        seconds, gained = (newest - first for newest, first in zip(self._newest, self._first))
+        if gained <= 0:  # begun again at this very moment
+            return None
+        to_come = max(0.0, self.total - self._done)
+        step = min(gained / (self._advances - 1), to_come)
+        since = self._own_seconds() - self._newest[0]
+        pending = max(since, seconds / gained * step)  # of the advance that is being made: it takes as long as the others, or longer if it is late
+        return (seconds + pending) / (gained + step) * (to_come - step) + pending - since + self.later_seconds
 
-    def line(self) -> str:
-        eta = self.eta_seconds()
+    def line(self, ended: bool = False) -> str:
+        """What a log gets: "training  25%  loss 2.31  ETA 1:05"; at the end the time that it took."""
+        figures = (not ended and self._waits_for) or self._text
+        between = "" if not figures else "  " if self.total or self._text else ": "
         share = f" {100 * self._done / self.total:3.0f}%" if self.total else ""
-        running = eta is not None and self.total is not None and self._done < self.total
-        left = f"  ETA {duration(eta or 0)}" if running else f"  in {duration(self.seconds)}"
-        return printable(f"{self.label}{share}{'  ' + self._text if self._text else ''}{left}")
+        left = self.seconds_left()
+        if ended:
+            tail = f"  in {duration(self.seconds)}"
+        else:
+            tail = f" ... {self.seconds:,.0f} s" if left is None else f"  ETA {duration(left)}"
+        return printable(f"{self.label}{share}{between}{figures}{tail}")
+
+    def figures(self) -> tuple[str, str, str]:
+        """What a terminal gets beside the label: the share that is done, the time left, and the caller's figures."""
+        left = self.seconds_left()
+        share = f"{100 * self._done / self.total:.0f}%" if self.total else ""
+        return share, duration(self.seconds) if left is None else f"ETA {duration(left)}", printable(self._waits_for or self._text)
+
+    @property
+    def share(self) -> float:
+        """Of `total`, from 0 to 1."""
+        return min(1.0, self._done / self.total) if self.total else 0.0
+
+    def _own_seconds(self) -> float:
+        """Seconds of this work so far, without those of the work inside and of compiling."""
+        inside = self._inside
+        return (compilation.clock() if inside is None else inside._began) - self._began - self._beside
 
     def _beat(self) -> None:
-        now = time.monotonic()
-        if now - self._drawn < self._pause * 0.99:
-            return
-        self._drawn = now
-        if self._rich is not None:
-            eta = self.eta_seconds()
-            left = f"ETA {duration(eta)}" if eta is not None else duration(self.seconds)
-            self._rich.update(self._task, completed=self._done, text=printable(self._note or self._text), left=left)
-        else:
-            if _stages and self._written == (self._done, self._text):
-                return  # a log needs no second line that says the same while a stage tells what goes on
-            self._written = self._done, self._text
-            with _lock:
-                self._stream.write(self.line() + "\n")
-                self._stream.flush()
+        global _screen
+        with _lock:
+            if not _going_on or _going_on[-1] is not self:
+                return
+            if self._terminal:
+                if _screen is None and self.is_shown:
+                    _screen = _Screen(self.stream)
+                return
+            complete = self.total is not None and self._done >= self.total  # which the last word will say
+            if complete or self.seconds < self._due:
+                return
+            line = self.line()
+            if line != self._last[0]:
+                self._last = line, (self._done, self._text)
+                _write(line, self.stream)
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+            self._due = self.seconds + self._pause
 
-    def _write(self, text: str) -> None:
-        if self._rich is not None:
-            self._rich.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            self._stream.write(text + "\n")
-            self._stream.flush()
+    def _last_word(self) -> None:
+        if self._terminal or self._last[1] != (self._done, self._text):
+            _write(self.line(ended=True), self.stream)
 
 
 def track(items: Iterable[Any], total: float | None, label: str) -> Iterator[Any]:
@@ -181,54 +230,120 @@ def track(items: Iterable[Any], total: float | None, label: str) -> Iterator[Any
             line.update(count)
 
 
-class Stage:
-    """Work beside the progress line: says what goes on after two seconds, and again every two seconds until it ends.
+class Stage(Progress):
+    """Work that is mostly too short to be shown: it says what goes on when it takes longer, and leaves no line behind on a terminal.
 
-    Work that can tell how far it is calls `update`; its share, figures and time left are then shown as well.
+    Work that can tell how far it is calls `advance`; its share, figures and time left are then shown as well.
     """
 
-    def __init__(self, label: str, seconds_before: float = 0.0, after: float = HEARTBEAT_SECONDS) -> None:
-        self.label, self._seconds_before, self._after = label, seconds_before, after
-        self.seconds = 0.0
-        self._done = self._total = 0.0
-        self._unit = ""
+    shown_after = SHOWN_AFTER
 
-    def update(self, done: float, total: float, unit: str = "") -> None:
+    def __init__(self, label: str, *, log_seconds: float = FIRST_PAUSE) -> None:
+        super().__init__(None, label, log_seconds=log_seconds)
+
+    def advance(self, done: float, total: float, unit: str = "") -> None:
         """`done` of `total`, which are numbers of `unit`."""
-        self._done, self._total, self._unit = done, total, unit
+        self.total = total
+        self.update(done, f"{done:,.0f} of {total:,.0f} {unit}".rstrip())
 
-    def line(self) -> str:
-        seconds = time.monotonic() - self._started
-        if not self._total or not self._done:
-            return f"{self.label} ... {self._seconds_before + seconds:.0f} s"
-        left = duration(seconds * (self._total - self._done) / self._done)
-        return f"{self.label} {100 * self._done / self._total:3.0f}%  {self._done:,.0f} of {self._total:,.0f} {self._unit}  ETA {left}"
-
-    def __enter__(self) -> "Stage":
-        global _stages
-        _stages += 1
-        self._started = time.monotonic()
-        self._ticker = _Ticker(self._after, self._beat)
-        return self
-
-    def _beat(self) -> None:
-        with _lock:
-            if _active is not None and _active.in_place:
-                _active.note(self.line())
-            else:
-                say(self.line())
-
-    def __exit__(self, *exc: object) -> None:
-        global _stages
-        _stages -= 1
-        with _lock:
-            if _active is not None:
-                _active.note("")
-        self.seconds = time.monotonic() - self._started
-        self._ticker.stop()
+    def _last_word(self) -> None:
+        return
 
 
 stage = Stage
+
+
+class _Screen:
+    """The last line of a terminal, drawn in its place. What is printed meanwhile stands above it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self.console = Console(file=stream)
+        # Standard output that goes into a file is not redirected to the terminal.
+        outputs = {f"redirect_{name}": getattr(sys, name).isatty() for name in ("stdout", "stderr")}
+        self._live = Live(console=self.console, get_renderable=self._draw, refresh_per_second=4, transient=True, **outputs)
+        self._live.start()
+
+    def stop(self) -> None:
+        self._live.stop()
+
+    def abandon(self) -> None:
+        self.console.file.write("\r\x1b[2K\x1b[?25h")
+
+    def _draw(self) -> Any:
+        """The outermost work with its bar, and beside it the innermost. Called in a thread of its own, and without the lock, which whoever stops
+        that thread may hold."""
+        from rich.cells import cell_len
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        shown = [each for each in tuple(_going_on) if each.is_shown]
+        if not shown:
+            return Text("")
+        outer, inner = shown[0], shown[-1]
+        if outer.total is None:
+            return Text(inner.line(), no_wrap=True, overflow="ellipsis")
+        label = printable(outer.label)
+        share, left, text = outer.figures()
+        # On a narrow terminal the figures matter more than the bar, and the time left more than the last figures, which are cut.
+        bar = [ProgressBar(total=1.0, completed=outer.share, width=16)] if self.console.width >= WIDE else []
+        grid = Table.grid(padding=(0, 1), expand=True)
+        grid.add_column(no_wrap=True, min_width=cell_len(label))
+        for _ in bar:
+            grid.add_column()
+        grid.add_column(no_wrap=True, min_width=4, justify="right")
+        grid.add_column(no_wrap=True, min_width=8)
+        grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+        grid.add_row(Text(label), *bar, Text(share), Text(left), Text(text if inner is outer else inner.line()))
+        return grid
+
+
+class _Compilation:
+    """The compilation of kernels, which may be asked for in the middle of any work. The work that waits for it says so in its line, and does not
+    count the time; where nothing is shown, the compilation has a line of its own."""
+
+    def __init__(self) -> None:
+        self._depth = 0  # a kernel may be compiled while another one is
+        self._since = self._seconds = 0.0
+        self._stage: Stage | None = None  # kept, because many short compilations are one long wait
+
+    @property
+    def is_going_on(self) -> bool:
+        return self._depth > 0
+
+    def clock(self) -> float:
+        """Seconds of a clock that stands still while kernels are compiled."""
+        return (self._since if self._depth else time.monotonic()) - self._seconds
+
+    def begin(self, what: str) -> None:
+        """Compilation begins; `what` says so."""
+        with _lock:
+            if not self._depth:
+                self._since = time.monotonic()
+            self._depth += 1
+            if self._depth > 1:
+                return
+            if _going_on:
+                _going_on[-1].wait_for(what)
+            else:
+                self._stage = self._stage or Stage(what)
+                self._stage.__enter__()
+
+    def end(self) -> None:
+        """To be called as often as `begin`."""
+        with _lock:
+            self._depth -= 1
+            if self._depth:
+                return
+            self._seconds += time.monotonic() - self._since
+        if self._stage is not None and self._stage in _going_on:
+            self._stage.__exit__()
+
+
+compilation = _Compilation()
 
 
 class ByteProgress:
@@ -241,7 +356,7 @@ class ByteProgress:
         self._function = function
         self._label = ""
         self._started = 0.0
-        self._shown: Progress | Stage | None = None  # of the step that is running
+        self._shown: Progress | None = None  # of the step that is running
 
     def __enter__(self) -> "ByteProgress":
         return self
@@ -260,7 +375,7 @@ class ByteProgress:
         if self._shown is None and time.monotonic() - self._started > 1.0:
             self._shown = Progress(total, label)
             self._shown.__enter__()
-        if isinstance(self._shown, Progress):
+        if self._shown is not None:
             self._shown.update(done, f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
 
     def step(self, label: str, total: int) -> Callable[[int], None]:
@@ -286,57 +401,3 @@ class ByteProgress:
         shown, self._shown, self._label = self._shown, None, ""
         if shown is not None:
             shown.__exit__(None, None, None)
-
-
-class Watchdog:
-    """Dumps the stacks of all threads when `beat` was not called for `seconds`, and calls `on_stall(seconds_without_beat)`; again after each pause.
-
-    seconds 0: never. Nothing is ended: a slow disk may come back. A call into C that holds the interpreter's lock stops the watchdog's own thread
-    as well; the interpreter's timer, wound up again at each look, then dumps the stacks (without a call of `on_stall`).
-    """
-
-    def __init__(self, seconds: float, on_stall: Callable[[float], None] | None = None, stream: TextIO | None = None) -> None:
-        self.seconds, self._on_stall, self._stream = seconds, on_stall, stream
-        self._last = time.monotonic()
-        self._reported = 0.0
-        self._ticker: _Ticker | None = None
-
-    def __enter__(self) -> "Watchdog":
-        self.beat()
-        if self.seconds > 0:
-            self._wind_up()
-            self._ticker = _Ticker(min(1.0, self.seconds / 4), self._look)
-        return self
-
-    def beat(self) -> None:
-        self._last, self._reported = time.monotonic(), 0.0
-
-    def _wind_up(self) -> None:
-        try:
-            faulthandler.dump_traceback_later(self.seconds, repeat=True, file=self._stream or sys.stderr)
-        except (ValueError, OSError, AttributeError):  # a stream without a file behind it
-            return
-
-    def _look(self) -> None:
-        self._wind_up()
-        silent = time.monotonic() - self._last
-        if silent < self.seconds + self._reported:
-            return
-        self._reported = silent
-        stream = self._stream or sys.stderr
-        say(f"Nothing has moved for {silent:.0f} s. The stacks of all threads follow; the run goes on waiting.")
-        try:
-            faulthandler.dump_traceback(file=stream, all_threads=True)
-        except (ValueError, OSError, AttributeError):  # a stream without a file behind it
-            import traceback
-
-            for ident, frame in sys._current_frames().items():
-                stream.write(f"Thread {ident}\n{''.join(traceback.format_stack(frame))}\n")
-        stream.flush()
-        if self._on_stall is not None:
-            self._on_stall(silent)
-
-    def __exit__(self, *exc: object) -> None:
-        if self._ticker is not None:
-            self._ticker.stop()
-            faulthandler.cancel_dump_traceback_later()

@@ -29,6 +29,14 @@ class Ran:
         return json.loads(lines[0])
 
 
+def wait_for(happened: Callable[[], object]) -> None:
+    """Returns as soon as `happened()` is true; fails after PATIENCE."""
+    until = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < until, f"nothing happened in {PATIENCE:.0f} s"
+        time.sleep(0.02)
+
+
 def wait_until(happened: Callable[[], object], process: subprocess.Popen) -> None:
     """Returns as soon as `happened()` is true. Fails when the process ends before, with what it printed, or after PATIENCE."""
     until = time.monotonic() + PATIENCE

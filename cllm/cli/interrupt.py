@@ -13,6 +13,7 @@ from typing import NoReturn
 from cllm.cli.console import current
 from cllm.distributed import launched
 from cllm.monitor.stop_signals import Interrupted, StopRequested, StopSignals, ending_the_process
+from cllm.runtime import progress
 from cllm.runtime.errors import CLLMError
 
 _leaving = threading.Lock()
@@ -48,6 +49,7 @@ def leave(error: CLLMError) -> NoReturn:
     if not _leaving.acquire(blocking=False):
         threading.Event().wait()  # another thread is telling it, and ends this one as well
     with contextlib.suppress(Exception):  # nobody may be listening any more
+        progress.abandon()
         current().error(error, prefix="" if isinstance(error, Interrupted) else "error: ")
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):

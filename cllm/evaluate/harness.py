@@ -114,9 +114,11 @@ class CLLM(TemplateLM):
         """For each (context, continuation): log-likelihood of the continuation in nats, and whether greedy decoding would write it."""
         windows = [(index, *window) for index, pair in enumerate(pairs) for window in _windows(*pair, self.max_length)]
         windows.sort(key=lambda window: -len(window[1]))  # batches of similar length, the largest first
+        num_tokens = sum(len(inputs) for _, inputs, _ in windows)  # which, unlike windows, take about the same time each
+        done = 0
         nats, greedy = [0.0] * len(pairs), [True] * len(pairs)
         device = self.model.embedding_weight.device
-        with runtime.progress.Progress(len(windows), label) as line:
+        with runtime.progress.Progress(num_tokens, label) as line:
             for first in range(0, len(windows), self.batch_size):
                 batch = windows[first : first + self.batch_size]
                 shape = len(batch), len(batch[0][1])
@@ -130,7 +132,8 @@ class CLLM(TemplateLM):
                 for (index, _, wanted), loss, hit in zip(batch, losses, hits):
                     nats[index] -= loss
                     greedy[index] = greedy[index] and hit == len(wanted)
-                line.update(first + len(batch))
+                done += sum(len(inputs) for _, inputs, _ in batch)
+                line.update(done, f"{first + len(batch):,} of {len(windows):,} windows")
         return list(zip(nats, greedy))
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:

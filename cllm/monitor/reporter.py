@@ -17,6 +17,7 @@ from cllm.monitor.guards import memory_bytes, peak_memory_bytes
 from cllm.monitor.records import StepResult, StepTiming, TrainResult
 from cllm.runtime import progress
 from cllm.runtime.printable import printable_text
+from cllm.runtime.watchdog import Watchdog
 from cllm.shell import command
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Reporter:
         self._log: Any = None
         self._progress: Any = None
         self._watchdog: Any = None
-        self._stack = ExitStack()
+        self._stack, self._steps_shown = ExitStack(), ExitStack()
         self._began = time.perf_counter()
         self._step_seconds = 0.0  # of all steps but the first, which compiles
         self._step_tokens = 0  # targets of those steps
@@ -49,6 +50,7 @@ class Reporter:
         self._peak_flops = 0.0
         self._device: torch.device | None = None
         self.split = dict.fromkeys(("data", "forward", "backward", "optimizer", "checkpoint", "evaluation"), 0.0)  # seconds of each part of the run
+        self._evaluations, self._evaluation_seconds = 0, 0.0  # how many there were, and their seconds without compilation
         self._reading = 0.0  # seconds that the last batch took to make
         self._cpu_before = _cpu_seconds()
         self._doing = "starting"
@@ -56,10 +58,11 @@ class Reporter:
     def __enter__(self) -> Reporter:
         self._log = self._stack.enter_context(open(self.out / "log.txt", "a", encoding="utf-8"))
         if self._config.log.watchdog_seconds:
-            self._watchdog = self._stack.enter_context(progress.Watchdog(self._config.log.watchdog_seconds, self._stalled))
+            self._watchdog = self._stack.enter_context(Watchdog(self._config.log.watchdog_seconds, self._stalled))
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.steps_done()
         self._stack.close()
 
     @property
@@ -78,7 +81,12 @@ class Reporter:
         self._flops_per_token = model.flops_per_token(config.train.seq_len)
         self._peak_flops = _peak_flops(config.train.precision, device)
         self._steps = steps
-        self._progress = self._stack.enter_context(progress.Progress(steps, "training", initial=step))
+        self._progress = progress.Progress(steps, "training", initial=step)
+        self._steps_shown.enter_context(self._progress)
+
+    def steps_done(self) -> None:
+        """Ends the progress line: what follows is work of its own."""
+        self._steps_shown.close()
 
     def say(self, text: str) -> None:
         """Shows a line, and adds it to log.txt."""
@@ -121,13 +129,15 @@ class Reporter:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """To be entered while update number `step` (from 0) is computed. The first one of a process compiles, and says so when that takes long."""
+        """To be entered while update number `step` (from 0) is computed. The first one of a process, which compiles kernels, is shown as work of its
+        own when it takes long."""
         began = time.perf_counter()
         with self._at(f"computing step {step + 1:,}"):
             if self._warm:
                 yield
             else:
-                with progress.stage("first step: compiling kernels for this machine"):
+                on_gpu = self._device is not None and self._device.type == "cuda"
+                with progress.stage("first step: compiling kernels for this GPU" if on_gpu else "first step"):
                     yield
         self._last_seconds = time.perf_counter() - began
 
@@ -137,16 +147,18 @@ class Reporter:
 
         Gives a function that shows how far the work is: it takes the number of tokens done, and that of all of them.
         """
-        began = time.perf_counter()
+        began, working = time.perf_counter(), progress.compilation.clock()
         with self._at(label), progress.stage(label) as stage:
 
             def moved(done: int, total: int) -> None:
                 self.beat()
-                stage.update(done, total, "tokens")
+                stage.advance(done, total, "tokens")
 
             yield moved
         if part is not None:
             self.split[part] += time.perf_counter() - began
+        if part == "evaluation":
+            self._evaluation_seconds += progress.compilation.clock() - working
 
     def trained(self, step: int, tokens: int, result: StepResult, seconds: Mapping[str, float]) -> StepTiming:
         """Shows a step and returns its timing for the metrics. seconds: those of its parts, such as "forward", where they were measured."""
@@ -163,16 +175,15 @@ class Reporter:
             self._smooth_speed = speed if not self._smooth_speed else (1 - _SMOOTHING) * self._smooth_speed + _SMOOTHING * speed
             self._warn_when_slowed(step)
         self._warm = True
-        shown = self._smooth_speed or speed
-        share = shown * self._flops_per_token / self._peak_flops if self._peak_flops else 0.0
+        share = (self._smooth_speed or speed) * self._flops_per_token / self._peak_flops if self._peak_flops else 0.0
         parts = [
             f"step {step:,}/{self._steps:,}",
             f"{_short(tokens)} tokens",
             f"loss {result.loss:.4f}",
             f"lr {result.learning_rate:.2e}",
             f"grad {result.gradient_norm:.2f}",
-            f"{_short(shown)} tok/s",
-            f"{100 * share:.0f}% of peak" if share else "",
+            f"{_short(self._smooth_speed)} tok/s" if self._smooth_speed else "",
+            f"{100 * share:.0f}% of peak" if share and self._smooth_speed else "",
             f"{memory / 1e9:.2f} GB",
         ]
         self._progress.update(step, "  ".join(part for part in parts if part))
@@ -217,6 +228,9 @@ class Reporter:
     def evaluated(self, step: int, result: Evaluation, unigram: float | None, best: bool) -> None:
         """Shows an evaluation. unigram: the loss of a model that knows token frequencies only. best: whether no loss before was lower."""
         baseline = "" if unigram is None else f" (token frequencies alone: {unigram:.4f})"
+        every = self._config.train.eval_every or self._steps
+        self._evaluations += 1
+        self._progress.later_seconds = (-(-self._steps // every) - step // every) * self._evaluation_seconds / self._evaluations
         extent = "" if result.num_targets == result.split_targets else f" on {result.extent}"
         self.say(
             f"step {step:,}: validation loss {result.loss:.4f}{extent}{baseline}, perplexity {result.perplexity:,.2f}, "

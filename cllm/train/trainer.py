@@ -161,6 +161,7 @@ class Trainer:
                 self._sample()
             if state.step < settings.steps:
                 self._check_stop()
+        report.steps_done()
         self._save()  # after early stopping; the last step has its checkpoint already
         self._checkpoints.finish()
         self._leave_weights_to_use()

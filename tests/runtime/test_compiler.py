@@ -75,3 +75,24 @@ def test_kernels_registered_after_numba_was_prepared_get_a_folder_of_their_own(n
     monkeypatch.setenv("NUMBA_CACHE_DIR", "numba-0123456789abcdef")
     compiler.register_kernels(tmp_path)
     assert numba.config.CACHE_DIR.endswith(f"numba-{_key()}")
+
+
+def test_what_numba_really_compiles_is_said_by_the_work_that_waits_for_it(capsys):
+    import numba
+
+    from cllm.runtime import progress
+
+    compiler.numba_setup()
+
+    @numba.njit(cache=False)
+    def twice(number):
+        return 2 * number
+
+    with progress.Stage("first step", log_seconds=0.0) as stage:
+        began = progress.compilation.clock()
+        before = stage.seconds
+        assert twice(2) == 4
+        passed, working = stage.seconds - before, progress.compilation.clock() - began
+        assert twice(3) == 6
+        assert stage.line().startswith("first step: compiling CPU kernels for this machine")
+    assert not progress.compilation.is_going_on and working < passed / 2

@@ -134,19 +134,15 @@ def load_corpus(
     """
     files, skipped = find(path, exclude)
     last = _recall(memory, reading)
-    known: dict[str, _Known] = {}
-    report = _counter(progress, "Reading files", sum(file.size for file in files))
-    read_now: set[str] = set()
-    for file in files:
-        stamp = [str(file.path.resolve()), file.size, *file.stamp]
-        remembered = last.get(file.name)
-        if remembered is not None and remembered.stamp == stamp:
-            known[file.name] = remembered
-            report(file.size)
-            continue
+    stamps = {file.name: [str(file.path.resolve()), file.size, *file.stamp] for file in files}
+    known = {file.name: last[file.name] for file in files if file.name in last and last[file.name].stamp == stamps[file.name]}
+    unread = [file for file in files if file.name not in known]
+    report = _counter(progress, "Reading files", sum(file.size for file in unread))
+    for file in unread:
         found = scan(file, report, reading)
+        stamp = stamps[file.name]
         known[file.name] = _Known(stamp, "", found) if isinstance(found, Undecided) else _Known(stamp, found)
-        read_now.add(file.name)
+    read_now = {file.name for file in unread}
 
     # A guess depends on the other files as well: one that was remembered is made again, and the file read again where it comes out otherwise.
     codecs = pool({name: each.undecided.evidence for name, each in known.items() if each.undecided is not None})
@@ -173,7 +169,7 @@ def load_corpus(
     rows = np.concatenate([info.rows for _, info in used])
     if read_now or set(last) != set(known):
         write_file(memory / "sources.bin", rows.tobytes(), DATA)
-        entries = {name: each.to_dict() for name, each in known.items()}
+        entries = {file.name: known[file.name].to_dict() for file in files}  # in the order of the rows
         record = {"version": SCAN_VERSION, "reading": asdict(reading), "rows": len(rows), "files": entries}
         write_file(memory / "sources.json", json.dumps(record).encode("utf-8"), DATA)
     return Corpus(Path(path), used, rows, skipped, len(read_now))

@@ -335,3 +335,18 @@ def test_progress_counts_bytes_up_to_the_end(folder, tmp_path):
     for step in ("Reading files", "Reading text for the tokenizer", "Packing tokens"):
         own = [(done, of) for name, done, of in calls if name == step]
         assert own == sorted(own) and own[-1] == (total, total)
+
+
+def test_progress_counts_only_the_files_that_are_read_so_that_those_read_before_do_not_shorten_the_time_left(tmp_path):
+    data = fill(tmp_path / "data", 20)
+    prepare(data, tmp_path / "out", "bpe", 320)
+    (data / "007.txt").write_text("Another text than before. " * 20)
+    calls = []
+    again = prepare(data, tmp_path / "out", "bpe", 320, progress=lambda step, done, total: calls.append((step, done, total)))
+    size = (data / "007.txt").stat().st_size
+    assert [(done, of) for name, done, of in calls if name == "Reading files"] == [(size, size)]
+    assert states(again)["files"] == "done"
+    fresh = prepare(data, tmp_path / "fresh", "bpe", 320)
+    assert fresh.train.read(0, fresh.train.num_tokens).tolist() == again.train.read(0, again.train.num_tokens).tolist()
+    third = prepare(data, tmp_path / "out", "bpe", 320)
+    assert states(third)["files"] == "cached" and third.train.num_tokens == fresh.train.num_tokens

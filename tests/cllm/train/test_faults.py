@@ -19,7 +19,6 @@ from cllm.data.pipeline import prepare
 from cllm.model.model import Model
 from cllm.monitor.guards import RunLock
 from cllm.monitor.metrics import TIME_FIELDS, read_metrics
-from cllm.runtime import progress
 from cllm.runtime.errors import CheckpointError
 from cllm.train.trainer import Trainer
 
@@ -183,7 +182,3 @@ def test_a_stall_shows_the_stacks_of_all_threads(dataset, tmp_path, monkeypatch,
     monkeypatch.setattr(cllm.train.evaluations, "evaluate_part", slow_evaluation)
     train(dataset, tmp_path / "run", steps=2, watchdog_seconds=0.3)
     assert "Nothing has moved" in seen() and "slow_evaluation" in shown
-
-
-def test_a_heartbeat_comes_at_least_every_two_seconds():
-    assert progress.HEARTBEAT_SECONDS <= 2.0
