@@ -51,6 +51,7 @@ class Reporter:
         self._device: torch.device | None = None
         self.split = dict.fromkeys(("data", "forward", "backward", "optimizer", "checkpoint", "evaluation"), 0.0)  # seconds of each part of the run
         self._evaluations, self._evaluation_seconds = 0, 0.0  # how many there were, and their seconds without compilation
+        self._evaluates_parts = False  # of the validation split, so that each line says which
         self._reading = 0.0  # seconds that the last batch took to make
         self._cpu_before = _cpu_seconds()
         self._doing = "starting"
@@ -231,7 +232,8 @@ class Reporter:
         every = self._config.train.eval_every or self._steps
         self._evaluations += 1
         self._progress.later_seconds = (-(-self._steps // every) - step // every) * self._evaluation_seconds / self._evaluations
-        extent = "" if result.num_targets == result.split_targets else f" on {result.extent}"
+        self._evaluates_parts = self._evaluates_parts or result.num_targets < result.split_targets
+        extent = f" on {result.extent}" if self._evaluates_parts else ""
         self.say(
             f"step {step:,}: validation loss {result.loss:.4f}{extent}{baseline}, perplexity {result.perplexity:,.2f}, "
             f"{result.bits_per_byte:.3f} bits per byte, accuracy {100 * result.accuracy:.1f} %{', best so far' if best else ''}"
