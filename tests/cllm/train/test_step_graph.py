@@ -1,4 +1,4 @@
-"""The GPU's training step, run operation by operation under Triton's interpreter, against the CPU's."""
+"""The GPU's training step, run operation by operation under Triton's interpreter, against the CPU's. As graphs it is emulated in tests/gpu_emulation."""
 
 import math
 
@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from cllm import Model, ModelConfig, TrainStep, runtime
 from cllm.data import IGNORE, Batch
 from cllm.train.faults import Faults
-from cllm.train.step_graph import FIRST_LOSS_SCALE, WARM_UPS, DeviceStep
+from cllm.train.step_graph import FIRST_LOSS_SCALE, DeviceStep
 
 SIZES = {"vocab_size": 61, "embed_dim": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 48, "max_seq_len": 32}
 
@@ -36,7 +36,7 @@ def microbatches(seed: int, count: int = 2) -> list[Batch]:
 
 def device_step(model: Model, loss_scaling: bool = False) -> tuple[DeviceStep, TrainStep]:
     owner = TrainStep(model, learning_rate=1e-2)
-    step = DeviceStep(model, owner.optimizer, grad_clip=1.0, label_smoothing=0.0, z_loss=0.0, loss_scaling=loss_scaling, capture=False)
+    step = DeviceStep(model, owner.optimizer, grad_clip=1.0, label_smoothing=0.0, z_loss=0.0, loss_scaling=loss_scaling, graphs=None)
     return step, owner
 
 
@@ -54,23 +54,6 @@ def test_it_does_what_the_step_on_the_cpu_does():
         torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0, msg=name)
 
 
-def test_the_next_batches_are_made_while_the_step_runs_and_used_afterwards():
-    model, plain = Model(ModelConfig(**SIZES)), Model(ModelConfig(**SIZES))
-    (step, _), (other, _) = device_step(model), device_step(plain)
-    coming = microbatches(0)
-    for number in range(3):
-        made: list[Batch] = []
-
-        def ahead(number=number, made=made):
-            made += microbatches(number + 1)
-            return made
-
-        found = step.run(coming, 1e-2, ahead=ahead)
-        assert found == other.run(microbatches(number), 1e-2)
-        assert step._ahead is not None and step._ahead[0] is made
-        coming = made
-
-
 def test_a_gradient_that_is_not_finite_changes_no_weight():
     model = Model(ModelConfig(**SIZES))
     step, owner = device_step(model)
@@ -85,42 +68,14 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
     assert step.run(microbatches(1), 1e-2).updated and owner.optimizer.num_updates == 2
 
 
-@pytest.mark.parametrize("loss_scaling", [False, True])
-def test_capturing_the_step_changes_nothing(loss_scaling, monkeypatch):
-    """The bodies of both graphs run as often as a capture runs them, at the start and between two steps."""
-
-    class Graph:
-        def __init__(self, body):
-            self.replay = body
-
-    def captured(body):
-        for _ in range(WARM_UPS + 1):
-            body()
-        return Graph(body)
-
-    sizes = ModelConfig(**SIZES | {"num_layers": 1})
-    model, plain = Model(sizes), Model(sizes)
-    (step, owner), (other, _) = device_step(model, loss_scaling), device_step(plain, loss_scaling)
-    monkeypatch.setattr(step, "_captured", captured)
-    step._prepare(microbatches(0)[0])
-    for number in range(2):
-        optimizer = owner.optimizer
-        kept = [*model.parameters(), *optimizer.exp_avg.values(), *optimizer.exp_avg_sq.values(), step._state]
-        before = [each.detach().clone() for each in kept]
-        step._slot.fill(microbatches(number)[0], model)
-        step._capture()
-        for ours, theirs in zip(kept, before, strict=True):
-            assert torch.equal(ours, theirs)
-        assert not any(parameter.grad.any() for parameter in model.parameters())
-        assert step.run(microbatches(number), 1e-2) == other.run(microbatches(number), 1e-2)
-
-
 def test_a_loss_that_is_not_finite_changes_no_weight_though_every_gradient_is(monkeypatch):
     model = Model(ModelConfig(**SIZES))
     step, owner = device_step(model)
     step.run(microbatches(0), 1e-2)
     before = [each.detach().clone() for each in (*model.parameters(), *owner.optimizer.exp_avg.values())]
-    monkeypatch.setattr(step, "_play", lambda body: (body(), step._loss.fill_(math.inf)) if body == step._accumulate else body())
+    accumulate = step._accumulate
+    monkeypatch.setattr(step, "_accumulate", lambda batch: (accumulate(batch), step._loss.fill_(math.inf)))
+    step._accumulations.clear()
     result = step.run(microbatches(1), 1e-2)
     assert not result.updated and not result.finite and owner.optimizer.num_updates == 1
     assert all(torch.equal(a, b) for a, b in zip(before, (*model.parameters(), *owner.optimizer.exp_avg.values()), strict=True))

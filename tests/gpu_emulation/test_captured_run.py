@@ -1,0 +1,97 @@
+"""Whole runs whose steps are CUDA graphs, emulated: evaluations, checkpoints, samples, averages, a rollback and a resume between the replays leave
+the files of the same run made one operation after the other."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("with a GPU the step itself is captured, in tests/gpu", allow_module_level=True)
+
+from gpu_emulation.graphs import EmulatedGraphs
+
+from cllm import Model, ModelConfig, TrainConfig
+from cllm.checkpoint.safetensors import sha256_of
+from cllm.checkpoint.store import CheckpointStore
+from cllm.data.pipeline import prepare
+from cllm.monitor.metrics import TIME_FIELDS, read_metrics
+from cllm.train.step_graph import DeviceStep
+from cllm.train.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("as_on_a_gpu")
+
+SETTINGS = {
+    "steps": 4, "seq_len": 16, "batch_size": 2, "grad_accum": 2, "batch_ramp": 3, "learning_rate": 1e-2, "eval_every": 2, "checkpoint_every": 2,
+    "sample_every": 3, "ema": 0.9, "threads": 1, "tensorboard": False, "layers_every": 2, "precision": "fp32",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text("one two three\n" * 60 + "four five six\n" * 60)
+    return prepare(folder / "text.txt", folder / "tokens", tokenizer="char", val_fraction=0.1)
+
+
+def run(monkeypatch, graphs, dataset, out, steps=4, spoil=None):
+    """What is left of a run whose step is a `DeviceStep`, as on a GPU."""
+    made = []
+
+    def graph_step(model, optimizer, precision, *, allowed, measures_noise, **options):
+        made.append(DeviceStep(model, optimizer, **options, loss_scaling=precision == "fp16", graphs=graphs))
+        return made[-1]
+
+    monkeypatch.setattr("cllm.train.step.graph_step", graph_step)
+    model = Model(ModelConfig(vocab_size=dataset.tokenizer.vocab_size, embed_dim=16, num_layers=1, num_heads=2, max_seq_len=16))
+    trainer = Trainer(model, dataset, TrainConfig(**SETTINGS | {"on_nonfinite": "rollback"}), out=out)
+    if steps < SETTINGS["steps"]:
+        save = trainer._save
+
+        def leave_after_saving():
+            save()
+            if trainer.step == steps:
+                trainer._checkpoints.finish()
+                raise KeyboardInterrupt
+
+        trainer._save = leave_after_saving
+    if spoil is not None:
+        judge, spoilt = trainer.state.faults.judge, []
+
+        def judged(step, result):
+            if step == spoil and not spoilt:
+                spoilt.append(step)
+                result = replace(result, loss=math.nan, updated=False)
+            return judge(step, result)
+
+        trainer.state.faults.judge = judged
+    try:
+        trainer.fit()
+    except KeyboardInterrupt:
+        assert steps < SETTINGS["steps"]
+    return made[-1]
+
+
+def left(out):
+    newest = CheckpointStore(out / "checkpoints").newest_good()
+    files = {name: sha256_of(newest.path / name) for name in ("model.safetensors", "optimizer.safetensors")}
+    rows = [{key: value for key, value in row.items() if key not in TIME_FIELDS} for row in read_metrics(out / "metrics.jsonl")]
+    return newest.step, files, rows, (out / "samples.txt").read_text()
+
+
+def test_a_captured_run_leaves_the_files_of_one_that_was_not_captured(dataset, tmp_path, monkeypatch):
+    step = run(monkeypatch, EmulatedGraphs, dataset, tmp_path / "captured")
+    assert step._graphs.replays > 4 and len(step._graphs.records) == 2
+    run(monkeypatch, None, dataset, tmp_path / "plain")
+    run(monkeypatch, EmulatedGraphs, dataset, tmp_path / "resumed", steps=2)
+    run(monkeypatch, EmulatedGraphs, dataset, tmp_path / "resumed")
+    assert left(tmp_path / "captured") == left(tmp_path / "plain") == left(tmp_path / "resumed")
+
+
+def test_a_rollback_leads_captured_and_plain_runs_to_the_same_place(dataset, tmp_path, monkeypatch):
+    for graphs, name in ((EmulatedGraphs, "captured"), (None, "plain")):
+        run(monkeypatch, graphs, dataset, tmp_path / name, spoil=2)
+    assert left(tmp_path / "captured") == left(tmp_path / "plain")
+    assert "rollback" in (tmp_path / "captured" / "metrics.jsonl").read_text()
