@@ -1,4 +1,4 @@
-"""The GPU's training step, run operation by operation under Triton's interpreter, against the CPU's. As graphs it is emulated in tests/gpu_emulation."""
+"""The GPU's training step, run operation by operation under Triton's interpreter, against the CPU's; its graphs: tests/gpu_emulation."""
 
 import math
 
