@@ -80,8 +80,8 @@ class Staging:
                 # The allocator hands out memory in the order of the computing stream: kernels there may still use what is new here, and the
                 # next that get it must wait for copies that this stream has begun.
                 self._stream.wait_stream(torch.cuda.current_stream(self._device))
-                for each in chain.from_iterable(there.device for there in store):
-                    each.record_stream(self._stream)
+                for tensor in chain.from_iterable(there.device for there in store):
+                    tensor.record_stream(self._stream)
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             for there, each in zip(store, microbatches):
                 there.fill(each, self._model)
