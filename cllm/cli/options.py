@@ -148,7 +148,8 @@ def read_text(path: Path, encoding: str) -> str:
     encoding: "auto", or the charset of a file that is not Unicode. Raises DataError for a file that cannot be read or is no text, UserError for an
     unknown charset.
     """
-    from cllm.data.documents.charset import Binary, Guesses, check_encoding, decode
+    from cllm.data.documents.charset import Binary, check_encoding, decode
+    from cllm.data.documents.decodings import Decodings
     from cllm.runtime.progress import say
 
     try:
@@ -158,10 +159,11 @@ def read_text(path: Path, encoding: str) -> str:
     if isinstance(found, Binary):
         raise DataError(f"{path} is no text: it is {found.reason}.")
     text, charset = found
-    guesses = Guesses()
-    guesses.add(path, charset)
-    for line in guesses.lines("Say --encoding NAME."):
-        say(line)
+    if charset.guess:
+        decodings = Decodings()
+        decodings.add(str(path), path, charset)
+        for line in decodings.lines(advice="Say --encoding NAME."):
+            say(line)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

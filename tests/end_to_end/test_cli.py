@@ -83,7 +83,7 @@ def test_a_prompt_may_be_in_any_charset_and_begin_with_a_mark(run, tmp_path):
     marked = cllm("generate", run, "--prompt-file", tmp_path / "marked.txt", "--json", *options)
     assert marked.status == 0 and marked.json["prompt"] == text
     old = cllm("generate", run, "--prompt-file", tmp_path / "old.txt", *options)
-    assert old.status == 0 and old.out.startswith(text) and "decoded 1 file from cp1252 (a guess)" in old.err
+    assert old.status == 0 and old.out.startswith(text) and "old.txt from cp1252 (a guess)" in old.err
     said = cllm("generate", run, "--prompt-file", tmp_path / "old.txt", "--encoding", "cp437", "--json", *options)
     assert said.json["prompt"] == text.encode("cp1252").decode("cp437") and "guess" not in said.err
 

@@ -10,9 +10,8 @@ import codecs
 import io
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, Any, NamedTuple
+from dataclasses import dataclass
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -137,41 +136,6 @@ def example(file: IO[bytes], charset: Charset, size: int = 60) -> str:
             piece = "".join(character if character.isprintable() else " " for character in line[first:last])
             return f"{'... ' if first else ''}{' '.join(piece.split())}{' ...' if last < len(line) else ''}"
     return ""
-
-
-@dataclass
-class Guesses:
-    """Files that were decoded from a guessed charset, to be shown to somebody who can tell: codec -> how many, and a piece of the text of one."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, str] = field(default_factory=dict)
-
-    def add(self, path: Path, charset: Charset) -> None:
-        """Counts a file; one whose charset is no guess is passed over."""
-        if not charset.guess:
-            return
-        self.counts[charset.codec] = self.counts.get(charset.codec, 0) + 1
-        if not self.examples.get(charset.codec):
-            try:
-                with open(path, "rb") as file:
-                    self.examples[charset.codec] = example(file, charset)
-            except OSError:
-                return
-
-    def lines(self, advice: str = "Say data.encoding=NAME.") -> list[str]:
-        """What to read for each charset, and what to do where it is wrong."""
-        told = []
-        for codec, count in sorted(self.counts.items()):
-            shown = f", for example: '{self.examples[codec]}'" if self.examples.get(codec) else ""
-            told.append(f"decoded {count:,} file{'s' * (count != 1)} from {codec} (a guess){shown}. Wrong? {advice}")
-        return told
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"counts": self.counts, "examples": self.examples}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Guesses":
-        return cls({str(key): int(value) for key, value in values["counts"].items()}, {str(k): str(v) for k, v in values["examples"].items()})
 
 
 class _Look:

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cllm.data.documents.charset import DAMAGED, MISFIT, Guesses
 from cllm.data.documents.chat_forms import EXAMPLE
+from cllm.data.documents.decodings import Decodings, listed
 from cllm.data.documents.files import Skipped, SourceFile, find
 from cllm.data.documents.guess import pool
 from cllm.data.documents.scan import ROW, FileInfo, Reading, Undecided, read, scan, scan_decoded
@@ -341,20 +341,10 @@ def describe(corpus: Corpus, plan: SplitPlan, tell: Callable[[str], None]) -> tu
 
 def _charsets(corpus: Corpus) -> list[str]:
     """What the files were decoded from, where that was not UTF-8; what was guessed, with an example; what did not fit."""
-    guesses = Guesses()
+    decodings = Decodings()
     for file, info in corpus.files:
-        guesses.add(file.path, info.charset)
-    certain = sorted({info.charset.codec for _, info in corpus.files if not info.charset.guess} - {"utf-8", "utf-8-sig"})
-    lines = [f"decoded from {', '.join(certain)}"] if certain else []
-    lines += guesses.lines()
-    damaged: dict[str, list[str]] = {}
-    for file, info in corpus.files:
-        if info.charset.how in (DAMAGED, MISFIT):
-            damaged.setdefault(info.charset.codec, []).append(printable(file.name))
-    for codec, names in sorted(damaged.items()):
-        shown = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-        lines.append(f"{len(names):,} file{'s' * (len(names) != 1)} with bytes that are not {codec}, each read as U+FFFD: {shown}")
-    return lines
+        decodings.add(file.name, file.path, info.charset)
+    return decodings.lines()
 
 
 def _origins(corpus: Corpus) -> list[str]:
@@ -370,7 +360,7 @@ def _origins(corpus: Corpus) -> list[str]:
     lines = []
     for (kind, *key), members in alike.items():
         names = [printable(file.name) for file, _ in members]
-        shown = names[0] if len(names) == 1 else f"{len(names):,} files ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        shown = listed(names)
         count = sum(len(info.rows) for _, info in members)
         documents = f"{count:,} document{'s' * (count != 1)}"
         if kind == "records":

@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cllm.data.documents.charset import AUTO, Binary, Guesses
+from cllm.data.documents.charset import AUTO, Binary
 from cllm.data.documents.chat_forms import EXAMPLE, NotAConversation, conversation, mostly_conversations
+from cllm.data.documents.decodings import Decodings
 from cllm.data.documents.files import Skipped, SourceFile, find
 from cllm.data.documents.records import RECORD_EXTENSIONS, Records, charset_of
 from cllm.data.documents.sides import default_val_fraction
@@ -94,7 +95,7 @@ def prepare_chat(
     tell(f"chats: {words} ({state})")
     for form, count in list(info["forms"].items())[:8]:
         tell(f"  {count:,} conversation{'s' * (count != 1)} from {form}")
-    for line in Guesses.from_dict(info["guesses"]).lines() if "guesses" in info else ():
+    for line in Decodings.from_dict(info["decodings"]).lines() if "decodings" in info else ():
         tell(f"  {line}")
     for line in left_out(info):
         tell(f"  {line}")
@@ -163,7 +164,7 @@ def _pack(
     path: Path, folder: Path, key: str, tokenizer: Tokenizer, val_fraction: float, exclude: Iterable[str | os.PathLike[str]], encoding: str
 ) -> None:
     files, skipped = find(path, exclude)
-    guesses = Guesses()
+    decodings = Decodings()
     forms: dict[str, int] = {}
     with new_folder(folder, DATA) as temporary:
         writers: list[ShardWriter] = []
@@ -172,7 +173,7 @@ def _pack(
             writers.append(ShardWriter(temporary / name, tokenizer.vocab_size, tokenizer.hash, tokenizer.eot_id))
             writers.append(ShardWriter(temporary / name / "answers", 2, "answers", None))
         try:
-            for each in _conversations(files, tokenizer, val_fraction, encoding, skipped, guesses):
+            for each in _conversations(files, tokenizer, val_fraction, encoding, skipped, decodings):
                 forms[each.form] = forms.get(each.form, 0) + 1
                 ids = np.array([i for part in each.parts for i in part.ids], dtype=np.int64)
                 answers = np.array([int(part.is_answer) for part in each.parts for _ in part.ids], dtype=np.int64)
@@ -192,7 +193,7 @@ def _pack(
             "format": FORMAT, "version": VERSION, "kind": "chat", "key": key, "tokenizer": tokenizer.hash, "val_fraction": val_fraction,
             "num_files": len(files), "num_documents": writers[0].num_documents + writers[2].num_documents,
             "forms": dict(sorted(forms.items(), key=lambda item: (-item[1], item[0]))), "skipped": skipped.to_dict(),
-            "guesses": guesses.to_dict(), "encoding": encoding,
+            "decodings": decodings.to_dict(), "encoding": encoding,
         }  # fmt: skip
         tokenizer.save(temporary / "tokenizer.json")
         write_file(temporary / "dataset.json", json.dumps(info, indent=1).encode(), DATA)
@@ -216,13 +217,13 @@ class _Encoded(NamedTuple):
 
 
 def _conversations(
-    files: list[SourceFile], tokenizer: Tokenizer, val_fraction: float, encoding: str, skipped: Skipped, guesses: Guesses
+    files: list[SourceFile], tokenizer: Tokenizer, val_fraction: float, encoding: str, skipped: Skipped, decodings: Decodings
 ) -> Iterator[_Encoded]:
     """Every conversation that can be learnt. The side is the hash of what is said in it: equal ones never lie on both."""
     with ByteProgress() as bar:
         report = bar.step("Reading chats", sum(file.size for file in files))
         for file in files:
-            for place, record in _records(file, encoding, skipped, guesses, report):
+            for place, record in _records(file, encoding, skipped, decodings, report):
                 name = f"{printable(file.name)}:{place}"
                 try:
                     form, messages = conversation(record)
@@ -244,7 +245,7 @@ def _up_to_last_answer(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     return messages[: last + 1]
 
 
-def _records(file: SourceFile, encoding: str, skipped: Skipped, guesses: Guesses, report: Callable[[int], None]) -> Iterator[tuple[str, object]]:
+def _records(file: SourceFile, encoding: str, skipped: Skipped, decodings: Decodings, report: Callable[[int], None]) -> Iterator[tuple[str, object]]:
     """(place, record) of a file; of one that can hold none, the reason is counted."""
     try:
         if file.path.suffix.lower() not in RECORD_EXTENSIONS:
@@ -255,7 +256,7 @@ def _records(file: SourceFile, encoding: str, skipped: Skipped, guesses: Guesses
         if isinstance(charset, Binary):
             skipped.add(charset.reason, file.name)
             return
-        guesses.add(file.path, charset)
+        decodings.add(file.name, file.path, charset)
         records = Records(file.path, charset)
         yield from records.read(lambda reason, place: skipped.add(reason, f"{file.name}:{place}"), report)
     except OSError as error:

@@ -18,7 +18,7 @@ TEXT = "Es war einmal ein K\u00f6nig, der hatte drei T\u00f6chter; die j\u00fcng
         (codecs.BOM_UTF16_LE + TEXT.encode("utf-16-le"), ""),
         (codecs.BOM_UTF16_BE + TEXT.encode("utf-16-be"), ""),
         (TEXT.replace("\n", "\r\n").encode(), ""),
-        (TEXT.encode("cp1252"), "decoded 1 file from cp1252 (a guess), for example: 'Es war einmal"),
+        (TEXT.encode("cp1252"), "p.txt from cp1252 (a guess), for example: 'Es war einmal"),
     ],
 )
 def test_a_prompt_is_the_text_that_was_written(content, told, tmp_path, capsys):

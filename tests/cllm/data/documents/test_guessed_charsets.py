@@ -38,9 +38,9 @@ def test_a_guess_is_shown_with_a_piece_of_text_the_first_time_and_from_the_cache
     (data / "d.txt").write_bytes(GERMAN.encode("utf-16"))
     texts, said, files_read, digest = load(data, memory)
     assert texts == {"a.txt": "heading\n" + GERMAN, "b.txt": "M\u00fcll", "c.txt": POLISH, "d.txt": GERMAN} and files_read == 4
-    assert "decoded from utf-16" in said
+    assert "decoded d.txt from utf-16" in said
     (guess,) = [line for line in said if "guess" in line]
-    assert guess.startswith("decoded 2 files from cp1252 (a guess), for example: 'Unser Zug f\u00e4hrt um")
+    assert guess.startswith("decoded 2 files (a.txt, b.txt) from cp1252 (a guess), for example: 'Unser Zug f\u00e4hrt um")
     assert guess.endswith("'. Wrong? Say data.encoding=NAME.")
     again = load(data, memory)
     assert again[2] == 0 and again[3] == digest and again[1][1:] == said[1:]
@@ -84,7 +84,7 @@ def test_what_the_user_says_is_done_for_all_that_is_not_unicode(place):
     for encoding in ("cp852", "IBM852"):
         texts, said, _, digest = load(data, memory, encoding)
         assert texts == {"a.txt": POLISH, "b.txt": POLISH, "c.jsonl:1": POLISH, "d.csv:2": POLISH.rstrip()}
-        assert not any("guess" in line for line in said) and "decoded from cp852" in said
+        assert not any("guess" in line for line in said) and "decoded 3 files (a.txt, c.jsonl, d.csv) from cp852, as data.encoding says" in said
     wrong, _, files_read, other = load(data, memory, "cp1250")
     assert wrong["a.txt"] == POLISH.encode("cp852").decode("cp1250", "replace") and files_read == 4 and other != digest
 
@@ -93,9 +93,38 @@ def test_bytes_that_do_not_fit_are_told(place):
     data, memory = place
     (data / "a.txt").write_bytes(GERMAN.encode("cp1252") * 3)
     texts, said, _, _ = load(data, memory, "utf-8")
-    assert "\ufffd" in texts["a.txt"] and "1 file with bytes that are not utf-8, each read as U+FFFD: a.txt" in said
+    assert "\ufffd" in texts["a.txt"] and "a.txt holds bytes that are not utf-8, each read as U+FFFD" in said
     (data / "a.txt").write_bytes(GERMAN.encode("utf-8") * 9 + b"\xff\n")
-    assert "1 file with bytes that are not utf-8, each read as U+FFFD: a.txt" in load(data, memory)[1]
+    assert "a.txt holds bytes that are not utf-8, each read as U+FFFD" in load(data, memory)[1]
+    for number in range(4):
+        (data / f"{number}.txt").write_bytes(GERMAN.encode("utf-8") * 9 + b"\xff\n")
+    assert "5 files (0.txt, 1.txt, 2.txt, ...) hold bytes that are not utf-8, each read as U+FFFD" in load(data, memory)[1]
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (1, "note 0.txt"),
+        (2, "2 files (note 0.txt, note 1.txt)"),
+        (3, "3 files (note 0.txt, note 1.txt, note 2.txt)"),
+        (12, "12 files (note 0.txt, note 1.txt, note 10.txt, ...)"),
+    ],
+)
+@pytest.mark.parametrize("codec", ["cp1252", "utf-16"])
+def test_files_in_an_old_charset_are_named(count, shown, codec, place):
+    data, memory = place
+    for number in range(count):
+        (data / f"note {number}.txt").write_bytes(GERMAN.encode(codec))
+    (data / "other.txt").write_text(POLISH, "utf-8")
+    (line,) = [line for line in load(data, memory)[1] if line.startswith("decoded")]
+    assert line.startswith(f"decoded {shown} from {codec}")
+
+
+def test_the_name_of_a_file_in_an_old_charset_acts_on_no_terminal(place):
+    data, memory = place
+    (data / "a\x1b[31m\n.txt").write_bytes(GERMAN.encode("cp1252"))
+    (line,) = [line for line in load(data, memory)[1] if line.startswith("decoded")]
+    assert line.startswith(r"decoded a\x1b[31m\x0a.txt from cp1252")
 
 
 def test_an_unknown_charset_is_refused_before_anything_is_read(place):
