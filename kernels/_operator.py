@@ -1,7 +1,7 @@
 """How an operation becomes an operator of torch: a `torch.library` operator in the namespace `cllm`.
 
 It has a fake implementation (the shapes that a compiler needs) and, where it is differentiable, a formula for its gradient, which is an operator
-of its own. Its implementation asks `_register.backend` for the module that serves the call.
+of its own and runs under the settings that the forward pass had. Its implementation asks `_register.backend` for the module that serves the call.
 
 `torch.library.custom_op` would do the same, but its first call imports the whole of `torch._dynamo`, for more than a second: a quarter of the time
 that a short command takes.
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+
+from cllm import runtime
 
 _LIBRARY = torch.library.Library("cllm", "FRAGMENT")  # the operators exist as long as this does
 
@@ -43,8 +45,9 @@ def operation(
         _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=mutates_args), tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"cllm::{name}", fake, lib=_LIBRARY)
-        if backward is not None:
-            torch.library.register_autograd(f"cllm::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+        if backward is not None and setup_context is not None:
+            setup = _setup(setup_context, backward)
+            torch.library.register_autograd(f"cllm::{name}", _backward_as_forward, setup_context=setup, lib=_LIBRARY)
         operator = getattr(torch.ops.cllm, name).default
         if mutates_args:  # the dispatcher has to see what an operator changes
             return operator
@@ -55,6 +58,18 @@ def operation(
         return call
 
     return make
+
+
+def _setup(setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., None]:
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        setup_context(ctx, inputs, output)
+        ctx.backward_under_these_settings = runtime.carried(backward)
+
+    return setup
+
+
+def _backward_as_forward(ctx: Any, *gradients: Tensor | None) -> Any:
+    return ctx.backward_under_these_settings(ctx, *gradients)
 
 
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cllm import runtime
 from cllm.kernels._checks import check_integer_range
 from cllm.kernels._operator import operation
 from cllm.kernels._register import backend
@@ -45,20 +46,25 @@ class _Tied(torch.autograd.Function):
         ctx.num_rows, ctx.weight_dtype = weight.shape[0], weight.dtype
         ctx.save_for_backward(tokens)
         ctx.set_materialize_grads(False)
+        ctx.sum_gradients = runtime.carried(_sum_gradients)
         return embedding(tokens, weight, dtype), weight.view_as(weight)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dweight: Tensor | None) -> tuple[Tensor | None, ...]:
-        (tokens,) = ctx.saved_tensors
         if dy is None:
             return None, dweight, None
-        serving = _serving((ctx.num_rows, dy.shape[-1]), tokens, ctx.weight_dtype, dy.dtype)
-        backward_rows = getattr(serving, "backward_rows", None)  # Triton's kernels, interpreted, have none
-        if dweight is None or torch.is_grad_enabled() or not dweight.is_contiguous() or backward_rows is None:
-            dense = _embedding_backward(dy, tokens, ctx.num_rows, ctx.weight_dtype)
-            return None, dense if dweight is None else dense + dweight, None
-        rows, values = backward_rows(dy.contiguous(), tokens.long(), ctx.num_rows, ctx.weight_dtype)
-        return None, dweight.index_add_(0, rows, values), None  # each row once: in no order
+        return None, ctx.sum_gradients(dy, dweight, *ctx.saved_tensors, ctx.num_rows, ctx.weight_dtype), None
+
+
+def _sum_gradients(dy: Tensor, dweight: Tensor | None, tokens: Tensor, num_rows: int, weight_dtype: torch.dtype) -> Tensor:
+    """The gradient of the look-up, from dy (..., E), added to that of the projection (V, E) where there is one: in place if possible."""
+    serving = _serving((num_rows, dy.shape[-1]), tokens, weight_dtype, dy.dtype)
+    backward_rows = getattr(serving, "backward_rows", None)  # Triton's kernels, interpreted, have none
+    if dweight is None or torch.is_grad_enabled() or not dweight.is_contiguous() or backward_rows is None:
+        dense = _embedding_backward(dy, tokens, num_rows, weight_dtype)
+        return dense if dweight is None else dense + dweight
+    rows, values = backward_rows(dy.contiguous(), tokens.long(), num_rows, weight_dtype)
+    return dweight.index_add_(0, rows, values)  # each row once: in no order
 
 
 def _serving(weight_shape: tuple[int, int], tokens: Tensor, weight_dtype: torch.dtype, dtype: torch.dtype) -> Any:

@@ -10,7 +10,7 @@ from cllm.runtime.ceiling import Ceilings, ceilings, register_probe
 from cllm.runtime.compiler import numba_setup
 from cllm.runtime.describe import Report, describe, register_library
 from cllm.runtime.errors import BackendError, CheckpointError, CLLMError, DataError, UserError
-from cllm.runtime.plan import LaunchPlan, Settings, backends, explain, plan, register_backend, register_operation, settings, use
+from cllm.runtime.plan import LaunchPlan, Settings, backends, carried, explain, plan, register_backend, register_operation, settings, use
 
 __all__ = [
     "BackendError",
@@ -23,6 +23,7 @@ __all__ = [
     "Settings",
     "UserError",
     "backends",
+    "carried",
     "ceilings",
     "compiler",
     "describe",

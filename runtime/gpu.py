@@ -97,6 +97,16 @@ def _installed(index: int) -> GPU:
     )
 
 
+def allows_tf32() -> bool:
+    """Whether torch may multiply float32 matrices in tf32 on a GPU: `torch.backends.cuda.matmul.fp32_precision`, which every older switch sets too.
+
+    `allow_tf32` is not read, because reading it raises once the newer setting was used.
+    """
+    import torch
+
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
 RATE_SIZE, COPY_BYTES, RATE_CALLS = 8192, 1 << 30, 10
 
 
@@ -132,8 +142,7 @@ def measured_rates(device: Any) -> dict[str, float]:
             found["copy"] = 2e-9 * COPY_BYTES / fastest(lambda: target.copy_(source))
         return found
 
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    key = f"gpu rates|{torch.cuda.get_device_name(device)}|torch {torch.__version__}|tf32 {tf32}"
+    key = f"gpu rates|{torch.cuda.get_device_name(device)}|torch {torch.__version__}|tf32 {allows_tf32()}"
     names = {"fp32", "bf16", "fp16", "copy"}
     return dict(tuning.remembered(key, measure, lambda value: isinstance(value, dict) and set(value) == names))
 

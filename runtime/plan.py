@@ -9,7 +9,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from functools import lru_cache
@@ -142,6 +142,15 @@ def use(backend: str | None = None, threads: int | None = None, deterministic: b
             yield wanted
     finally:
         _settings.reset(token)
+
+
+def carried(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, to be called later from any thread under the settings of this moment.
+
+    Settings belong to the thread that opened the scope. Autograd computes the gradients of a GPU in a thread of its own, where none was opened.
+    """
+    here = copy_context()
+    return lambda *args: here.copy().run(function, *args)  # a copy, because a context is entered once at a time
 
 
 def plan(op: str, shapes: Shapes, dtype: Any, device: str = "cpu", work: float | None = None, **options: Any) -> LaunchPlan:

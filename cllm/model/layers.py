@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cllm import kernels
+from cllm import kernels, runtime
 from cllm.config.model import ModelConfig
 from cllm.kernels.embedding import tied_embedding
 from cllm.kernels.quantization import Quantized, quantize
@@ -63,7 +63,8 @@ class Context:
         h: Tensor | None = None
         for block in blocks:
             if self.recompute == "blocks" and torch.is_grad_enabled():
-                x, h = checkpoint(block, x, h, self, use_reentrant=False, preserve_rng_state=False)
+                again = block if torch.compiler.is_compiling() else runtime.carried(block)  # the backward computes it in another thread
+                x, h = checkpoint(again, x, h, self, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, h = block(x, h, self)
         return x, h

@@ -13,6 +13,7 @@ from cllm.kernels.triton.attention_backward import attention_delta_kernel, atten
 from cllm.kernels.triton.attention_decode import attention_decode_kernel, attention_join_kernel
 from cllm.kernels.triton.attention_forward import attention_forward_kernel
 from cllm.kernels.triton.launch import Calls, launch, next_power_of_2
+from cllm.kernels.triton.matmul import precision_of
 from cllm.runtime.gpu import GPU, gpu_of
 
 FEW_QUERIES = 16  # up to here the keys are split among blocks: queries alone are too few to fill a GPU
@@ -71,10 +72,9 @@ def _documents(cu_seqlens: Tensor | None, num_tokens: int) -> tuple[Tensor | Non
 def _options(q: Tensor, causal: bool, scale: float, window: int, softcap: float, cu_seqlens: Tensor | None) -> tuple[list[Any], dict[str, Any]]:
     """(window, |scale|, softcap), and the constants: a negative scale turns the scores round before their maximum is taken."""
     width = max(16, next_power_of_2(q.shape[3]))
-    precision = "ieee" if q.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"  # only float32 looks at it
     constants = {
         "CAUSAL": causal, "LOWER": window > 0 or cu_seqlens is not None, "FLIP": scale < 0, "SOFTCAP": softcap > 0,
-        "BLOCK_D": width, "PADDED": width != q.shape[3], "PRECISION": precision,
+        "BLOCK_D": width, "PADDED": width != q.shape[3], "PRECISION": precision_of(q.dtype),
     }  # fmt: skip
     # 0 would make every exponent 0 * inf at a masked place; the smallest number leaves all scores alike as well.
     return [window, max(abs(scale), 1e-30), softcap], constants

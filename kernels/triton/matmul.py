@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cllm.kernels.triton.launch import Calls, is_recording, launch
-from cllm.runtime.gpu import GPU, gpu_of
+from cllm.runtime.gpu import GPU, allows_tf32, gpu_of
 
 GROUP = tl.constexpr(8)  # tiles of this many rows side by side share columns of B in the L2 cache
 SUM_ROWS = 256  # rows whose sums of columns one block makes
@@ -83,8 +83,8 @@ def column_sums_kernel(x_ptr, x_row, x_column, part_ptr, num_rows, num_columns, 
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied; halves do not look at it."""
-    return "ieee" if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+    """Triton's `input_precision` of a product: for float32 what torch's setting allows; other dtypes are multiplied as they are."""
+    return "ieee" if dtype == torch.float32 and not allows_tf32() else "tf32"
 
 
 def tiles(dtype: torch.dtype, gpu: GPU, num_rows: int, results: int = 1) -> dict[str, Any]:

@@ -6,6 +6,7 @@ The rule: error <= 2 x the error of the same computation in plain torch in the s
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,14 @@ class Inputs:
         """A weight that stays float32 beside bfloat16 activations; its values survive the rounding, so that the oracle agrees."""
         values = self.normal(*shape, scale=scale)
         return values.float() if self.dtype == torch.bfloat16 else values
+
+
+_autograd = ThreadPoolExecutor(1, thread_name_prefix="autograd")
+
+
+def backward(outputs: list[Tensor], gradients: list[Tensor]) -> None:
+    """`torch.autograd.backward` in another thread, where autograd runs it on a GPU: nothing that this thread has set holds there."""
+    _autograd.submit(torch.autograd.backward, outputs, gradients).result()
 
 
 @dataclass
@@ -67,7 +76,7 @@ def run(case: Case, compute: Callable[..., Any], rounding: torch.dtype, dtype: t
     cotangents = Inputs(rounding, dtype, seed=1)
     graded = [(out, cotangents.normal(*out.shape).to(out.dtype)) for out in outputs if out.requires_grad]
     if graded:
-        torch.autograd.backward([out for out, _ in graded], [dout for _, dout in graded])
+        backward([out for out, _ in graded], [dout for _, dout in graded])
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and tensor.requires_grad:
             results[f"d_{name}"] = tensor.grad

@@ -1,7 +1,11 @@
 """What is known of a GPU without one: occupancy and grids by arithmetic, described devices, rates measured once."""
 
+import ast
 import dataclasses
+import subprocess
+import sys
 
+import pytest
 import torch
 
 from cllm import runtime
@@ -34,6 +38,46 @@ def test_rates_are_measured_once_and_kept(tmp_path, monkeypatch):
     assert gpu.measured_rates(torch.device("cuda", 0)) == kept
     ((key, good, partial),) = seen
     assert "a GPU" in key and torch.__version__ in key and good and not partial
+
+
+SETTINGS = {
+    "none": ("pass", False),
+    "allow_tf32": ("matmul.allow_tf32 = True", True),
+    "set_float32_matmul_precision": ("torch.set_float32_matmul_precision('high')", True),
+    "highest": ("torch.set_float32_matmul_precision('highest')", False),
+    "fp32_precision": ("matmul.fp32_precision = 'tf32'", True),
+    "fp32_precision of everything": ("torch.backends.fp32_precision = 'tf32'", True),
+    "ieee": ("matmul.fp32_precision = 'ieee'", False),
+    "old, then new": ("matmul.allow_tf32 = True; matmul.fp32_precision = 'ieee'", False),
+    "new, then old": ("matmul.fp32_precision = 'tf32'; matmul.allow_tf32 = False", False),
+}
+ASKED = """
+import sys, torch
+from cllm.kernels.triton.matmul import precision_of
+from cllm.runtime import gpu
+matmul, found = torch.backends.cuda.matmul, []
+before = matmul.fp32_precision
+for change in sys.argv[1:]:
+    exec(change)
+    found.append((gpu.allows_tf32(), *map(precision_of, (torch.float32, torch.bfloat16, torch.float16))))
+    torch.backends.fp32_precision = matmul.fp32_precision = "none"
+print(found)
+"""
+
+
+def test_tf32_is_allowed_by_any_of_torchs_settings_and_reading_them_never_raises():
+    """In a process of its own: torch has no way back to where neither the older nor the newer settings were used."""
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", ASKED, *(change for change, _ in SETTINGS.values())], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = [(allowed, "tf32" if allowed else "ieee", "tf32", "tf32") for _, allowed in SETTINGS.values()]
+    assert ast.literal_eval(done.stdout) == expected
+
+
+def test_only_float32_asks_for_torchs_setting(monkeypatch):
+    matmul = pytest.importorskip("cllm.kernels.triton.matmul")
+    monkeypatch.setattr(matmul, "allows_tf32", lambda: pytest.fail("asked"))
+    assert matmul.precision_of(torch.bfloat16) == matmul.precision_of(torch.float16) == "tf32"
 
 
 def test_gluon_is_for_attention_on_hopper():

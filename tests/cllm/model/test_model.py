@@ -1,6 +1,7 @@
 """Model: equal to a plain PyTorch transformer, alike in training, prefill and decoding, deterministic, trainable."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 
 from cllm import runtime
 from cllm.config.model import ModelConfig
+from cllm.model.memory import RECOMPUTE
 from cllm.model.model import Model
 from cllm.runtime.errors import UserError
 
@@ -295,6 +297,23 @@ def test_initial_weights_have_the_documented_spread_and_the_loss_is_that_of_a_gu
     assert not torch.equal(weights["model.layers.0.mlp.up_proj.weight"], weights["model.layers.1.mlp.up_proj.weight"])
     tokens = torch.randint(0, 512, (2, 33), generator=torch.Generator().manual_seed(0))
     assert model.loss(tokens[:, :-1], tokens[:, 1:]).item() == pytest.approx(math.log(512), rel=0.02)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_backward_in_another_thread_keeps_the_backend_of_the_forward_pass(name, recompute):
+    """On a GPU autograd has a thread of its own, and with `recompute` the forward pass runs there a second time."""
+    model = Model(CONFIGS[name])
+    model.recompute = recompute
+    tokens = random_tokens(2, 12)
+    with runtime.profiler.record() as recording:
+        with runtime.use(backend="torch"):
+            loss = model.loss(tokens, tokens)
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert {kernel.backend for kernel in recording.kernels()} == {"torch"}
 
 
 def test_tied_embeddings_are_one_tensor():
