@@ -25,14 +25,15 @@ demo: setup
 test: setup
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# What CLLM is compared with: lm-evaluation-harness, and llama.cpp as a prebuilt library through npm. Without them their tests are skipped.
+# What CLLM is compared with: lm-evaluation-harness, and llama.cpp as a prebuilt library through npm; and NVRTC, which compiles CUDA C++ without a
+# GPU. Without them their tests are skipped.
 # llama.cpp's build for AMX is left out: it crashes where the system does not grant tiles to a process.
 peers: $(VENV)/.peers
 
 $(VENV)/.peers: $(VENV)/.ready
 	@command -v npm >/dev/null || { echo "make: npm not found. On Debian and Ubuntu: apt install npm"; exit 1; }
 	@echo "Installing what CLLM is compared with into $(VENV) ..."
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,all,eval]' accelerate
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,all,eval]' accelerate nvidia-cuda-nvrtc
 	@mkdir -p $(VENV)/peers && cd $(VENV)/peers && { test -f package.json || echo '{"private": true}' >package.json; } && \
 		npm install --silent --no-audit --no-fund --ignore-scripts --omit=optional -E node-llama-cpp@3.21.1 @node-llama-cpp/linux-x64@3.21.1
 	@rm -f $(VENV)/peers/node_modules/@node-llama-cpp/linux-x64/bins/linux-x64/libggml-cpu-sapphirerapids.so

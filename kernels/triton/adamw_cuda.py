@@ -1,8 +1,8 @@
 """The launches of `adamw.py` in CUDA C++, compiled by NVRTC through CuPy: the main path on NVIDIA.
 
 The text has three parts: how 16-bit numbers become float32, in a way that only a GPU compiles; the arithmetic, portable C++, which a test compiles
-for the CPU too; the kernels. It is compiled without fused multiply-adds other than those written as fmaf, and with IEEE division and square root,
-so that an update has the same bits as that of the Triton kernels. Nothing is included: NVRTC needs no headers then.
+for the CPU too; the kernels. It is compiled without fused multiply-adds other than those written as fmaf, with IEEE division and square root, and
+keeps denormal numbers, so that an update has the same bits as that of the Triton kernels. Nothing is included: NVRTC needs no headers then.
 """
 
 import importlib.util
@@ -271,6 +271,24 @@ def source() -> str:
     return constants() + CONVERSIONS + ARITHMETIC + KERNELS
 
 
+def compile(nvrtc: Any, arch: int) -> bytes:
+    """The kernels for compute capability `arch` (90 is Hopper): a cubin, or where this NVRTC is older than the GPU, PTX for the driver to compile.
+
+    nvrtc: `cupy.cuda.nvrtc`, which takes exactly the options it is given. `cupy.RawModule` would append -ftz=true to them, and the last one counts.
+    Raises what NVRTC raises, with its log.
+    """
+    known = nvrtc.getSupportedArchs()
+    newest = max((each for each in known if each <= arch), default=arch)
+    program = nvrtc.createProgram(source(), "adamw.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, (f"--gpu-architecture={'sm' if newest == arch else 'compute'}_{newest}", *OPTIONS))
+        return bytes(nvrtc.getCUBIN(program) if newest == arch else nvrtc.getPTX(program))
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(f"{error}: {nvrtc.getProgramLog(program)}") from error
+    finally:
+        nvrtc.destroyProgram(program)
+
+
 class _Stream:
     """torch's current stream, as CuPy takes streams of others."""
 
@@ -284,13 +302,16 @@ class _Stream:
 @lru_cache(maxsize=64)
 def _functions(index: int) -> dict[str, Any] | None:
     """The kernels on one device, or None where they cannot be had there: Triton serves then."""
-    if gpu_of(torch.device("cuda", index)).vendor != "nvidia" or importlib.util.find_spec("cupy") is None:
+    gpu = gpu_of(torch.device("cuda", index))
+    if gpu.vendor != "nvidia" or importlib.util.find_spec("cupy") is None:
         return None
     try:
         import cupy
 
+        code = compile(cupy.cuda.nvrtc, gpu.arch)
         with cupy.cuda.Device(index):
-            module = cupy.RawModule(code=source(), options=OPTIONS)
+            module = cupy.cuda.function.Module()
+            module.load(code)
             return {name: module.get_function(name) for name in ("measure", "finish_float32", "finish_float64", "update")}
     except Exception as error:  # CuPy for another CUDA, no NVRTC, an old driver: it says so when first used
         warnings.warn(f"AdamW runs as Triton kernels: CuPy could not compile its CUDA kernels ({type(error).__name__}: {error})", stacklevel=2)

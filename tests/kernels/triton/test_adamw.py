@@ -1,9 +1,13 @@
 """AdamW on the GPU: the Triton kernels against the reference, what the device decides alone, and the CUDA C++ compiled without a GPU."""
 
+import contextlib
 import ctypes
+import importlib.machinery
 import shutil
 import site
 import subprocess
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from cllm import runtime
 from cllm.kernels.torch import adamw as reference
 from cllm.kernels.triton import adamw, adamw_cuda
 from cllm.runtime.errors import UserError
@@ -215,37 +220,121 @@ extern "C" void finish_all(double total, float largest, long long bad, const dou
 """
 
 
-def _nvrtc() -> ctypes.CDLL | None:
+class NVRTCError(Exception):
+    pass
+
+
+class NVRTC:
+    """`cupy.cuda.nvrtc` over the library itself, which compiles without a GPU; CuPy needs a driver to be imported. Remembers the options."""
+
+    NVRTCError = NVRTCError
+
+    def __init__(self, library: ctypes.CDLL, supported: tuple[int, ...] = ARCHITECTURES) -> None:
+        self.library, self.supported, self.options = library, supported, ()
+
+    def getSupportedArchs(self) -> tuple[int, ...]:
+        return self.supported
+
+    def createProgram(self, text: str, name: str, headers: tuple[str, ...], include_names: tuple[str, ...]) -> ctypes.c_void_p:
+        program = ctypes.c_void_p()
+        assert not headers and not include_names
+        assert self.library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None) == 0
+        return program
+
+    def compileProgram(self, program: ctypes.c_void_p, options: tuple[str, ...]) -> None:
+        self.options = options
+        if self.library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*map(str.encode, options))):
+            raise NVRTCError("NVRTC_ERROR_COMPILATION")
+
+    def _text(self, program: ctypes.c_void_p, what: str) -> bytes:
+        size = ctypes.c_size_t()
+        assert getattr(self.library, f"nvrtcGet{what}Size")(program, ctypes.byref(size)) == 0
+        text = ctypes.create_string_buffer(size.value)
+        assert getattr(self.library, f"nvrtcGet{what}")(program, text) == 0
+        return text.raw
+
+    def getCUBIN(self, program: ctypes.c_void_p) -> bytes:
+        self.ptx = self._text(program, "PTX").decode()
+        return self._text(program, "CUBIN")
+
+    def getPTX(self, program: ctypes.c_void_p) -> bytes:
+        return self._text(program, "PTX")
+
+    def getProgramLog(self, program: ctypes.c_void_p) -> str:
+        return self._text(program, "ProgramLog").decode()
+
+    def destroyProgram(self, program: ctypes.c_void_p) -> None:
+        assert self.library.nvrtcDestroyProgram(ctypes.byref(program)) == 0
+
+
+@pytest.fixture(scope="module")
+def nvrtc() -> ctypes.CDLL:
     for folder in (*site.getsitepackages(), site.getusersitepackages()):
         for library in sorted(Path(folder).glob("nvidia/*/lib/libnvrtc.so.*")):
             return ctypes.CDLL(str(library))
     try:
         return ctypes.CDLL("libnvrtc.so")
     except OSError:
-        return None
+        pytest.skip("NVRTC is not here (pip install nvidia-cuda-nvrtc)")
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_cuda_source_compiles_without_spilling(arch, tmp_path):
-    source = adamw_cuda.source()
-    nvcc, nvrtc = shutil.which("nvcc"), _nvrtc()
-    if nvcc is not None:
-        (tmp_path / "adamw.cu").write_text(source)
-        command = [nvcc, "-cubin", f"-arch=sm_{arch}", "-std=c++17", *adamw_cuda.OPTIONS[1:], "-Xptxas", "-v", "adamw.cu", "-o", "adamw.cubin"]
+def test_the_cuda_source_compiles_and_keeps_denormal_numbers(arch, nvrtc):
+    compiler = NVRTC(nvrtc)
+    assert adamw_cuda.compile(compiler, arch).startswith(b"\x7fELF")
+    assert "fma.rn.f32" in compiler.ptx and "div.rn.f32" in compiler.ptx and ".ftz" not in compiler.ptx
+
+
+def test_a_gpu_newer_than_nvrtc_gets_ptx(nvrtc):
+    assert b".target sm_80" in adamw_cuda.compile(NVRTC(nvrtc, (75, 80)), 90)
+
+
+def test_a_source_that_does_not_compile_is_told_with_nvrtcs_log(nvrtc, monkeypatch):
+    monkeypatch.setattr(adamw_cuda, "source", lambda: "this is not CUDA")
+    with pytest.raises(RuntimeError, match=r"NVRTC_ERROR_COMPILATION: .*adamw\.cu\(1\)"):
+        adamw_cuda.compile(NVRTC(nvrtc), 90)
+
+
+def test_the_cuda_source_does_not_spill(tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not here")
+    for arch in ARCHITECTURES:
+        (tmp_path / "adamw.cu").write_text(adamw_cuda.source())
+        command = ["nvcc", "-cubin", f"-arch=sm_{arch}", "-std=c++17", *adamw_cuda.OPTIONS[1:], "-Xptxas", "-v", "adamw.cu", "-o", "adamw.cubin"]
         built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert built.returncode == 0, built.stderr
         assert built.stderr.count("0 bytes spill stores, 0 bytes spill loads") == 4, built.stderr
-    elif nvrtc is not None:
-        program, size = ctypes.c_void_p(), ctypes.c_size_t()
-        options = [option.encode() for option in (f"--gpu-architecture=sm_{arch}", *adamw_cuda.OPTIONS)]
-        assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"adamw.cu", 0, None, None) == 0
-        failed = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
-        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-        log = ctypes.create_string_buffer(size.value)
-        nvrtc.nvrtcGetProgramLog(program, log)
-        assert not failed, log.value.decode()
-    else:
-        pytest.skip("neither nvcc nor NVRTC is here")
+
+
+def test_cupy_is_handed_what_nvrtc_made_of_our_options_and_no_others(monkeypatch):
+    """CuPy's own compilation appends -ftz=true: what it is given must be compiled already."""
+    given = []
+
+    class Recorder:
+        NVRTCError = NVRTCError
+
+        def __getattr__(self, name):
+            answers = {"getSupportedArchs": (75, 80, 90), "createProgram": "program", "getCUBIN": b"a cubin"}
+            return lambda *arguments: given.append((name, *arguments)) or answers.get(name)
+
+    class Module:
+        def load(self, code):
+            given.append(("load", code))
+
+        def get_function(self, name):
+            return name
+
+    cuda = types.SimpleNamespace(nvrtc=Recorder(), Device=lambda index: contextlib.nullcontext(), function=types.SimpleNamespace(Module=Module))
+    cupy = types.ModuleType("cupy")
+    cupy.__spec__, cupy.cuda = importlib.machinery.ModuleSpec("cupy", None), cuda
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    with runtime.gpu.described(runtime.gpu.DESCRIBED["h200"]):
+        functions = adamw_cuda._functions.__wrapped__(0)
+    assert set(functions) == {"measure", "finish_float32", "finish_float64", "update"}
+    (options,) = [call[2] for call in given if call[0] == "compileProgram"]
+    assert options == ("--gpu-architecture=sm_90", *adamw_cuda.OPTIONS)
+    assert [each for each in options if "ftz" in each] == ["--ftz=false"]
+    assert ("load", b"a cubin") in given and given[-2] == ("destroyProgram", "program")
 
 
 @pytest.fixture(scope="module")
