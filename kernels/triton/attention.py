@@ -116,16 +116,16 @@ def forward(
         part = torch.empty((sections, batch, num_kv_heads, rows, head_dim), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((sections, batch, num_kv_heads, rows), dtype=torch.float32, device=q.device)
         launch(
-            attention_decode_kernel, (sections, batch * num_kv_heads, -(-rows // 16)), q, k, v, part, part_lse, first, end, *strides, num_queries,
-            num_keys, num_kv_heads, group, *numbers, head_dim, SECTION, **_ordered(constants, tiles),
+            attention_decode_kernel, (sections * -(-rows // tiles["BLOCK_M"]) * batch * num_kv_heads,), q, k, v, part, part_lse, first, end,
+            *strides, num_queries, num_keys, num_kv_heads, group, *numbers, head_dim, SECTION, **_ordered(constants, tiles),
         )  # fmt: skip
         launch(
-            attention_join_kernel, (batch * num_kv_heads, rows), part, part_lse, out, lse, sections, num_queries, num_kv_heads, group, head_dim,
+            attention_join_kernel, (batch * num_kv_heads * rows,), part, part_lse, out, lse, sections, num_queries, num_kv_heads, group, head_dim,
             BLOCK_D=constants["BLOCK_D"], num_warps=1,
         )  # fmt: skip
         return out, lse
     launch(
-        attention_forward_kernel, (-(-num_queries // tiles["BLOCK_M"]), batch * num_heads), q, k, v, out, lse, first, end, *strides, num_queries,
+        attention_forward_kernel, (-(-num_queries // tiles["BLOCK_M"]) * batch * num_heads,), q, k, v, out, lse, first, end, *strides, num_queries,
         num_keys, num_heads, group, *numbers, head_dim, **_ordered(constants, tiles),
     )  # fmt: skip
     return out, lse
@@ -147,19 +147,19 @@ def backward(
     gpu, width, group = gpu_of(q.device), constants["BLOCK_D"], num_heads // num_kv_heads
     delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
     launch(
-        attention_delta_kernel, (-(-num_queries // 32), batch * num_heads), out, dout, dlse, delta, num_queries, num_heads, head_dim,
+        attention_delta_kernel, (-(-num_queries // 32) * batch * num_heads,), out, dout, dlse, delta, num_queries, num_heads, head_dim,
         ROWS=32, BLOCK_D=width,
     )  # fmt: skip
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     split = _split(width, q.dtype, gpu)
     tiles = _tiles("keys", width, q.dtype, gpu)
     launch(
-        attention_keys_kernel, (-(-num_keys // tiles["BLOCK_N"]), batch * num_kv_heads, split), q, k, v, dout, lse, delta, dk, dv, first, end,
+        attention_keys_kernel, (-(-num_keys // tiles["BLOCK_N"]) * batch * num_kv_heads, split), q, k, v, dout, lse, delta, dk, dv, first, end,
         *strides, num_queries, num_keys, num_kv_heads, group, *numbers, float(scale), head_dim, **_ordered(constants, tiles, split),
     )  # fmt: skip
     tiles = _tiles("queries", width, q.dtype, gpu)
     launch(
-        attention_queries_kernel, (-(-num_queries // tiles["BLOCK_M"]), batch * num_heads, split), q, k, v, dout, lse, delta, dq, first, end,
+        attention_queries_kernel, (-(-num_queries // tiles["BLOCK_M"]) * batch * num_heads, split), q, k, v, dout, lse, delta, dq, first, end,
         *strides, num_queries, num_keys, num_heads, group, *numbers, float(scale), head_dim, **_ordered(constants, tiles, split),
     )  # fmt: skip
     return dq, dk, dv

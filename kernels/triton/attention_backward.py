@@ -8,7 +8,7 @@ that share a key head are added up inside its block.
 import triton
 import triton.language as tl
 
-from cllm.kernels.triton.attention_forward import LOG2_E, key_blocks, key_limits, scores_of
+from cllm.kernels.triton.attention_forward import LOG2_E, block_and_pair, key_blocks, key_limits, scores_of
 
 
 @triton.jit
@@ -16,9 +16,10 @@ def attention_delta_kernel(
     out_ptr, dout_ptr, dlse_ptr, delta_ptr, num_queries, num_heads, head_dim, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """delta (B, H, T) = sum over D of out * dout, less the gradient of the log-sum-exp. out and dout (B, T, H, D) contiguous."""
-    batch = (tl.program_id(1) // num_heads).to(tl.int64)
-    head = (tl.program_id(1) % num_heads).to(tl.int64)
-    t = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    block, pair = block_and_pair(tl.cdiv(num_queries, ROWS))
+    batch = (pair // num_heads).to(tl.int64)
+    head = (pair % num_heads).to(tl.int64)
+    t = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     inside = t < num_queries
     at = ((batch * num_queries + t) * num_heads + head)[:, None] * head_dim + d[None, :]
@@ -90,15 +91,16 @@ def attention_keys_kernel(
     SPLIT: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """With SPLIT 2 a block makes half of the columns of dK and dV, from scores over all of them: accumulators that fit beside wgmma's tiles."""
-    batch = (tl.program_id(1) // num_kv_heads).to(tl.int64)
-    kv_head = (tl.program_id(1) % num_kv_heads).to(tl.int64)
-    low = tl.program_id(0) * BLOCK_N
+    block, pair = block_and_pair(tl.cdiv(num_keys, BLOCK_N))
+    batch = (pair // num_kv_heads).to(tl.int64)
+    kv_head = (pair % num_kv_heads).to(tl.int64)
+    low = block * BLOCK_N
     last = tl.minimum(low + BLOCK_N, num_keys) - 1
     s = low + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     own = d
     if SPLIT > 1:
-        own = tl.program_id(2) * (BLOCK_D // SPLIT) + tl.arange(0, BLOCK_D // SPLIT)
+        own = tl.program_id(1) * (BLOCK_D // SPLIT) + tl.arange(0, BLOCK_D // SPLIT)
     here = (s < num_keys)[:, None] & ((d < head_dim)[None, :] if PADDED else True)
     n = tl.arange(0, BLOCK_N)[:, None]
     low_64 = low.to(tl.int64)
@@ -186,14 +188,16 @@ def attention_queries_kernel(
     FLIP: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
     PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    batch = (tl.program_id(1) // num_heads).to(tl.int64)
-    head = (tl.program_id(1) % num_heads).to(tl.int64)
+    num_blocks = tl.cdiv(num_queries, BLOCK_M)
+    block, pair = block_and_pair(num_blocks)
+    block = num_blocks - 1 - block
+    batch = (pair // num_heads).to(tl.int64)
+    head = (pair % num_heads).to(tl.int64)
     t = block * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     own = d
     if SPLIT > 1:
-        own = tl.program_id(2) * (BLOCK_D // SPLIT) + tl.arange(0, BLOCK_D // SPLIT)
+        own = tl.program_id(1) * (BLOCK_D // SPLIT) + tl.arange(0, BLOCK_D // SPLIT)
     inside = t < num_queries
     row = t.to(tl.int64)
     here = inside[:, None] & ((d < head_dim)[None, :] if PADDED else True)

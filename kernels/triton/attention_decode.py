@@ -4,7 +4,7 @@ second kernel joins the sections in order (Flash-Decoding, Dao et al. 2023). All
 import triton
 import triton.language as tl
 
-from cllm.kernels.triton.attention_forward import LN_2, LOG2_E, forward_steps, key_blocks, key_limits
+from cllm.kernels.triton.attention_forward import LN_2, LOG2_E, block_and_pair, forward_steps, key_blocks, key_limits
 
 
 @triton.jit
@@ -14,11 +14,15 @@ def attention_decode_kernel(
     FLIP: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Section program_id(0) of the keys -> part (sections, B, Hkv, rows, D) float32 and part_lse (sections, B, Hkv, rows), rows = G x T."""
-    batch = (tl.program_id(1) // num_kv_heads).to(tl.int64)
-    head = (tl.program_id(1) % num_kv_heads).to(tl.int64)
+    """One section of the keys -> part (sections, B, Hkv, rows, D) float32 and part_lse (sections, B, Hkv, rows), rows = G x T."""
     rows = group * num_queries
-    row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    num_sections = tl.cdiv(num_keys, section)
+    num_tiles = tl.cdiv(rows, BLOCK_M)
+    block, pair = block_and_pair(num_sections * num_tiles)
+    index = block % num_sections
+    batch = (pair // num_kv_heads).to(tl.int64)
+    head = (pair % num_kv_heads).to(tl.int64)
+    row = block // num_sections * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
     t = tl.where(inside, row % num_queries, num_queries)
     of_group = (row // num_queries).to(tl.int64)
@@ -29,7 +33,7 @@ def attention_decode_kernel(
     k_ptr += batch * k_batch + head * k_head
     v_ptr += batch * v_batch + head * v_head
     lo, hi = key_limits(t, num_queries, num_keys, window, first_ptr, end_ptr, CAUSAL, LOWER)
-    start = tl.program_id(0) * section
+    start = index * section
     lo = tl.maximum(lo, start)
     hi = tl.minimum(hi, start + section)
     begin, _, end = key_blocks(lo, hi, inside, num_keys, BLOCK_N)
@@ -43,7 +47,8 @@ def attention_decode_kernel(
     in_base_2 = LOG2_E if SOFTCAP else factor * LOG2_E
     nothing = total == 0.0
     lse = tl.where(nothing, float("-inf"), largest * in_base_2 + tl.log2(tl.where(nothing, 1.0, total)))
-    place = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * rows + row
+    num_pairs = tl.num_programs(0) // (num_sections * num_tiles)
+    place = (index.to(tl.int64) * num_pairs + pair) * rows + row
     tl.store(part_ptr + place[:, None] * head_dim + d[None, :], acc / tl.where(nothing, 1.0, total)[:, None], mask=here)
     tl.store(part_lse_ptr + place, lse, mask=inside)
 
@@ -53,15 +58,16 @@ def attention_join_kernel(
     part_ptr, part_lse_ptr, out_ptr, lse_ptr, num_sections, num_queries, num_kv_heads, group, head_dim, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """One row of all sections, in order, into out (B, T, H, D) and lse (B, H, T)."""
-    pair = tl.program_id(0).to(tl.int64)  # batch and key-value head
-    row = tl.program_id(1)
     rows = group * num_queries
+    row, pair = block_and_pair(rows)
+    num_pairs = (tl.num_programs(0) // rows).to(tl.int64)
+    pair = pair.to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_D], tl.float32)
     largest = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     for section in range(num_sections):
-        place = (section * tl.num_programs(0).to(tl.int64) + pair) * rows + row
+        place = (section * num_pairs + pair) * rows + row
         lse = tl.load(part_lse_ptr + place + tl.zeros([1], tl.int64))
         larger = tl.maximum(largest, lse)
         shift = tl.where(larger == float("-inf"), 0.0, larger)

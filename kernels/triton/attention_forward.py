@@ -13,6 +13,15 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def block_and_pair(num_blocks):
+    """The block of this program, and its pair of batch and head: all blocks of one pair come before those of the next.
+
+    Both are counted along the first dimension of the grid, because no other may be longer than 65,535.
+    """
+    return tl.program_id(0) % num_blocks, tl.program_id(0) // num_blocks
+
+
+@triton.jit
 def tanh(x):
     return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2_E)) + 1.0)
 
@@ -96,9 +105,11 @@ def attention_forward_kernel(
     num_queries, num_keys, num_heads, group, window, factor, softcap, head_dim, CAUSAL: tl.constexpr, LOWER: tl.constexpr, FLIP: tl.constexpr,
     SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    block = tl.num_programs(0) - 1 - tl.program_id(0)  # under a causal mask the last queries see most keys: they begin first
-    batch = (tl.program_id(1) // num_heads).to(tl.int64)
-    head = (tl.program_id(1) % num_heads).to(tl.int64)
+    num_blocks = tl.cdiv(num_queries, BLOCK_M)
+    block, pair = block_and_pair(num_blocks)
+    block = num_blocks - 1 - block  # under a causal mask the last queries see most keys: they begin first
+    batch = (pair // num_heads).to(tl.int64)
+    head = (pair % num_heads).to(tl.int64)
     t = block * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     inside = t < num_queries
