@@ -28,7 +28,7 @@ def repair() -> None:
     def convert_float(values: Any, source: Any, target: Any, rounding: Any) -> Any:
         if (source, target) != (tl.float32, tl.bfloat16):
             return convert(values, source, target, rounding)
-        return torch.tensor(values.view(np.float32)).bfloat16().view(torch.uint16).numpy().reshape(values.shape)
+        return torch.from_numpy(values.view(np.float32)).bfloat16().view(torch.uint16).numpy().reshape(values.shape)
 
     def patch_lang_tensor(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)

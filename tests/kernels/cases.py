@@ -22,7 +22,7 @@ def visible_keys(num_queries: int, num_keys: int, causal: bool, window: int | No
 @functools.cache
 def _visible_keys(num_queries: int, num_keys: int, causal: bool, window: int | None, bounds: tuple[int, ...] | None) -> Tensor:
     """(T, S) bool, written as loops so that it shares nothing with the kernels."""
-    seen = torch.zeros(num_queries, num_keys, dtype=torch.bool)
+    seen = torch.zeros(num_queries, num_keys, dtype=torch.bool, device="cpu")
     document = [0] * num_keys
     for index, (start, end) in enumerate(itertools.pairwise(bounds or ())):
         document[start:end] = [index] * (end - start)
@@ -36,7 +36,7 @@ def _visible_keys(num_queries: int, num_keys: int, causal: bool, window: int | N
 
 
 def plain_attention(q, k, v, *, causal=False, scale=None, window=None, softcap=None, cu_seqlens=None, sinks=None, return_lse=False):
-    seen = visible_keys(q.shape[1], k.shape[1], causal, window, cu_seqlens)
+    seen = visible_keys(q.shape[1], k.shape[1], causal, window, cu_seqlens).to(q.device)
     group = q.shape[2] // k.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if softcap is None and sinks is None and not return_lse:
@@ -55,11 +55,11 @@ def plain_attention(q, k, v, *, causal=False, scale=None, window=None, softcap=N
     return (out, lse) if return_lse else out
 
 
-def attention_case(name: str, make: Callable[[Inputs], dict[str, Any]], **options: Any) -> Case:
+def attention_case(name: str, make: Callable[[Inputs], dict[str, Any]], cu_seqlens: Tensor | None = None, **options: Any) -> Case:
     return Case(
         "attention",
         name,
-        make,
+        lambda i: make(i) | ({} if cu_seqlens is None else {"cu_seqlens": cu_seqlens.to(i.device)}),
         lambda **tensors: kernels.attention(**tensors, **options),
         lambda **tensors: plain_attention(**tensors, **options),
         lse_size=8.0,
@@ -229,7 +229,7 @@ def _rotary_plain(x, cos, sin, positions=None, norm_weight=None):
     if norm_weight is not None:
         heads = zip(x.unbind(2), norm_weight.to(x.dtype), strict=True)
         x = torch.stack([F.rms_norm(head, head.shape[-1:], weight, 1e-6) for head, weight in heads], 2)
-    index = torch.arange(x.shape[1]) if positions is None else positions
+    index = torch.arange(x.shape[1], device=x.device) if positions is None else positions
     cos, sin = cos[index].unsqueeze(-2).to(x.dtype), sin[index].unsqueeze(-2).to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
@@ -241,7 +241,7 @@ def rotary_case(
 ) -> Case:  # fmt: skip
     def make(i: Inputs) -> dict[str, Any]:
         x = view(i.normal(*shape))
-        angles = torch.randn(64, x.shape[-1] // 2, generator=torch.Generator().manual_seed(3))
+        angles = torch.randn(64, x.shape[-1] // 2, generator=torch.Generator().manual_seed(3), device="cpu").to(i.device)
         tensors = {"x": x, "cos": angles.cos(), "sin": angles.sin()}
         if positions == "per_token":
             tensors["positions"] = i.integers(64, x.shape[1])

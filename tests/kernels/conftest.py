@@ -44,15 +44,19 @@ def oracle() -> SimpleNamespace:
 
 @pytest.fixture
 def serve():
-    """serve(backend, op, threads=None): everything in the test runs on that backend; skips, with the reason, where it is missing."""
+    """serve(backend, op, threads=None): everything in the test runs on that backend; skips, with the reason, where it is missing.
+
+    With a backend that serves GPUs too, a tensor that names no device is made nowhere ("meta"): on a GPU it would be on the wrong device, in the
+    test and in the kernels alike, and here that would go unseen.
+    """
     scopes = []
 
     def enter(backend: str, op: str, threads: int | None = None) -> None:
         if importlib.util.find_spec(f"cllm.kernels.{backend}.{_FILE_OF.get(op, op)}") is None:
             pytest.skip(f"there is no {backend} kernel for {op}")
-        scope = runtime.use(backend=backend, threads=threads)
-        scope.__enter__()
-        scopes.append(scope)
+        for scope in (runtime.use(backend=backend, threads=threads), *(() if backend == "numba" else (torch.device("meta"),))):
+            scope.__enter__()
+            scopes.append(scope)
 
     yield enter
     for scope in reversed(scopes):

@@ -13,22 +13,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cllm import runtime
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Tensors = tuple[Tensor | None, ...]
 
 
+def device() -> str:
+    """Where the backend in force computes: on the GPU where there is one, and numba's kernels on the CPU."""
+    return "cpu" if runtime.settings().backend == "numba" else DEVICE
+
+
 class Inputs:
-    """Makes the same inputs in any dtype: values are drawn in float64, rounded to `rounding`, then cast to `dtype`."""
+    """Makes the same inputs in any dtype: values are drawn in float64, rounded to `rounding`, then cast to `dtype`.
+
+    They are drawn on the CPU, so that they are the same everywhere, and lie where the backend in force computes.
+    """
 
     def __init__(self, rounding: torch.dtype, dtype: torch.dtype, seed: int = 0):
-        self.rounding, self.dtype = rounding, dtype
+        self.rounding, self.dtype, self.device = rounding, dtype, device()
         self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape: int, scale: float = 1.0, offset: float = 0.0) -> Tensor:
-        values = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale + offset
-        return values.to(self.rounding).to(self.dtype)
+        values = torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu") * scale + offset
+        return values.to(self.rounding).to(self.dtype).to(self.device)
 
     def integers(self, end: int, *shape: int) -> Tensor:
-        return torch.randint(0, end, shape, generator=self.generator)
+        return torch.randint(0, end, shape, generator=self.generator, device="cpu").to(self.device)
 
     def master(self, *shape: int, scale: float = 1.0) -> Tensor:
         """A weight that stays float32 beside bfloat16 activations; its values survive the rounding, so that the oracle agrees."""
@@ -36,11 +47,14 @@ class Inputs:
         return values.float() if self.dtype == torch.bfloat16 else values
 
 
-_autograd = ThreadPoolExecutor(1, thread_name_prefix="autograd")
+_autograd = ThreadPoolExecutor(1, thread_name_prefix="autograd", initializer=torch.set_default_device, initargs=("meta",))
 
 
 def backward(outputs: list[Tensor], gradients: list[Tensor]) -> None:
-    """`torch.autograd.backward` in another thread, where autograd runs it on a GPU: nothing that this thread has set holds there."""
+    """`torch.autograd.backward` in another thread, where autograd runs it on a GPU: nothing that this thread has set holds there.
+
+    A tensor that names no device is made nowhere in that thread, as in `serve` of conftest.py.
+    """
     _autograd.submit(torch.autograd.backward, outputs, gradients).result()
 
 
@@ -60,16 +74,23 @@ class Case:
         return f"{self.op}-{self.name}"
 
 
-def run(case: Case, compute: Callable[..., Any], rounding: torch.dtype, dtype: torch.dtype) -> dict[str, Tensor | None]:
-    """Outputs and gradients of one computation, named out0, out1, ..., d_<input>."""
+def leaves(case: Case, rounding: torch.dtype, dtype: torch.dtype) -> dict[str, Any]:
+    """What `case` is computed from: floating-point tensors that gradients are asked of, unless they are constants, and all others."""
     inputs = Inputs(rounding, dtype)
     tensors: dict[str, Any] = {}
     for name, tensor in case.make(inputs).items():
+        assert not isinstance(tensor, Tensor) or tensor.device.type == inputs.device, f"{case}: {name} is on {tensor.device}, not {inputs.device}"
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
             tensor = tensor.detach()  # keeps strides: a leaf may be a view
             if name not in case.constants:
                 tensor.requires_grad_()
         tensors[name] = tensor
+    return tensors
+
+
+def run(case: Case, compute: Callable[..., Any], rounding: torch.dtype, dtype: torch.dtype) -> dict[str, Tensor | None]:
+    """Outputs and gradients of one computation, named out0, out1, ..., d_<input>."""
+    tensors = leaves(case, rounding, dtype)
     outputs = compute(**tensors)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     results: dict[str, Tensor | None] = {f"out{i}": out.detach() for i, out in enumerate(outputs)}

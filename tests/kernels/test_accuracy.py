@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cllm_kernel_oracle import device  # loaded by conftest.py under this name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -55,7 +56,7 @@ def test_attention_of_any_shape(oracle, queries, more_keys, group, half, causal,
 def test_softmax_and_norm_of_any_shape(oracle, rows, width, scale):
     x = oracle.Inputs(torch.float32, torch.float32).normal(rows, width, scale=scale)
     oracle.check_rule("softmax", kernels.softmax(x), torch.softmax(x, -1), torch.softmax(x.double(), -1), slack=4)
-    weight = torch.ones(width)
+    weight = torch.ones(width, device=device())
     exact = torch.nn.functional.rms_norm(x.double(), (width,), weight.double(), 1e-6)
     plain = torch.nn.functional.rms_norm(x, (width,), weight, 1e-6)
     oracle.check_rule("rms_norm", kernels.rms_norm(x, weight), plain, exact, slack=4)
@@ -89,8 +90,8 @@ def test_loss_statistics_come_from_the_same_logits(backend_name, oracle, serve):
 
 def test_the_first_of_equal_logits_is_the_prediction(backend_name, serve):
     serve(backend_name, "linear_cross_entropy")
-    x, weight = torch.ones(3, 4), torch.ones(37, 4)
-    _, stats = kernels.linear_cross_entropy(x, weight, torch.tensor([0, 1, 36]), return_stats=True)
+    x, weight = torch.ones(3, 4, device=device()), torch.ones(37, 4, device=device())
+    _, stats = kernels.linear_cross_entropy(x, weight, torch.tensor([0, 1, 36], device=device()), return_stats=True)
     assert stats.correct.tolist() == [True, False, False]
 
 
@@ -102,10 +103,10 @@ def test_linear_cross_entropy_gradients_survive_a_second_backward(backend_name, 
     loss.backward(retain_graph=True)
     once = weight.grad.clone()
     loss.backward(retain_graph=True)
-    loss.backward(torch.tensor(2.0))
+    loss.backward(torch.tensor(2.0, device=device()))
     torch.testing.assert_close(weight.grad, 4 * once)
 
 
 def test_a_backend_asked_for_by_name_that_cannot_serve_is_an_error():
     with runtime.use(backend="numba"), pytest.raises(runtime.errors.BackendError, match="float64"):
-        kernels.softmax(torch.ones(3, dtype=torch.float64))
+        kernels.softmax(torch.ones(3, dtype=torch.float64, device=device()))

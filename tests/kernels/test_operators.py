@@ -5,14 +5,15 @@ import sys
 
 import pytest
 import torch
+from cllm_kernel_oracle import device  # loaded by conftest.py under this name
 from torch.library import opcheck
 
 from cllm import kernels, runtime
 
 
-def _normal(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> torch.Tensor:
+def _normal(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True, device: str = "cpu") -> torch.Tensor:
     generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype).to(device).requires_grad_(grad)
 
 
 def _operator_calls() -> dict[str, list[tuple]]:
@@ -189,7 +190,7 @@ def test_gradients_of_the_reference_agree_with_finite_differences(name):
 def test_gradients_have_the_layout_of_their_weights(backend_name, serve):
     """Autograd copies a gradient of another layout than its leaf's, which for GPT-2's transposed weights cost a third of a short step."""
     serve(backend_name, "feed_forward")
-    x, up, down = _normal(3, 8), _normal(8, 16), _normal(16, 8)
+    x, up, down = (_normal(*shape, device=device()) for shape in ((3, 8), (8, 16), (16, 8)))
     seen = []
     for weight in (up, down):
         weight.register_hook(lambda gradient: seen.append(gradient.is_contiguous()))

@@ -19,9 +19,10 @@ from cllm.kernels.gluon import attention_backward as attention_hopper_backward
 from cllm.kernels.gluon import attention_forward as attention_hopper
 from cllm.kernels.torch import attention as reference
 from cllm.kernels.triton import launch as launching
-from cllm.runtime.gpu import DESCRIBED, described
+from cllm.runtime.gpu import DESCRIBED, described, gpu_of
 
 H200 = DESCRIBED["h200"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _spec = importlib.util.spec_from_file_location("cllm_gluon_model", Path(__file__).with_name("gluon_model.py"))
 gluon_model = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(gluon_model)
@@ -37,12 +38,19 @@ def one_thread():
 
 @pytest.fixture
 def on_model(monkeypatch):
-    """on_model(model, num_sms): launches of Gluon kernels go to the model, those of plain Triton to its interpreter."""
+    """on_model(model, num_sms): launches of Gluon kernels go to the model, those of plain Triton to its interpreter or to the GPU."""
     scopes = []
 
     def enter(model, num_sms: int = 3) -> None:
-        def launch(kernel, *args, **options):
-            (model.launch if hasattr(kernel, "is_gluon") else launching.launch)(kernel, *args, **options)
+        def launch(kernel, grid, *args, **options):
+            if hasattr(kernel, "is_gluon"):
+                model.launch(kernel, grid, *args, **options)
+                return
+            there = [each.to(DEVICE) if isinstance(each, torch.Tensor) else each for each in args]
+            launching.launch(kernel, grid, *there, **options)
+            for here, result in zip(args, there):
+                if isinstance(here, torch.Tensor):
+                    here.copy_(result)
 
         monkeypatch.setattr(attention_hopper, "launch", launch)
         monkeypatch.setattr(attention_hopper_backward, "launch", launch)
@@ -203,6 +211,38 @@ def test_backward(on_model, name, seed, copies):
     wide = [x.double() for x in (q, k, v)]
     exact = reference.backward(dout.double(), dlse, *wide, *reference.forward(*wide, *options), *options)
     check_close(ours, reference.backward(dout, dlse, q, k, v, out, lse, *options), exact)
+
+
+hopper = pytest.mark.skipif(
+    not (torch.cuda.is_available() and gpu_of(torch.device("cuda")).is_hopper), reason="the kernels themselves run on a Hopper GPU alone"
+)
+ON_HOPPER = {**CASES, **{f"head size 256{', causal' * causal}": ((1, 300, 260, 2, 1, 256), {"causal": causal}) for causal in (False, True)}}
+
+
+@hopper
+@pytest.mark.parametrize("name", ON_HOPPER)
+def test_forward_on_hopper(name):
+    sizes, changes = ON_HOPPER[name]
+    options = options_of(sizes, **changes)
+    q, k, v = (x.to(DEVICE) for x in tensors(0, *sizes))
+    options = *options[:4], options[4] if options[4] is None else options[4].to(DEVICE)
+    exact = reference.forward(q.double(), k.double(), v.double(), *options)
+    check_close(attention_hopper.forward(q, k, v, *options), reference.forward(q, k, v, *options), exact)
+
+
+@hopper
+@pytest.mark.parametrize("name", CASES)
+def test_backward_on_hopper(name):
+    sizes, changes = CASES[name]
+    options = options_of(sizes, **changes)
+    q, k, v = (x.to(DEVICE) for x in tensors(0, *sizes))
+    options = *options[:4], options[4] if options[4] is None else options[4].to(DEVICE)
+    dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(0)).to(q)
+    out, lse = reference.forward(q, k, v, *options)
+    ours = attention_hopper_backward.backward(dout, None, q, k, v, out, lse, *options)
+    wide = [x.double() for x in (q, k, v)]
+    exact = reference.backward(dout.double(), None, *wide, *reference.forward(*wide, *options), *options)
+    check_close(ours, reference.backward(dout, None, q, k, v, out, lse, *options), exact)
 
 
 def test_slices_of_one_projection_in_float16(on_model):

@@ -1,23 +1,21 @@
 """The Triton attention kernels beyond the shared cases: several blocks, head sizes, fp16, documents and windows across blocks, decoding, grids."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
+from cllm_kernel_oracle import device  # loaded by conftest.py under this name
 
 pytest.importorskip("triton")
 
 from cllm import kernels, runtime
 from cllm.runtime import gpu
 
-if torch.cuda.is_available():
-    pytest.skip("tests/gpu runs the kernels on the GPU", allow_module_level=True)
-
 
 @pytest.fixture(autouse=True)
-def triton_kernels():
-    with runtime.use(backend="triton"):
-        yield
+def triton_kernels(serve):
+    serve("triton", "attention")
 
 
 def check(oracle, dtype, shape, slack=2.0, **options):
@@ -38,7 +36,7 @@ def test_head_sizes(oracle, dim):
 
 @pytest.mark.parametrize(("dim", "options"), [(256, {"causal": True}), (200, {"causal": True, "softcap": 5.0, "window": 40})])
 def test_large_heads_whose_gradients_are_made_in_halves(oracle, dim, options):
-    with gpu.described(gpu.DESCRIBED["h200"]):
+    with nullcontext() if torch.cuda.is_available() else gpu.described(gpu.DESCRIBED["h200"]):
         check(oracle, torch.bfloat16, (1, 70, 90, 2, 1, dim), **options)
 
 
@@ -48,7 +46,7 @@ def test_several_blocks_of_queries_and_keys(oracle, dtype):
 
 
 def test_documents_across_blocks(oracle):
-    bounds = torch.tensor([0, 3, 130, 131, 131, 260], dtype=torch.int32)
+    bounds = torch.tensor([0, 3, 130, 131, 131, 260], dtype=torch.int32, device=device())
     check(oracle, torch.float32, (1, 260, 260, 2, 1, 32), causal=True, cu_seqlens=bounds)
     check(oracle, torch.float32, (1, 260, 260, 1, 1, 32), cu_seqlens=bounds)
 
@@ -80,7 +78,7 @@ def test_gradients_that_are_expanded_or_strided(oracle):
     out = kernels.attention(q, k, v, causal=True)
     expanded = torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)
     whole = torch.autograd.grad(out, (q, k, v), torch.ones_like(out), retain_graph=True)
-    strided = torch.autograd.grad(out, (q, k, v), torch.ones(1, 30, 16, 2).transpose(2, 3))
+    strided = torch.autograd.grad(out, (q, k, v), torch.ones(1, 30, 16, 2, device=device()).transpose(2, 3))
     for a, b, c in zip(expanded, whole, strided):
         assert torch.equal(a, b) and torch.equal(b, c)
 
@@ -90,7 +88,7 @@ def test_the_size_of_the_gpu_changes_no_bit(oracle):
     q, k, v = i.normal(1, 150, 4, 32), i.normal(1, 150, 2, 32), i.normal(1, 150, 2, 32)
     found = []
     for num_sms in (1, 3, 1000):
-        with gpu.described(dataclasses.replace(gpu.INTERPRETED, num_sms=num_sms)):
+        with gpu.described(dataclasses.replace(gpu.gpu_of(q.device), num_sms=num_sms)):
             leaves = [each.clone().requires_grad_() for each in (q, k, v)]
             out = kernels.attention(*leaves, causal=True)
             found.append([out.detach(), *torch.autograd.grad(out, leaves, out.detach())])
@@ -105,7 +103,7 @@ def test_the_size_of_the_gpu_changes_no_bit(oracle):
 @pytest.mark.parametrize("grad", [False, True])
 def test_the_library_backend_does_what_it_can_and_leaves_the_rest_to_triton(options, grad):
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 12, heads, 16, generator=generator).requires_grad_(grad) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(2, 12, heads, 16, generator=generator, device="cpu").to(device()).requires_grad_(grad) for heads in (4, 2, 2))
     found, gradients = [], []
     for backend, deterministic in (("torch", True), ("sdpa", True), ("sdpa", False)):
         with runtime.use(backend=backend, deterministic=deterministic):
@@ -127,7 +125,7 @@ def test_the_library_backend_does_what_it_can_and_leaves_the_rest_to_triton(opti
 def test_the_library_backend_says_why_it_cannot_serve():
     from cllm.kernels.sdpa.attention import can_serve
 
-    q, k = torch.ones(1, 4, 2, 8), torch.ones(1, 6, 2, 8)
+    q, k = torch.ones(1, 4, 2, 8, device=device()), torch.ones(1, 6, 2, 8, device=device())
     assert can_serve(q, q, q, True, 0, 0.0, None, True)[0]
     assert "diagonal" in can_serve(q, k, k, True, 0, 0.0, None, True)[1] and can_serve(q, k, k, False, 0, 0.0, None, True)[0]
     assert "window" in can_serve(q, q, q, True, 3, 0.0, None, True)[1]

@@ -2,22 +2,19 @@
 
 import pytest
 import torch
+from cllm_kernel_oracle import device  # loaded by conftest.py under this name
 
 pytest.importorskip("triton")
 
 from cllm import kernels, runtime
 from cllm.kernels.triton import cross_entropy, embedding, linear_cross_entropy, matmul
 
-if torch.cuda.is_available():
-    pytest.skip("tests/gpu runs the kernels on the GPU", allow_module_level=True)
-
 HALVES = [torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True)
-def triton_kernels():
-    with runtime.use(backend="triton"):
-        yield
+def triton_kernels(serve):
+    serve("triton", "matmul")
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
@@ -40,13 +37,13 @@ def test_a_second_pair_is_added_to_the_same_sums(oracle):
 
 
 def test_a_product_over_nothing_is_its_bias():
-    a, b, bias = torch.randn(20, 0), torch.randn(0, 40), torch.randn(40)
-    assert torch.equal(matmul.product(a, b, None, torch.float32), torch.zeros(20, 40))
+    a, b, bias = torch.randn(20, 0, device=device()), torch.randn(0, 40, device=device()), torch.randn(40, device=device())
+    assert torch.equal(matmul.product(a, b, None, torch.float32), torch.zeros(20, 40, device=device()))
     assert torch.equal(matmul.product(a, b, bias, torch.float32), bias.expand(20, 40))
 
 
 def test_sums_of_columns_over_many_groups_of_rows():
-    x = torch.randn(70_000, 5, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(70_000, 5, generator=torch.Generator().manual_seed(0), device="cpu").to(device())
     found = matmul.column_sums(x.T.contiguous().T, torch.float32)
     torch.testing.assert_close(found, x.double().sum(0).float(), atol=1e-3, rtol=0)
     assert torch.equal(found, matmul.column_sums(x, torch.float32))
@@ -75,8 +72,8 @@ def test_recomputing_gives_the_bits_of_keeping(oracle):
 @pytest.mark.parametrize("columns", [1, 31, cross_entropy.MOST_COLUMNS, cross_entropy.MOST_COLUMNS + 3, 5000])
 def test_losses_of_rows_longer_and_shorter_than_a_block(columns):
     generator = torch.Generator().manual_seed(columns)
-    logits = (4 * torch.randn(6, columns, generator=generator)).requires_grad_()
-    targets = torch.randint(columns, (6,), generator=generator)
+    logits = (4 * torch.randn(6, columns, generator=generator, device="cpu").to(device())).requires_grad_()
+    targets = torch.randint(columns, (6,), generator=generator, device="cpu").to(device())
     loss = kernels.cross_entropy(logits, targets, label_smoothing=0.1, z_loss=1e-3)
     (gradient,) = torch.autograd.grad(loss, logits)
     wide = logits.detach().double().requires_grad_()
@@ -96,7 +93,7 @@ def test_chunks_of_rows_give_what_one_chunk_gives(dtype, monkeypatch, oracle):
     whole = linear_cross_entropy.forward_with_grads(x, weight, targets, *options, 0.02)
     monkeypatch.setattr(linear_cross_entropy, "LOGIT_BYTES", 61 * 16 * dtype.itemsize)
     monkeypatch.setattr(linear_cross_entropy, "FEWEST_ROWS", 1)
-    assert len(linear_cross_entropy._chunks(50, 61, dtype, runtime.gpu.INTERPRETED)) == 4
+    assert len(linear_cross_entropy._chunks(50, 61, dtype, runtime.gpu.gpu_of(x.device))) == 4
     parts = linear_cross_entropy.forward_with_grads(x, weight, targets, *options, 0.02)
     for one, many in zip(whole[:5], parts[:5]):
         assert torch.equal(one, many)
@@ -107,11 +104,11 @@ def test_the_gradient_of_an_embedding_adds_long_and_short_runs_in_order():
     generator = torch.Generator().manual_seed(0)
     piece = embedding.PIECE
     lengths = [1, 2 * piece, 3, piece, piece - 1, 5 * piece + 7, 1, 1]
-    tokens = torch.cat([torch.full((length,), 3 * index) for index, length in enumerate(lengths)])
-    tokens = tokens[torch.randperm(tokens.numel(), generator=generator)]
-    dy = torch.randn(tokens.numel(), 20, generator=generator)
+    tokens = torch.cat([torch.full((length,), 3 * index, device=device()) for index, length in enumerate(lengths)])
+    tokens = tokens[torch.randperm(tokens.numel(), generator=generator, device="cpu").to(device())]
+    dy = torch.randn(tokens.numel(), 20, generator=generator, device="cpu").to(device())
     found = embedding.backward(dy, tokens, 30, torch.float32)
-    expected = torch.zeros(30, 20, dtype=torch.float64).index_add_(0, tokens, dy.double())
+    expected = torch.zeros(30, 20, dtype=torch.float64, device=device()).index_add_(0, tokens, dy.double())
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=0)
     assert torch.equal(found, embedding.backward(dy, tokens, 30, torch.float32))
     assert (found[1] == 0).all() and (found[29] == 0).all()
