@@ -14,6 +14,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,6 +152,32 @@ def _concerns(place: str | Path, error: OSError) -> bool:
     return beside.startswith(".") and beside.endswith(".tmp")
 
 
+# -- files that somebody has named ------------------------------------------------------------------------------------------
+
+
+def read_named(path: str | Path) -> bytes:
+    """The content of a file that was named on the command line: a regular file, or a pipe that has a writer, such as a shell's `<(command)`.
+
+    Raises OSError for everything else. A pipe without a writer and a device such as /dev/zero are refused, because reading them might never end.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # the system has words of its own for a folder
+        return Path(path).read_bytes()
+    if not stat.S_ISFIFO(mode):
+        raise OSError(errno.EINVAL, "it is a device or a socket, not a file", str(path))
+    pipe = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(pipe, "rb") as file:
+        try:
+            first = os.read(pipe, 1 << 16)
+        except BlockingIOError:  # there is a writer, which has not written yet
+            first = b""
+        else:
+            if not first:
+                raise OSError(errno.EINVAL, "it is a pipe that nothing is written to", str(path))
+        os.set_blocking(pipe, True)
+        return first + file.read()
+
+
 # -- files that are not what was expected ----------------------------------------------------------------------------------
 
 _FOREIGN = (
@@ -177,6 +204,8 @@ def foreign(path: str | Path, text: bool = True) -> str | None:
     text: whether a text may be the right file; otherwise it is named too.
     """
     try:
+        if not os.path.isfile(path):  # reading a pipe would take from it what the caller is about to read
+            return None
         with open(path, "rb") as file:
             head = file.read(512)
     except OSError:

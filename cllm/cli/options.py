@@ -150,10 +150,11 @@ def read_text(path: Path, encoding: str) -> str:
     """
     from cllm.data.documents.charset import Binary, check_encoding, decode
     from cllm.data.documents.decodings import Decodings
+    from cllm.files import read_named
     from cllm.runtime.progress import say
 
     try:
-        found = decode(path.read_bytes(), check_encoding(encoding))
+        found = decode(read_named(path), check_encoding(encoding))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}.") from error
     if isinstance(found, Binary):

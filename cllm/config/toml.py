@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cllm.config.schema import SECTIONS, SETTINGS, full_key
+from cllm.files import read_named
 from cllm.runtime.errors import UserError
 
 
@@ -19,7 +20,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     Raises UserError when the file cannot be read, is no TOML, or holds an unknown section or key.
     """
     try:
-        tree = tomllib.loads(_decode(Path(path).read_bytes()))
+        tree = tomllib.loads(_decode(read_named(path)))
     except OSError as error:
         raise UserError(f"cannot read the configuration {str(path)!r}: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:

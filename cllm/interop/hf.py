@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cllm.config.model import ModelConfig
-from cllm.files import MODEL, foreign, new_folder
+from cllm.files import MODEL, foreign, new_folder, read_named, reason
 from cllm.interop.hf_config import config_from_hf, config_to_hf
 from cllm.model.model import Model
 from cllm.runtime.errors import CheckpointError, UserError
@@ -215,11 +215,11 @@ def _write_weights(state: dict[str, Tensor], folder: Path, dtype: torch.dtype, m
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text("utf-8"))
+        values = json.loads(read_named(path).decode("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing. Expected a Hugging Face model folder.") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} {foreign(path) or f'cannot be read as JSON: {error}. Copy or download it again.'}") from error
+        raise CheckpointError(f"{path} {foreign(path) or f'cannot be read as JSON: {reason(error)}. Copy or download it again.'}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(values).__name__}.")
     return values

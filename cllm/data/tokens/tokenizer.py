@@ -35,7 +35,7 @@ from cllm.data.tokens.vocabulary import (
     learn_characters,
     sentence_piece_bytes,
 )
-from cllm.files import DATA, foreign, write_file
+from cllm.files import DATA, foreign, read_named, reason, write_file
 from cllm.runtime.errors import DataError, UserError
 from cllm.runtime.progress import ByteProgress
 
@@ -130,11 +130,11 @@ class Tokenizer:
         if what := foreign(file):
             raise DataError(f"{file} {what}")
         try:
-            text = file.read_text("utf-8")
+            text = read_named(file).decode("utf-8")
         except FileNotFoundError:
             raise DataError(f"There is no tokenizer at {file}. Train one with `cllm tokenizer train`.") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file} cannot be read as a tokenizer: {error}.") from None
+            raise DataError(f"{file} cannot be read as a tokenizer: {reason(error)}.") from None
         return cls.from_json(text, str(file), _read_settings(file.with_name(SETTINGS)) if file.name == "tokenizer.json" else None)
 
     @property
