@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from cllm.runtime import ceiling, compiler, tree, tuning
+from cllm.runtime import ceiling, compiler, toolchain, tree, tuning
 from cllm.runtime.device import available_memory, cpu, devices, gpus, operating_system
 from cllm.runtime.plan import explain, registered_operations, settings
 
@@ -79,6 +79,8 @@ def _missing(features: frozenset[str], versions: dict[str, str]) -> list[str]:
     missing = [f"{name}, {_libraries[name]}" for name, number in versions.items() if number == "absent" and _libraries[name]]
     if not gpus():
         missing.append("a GPU that torch can use; everything runs on the CPU")
+    elif obstacle := toolchain.obstacle():
+        missing.append(f"what a GPU's kernels need; everything runs on the CPU: {obstacle}")
     if features and not features & {"avx512f", "neon", "asimd"}:
         missing.append("512-bit vectors (AVX-512) in this CPU; the kernels use narrower ones")
     if features and not features & {"amx_bf16", "avx512_bf16", "bf16"}:

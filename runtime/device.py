@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cllm.runtime import progress, toolchain
 from cllm.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ CHOICES = ("auto", "cpu", "cuda")
 def resolve(asked: str) -> tuple[torch.device, str]:
     """The device for "auto", "cpu" or "cuda", and why. Of several GPUs the one with the most free memory; CUDA_VISIBLE_DEVICES narrows the choice.
 
+    With "auto", a GPU that is there and cannot be used for want of something is told once, as a warning.
     Raises UserError for a GPU that is asked for and cannot be used.
     """
     if asked not in CHOICES:
@@ -173,6 +175,8 @@ def resolve(asked: str) -> tuple[torch.device, str]:
     if obstacle:
         if asked == "cuda":
             raise UserError(f"--device cuda: {obstacle}. Use --device cpu, or install what is missing.")
+        if torch.cuda.is_available():
+            _warn_of_unused_gpu(obstacle)
         return torch.device("cpu"), obstacle
     free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
     index = max(range(len(free)), key=free.__getitem__)
@@ -189,7 +193,12 @@ def _obstacle() -> str:
         return "no GPU is visible to PyTorch" if built else "this PyTorch was built without GPU support"
     if importlib.util.find_spec("triton") is None:
         return "Triton, which the GPU kernels need, is not installed (pip install triton)"
-    return ""
+    return toolchain.obstacle()
+
+
+@lru_cache(maxsize=1)
+def _warn_of_unused_gpu(obstacle: str) -> None:
+    progress.say(f"warning: the GPU is not used and everything runs on the CPU: {obstacle}.")
 
 
 def free_memory(device: torch.device) -> int:
