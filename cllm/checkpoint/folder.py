@@ -21,12 +21,13 @@ from typing import Any
 import torch
 
 from cllm.checkpoint.parts import INDEX, OPTIMIZER, WEIGHTS, read_whole
+from cllm.checkpoint.place import MANIFEST
 from cllm.checkpoint.safetensors import describe_tensor, file_size, read_json, read_safetensors, sha256_of
 from cllm.files import reason
 from cllm.runtime.errors import CheckpointError
 
 FORMAT_VERSION = 2
-STATE, MANIFEST = "state.json", "manifest.json"
+STATE = "state.json"
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")  # a name in the checkpoint's own folder, never a path
 
 

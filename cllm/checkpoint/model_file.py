@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cllm.checkpoint.folder import MANIFEST, Checkpoint, read_checkpoint
+from cllm.checkpoint.folder import Checkpoint, read_checkpoint
+from cllm.checkpoint.place import CHECKPOINTS, NOT_A_CHECKPOINT, kind_of
 from cllm.checkpoint.safetensors import (
     DTYPES,
-    NOT_A_CHECKPOINT,
     raw_bytes,
     read_safetensors,
     read_safetensors_metadata,
@@ -76,25 +76,22 @@ def load(path: str | Path, report: Callable[[str], None] | None = None, weights:
 
 
 def _load(path: Path, report: Callable[[str], None] | None) -> tuple[Model, Tokenizer | None]:
+    kind = kind_of(path)
     try:
-        if path.is_file():
+        if kind == "file":
             return _load_file(path)
-        if (path / MANIFEST).is_file():
+        if kind == "checkpoint":
             return _load_checkpoint(read_checkpoint(path, with_optimizer=False))
-        if (path / "checkpoints").is_dir():
-            checkpoint = CheckpointStore(path / "checkpoints").newest_good(report, with_optimizer=False)
+        if kind == "run":
+            checkpoint = CheckpointStore(path / CHECKPOINTS).newest_good(report, with_optimizer=False)
             if checkpoint is None:
                 raise CheckpointError(f"{path} has no checkpoint yet. Train it first: {command('train', 'DATA', '--out', path)}")
             return _load_checkpoint(checkpoint)
-        if (path / "config.json").is_file():
-            from cllm.interop.hf import load_hf
+        from cllm.interop.hf import load_hf
 
-            return load_hf(path)
+        return load_hf(path)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {reason(error)}.") from error
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist. {NOT_A_CHECKPOINT}")
-    raise CheckpointError(f"{path} is not a checkpoint. {NOT_A_CHECKPOINT}")
 
 
 # -- one file --------------------------------------------------------------------------------------------------------------

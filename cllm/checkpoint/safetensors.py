@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from cllm.files import foreign, reason
+from cllm.checkpoint.place import unreadable
+from cllm.files import reason
 from cllm.runtime.errors import CheckpointError
 
 DTYPES = {
@@ -31,7 +32,6 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-NOT_A_CHECKPOINT = "Expected a run folder, a checkpoint folder, a .cllm file or a Hugging Face folder."
 _CHUNK_BYTES = 16 << 20
 _LARGEST_JSON_BYTES = 64 << 20  # no manifest or state of a checkpoint comes near it
 
@@ -107,7 +107,7 @@ def open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, reason(error)) from error
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -119,20 +119,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
             # Copied out of the mapped file, which may be replaced on disk while its weights are in use.
             return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, reason(error)) from error
 
 
 def read_safetensors_metadata(path: Path) -> dict[str, str]:
     """The metadata of a file, without its tensors. Raises CheckpointError when it is not a safetensors file."""
     with open_safetensors(path) as file:
         return dict(file.metadata() or {})
-
-
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    what = foreign(path, text=False)
-    if what is not None:
-        return CheckpointError(f"{path} {what}" + (f" {NOT_A_CHECKPOINT}" if what.endswith("text file.") else ""))
-    return CheckpointError(f"{path} is not a readable safetensors file ({reason(error)}). {NOT_A_CHECKPOINT}")
 
 
 def file_size(path: Path) -> int:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cllm.checkpoint.folder import MANIFEST, STATE, Checkpoint, read_checkpoint, read_manifest, verify
+from cllm.checkpoint.folder import STATE, Checkpoint, read_checkpoint, read_manifest, verify
 from cllm.checkpoint.model_file import load
 from cllm.checkpoint.parts import OPTIMIZER, WEIGHTS
+from cllm.checkpoint.place import MANIFEST
 from cllm.checkpoint.safetensors import describe_tensor
 from cllm.checkpoint.store import CheckpointStore
 from cllm.checkpoint.weights import weights_of

@@ -10,7 +10,7 @@ import typer
 
 from cllm.cli.console import Console, open_console, standard_input
 from cllm.cli.generate import MaxTokens, Seed
-from cllm.cli.options import Checkpoint, Device, Json, Threads, Weights, examples, load_model, read_settings, with_settings
+from cllm.cli.options import Checkpoint, Device, Json, Threads, Weights, check_model, examples, load_model, read_settings, with_settings
 from cllm.config.sampling import SAMPLING
 from cllm.runtime.errors import UserError
 from cllm.runtime.progress import say
@@ -41,6 +41,7 @@ def chat(
     """Talk with a model that was taught on chats: each line of standard input gets an answer, until it ends (Ctrl-D)."""
     console = open_console(as_json)
     options = {"max_tokens": max_tokens, "seed": seed, **read_settings(CHAT_SAMPLING, settings)}
+    check_model(checkpoint)
     from cllm import runtime
 
     with runtime.use(threads=threads):

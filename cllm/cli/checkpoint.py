@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from cllm.cli.console import open_console, readable, table
-from cllm.cli.options import Checkpoint, Json, argument, examples, option, require_suffix
+from cllm.cli.options import Checkpoint, Json, argument, check_model, examples, option, require_suffix
 from cllm.runtime.errors import CheckpointError
 
 app = typer.Typer()
@@ -22,6 +22,7 @@ def inspect(
 ) -> None:
     """What a checkpoint holds; of a run, its newest good one."""
     console = open_console(as_json)
+    check_model(checkpoint)
     from cllm.checkpoint.tools import inspect
 
     found = inspect(checkpoint, console.print)
@@ -46,6 +47,7 @@ def inspect(
 def verify(checkpoint: Checkpoint, as_json: Json = False) -> None:
     """Read every byte of a checkpoint, or of all checkpoints of a run, against its SHA-256. Exit status 1 when any is damaged."""
     console = open_console(as_json)
+    check_model(checkpoint)
     from cllm.checkpoint.tools import verify_all
 
     results = verify_all(checkpoint)
@@ -61,6 +63,8 @@ def verify(checkpoint: Checkpoint, as_json: Json = False) -> None:
 def diff(first: Checkpoint, second: Checkpoint, as_json: Json = False) -> None:
     """Compare two models bit by bit: configuration, tokenizer, and how far each weight has moved."""
     console = open_console(as_json)
+    for each in (first, second):
+        check_model(each)
     from cllm.checkpoint.tools import diff
 
     found = diff(first, second, console.print)
@@ -89,6 +93,8 @@ def average(
     """The mean of the weights of several checkpoints as one model; often better than the last of them."""
     console = open_console(as_json)
     require_suffix(out, ".cllm")
+    for each in checkpoints:
+        check_model(each)
     from cllm.checkpoint.model_file import save
     from cllm.checkpoint.tools import average
 

@@ -11,7 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cllm.cli.console import Console, open_console, table
-from cllm.cli.options import READING, Checkpoint, Device, Json, Threads, Weights, argument, examples, load_model, option, reading_of, with_settings
+from cllm.cli.options import (
+    READING,
+    Checkpoint,
+    Device,
+    Json,
+    Threads,
+    Weights,
+    argument,
+    check_model,
+    check_text,
+    examples,
+    load_model,
+    option,
+    reading_of,
+    with_settings,
+)
 from cllm.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,10 +81,19 @@ def evaluate(
 
     if (data is None) == (tasks is None):
         raise UserError("give either DATA (text to predict) or --tasks (tasks of lm-evaluation-harness).")
+    check_model(checkpoint)
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if data is not None:
+        check_text(data)
+    else:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the harness imports huggingface_hub; HF_HUB_OFFLINE=0 from outside wins
+        from cllm.evaluate.harness import check_request
+
+        check_request(names, task_path)
     with runtime.use(threads=threads):
         model, tokenizer = load_model(checkpoint, weights=weights, device=device)
         if tasks is not None:
-            values = tasks_run(console, model, tokenizer, [name.strip() for name in tasks.split(",") if name.strip()], task_path, batch_size)
+            values = tasks_run(console, model, tokenizer, names, task_path, batch_size)
         else:
             assert data is not None
             sizes: dict[str, Any] = {"seq_len": seq_len, "stride": stride, "batch_size": batch_size, "checkpoint": checkpoint}
@@ -168,7 +192,6 @@ def _evaluate_chats(
 
 def tasks_run(console: Console, model: Model, tokenizer: Tokenizer, tasks: list[str], task_path: Path | None, batch_size: int) -> dict[str, Any]:
     """Runs tasks of lm-evaluation-harness, prints a row for each figure, and returns them: {"results": {task: {metric: value}}}."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the harness imports huggingface_hub; HF_HUB_OFFLINE=0 from outside wins
     from cllm.evaluate.harness import run_tasks
 
     results = run_tasks(model, tokenizer, tasks, task_path, batch_size)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cllm.cli.console import open_console
-from cllm.cli.options import Checkpoint, Json, argument, examples, load_model, option, require_suffix
+from cllm.cli.options import Checkpoint, Json, argument, check_model, examples, load_model, option, require_suffix
 from cllm.runtime.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -42,6 +42,11 @@ def export(
     """Write a model in another format. Of a LoRA run, the merged model."""
     console = open_console(as_json)
     _check(to, type_, out)
+    check_model(checkpoint)
+    if to == "gguf":
+        from cllm.interop.gguf import library
+
+        library()  # raises where it is not installed
     written = write(checkpoint, to, out, type_, *load_model(checkpoint, need_tokenizer=False))
     console.print(f"wrote {out} ({written / 1e6:,.2f} MB)")
     console.result({"checkpoint": checkpoint, "format": to, "type": type_, "out": str(out), "bytes": written})

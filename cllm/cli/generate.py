@@ -9,7 +9,20 @@ from typing import Annotated, Any
 import typer
 
 from cllm.cli.console import open_console
-from cllm.cli.options import Checkpoint, Device, Json, Threads, Weights, examples, load_model, option, read_settings, read_text, with_settings
+from cllm.cli.options import (
+    Checkpoint,
+    Device,
+    Json,
+    Threads,
+    Weights,
+    check_model,
+    examples,
+    load_model,
+    option,
+    read_settings,
+    read_text,
+    with_settings,
+)
 from cllm.config.sampling import SAMPLING
 from cllm.runtime.errors import UserError
 
@@ -51,6 +64,7 @@ def generate(
         prompt = read_text(prompt_file, encoding)
     assert prompt is not None
     options = {"max_tokens": max_tokens, "stop": tuple(stop or ()), "seed": seed, "use_cache": not no_cache, **read_settings(SAMPLING, settings)}
+    check_model(checkpoint)
     from cllm import runtime
     from cllm.generate.decoding import generate as run
     from cllm.generate.decoding import stream as run_stream

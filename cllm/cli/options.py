@@ -119,7 +119,22 @@ def reading_of(settings: Mapping[str, str | None]) -> "Reading":
     return Reading.of(**read_settings(READING, settings))
 
 
+def check_model(path: str) -> None:
+    """CheckpointError where no model can be at a path, before the libraries that read one are imported, which takes seconds."""
+    from cllm.checkpoint.place import kind_of
+
+    kind_of(Path(path))
+
+
+def check_text(path: str) -> None:
+    """DataError where no text can be at a path, before anything that takes time."""
+    from cllm.data.pipeline import check_place
+
+    check_place(path)
+
+
 def load_model(path: str, need_tokenizer: bool = True, weights: str | None = None, device: str = "cpu") -> tuple[Any, Any]:
+    check_model(path)
     from cllm.checkpoint.model_file import load
     from cllm.runtime.device import resolve
 

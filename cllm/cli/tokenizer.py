@@ -13,6 +13,7 @@ from cllm.cli.options import (
     Json,
     Text,
     TokenizerPlace,
+    check_text,
     examples,
     load_tokenizer,
     option,
@@ -45,6 +46,7 @@ def pack(
     reading, values = reading_of(settings), read_settings(PACKING, settings)
     if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in ("sources.json", "dataset.json", "tokens")):
         raise UserError(f"{out} holds other files and no packed tokens. Choose a new folder with --out.")
+    check_text(data)
     from cllm.data.pipeline import prepare
 
     dataset = prepare(data, out, tokenizer=load_tokenizer(tokenizer), reading=reading, log=console.print, **values)
@@ -128,6 +130,7 @@ def stats(
     """How well a tokenizer fits DATA: bytes and characters per token, share of the vocabulary in use."""
     console = open_console(as_json)
     reading = reading_of(settings)
+    check_text(data)
     from cllm.data import stream_texts
 
     stats = load_tokenizer(tokenizer).stats(stream_texts(data, reading=reading, log=console.print))

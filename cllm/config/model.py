@@ -19,6 +19,7 @@ from cllm.runtime.errors import UserError
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
 ROPE_SCALINGS = ("linear", "llama3", "yarn")
 MAX_HEAD_DIM = 256  # what the attention kernels serve
+MAX_LAYERS = 10_000  # ten times the deepest Transformer in the literature (Wang et al. 2022, arXiv 2203.00555); more take minutes to be built
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class ModelConfig:
         if self.norm not in ("rms", "layer"):
             raise UserError(f'norm must be "rms" or "layer", got {self.norm!r}.')
         self._check_numbers("vocab_size", "embed_dim", "num_layers", "num_heads", "max_seq_len")
+        if self.num_layers > MAX_LAYERS:
+            raise UserError(f"num_layers must be at most {MAX_LAYERS:,}, got {self.num_layers:,}. Use a larger embed_dim for a larger model.")
         rms = self.norm == "rms"
         self._derive("num_kv_heads", self.num_heads)
         self._derive("position", "rotary" if rms else "learned")

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from cllm.data.documents.corpus import Corpus, Segment, describe, load_corpus, pieces
+from cllm.data.documents.corpus import Corpus, Segment, describe, load_corpus, no_text, pieces
+from cllm.data.documents.files import find
 from cllm.data.documents.scan import Reading
 from cllm.data.documents.sides import SplitPlan, plan_split
 from cllm.data.tokens.dataset import FORMAT, VERSION, Dataset, folder_for, is_packed, left_out, read_info, token_words
@@ -34,6 +35,15 @@ _BATCH_PIECES = 1 << 12  # pieces at most
 
 Log = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
+
+
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Raises DataError where nothing at a path can be text, as far as the names and sizes of the files tell: quick for any folder."""
+    if is_packed(path):
+        return
+    files, skipped = find(path)
+    if not files:
+        raise DataError(no_text(Path(path), skipped))
 
 
 def prepare(
@@ -65,7 +75,7 @@ def prepare(
     tell = log or (lambda line: None)
     if is_packed(path):
         return _use_packed(path, tokenizer, tell)
-    out = Path(out_dir)
+    out, given = Path(out_dir), _given_tokenizer(tokenizer)
     with ByteProgress(progress) as bar:
         corpus = load_corpus(path, out, [out, *exclude], bar, reading)
         bar.end()
@@ -73,7 +83,7 @@ def prepare(
         steps = [describe(corpus, plan, tell)]
         if corpus.num_chars < 2 or (plan.val_fraction and plan.sides is None and plan.cut(corpus.num_chars) < 1):
             raise DataError(f"{path} holds {corpus.num_chars} character of text, too little to learn anything from. Give it more text.")
-        chosen, step = _tokenizer(corpus, plan, out, tokenizer, vocab_size, pre_tokenizer, sample_bytes, bar)
+        chosen, step = _tokenizer(corpus, plan, out, given or str(tokenizer or "bpe"), vocab_size, pre_tokenizer, sample_bytes, bar)
         tell(f"tokenizer: {step[2]} ({step[1]})")
         dataset, packed = _packed(corpus, plan, out, chosen, bar, keep_others)
         bar.end()
@@ -109,16 +119,16 @@ def _tokenizer(
     corpus: Corpus,
     plan: SplitPlan,
     out: Path,
-    wanted: str | os.PathLike[str] | Tokenizer | None,
+    wanted: Tokenizer | str,
     vocab_size: int | None,
     pre_tokenizer: str,
     sample_bytes: int,
     bar: ByteProgress,
 ) -> tuple[Tokenizer, tuple[str, str, str]]:
-    given = _given_tokenizer(wanted)
-    if given is not None:
-        return given, ("tokenizer", "given", f"{given.kind}, {given.vocab_size:,} tokens")
-    kind = wanted if isinstance(wanted, str) else "bpe"
+    """The tokenizer and the step that made it. wanted: the tokenizer that was given, or the kind of one to train."""
+    if isinstance(wanted, Tokenizer):
+        return wanted, ("tokenizer", "given", f"{wanted.kind}, {wanted.vocab_size:,} tokens")
+    kind = wanted
     settings = [PACK_VERSION, kind, vocab_size, pre_tokenizer, sample_bytes] if kind == "bpe" else [PACK_VERSION, kind]
     learned_from = _digest(settings, corpus.digest(), [plan.method, plan.val_fraction] if kind == "bpe" else [])
     try:

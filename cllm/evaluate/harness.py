@@ -189,16 +189,21 @@ def _load(checkpoint: str, weights: str | None, device: str | None) -> tuple[Any
     return model.to(place), tokenizer
 
 
-def run_tasks(model: Model, tokenizer: Tokenizer, tasks: list[str], task_path: Path | None = None, batch_size: int = 8) -> dict[str, dict[str, Any]]:
-    """Figures of each task, {task: {"acc,none": 0.5, ...}}. Data may be downloaded unless HF_HUB_OFFLINE=1 was set, as `cllm evaluate` does.
-
-    Raises UserError for an unknown task, DataError for a task whose data is not here.
-    """
+def check_request(tasks: list[str], task_path: Path | None) -> None:
+    """UserError for what can be refused before a model is loaded: no harness, no folder of tasks, no task."""
     _check_installed()
     if task_path is not None and not task_path.is_dir():
         raise UserError(f"--task-path must be a folder of task files (YAML), got {task_path}.")
     if not tasks:
         raise UserError("no task is named. Give some, as in --tasks my_task,other_task.")
+
+
+def run_tasks(model: Model, tokenizer: Tokenizer, tasks: list[str], task_path: Path | None = None, batch_size: int = 8) -> dict[str, dict[str, Any]]:
+    """Figures of each task, {task: {"acc,none": 0.5, ...}}. Data may be downloaded unless HF_HUB_OFFLINE=1 was set, as `cllm evaluate` does.
+
+    Raises UserError for an unknown task, DataError for a task whose data is not here.
+    """
+    check_request(tasks, task_path)
     with runtime.progress.stage("reading lm-evaluation-harness and its tasks"):
         try:
             import lm_eval

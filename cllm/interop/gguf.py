@@ -64,7 +64,7 @@ def save_gguf(model: Model, path: str | os.PathLike[str], tokenizer: Tokenizer, 
         raise UserError(f"a GGUF file holds {', '.join(TYPES)}, got {type!r}.")
     architecture = _architecture(model.config)
     vocabulary = _vocabulary(tokenizer, model.config.vocab_size)
-    gguf = _library()
+    gguf = library()
     with new_file(file, MODEL) as beside:
         writer = gguf.GGUFWriter(beside, architecture)
         try:
@@ -85,7 +85,8 @@ def save_gguf(model: Model, path: str | os.PathLike[str], tokenizer: Tokenizer, 
     return file
 
 
-def _library() -> Any:
+def library() -> Any:
+    """The gguf package. UserError where it is not installed."""
     try:
         return importlib.import_module("gguf")
     except ImportError as error:

@@ -117,6 +117,17 @@ def check_weights_fit(config: ModelConfig) -> None:
         )
 
 
+def check_training_fits(memory: MemoryPrediction, batch_size: int, seq_len: int, recompute: str, device: torch.device) -> None:
+    """UserError for a training that cannot fit on `device`, before anything of it is made.
+
+    Weights, gradients and optimizer are known to the byte. Activations are a prediction, and what other programs hold may be given back, so that
+    the whole counts as too much only where it is twice what is free.
+    """
+    free = free_memory(device)
+    if memory.weights + memory.gradients + memory.optimizer > free or memory.total > 2 * free:
+        raise UserError(out_of_memory(memory, batch_size, seq_len, recompute))
+
+
 @contextmanager
 def explained_out_of_memory(config: ModelConfig, batch_size: int, seq_len: int, precision: str, recompute: str) -> Iterator[None]:
     """Turns the allocator's error into one that names the largest consumers and the options that would help."""

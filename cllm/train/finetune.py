@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from cllm.model.model import Model
 
 
-def start(config: TrainConfig, out: Path) -> tuple[TrainConfig, Model, Tokenizer] | None:
-    """The model and tokenizer to train on, and the configuration with what they settle; None where training starts from nothing.
+def model_place(config: TrainConfig, out: Path) -> Path | None:
+    """Where the model is that training in `out` starts from: that of --from, or once the run has begun its own. None: it starts from nothing.
 
-    Raises UserError for settings that a given model rules out, DataError for a model without a tokenizer.
+    Raises UserError for LoRA without a model, and for LoRA in the folder of a run without it.
     """
     settings = config.finetune
     if not settings.start_from:
@@ -37,7 +37,17 @@ def start(config: TrainConfig, out: Path) -> tuple[TrainConfig, Model, Tokenizer
     base = out / BASE
     if started and settings.lora_rank and not base.is_file():
         raise UserError(f"{out} holds a run without LoRA (it has no {BASE}). Leave out --lora-rank, or choose another --out.")
-    where = Path(settings.start_from) if not started else base if settings.lora_rank else out
+    return Path(settings.start_from) if not started else base if settings.lora_rank else out
+
+
+def start(config: TrainConfig, out: Path) -> tuple[TrainConfig, Model, Tokenizer] | None:
+    """The model and tokenizer to train on, and the configuration with what they settle; None where training starts from nothing.
+
+    Raises UserError for settings that a given model rules out, DataError for a model without a tokenizer.
+    """
+    where = model_place(config, out)
+    if where is None:
+        return None
     model, tokenizer = load(where)
     if tokenizer is None:
         raise DataError(f"{where} holds no tokenizer, so DATA cannot become its tokens. Save it with one: cllm.save(model, path, tokenizer=...).")
@@ -45,7 +55,7 @@ def start(config: TrainConfig, out: Path) -> tuple[TrainConfig, Model, Tokenizer
     _check(config, model)
     if config.sources["train.seq_len"] == "default" and config.train.seq_len > model.config.max_seq_len:
         config = config.replace("derived: the model's context", seq_len=model.config.max_seq_len)
-    if config.optim.learning_rate is None and not settings.lora_rank:
+    if config.optim.learning_rate is None and not config.finetune.lora_rank:
         # The derived rate is for weights that begin as noise; a trained model forgets at it. Adapters begin at nothing and keep it.
         rate = config.resolve(model.config, 1).optim.learning_rate
         assert rate is not None

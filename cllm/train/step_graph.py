@@ -32,6 +32,20 @@ GROWTH_INTERVAL = 2000.0
 SMALLEST_USEFUL_SCALE = 1.0  # gradients that overflow without being multiplied are the model's own fault
 
 
+def check_device(device_type: str, precision: str, optimizer: str, measures_noise: bool, *, graphs: bool) -> None:
+    """UserError for settings that the kind of device cannot serve. graphs: whether a step on a GPU may run as CUDA graphs."""
+    on_gpu = device_type == "cuda"
+    if not (on_gpu and graphs):
+        if precision == "fp16":
+            where = "in one process, without deterministic" if on_gpu else "on a GPU"
+            raise UserError(f"precision fp16, with its loss scaling, works {where} only. Use bf16, which has the range of float32, or fp32.")
+        return
+    if optimizer != "adamw":
+        raise UserError(f"optimizer {optimizer} runs on a CPU only. Use optimizer adamw on a GPU, or --device cpu.")
+    if measures_noise:
+        raise UserError("the gradient noise scale is measured on a CPU only. Set log.noise_scale_every=0, or --device cpu.")
+
+
 def graph_step(
     model: Model,
     optimizer: Optimizer,
@@ -45,16 +59,11 @@ def graph_step(
 ) -> DeviceStep | None:
     """The step as CUDA graphs, where the model lies on a GPU and the kind of step allows it; otherwise None. UserError for what only the one or
     the other can do."""
-    on_gpu = model.embedding_weight.device.type == "cuda"
-    if not (on_gpu and allowed):
-        if precision == "fp16":
-            where = "in one process, without deterministic" if on_gpu else "on a GPU"
-            raise UserError(f"precision fp16, with its loss scaling, works {where} only. Use bf16, which has the range of float32, or fp32.")
+    device_type = model.embedding_weight.device.type
+    check_device(device_type, precision, optimizer.name, measures_noise, graphs=allowed)
+    if device_type != "cuda" or not allowed:
         return None
-    if not isinstance(optimizer, AdamW):
-        raise UserError(f"optimizer {optimizer.name} runs on a CPU only. Use optimizer adamw on a GPU, or --device cpu.")
-    if measures_noise:
-        raise UserError("the gradient noise scale is measured on a CPU only. Set log.noise_scale_every=0, or --device cpu.")
+    assert isinstance(optimizer, AdamW)
     return DeviceStep(model, optimizer, grad_clip=grad_clip, label_smoothing=label_smoothing, z_loss=z_loss, loss_scaling=precision == "fp16")
 
 

@@ -165,7 +165,7 @@ def load_corpus(
             skipped.update(held.skipped)
             used.append((file, held))
     if not used:
-        raise DataError(_no_text(Path(path), skipped))
+        raise DataError(no_text(Path(path), skipped))
     rows = np.concatenate([info.rows for _, info in used])
     if read_now or set(last) != set(known):
         write_file(memory / "sources.bin", rows.tobytes(), DATA)
@@ -222,7 +222,8 @@ def _recall(memory: Path, reading: Reading) -> dict[str, _Known]:
         return {}
 
 
-def _no_text(path: Path, skipped: Skipped) -> str:
+def no_text(path: Path, skipped: Skipped) -> str:
+    """Why there is no text at a path, and what could be given instead."""
     kinds = (
         'Text, Markdown and source code can be used, and records with a text: JSON such as {"text": "..."}, one a line or in a list, or CSV and TSV '
         f"with a column of text. Chats are records such as {EXAMPLE}."

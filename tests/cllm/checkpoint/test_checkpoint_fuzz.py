@@ -15,8 +15,9 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from cllm.checkpoint.folder import MANIFEST, _manifest_digest, read_checkpoint
+from cllm.checkpoint.folder import _manifest_digest, read_checkpoint
 from cllm.checkpoint.model_file import _content_digest, load, save
+from cllm.checkpoint.place import MANIFEST
 from cllm.checkpoint.safetensors import sha256_of, write_safetensors
 from cllm.checkpoint.store import CheckpointStore
 from cllm.checkpoint.tools import inspect, verify_all

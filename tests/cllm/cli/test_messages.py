@@ -32,6 +32,8 @@ REACHED_BY = {
     "cllm/model/memory.py": ["train"],
     "cllm/config/train.py": ["train"],
     "cllm/cli/train.py": ["train"],
+    "cllm/cli/train_setup.py": ["train"],
+    "cllm/cli/train_looks.py": ["train"],
     "cllm/cli/run_data.py": ["train"],
     "cllm/cli/run_name.py": ["train"],
     "cllm/cli/generate.py": ["generate"],

@@ -124,7 +124,7 @@ def test_a_look_before_the_run_leaves_its_tokens_for_it(tmp_path, capfd):
 
 
 def test_pictures_of_the_finder_never_replace_each_other(tmp_path):
-    from cllm.cli.train import _free_place
+    from cllm.cli.train_looks import _free_place
 
     for name in ("find-lr.png", "find-lr-2.png", "find-lr-3.png"):
         assert _free_place(tmp_path / "find-lr.png") == tmp_path / name

@@ -1,0 +1,128 @@
+"""`cllm train --plan` and `--find-lr`: what a training would be, without one."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from itertools import chain, count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cllm import runtime
+from cllm.cli.console import Console, table
+from cllm.cli.train_setup import by_first, model_to_start_from, new_model, predicted_memory, total_tokens, with_data
+from cllm.config.model import ModelConfig
+from cllm.config.train import TrainConfig
+from cllm.runtime.errors import UserError
+from cllm.shell import command
+
+if TYPE_CHECKING:
+    from cllm.data import Dataset
+    from cllm.distributed.world import World
+    from cllm.model.model import Model
+
+Look = Callable[["Model | None", ModelConfig, TrainConfig, "Dataset", Path, Console], None]
+
+
+def look(show: Look, config: TrainConfig, out: Path | None, console: Console, world: "World | None") -> None:
+    """Prepares what a training would learn from and calls `plan` or `find_lr` with it. The model is None where training would start from nothing."""
+    from cllm.cli.run_data import data_for_a_look
+    from cllm.cli.run_name import default_run
+
+    run = default_run(config.data.path) if out is None else out
+    model, tokenizer, config = model_to_start_from(config, run)
+    with ExitStack() as held:
+        folder = by_first(world, lambda: held.enter_context(data_for_a_look(config, run, console, tokenizer)).folder)
+        dataset, sizes, config = with_data(config, None if model is None else model.config, folder, console, world)
+        show(model, sizes, config, dataset, run, console)
+
+
+def plan(model: "Model | None", sizes: ModelConfig, config: TrainConfig, dataset: "Dataset", out: Path, console: Console) -> None:
+    """Memory predicted, speed measured over a few real steps whose result is thrown away."""
+    from cllm.model.memory import out_of_memory
+    from cllm.runtime.device import free_memory, resolve
+    from cllm.train.build import make_batches, make_step
+    from cllm.train.evaluations import predict_seconds
+
+    settings = config.train
+    steps = settings.steps or 0
+    device, _ = resolve(settings.device)
+    memory, recompute = predicted_memory(sizes, config, device)
+    console.print("predicted memory:")
+    parts = [*memory.rows(), ("total", memory.total, "")]
+    console.print(table([(name, f"{count / 1e6:,.0f} MB", what) for name, count, what in parts]))
+    if memory.total > free_memory(device):  # said before a model is built, which alone could take all memory
+        raise UserError(out_of_memory(memory, settings.batch_size, settings.seq_len, recompute))
+    if model is None:
+        model = new_model(sizes, config)
+    model.to(device).recompute = recompute
+    step = make_step(model, config)
+    batches = make_batches(dataset.train, config)
+    seconds = []
+    with runtime.progress.Stage("Measuring the speed of a few steps"):
+        for number in range(4):
+            batch = batches.batch(number)
+            start = time.perf_counter()
+            step.run([batch])
+            seconds.append(time.perf_counter() - start)
+    per_token = min(seconds[1:]) / (settings.batch_size * settings.seq_len)  # the first one compiles
+    tokens = settings.batch_size * settings.grad_accum * settings.seq_len
+    eta = per_token * total_tokens(config)
+    with runtime.progress.Stage("Measuring the speed of an evaluation"):
+        plan, evaluation_eta = predict_seconds(model, dataset.val, config)
+    console.print(f"measured speed: {1 / per_token:,.0f} tokens/s: about {runtime.progress.duration(eta)} for {steps:,} steps")
+    if evaluation_eta:
+        of_all = (
+            f"{plan.rows * settings.seq_len:,} of {dataset.val.num_tokens:,}" if plan.rows < plan.split_rows else f"all {dataset.val.num_tokens:,}"
+        )
+        console.print(
+            f"evaluation: {plan.num_evaluations:,} times {of_all} validation tokens{', and all of them at the end' if plan.whole_at_end else ''}: "
+            f"about {runtime.progress.duration(evaluation_eta)}"
+        )
+    total = eta + evaluation_eta
+    console.print(f"in all about {runtime.progress.duration(total)}, {100 * evaluation_eta / total:.0f} % of it for evaluation")
+    console.result(
+        {
+            "parameters": model.config.num_parameters(),
+            "memory_bytes": memory.total,
+            "tokens_per_second": 1 / per_token,
+            "steps": steps,
+            "tokens_per_step": tokens,
+            "seconds": eta,
+            "evaluations": {**asdict(plan), "seconds": evaluation_eta},
+            "total_seconds": total,
+            "train_tokens": dataset.train.num_tokens,
+            "settings": {key: {"value": value, "source": source} for key, value, source, _ in config.describe()},
+        }
+    )
+
+
+def find_lr(model: "Model | None", sizes: ModelConfig, config: TrainConfig, dataset: "Dataset", out: Path, console: Console) -> None:
+    """Losses at rising learning rates, as a table and as a picture, and where to begin."""
+    from cllm.runtime.device import resolve
+    from cllm.train.lr_finder import as_rows, draw, find_learning_rate
+    from cllm.train.run_folder import holds_run
+
+    device, _ = resolve(config.train.device)
+    if model is None:
+        model = new_model(sizes, config)
+    found = find_learning_rate(model.to(device), dataset.train, config)
+    console.print(table(as_rows(found)))
+    picture: Path | None = _free_place(out.parent / f"{out.name}-find-lr.png" if holds_run(out) else out / "find-lr.png")
+    assert picture is not None
+    if not draw(found, picture):
+        picture = None
+        console.print('matplotlib is not installed, so there is no picture. Install it: pip install "cllm[plot]"')
+    else:
+        console.print(f"The curve is in {picture}.")
+    if not found.diverged:
+        console.print("The loss did not rise again up to the highest learning rate tried: take the suggestion with care.")
+    elsewhere = ("--out", "NEW") if holds_run(out) else ()
+    console.print(f"Begin with: {command('train', Path(config.data.path), '--learning-rate', f'{found.suggestion:g}', *elsewhere)}")
+    console.result({**found.to_dict(), "optimizer": config.optim.optimizer, "picture": None if picture is None else str(picture)})
+
+
+def _free_place(place: Path) -> Path:
+    """This file, or one of its name and a number, so that nothing is replaced."""
+    numbered = (place.with_stem(f"{place.stem}-{number}") for number in count(2))
+    return next(each for each in chain([place], numbered) if not each.exists())
