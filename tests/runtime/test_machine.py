@@ -1,5 +1,6 @@
 """What is read from the machine, and the caches that remember it."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -147,24 +148,30 @@ def test_processes_that_start_together_compile_into_one_cache(tmp_path):
 
 
 def test_a_damaged_cache_of_compiled_kernels_is_compiled_again(tmp_path):
+    """A module for each kind of damage to each of its two files: one process meets all of them."""
     pytest.importorskip("numba")
-    (tmp_path / "kernel.py").write_text("import numba\n@numba.njit(cache=True)\ndef twice(x): return 2 * x\n")
-    code = "from cllm import runtime; runtime.numba_setup(); import kernel; print(kernel.twice(21), sum(kernel.twice.stats.cache_hits.values()))"
+
+    def flipped(whole: bytes) -> bytes:
+        middle = len(whole) // 2
+        return whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+
+    kinds = [lambda whole: b"", lambda whole: whole[: len(whole) // 2], flipped, lambda whole: os.urandom(300)]
+    damages = {f"kernel{number}": damage for number, damage in enumerate(itertools.product(("nbi", "nbc"), kinds))}
+    for name in damages:
+        (tmp_path / f"{name}.py").write_text("import numba\n@numba.njit(cache=True)\ndef twice(x): return 2 * x\n")
+    code = "import importlib, sys; from cllm import runtime; runtime.numba_setup()\nfor name in sys.argv[1:]:\n"
+    code += "    kernel = importlib.import_module(name); print(kernel.twice(21), sum(kernel.twice.stats.cache_hits.values()))"
     env = {**os.environ, "CLLM_CACHE_DIR": str(tmp_path), "NUMBA_CACHE_DIR": ""}
 
-    def run() -> str:
-        return subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    def run() -> list[str]:
+        done = subprocess.run([sys.executable, "-c", code, *damages], env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
 
-    assert (run(), run()) == ("42 0\n", "42 1\n")
-    files = [*tmp_path.glob("numba-*/**/*.nbi"), *tmp_path.glob("numba-*/**/*.nbc")]
-    assert len(files) == 2
-    for file in files:
-        whole = file.read_bytes()
-        flipped = bytearray(whole)
-        flipped[len(whole) // 2] ^= 1
-        for damaged in (b"", whole[: len(whole) // 2], bytes(flipped), os.urandom(300)):
-            file.write_bytes(damaged)
-            assert (run(), run()) == ("42 0\n", "42 1\n"), f"{file.name} with {len(damaged)} bytes"
+    assert (run(), run()) == (["42 0"] * len(damages), ["42 1"] * len(damages))
+    for name, (suffix, damage) in damages.items():
+        (file,) = tmp_path.glob(f"numba-*/**/{name}.*.{suffix}")
+        file.write_bytes(damage(file.read_bytes()))
+    assert (run(), run()) == (["42 0"] * len(damages), ["42 1"] * len(damages))
 
 
 def test_importing_the_runtime_loads_nothing_heavy():
