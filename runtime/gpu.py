@@ -159,3 +159,9 @@ def gpu_of(device: Any) -> GPU:
     if not torch.cuda.is_available():  # somebody asks what would run on one
         return INTERPRETED
     return _installed(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def multiplies_bf16(device: Any) -> bool:
+    """Whether the GPU `device`, a torch.device, multiplies bfloat16 tiles in hardware; NVIDIA's before Ampere multiply float16 alone."""
+    gpu = gpu_of(device)
+    return gpu.vendor != "nvidia" or gpu.arch >= 80

@@ -62,7 +62,8 @@ Weights = Annotated[
     option(
         "--weights",
         str,
-        "Numbers of the weights in memory; bf16 evaluates faster, bf16 and int8 write faster.",
+        "Numbers of the weights in memory; bf16 evaluates faster, bf16 and int8 write faster. Default: bf16 on a GPU that multiplies it in hardware, "
+        "else fp32.",
         optional=True,
         choices=("fp32", "bf16", "int8"),
     ),
@@ -135,12 +136,17 @@ def check_text(path: str) -> None:
 
 def load_model(path: str, need_tokenizer: bool = True, weights: str | None = None, device: str = "cpu") -> tuple[Any, Any]:
     check_model(path)
+    import torch
+
     from cllm.checkpoint.model_file import load
     from cllm.runtime.device import resolve
+    from cllm.runtime.gpu import multiplies_bf16
 
     # int8 weights have fast kernels on the CPU alone.
     place, _ = resolve("cpu" if device == "auto" and weights == "int8" else device)
     model, tokenizer = load(path, weights=weights)
+    if weights is None and place.type == "cuda" and model.compute_dtype == torch.float32 and multiplies_bf16(place):
+        model.to(torch.bfloat16)  # a GPU multiplies float32 numbers one by one, without its matrix units
     model.to(place)
     if need_tokenizer and tokenizer is None:
         raise DataError(f"{path} holds no tokenizer, so text cannot be read or written. Save one with it: cllm.save(model, path, tokenizer=...).")

@@ -277,13 +277,12 @@ def _fastest_precision(asked: str) -> tuple[str, str]:
     """bf16 where the device multiplies bf16 tiles in hardware (on vector units alone bf16 is no faster than fp32); fp16 on older GPUs; else fp32."""
     from cllm.runtime import compiler
     from cllm.runtime.device import resolve
-    from cllm.runtime.gpu import gpu_of
+    from cllm.runtime.gpu import multiplies_bf16
 
     device, _ = resolve(asked)
     if device.type == "cuda":
-        gpu = gpu_of(device)
-        old = gpu.vendor == "nvidia" and gpu.arch < 80
-        return ("fp16", "this GPU multiplies fp16 tiles, not bf16") if old else ("bf16", "this GPU multiplies bf16 tiles in hardware")
+        new = multiplies_bf16(device)
+        return ("bf16", "this GPU multiplies bf16 tiles in hardware") if new else ("fp16", "this GPU multiplies fp16 tiles, not bf16")
     if "amx_bf16" in compiler.cpu_features():
         return "bf16", "this machine multiplies bf16 tiles in hardware"
     return "fp32", "this machine gains nothing from bf16"

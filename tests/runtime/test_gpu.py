@@ -23,6 +23,15 @@ def test_a_described_gpu_holds_within_its_scope_alone():
     assert gpu.gpu_of(cpu) is gpu.INTERPRETED
 
 
+def test_bf16_tiles_are_known_by_the_generation_of_the_gpu():
+    place = torch.device("cuda")
+    for old, multiplies in ((75, False), (80, True), (90, True)):
+        with gpu.described(dataclasses.replace(gpu.DESCRIBED["a100"], arch=old)):
+            assert gpu.multiplies_bf16(place) is multiplies
+    with gpu.described(dataclasses.replace(gpu.DESCRIBED["a100"], arch=90, vendor="amd")):
+        assert gpu.multiplies_bf16(place)
+
+
 def test_a_grid_is_never_empty_and_never_larger_than_the_work():
     h200 = gpu.DESCRIBED["h200"]
     assert [h200.persistent_blocks(tiles, 2) for tiles in (0, 1, 263, 264, 10**6)] == [1, 1, 263, 264, 264]

@@ -1,16 +1,21 @@
 """The options of `cllm`: which there are, that each setting is declared in one place, and what a wrong value is told."""
 
+import dataclasses
 import inspect
 import subprocess
 import sys
 
 import pytest
+import torch
 from commands import COMMANDS, options
 
+from cllm import Model, ModelConfig, save
 from cllm.cli.evaluate import GROUPINGS
+from cllm.cli.options import load_model
 from cllm.config.sampling import SAMPLING, Sampling
 from cllm.config.schema import SETTINGS
 from cllm.evaluate import documents
+from cllm.runtime import gpu
 
 FLAGS = {
     "train": """--out --config --resume --plan --find-lr --set --json --from --lora-rank --tokenizer --device --threads --precision --preset
@@ -135,3 +140,16 @@ def test_numbers_are_read_as_settings_read_them(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["generate", "/nowhere", "--prompt", "x", *arguments])
     assert ended.value.code == 1 and "/nowhere does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arch", "asked", "dtype"), [(80, None, "bfloat16"), (80, "fp32", "float32"), (75, None, "float32")])
+def test_on_a_gpu_weights_are_bf16_unless_asked_otherwise(tmp_path, monkeypatch, arch, asked, dtype):
+    path = tmp_path / "model.cllm"
+    save(Model(ModelConfig.preset("cllm-1m", vocab_size=320, num_layers=1)), path)
+    monkeypatch.setattr("cllm.runtime.device.resolve", lambda device: (torch.device("cuda", 0), "there is one"))
+    moved = []
+    move = Model.to
+    monkeypatch.setattr(Model, "to", lambda self, to: moved.append(to) if isinstance(to, torch.device) else move(self, to))
+    with gpu.described(dataclasses.replace(gpu.DESCRIBED["a100"], arch=arch)):
+        model, _ = load_model(str(path), need_tokenizer=False, weights=asked, device="cuda")
+    assert moved == [torch.device("cuda", 0)] and str(model.compute_dtype) == f"torch.{dtype}"
