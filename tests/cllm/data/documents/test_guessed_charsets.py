@@ -130,3 +130,42 @@ def test_the_name_of_a_file_in_an_old_charset_acts_on_no_terminal(place):
 def test_an_unknown_charset_is_refused_before_anything_is_read(place):
     with pytest.raises(UserError, match=r"data\.encoding must be auto or the name of a charset that Python knows, got 'cp12500'"):
         load(place[0] / "nowhere", place[1], "cp12500")
+
+
+TEXTS = {
+    "cp1252": [
+        f"V\u00f6gel fliegen \u00fcber die Stra\u00dfe, w\u00e4hrend {n} B\u00e4ume im Wind rauschen \u2013 f\u00fcr 5 \u20ac, \u201esagt man\u201c."
+        for n in range(12)
+    ],
+    "cp1250": [
+        f"Za\u017c\u00f3\u0142\u0107 g\u0119\u015bl\u0105 ja\u017a\u0144: {n} \u0142\u00f3dek p\u0142ynie, a \u015bwie\u017cy \u015bnieg le\u017cy."
+        for n in range(12)
+    ],
+    "cp1251": [
+        f"\u0421\u0447\u0430\u0441\u0442\u043b\u0438\u0432\u044b\u0435 \u0441\u0435\u043c\u044c\u0438 \u043f\u043e\u0445\u043e\u0436\u0438, {n}."
+        for n in range(12)
+    ],
+}
+RECORDS = {
+    "a.jsonl": lambda texts: "".join(json.dumps({"id": n, "text": text}, ensure_ascii=False) + "\n" for n, text in enumerate(texts)),
+    "a.json": lambda texts: json.dumps([{"id": n, "text": text} for n, text in enumerate(texts)], ensure_ascii=False, indent=2),
+    "a.csv": lambda texts: "id,text\n" + "".join(f'{n},"{text}"\n' for n, text in enumerate(texts)),
+    "b.csv": lambda texts: "id;text\r\n" + "".join(f"{n};{text}\r\n" for n, text in enumerate(texts)),
+    "a.tsv": lambda texts: "id\ttext\n" + "".join(f"{n}\t{text}\n" for n, text in enumerate(texts)),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("codec", TEXTS)
+def test_records_in_an_old_charset_come_back_as_they_were_written_alone_and_beside_others(codec, name, place):
+    data, memory = place
+    (data / name).write_bytes(RECORDS[name](TEXTS[codec]).encode(codec))
+    texts, said, _, _ = load(data, memory)
+    assert list(texts.values()) == TEXTS[codec]
+    assert any(line.startswith(f"decoded {name} from {codec} (a guess), for example: '") for line in said)
+    (data / "book.txt").write_bytes("\n".join(TEXTS[codec]).encode(codec))
+    (data / "marked.txt").write_bytes(POLISH.encode("utf-8-sig"))
+    together, said, files_read, _ = load(data, memory)
+    assert files_read == 2 and together == {**texts, "book.txt": "\n".join(TEXTS[codec]), "marked.txt": POLISH}
+    names = ", ".join(sorted([name, "book.txt"]))
+    assert any(line.startswith(f"decoded 2 files ({names}) from {codec} (a guess)") for line in said)
