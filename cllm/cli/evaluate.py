@@ -28,10 +28,13 @@ from cllm.cli.options import (
     with_settings,
 )
 from cllm.runtime.errors import UserError
+from cllm.runtime.quantities import counted
 
 if TYPE_CHECKING:
+    from cllm.cli.trained_on import TrainedOn
     from cllm.data import TokenSplit
     from cllm.data.documents.scan import Reading
+    from cllm.data.tokens.conversations import ChatSplit
     from cllm.data.tokens.tokenizer import Tokenizer
     from cllm.evaluate.documents import DocumentScores, Group, Interval
     from cllm.model.model import Model
@@ -119,15 +122,15 @@ def evaluate_run(
     """Scores all documents of `data`, prints the tables, and returns everything as plain values. checkpoint: where the model comes from."""
     from cllm import runtime
     from cllm.cli.trained_on import trained_on
-    from cllm.data.tokens.chat import is_chat
+    from cllm.data.tokens.conversations import ChatSplit
     from cllm.evaluate.documents import RESAMPLES, score_documents
 
     length = min(seq_len or model.config.max_seq_len, model.config.max_seq_len)
-    if not reading.text_field and is_chat(data):
-        return _evaluate_chats(console, model, tokenizer, data, checkpoint, length, batch_size, reading.encoding)
     with tempfile.TemporaryDirectory(prefix="cllm-evaluate-") as scratch:
         split = _split(console, tokenizer, data, scratch, reading)
         learnt = trained_on(checkpoint, data, Path(scratch), tokenizer)
+        if isinstance(split, ChatSplit):
+            return _evaluate_chats(console, model, split, learnt, length, batch_size)
         with runtime.progress.Progress(None, "evaluating") as line:
 
             def report(done: int, total: int) -> None:
@@ -149,6 +152,7 @@ def evaluate_run(
         console.print(f"\ndocuments with the highest loss:\n{_group_table(poorest, None)}")
     return {
         **total.to_dict(),
+        "scored": "text",
         "seq_len": length,
         "stride": stride or length,
         "num_documents": scores.num_documents,
@@ -162,32 +166,33 @@ def evaluate_run(
     }
 
 
-def _evaluate_chats(
-    console: Console, model: Model, tokenizer: Tokenizer, data: str, checkpoint: str, seq_len: int, batch_size: int, encoding: str
-) -> dict[str, Any]:
-    """The answers alone are predicted; conversations are packed whole, so that there is nothing to slide over."""
+def _evaluate_chats(console: Console, model: Model, split: ChatSplit, learnt: TrainedOn | None, seq_len: int, batch_size: int) -> dict[str, Any]:
+    """The answers alone are predicted, as in training; conversations are packed whole, so that there is nothing to slide over."""
     from cllm import runtime
-    from cllm.cli.trained_on import trained_on
-    from cllm.data.tokens.chat import check_fit, prepare_chat
+    from cllm.data.tokens.chat import check_fit
     from cllm.evaluate.loss import evaluate
 
-    with tempfile.TemporaryDirectory(prefix="cllm-evaluate-") as scratch:
-        dataset = prepare_chat(data, scratch, tokenizer, val_fraction=0.0, encoding=encoding, log=console.print)
-        check_fit(dataset, seq_len, model.config.max_seq_len, console.print)
-        split = dataset.train
-        learnt = trained_on(checkpoint, data, Path(scratch), tokenizer)
-        with runtime.progress.Progress(None, "evaluating") as line:
+    check_fit([split], seq_len, model.config.max_seq_len, console.print)
+    with runtime.progress.Progress(None, "evaluating") as line:
 
-            def report(done: int, total: int) -> None:
-                line.total = total
-                line.update(done, f"{done:,} of {total:,} tokens")
+        def report(done: int, total: int) -> None:
+            line.total = total
+            line.update(done, f"{done:,} of {total:,} tokens")
 
-            result = evaluate(model, split, seq_len=seq_len, batch_size=batch_size, progress=report)
+        result = evaluate(model, split, seq_len=seq_len, batch_size=batch_size, progress=report)
     console.print(result)
+    scored = split.fit(seq_len).usable
+    console.print(f"Scored are the answers of {counted(scored, 'conversation')}, which training learns from; questions are read and not predicted.")
     if learnt is not None:
         console.print(learnt)
-    trained_on_files = 0 if learnt is None else learnt.files
-    return {**result.to_dict(), "seq_len": seq_len, "num_conversations": split.num_documents, "trained_on_files": trained_on_files}
+    return {
+        **result.to_dict(),
+        "scored": "answers",
+        "seq_len": seq_len,
+        "num_conversations": split.num_documents,
+        "num_scored_conversations": scored,
+        "trained_on_files": 0 if learnt is None else learnt.files,
+    }
 
 
 def tasks_run(console: Console, model: Model, tokenizer: Tokenizer, tasks: list[str], task_path: Path | None, batch_size: int) -> dict[str, Any]:
@@ -207,13 +212,21 @@ def tasks_run(console: Console, model: Model, tokenizer: Tokenizer, tasks: list[
 
 
 def _split(console: Console, tokenizer: Tokenizer, data: str, scratch: str, reading: Reading) -> TokenSplit:
-    """All of the text, or of packed tokens the validation split where there is one."""
+    """All of the text or of the conversations, or of packed tokens the validation split where there is one."""
     from cllm.data import Dataset, is_packed
     from cllm.data.pipeline import prepare
+    from cllm.data.tokens.chat import is_chat, prepare_chat
+    from cllm.data.tokens.dataset import split_words
 
     if is_packed(data):
         dataset = Dataset.open(data, tokenizer_hash=tokenizer.hash)
-        return dataset.val if dataset.val.num_tokens > 1 else dataset.train
+        if dataset.val.num_tokens > 1:
+            console.print(f"tokens: {split_words(dataset.val)}, the validation part of {data}")
+            return dataset.val
+        console.print(f"tokens: {split_words(dataset.train)}, all of {data}, which has no validation part")
+        return dataset.train
+    if not reading.text_field and is_chat(data):
+        return prepare_chat(data, scratch, tokenizer, val_fraction=0.0, encoding=reading.encoding, log=console.print).train
     return prepare(data, scratch, tokenizer=tokenizer, val_fraction=0.0, reading=reading, log=console.print).train
 
 

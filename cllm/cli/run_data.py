@@ -196,7 +196,7 @@ def _packed_again(stored: StoredRun, config: TrainConfig, console: Console, miss
 def _tell(stored: StoredRun, dataset: Dataset, console: Console) -> None:
     from cllm.data.tokens.dataset import token_words
 
-    console.print(f"tokens: {token_words(dataset)}, as {stored.out} began with them (cached)")
+    console.print(f"tokens: {token_words(dataset.train, dataset.val)}, as {stored.out} began with them (cached)")
 
 
 def _tell_of_changes(stored: StoredRun, config: TrainConfig, dataset: Dataset, console: Console) -> None:

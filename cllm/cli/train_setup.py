@@ -98,7 +98,7 @@ def with_data(
     if sizes is None:
         sizes = config.model_config(_vocabulary_rows(dataset.tokenizer.vocab_size))
     config = config.resolve(sizes, dataset.train.num_tokens)
-    check_fit(dataset, config.train.seq_len, sizes.max_seq_len, console.print)
+    check_fit([dataset.train, dataset.val], config.train.seq_len, sizes.max_seq_len, console.print)
     make_batches(dataset.train, config)
     console.print(runtime.describe().brief())
     if world is not None:

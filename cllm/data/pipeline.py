@@ -94,7 +94,7 @@ def prepare(
 def _use_packed(path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | Tokenizer | None, tell: Log) -> Dataset:
     given = _given_tokenizer(tokenizer)
     dataset = Dataset.open(path, None if given is None else given.hash)
-    words = token_words(dataset)
+    words = token_words(dataset.train, dataset.val)
     tell(f"tokens: {words}, packed before (cached)")
     for line in left_out(dataset.info):
         tell(f"  {line}")
@@ -161,7 +161,7 @@ def _packed(
     try:
         if read_info(folder)["key"] == key:
             dataset = Dataset.open(folder, tokenizer.hash)
-            return dataset, ("tokens", "cached", token_words(dataset))
+            return dataset, ("tokens", "cached", token_words(dataset.train, dataset.val))
     except DataError:
         pass  # never packed, of other data, or damaged: pack
     info = {
@@ -190,7 +190,7 @@ def _packed(
         tokenizer.save(temporary / "tokenizer.json")
         write_file(temporary / "dataset.json", json.dumps(info, indent=1).encode("utf-8"), DATA)
     dataset = Dataset.open(folder, tokenizer.hash)
-    return dataset, ("tokens", "done", token_words(dataset))
+    return dataset, ("tokens", "done", token_words(dataset.train, dataset.val))
 
 
 def _pack(segments: Iterator[Segment], tokenizer: Tokenizer, writers: list[ShardWriter]) -> None:

@@ -71,14 +71,12 @@ def evaluate(
     whole = split.windows(seq_len, batch_size, document_mask=document_mask)
     if not whole.num_targets:
         raise DataError(f"{split!r} holds no token that could be predicted from one before it. Give more text.")
-    return evaluate_part(model, whole, whole, split.num_bytes, progress)
+    return evaluate_part(model, whole, whole, progress)
 
 
 @torch.no_grad()
-def evaluate_part(
-    model: Model, part: EvaluationBatches, whole: EvaluationBatches, num_bytes: int, progress: Callable[[int, int], None] | None = None
-) -> Evaluation:
-    """The same over `part`, some of the rows of `whole`, whose text has `num_bytes` bytes. Both have targets."""
+def evaluate_part(model: Model, part: EvaluationBatches, whole: EvaluationBatches, progress: Callable[[int, int], None] | None = None) -> Evaluation:
+    """The same over `part`, some of the rows of `whole`. Both have targets."""
     nats, correct, num_targets, rows = 0.0, 0, 0, 0
     device = model.embedding_weight.device
     for here in part:
@@ -91,11 +89,10 @@ def evaluate_part(
         if progress is not None:
             progress(rows * here.tokens.shape[1], part.num_rows * here.tokens.shape[1])
     loss = nats / num_targets
-    share = num_targets / whole.num_targets  # of the bytes as well, within a part's accuracy
     return Evaluation(
         loss=loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,
-        bits_per_byte=nats / math.log(2) / max(1.0, num_bytes * share),
+        bits_per_byte=nats / math.log(2) / max(1.0, part.num_bytes),
         accuracy=correct / num_targets,
         num_targets=num_targets,
         split_targets=whole.num_targets,

@@ -77,7 +77,7 @@ class Evaluations:
                 moved(done, total)
                 check()
 
-            found = evaluate_part(self._model, rows, self._whole, self._dataset.val.num_bytes, progress)
+            found = evaluate_part(self._model, rows, self._whole, progress)
             return Measured(found, self._unigram_loss(rows))
 
     def _rows(self, whole: bool) -> EvaluationBatches:
@@ -100,6 +100,6 @@ def predict_seconds(model: Model, split: TokenSplit, config: TrainConfig) -> tup
     seconds = []
     for _ in range(2):  # the first one compiles
         began = time.perf_counter()
-        evaluate_part(model, few, whole, split.num_bytes)
+        evaluate_part(model, few, whole)
         seconds.append(time.perf_counter() - began)
     return plan, min(seconds) / few.num_rows * plan.forward_rows

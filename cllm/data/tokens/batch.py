@@ -58,6 +58,10 @@ class EvaluationBatches(Protocol):
     def num_targets(self) -> int:
         """The number of tokens that are predicted in all batches together."""
 
+    @property
+    def num_bytes(self) -> float:
+        """The bytes of text, in UTF-8, that these tokens stand for."""
+
     def part(self, num_rows: int) -> EvaluationBatches:
         """At most `num_rows` of these rows, spread evenly over them: the same for the same numbers of rows."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,13 +26,15 @@ from cllm.data.documents.records import RECORD_EXTENSIONS, Records, charset_of
 from cllm.data.documents.sides import default_val_fraction
 from cllm.data.tokens.chat_template import Part, check_messages, encode_conversation, with_template
 from cllm.data.tokens.conversations import ChatSplit
-from cllm.data.tokens.dataset import FORMAT, VERSION, Dataset, folder_for, is_packed, left_out, read_info
+from cllm.data.tokens.dataset import FORMAT, VERSION, Dataset, folder_for, is_packed, left_out, read_info, token_words
 from cllm.data.tokens.shards import ShardWriter
+from cllm.data.tokens.split import TokenSplit
 from cllm.data.tokens.tokenizer import Tokenizer
 from cllm.files import DATA, new_folder, write_file
 from cllm.runtime.errors import DataError
 from cllm.runtime.printable import printable
 from cllm.runtime.progress import ByteProgress
+from cllm.runtime.quantities import counted
 
 CHAT_VERSION = 2
 SPLITS = ("train", "val")
@@ -90,11 +92,10 @@ def prepare_chat(
         _pack(Path(path), folder, key, tokenizer, val_fraction, exclude, encoding)
     info = read_info(folder)
     train, val = (ChatSplit(folder / name, tokenizer.hash) for name in SPLITS)
-    plural = "s" * (train.num_documents != 1)
-    words = f"train {train.num_documents:,} conversation{plural} of {train.num_tokens:,} tokens, val {val.num_documents:,} of {val.num_tokens:,}"
-    tell(f"chats: {words} ({state})")
+    words = token_words(train, val)
+    tell(f"tokens: {words} ({state})")
     for form, count in list(info["forms"].items())[:8]:
-        tell(f"  {count:,} conversation{'s' * (count != 1)} from {form}")
+        tell(f"  {counted(count, 'conversation')} from {form}")
     for line in Decodings.from_dict(info["decodings"]).lines() if "decodings" in info else ():
         tell(f"  {line}")
     for line in left_out(info):
@@ -114,31 +115,32 @@ def chat_key(
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
-def check_fit(dataset: Dataset, seq_len: int, context: int, tell: Callable[[str], None]) -> None:
-    """Tells which conversations of a data set do not fit in `seq_len` tokens; nothing of data that is no chats.
+def check_fit(splits: Sequence[TokenSplit], seq_len: int, context: int, tell: Callable[[str], None]) -> None:
+    """Tells which conversations do not fit in `seq_len` tokens; nothing of data that is no chats.
 
-    context: the most that the model can see. Raises DataError where none of the training split teaches anything.
+    splits: the one for training and the one for validation, or the one that is evaluated. context: the most that the model can see.
+    Raises DataError where the first of them has nothing to predict.
     """
-    if not isinstance(dataset.train, ChatSplit):
+    chats = [split for split in splits if isinstance(split, ChatSplit)]
+    if not chats:
         return
-    assert isinstance(dataset.val, ChatSplit)
-    train, val = dataset.train.fit(seq_len), dataset.val.fit(seq_len)
-    advice = _advice(max(train.longest, val.longest), seq_len, context)
-    if not train.usable:
-        raise DataError(
-            f"none of the {train.conversations:,} conversations for training has a part of an answer within its first {seq_len} tokens, "
-            f"so that nothing can be learnt. {advice}"
-        )
-    total, cut, useless = train.conversations + val.conversations, train.cut + val.cut, train.left_out + val.left_out
+    fits = [split.fit(seq_len) for split in chats]
+    advice = _advice(max(fit.longest for fit in fits), seq_len, context)
+    if not fits[0].usable:
+        count = fits[0].conversations
+        which, purpose = ("for training ", "learnt") if len(fits) > 1 else ("", "evaluated")
+        subject = f"the only conversation {which}has no" if count == 1 else f"none of the {count:,} conversations {which}has a"
+        raise DataError(f"{subject} part of an answer within its first {seq_len} tokens, so that nothing can be {purpose}. {advice}")
+    total, cut, useless = (sum(each) for each in zip(*((fit.conversations, fit.cut, fit.left_out) for fit in fits)))
     if cut:
-        tell(f"{cut:,} of {total:,} conversations {'is' if cut == 1 else 'are'} cut at {seq_len} tokens. {advice}")
+        tell(f"{cut:,} of {counted(total, 'conversation')} {'is' if cut == 1 else 'are'} cut at {seq_len} tokens. {advice}")
     if useless:
         verb = "is" if useless == 1 else "are"
         tell(
-            f"{useless:,} of {total:,} conversations {verb} left out, because no part of an answer lies within the first {seq_len} tokens."
+            f"{useless:,} of {counted(total, 'conversation')} {verb} left out, because no part of an answer lies within the first {seq_len} tokens."
             + ("" if cut else f" {advice}")
         )
-    if val.conversations and not val.usable:
+    if len(fits) > 1 and fits[1].conversations and not fits[1].usable:
         tell("none of the conversations for validation is left, so that nothing is validated.")
 
 

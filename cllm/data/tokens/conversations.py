@@ -17,6 +17,7 @@ import torch
 from cllm.data.tokens.batch import IGNORE, Batch, EvaluationBatches, TrainingBatches, spread
 from cllm.data.tokens.shards import PackedTokens
 from cllm.data.tokens.split import TokenSplit
+from cllm.data.tokens.tokenizer import Tokenizer
 from cllm.runtime.errors import DataError
 
 
@@ -35,6 +36,9 @@ class Fit(NamedTuple):
 
 class ChatSplit(TokenSplit):
     """Packed conversations, and of each token whether it is part of an answer."""
+
+    document_noun = "conversation"
+    counts_all_bytes = False  # of answers alone
 
     def __init__(self, folder: str | os.PathLike[str], tokenizer_hash: str | None = None):
         super().__init__(folder, tokenizer_hash)
@@ -70,6 +74,11 @@ class ChatSplit(TokenSplit):
         """
         lengths = self.document_lengths - 1
         return np.where(self.first_answers <= np.minimum(lengths, seq_len), np.minimum(lengths, seq_len), 0)
+
+    @cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """(vocab_size,) int64: the bytes of text that each token stands for, 0 for special tokens."""
+        return Tokenizer.load(self.folder.parent / "tokenizer.json").byte_lengths
 
     def fit(self, seq_len: int) -> Fit:
         """How many conversations are cut or left out in rows of `seq_len` tokens."""
@@ -163,7 +172,18 @@ class ChatWindows:
     @cached_property
     def num_targets(self) -> int:
         """How many tokens are predicted in one pass: those of answers, as far as conversations fit in a row."""
-        return sum(int((self.split.conversation(number)[1][1 : self.seq_len + 1] == 1).sum()) for row in self._rows for number in row)
+        return sum(map(len, self._targets()))
+
+    @cached_property
+    def num_bytes(self) -> float:
+        """The bytes of these tokens; what a conversation loses because it is longer than a row does not count."""
+        return float(sum(int(self.split.byte_lengths[targets].sum()) for targets in self._targets()))
+
+    def _targets(self) -> Iterator[np.ndarray]:
+        """The tokens that are predicted of each conversation."""
+        for number in (number for row in self._rows for number in row):
+            ids, answers = (each[1 : self.seq_len + 1] for each in self.split.conversation(number))
+            yield ids[answers == 1]
 
     def __len__(self) -> int:
         return -(-len(self._rows) // self.batch_size)

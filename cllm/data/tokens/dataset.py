@@ -15,6 +15,7 @@ from cllm.data.documents.files import Skipped
 from cllm.data.tokens.split import TokenSplit
 from cllm.data.tokens.tokenizer import Tokenizer
 from cllm.runtime.errors import DataError
+from cllm.runtime.quantities import counted
 from cllm.shell import command
 
 FORMAT = "cllm-dataset"
@@ -98,14 +99,22 @@ def folder_for(out: Path, name: str, key: str, keep_others: bool) -> Path:
     return out / f"{name}-{key[:16]}"
 
 
-def token_words(dataset: Dataset) -> str:
-    """How much a data set holds, for people."""
+def token_words(train: TokenSplit, val: TokenSplit) -> str:
+    """How much a data set holds, for people; without a word about validation where nothing is kept for it."""
+    if not val.num_tokens:
+        return f"{split_words(train)}{_bytes_a_token(train)}"
+    return f"train {split_words(train)}, val {split_words(val)}{_bytes_a_token(train, val)}"
 
-    def side(split: Any) -> str:
-        return f"{split.num_tokens:,} in {split.num_documents:,} document{'s' * (split.num_documents != 1)}"
 
-    num_bytes, num_tokens = dataset.train.num_bytes + dataset.val.num_bytes, dataset.train.num_tokens + dataset.val.num_tokens
-    return f"train {side(dataset.train)}, val {side(dataset.val)}, {num_bytes / max(num_tokens, 1):.2f} bytes a token"
+def _bytes_a_token(*splits: TokenSplit) -> str:
+    if not all(split.counts_all_bytes and split.num_tokens for split in splits):
+        return ""
+    return f", {sum(split.num_bytes for split in splits) / sum(split.num_tokens for split in splits):.2f} bytes a token"
+
+
+def split_words(split: TokenSplit) -> str:
+    """How much a split holds, for people."""
+    return f"{split.num_tokens:,} in {counted(split.num_documents, split.document_noun)}"
 
 
 def left_out(info: dict[str, Any]) -> list[str]:

@@ -10,6 +10,9 @@ class TokenSplit(PackedTokens):
     """Packed text, cut into windows of any length. How a kind of data is cut is its split's own affair: training asks for `batches`, evaluation
     for `windows`, and neither needs to know the kind. Raises DataError as `PackedTokens` does."""
 
+    document_noun = "document"  # what people call a document of it
+    counts_all_bytes = True  # whether `num_bytes` is of all tokens
+
     def has_targets(self, seq_len: int) -> bool:
         """Whether windows of this length hold a token that can be predicted; without one there is nothing to train or evaluate on."""
         return self.num_tokens >= 2

@@ -70,6 +70,14 @@ class Windows:
             return 0
         return self.split.num_tokens - (self.split.num_documents if self.document_mask else 1)
 
+    @property
+    def num_bytes(self) -> float:
+        """Bytes of text: of the whole split all of them, of a `part` the share of its targets."""
+        if self.num_rows == self.num_windows:
+            return float(self.split.num_bytes)
+        whole = Windows(self.split, self.seq_len, self.batch_size, document_mask=self.document_mask, stride=self.stride)
+        return self.split.num_bytes * (self.num_targets / whole.num_targets)
+
     def batch(self, index: int) -> Batch:
         """Batch number `index`; the last one may have fewer rows."""
         assert 0 <= index < len(self), index

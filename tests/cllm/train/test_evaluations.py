@@ -49,7 +49,7 @@ def test_each_evaluation_predicts_the_same_part_and_says_so(dataset, tmp_path, c
     assert first["num_targets"] == last["num_targets"] == whole.part(run.state.evaluation_rows).num_targets < whole.num_targets
     assert first["split_targets"] == whole.num_targets
     assert f"on {first['num_targets']:,} of {whole.num_targets:,} tokens" in capfd.readouterr().err
-    part = evaluate_part(run.model, whole.part(run.state.evaluation_rows), whole, dataset.val.num_bytes)
+    part = evaluate_part(run.model, whole.part(run.state.evaluation_rows), whole)
     assert part.loss == last["loss"] and result.best_loss == min(first["loss"], last["loss"])
     assert result.validation.loss == last["loss"] and not rows(tmp_path / "run", "final")
 

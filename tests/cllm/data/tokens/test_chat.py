@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -186,6 +187,40 @@ def test_evaluation_counts_the_answers_alone(data, tokenizer):
     assert len(list(ChatWindows(dataset.val, 64, 2))) >= 1
 
 
+@pytest.mark.parametrize("seq_len", [24, 40, 512])
+def test_bits_per_byte_count_the_bytes_of_the_tokens_that_were_scored_alone(seq_len, tokenizer, tmp_path):
+    chats = [chat(f"What is {n}?", "It is \u00e9 " * (5 * n + 1)) for n in range(6)] + [chat("Too long " * 30, "It.")]
+    split = prepare_chat(write(tmp_path / "c.jsonl", chats), tmp_path / "out", tokenizer, 0.0).train
+    model = Model(ModelConfig(vocab_size=tokenizer.vocab_size, embed_dim=16, num_layers=1, num_heads=1, max_seq_len=512))
+    scored = [ids[1 : seq_len + 1][answers[1 : seq_len + 1] == 1] for ids, answers in map(split.conversation, range(len(chats)))]
+    with runtime.use(threads=1):
+        result = evaluate(model, split, seq_len, 2)
+    assert result.num_targets == sum(map(len, scored))
+    by_token = sum(int(tokenizer.byte_lengths[ids].sum()) for ids in scored)
+    assert result.bits_per_byte == pytest.approx(result.loss * result.num_targets / math.log(2) / by_token, rel=1e-9)
+    if seq_len == 512:
+        assert by_token == split.num_bytes == sum(len(messages[1]["content"].encode()) for messages in chats)
+    part = split.windows(seq_len, 2).part(2)
+    assert part.num_bytes == sum(int(tokenizer.byte_lengths[batch.targets[batch.targets != -100].numpy()].sum()) for batch in part)
+
+
+def test_packed_chats_are_evaluated_on_what_training_learns_from(tokenizer, tmp_path):
+    model = Model(ModelConfig(vocab_size=tokenizer.vocab_size, embed_dim=32, num_layers=1, num_heads=2, max_seq_len=64), seed=1)
+    save(model, tmp_path / "m.cllm", tokenizer=tokenizer)
+    path = write(tmp_path / "c.jsonl", [chat(f"What is {n}?", "It is " * (n % 9 + 1)) for n in range(30)])
+    prepare_chat(path, tmp_path / "all", tokenizer, 0.0)
+    parts = prepare_chat(path, tmp_path / "parts", tokenizer, 0.3)
+    command = ("evaluate", tmp_path / "m.cllm", "--threads", 1, "--seq-len", 32)
+    chats, packed = (cllm(*command, data, "--json").json for data in (path, tmp_path / "all" / "chat"))
+    assert chats["scored"] == packed["scored"] == "answers" and chats["num_targets"] == packed["num_targets"] > 0
+    assert {**packed, "data": ""} == {**chats, "data": ""}
+    ran = cllm(*command, parts.folder)
+    targets = evaluate(model, parts.val, 32).num_targets
+    assert f"on all {targets:,} tokens" in ran.out and f"the validation part of {parts.folder}" in ran.out
+    assert f"Scored are the answers of {parts.val.num_documents} conversations" in ran.out
+    assert "None" not in ran.out + ran.err and "val 0" not in ran.out
+
+
 FORMS = {  # how a form is called, and a record of it
     "field 'messages'": {"id": 1, "meta": {"a": []}, "messages": chat("Q {}", "A {}")},
     "field 'conversation'": {"source": "x", "conversation": chat("Q {}", "A {}")},
@@ -355,25 +390,27 @@ def test_conversations_that_do_not_fit_are_told_with_what_to_do(tokenizer, tmp_p
     cut = chat("What is two?", "It is four. " * 40)
     dataset = prepare_chat(write(tmp_path / "c.jsonl", [long] * 3 + [short, cut]), tmp_path / "out", tokenizer, 0.0)
     said = []
-    check_fit(dataset, 64, 512, said.append)
+    check_fit([dataset.train, dataset.val], 64, 512, said.append)
     longest = dataset.train.fit(64).longest
     assert 256 < longest <= 512 and said == [
         "1 of 5 conversations is cut at 64 tokens. Use --seq-len 512.",
         "3 of 5 conversations are left out, because no part of an answer lies within the first 64 tokens.",
     ]
     said.clear()
-    check_fit(dataset, 64, 64, said.append)
+    check_fit([dataset.train, dataset.val], 64, 64, said.append)
     assert said[0].endswith(
         f"The longest has {longest + 1} tokens and the model's context 64: use a model with a longer context, or shorter conversations."
     )
     said.clear()
-    check_fit(dataset, 512, 512, said.append)
+    check_fit([dataset.train, dataset.val], 512, 512, said.append)
     assert said == []
     nothing = prepare_chat(write(tmp_path / "l.jsonl", [long] * 3), tmp_path / "none", tokenizer, 0.0)
     with pytest.raises(
         DataError, match=r"none of the 3 conversations for training has a part of an answer within its first 64 tokens.*--seq-len 128"
     ):
-        check_fit(nothing, 64, 128, said.append)
+        check_fit([nothing.train, nothing.val], 64, 128, said.append)
+    with pytest.raises(DataError, match=r"none of the 3 conversations has a part of an answer .* nothing can be evaluated"):
+        check_fit([nothing.train], 64, 128, said.append)
 
 
 def test_a_validation_split_without_a_target_is_not_evaluated(tokenizer, tmp_path):
