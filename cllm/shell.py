@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,8 +12,22 @@ from cllm.runtime.printable import printable
 
 
 def command(*words: object) -> str:
-    """`cllm` with these words, each quoted where a shell needs it: command("report", Path("my run")) is "cllm report 'my run'"."""
-    return " ".join(("cllm", *map(quoted, words)))
+    """A command of `cllm`, each word quoted where a shell needs it: command("report", Path("my run")) is "cllm report 'my run'"."""
+    return " ".join((program(), *map(quoted, words)))
+
+
+def program() -> str:
+    """What starts this `cllm` again from the same shell: "cllm" where PATH leads to it, otherwise the program as it was started.
+
+    Without an activated environment that is a path such as .venv/bin/cllm, or "python -m cllm". In a program that uses the library it is "cllm".
+    """
+    started, found = Path(sys.argv[0]), shutil.which("cllm")
+    if (started.parent.name, started.name) == ("cllm", "__main__.py"):
+        beside = found is not None and os.path.abspath(os.path.dirname(found)) == os.path.abspath(os.path.dirname(sys.executable))
+        return "cllm" if beside else f"{quoted(sys.orig_argv[0])} -m cllm"
+    if started.name != "cllm" or (found is not None and started.exists() and os.path.samefile(found, started)):
+        return "cllm"
+    return quoted(sys.argv[0])
 
 
 def quoted(word: object) -> str:

@@ -54,7 +54,9 @@ def lines(path: Path) -> int:
 
 
 def cllm(*arguments: object, cwd: Path | None = None, stdin: str = "", timeout: float = PATIENCE, **variables: str) -> Ran:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables  # no user has that one
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}  # no user has that one
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # as in an activated environment
+    environment |= variables
     done = subprocess.run(
         [sys.executable, "-m", "cllm", *map(str, arguments)], cwd=cwd, env=environment, input=stdin, capture_output=True, text=True, timeout=timeout
     )

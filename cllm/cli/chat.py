@@ -14,6 +14,7 @@ from cllm.cli.options import Checkpoint, Device, Json, Threads, Weights, check_m
 from cllm.config.sampling import SAMPLING
 from cllm.runtime.errors import UserError
 from cllm.runtime.progress import say
+from cllm.shell import command
 
 if TYPE_CHECKING:
     from cllm.data.tokens.tokenizer import Tokenizer
@@ -83,7 +84,8 @@ def converse(
     from cllm.generate.decoding import generate
 
     if tokenizer.chat_template is None:
-        raise UserError("this model has no chat template: it was not taught to chat. Teach it with: cllm train CHATS.jsonl --from MODEL")
+        taught = command("train", "CHATS.jsonl", "--from", "MODEL")
+        raise UserError(f"this model has no chat template: it was not taught to chat. Teach it with: {taught}")
     context = model.config.max_seq_len
     end = end_of_turn(tokenizer)
     speaker = tokenizer if end is None else tokenizer.with_end(end)

@@ -27,7 +27,7 @@ def read_settings(flags: Mapping[str, Any], sets: Sequence[str], file: Path | No
     from cllm.train.run_folder import CONFIG, absolute_places, stored_run, true_sources
 
     if resume and out is None:
-        raise UserError("--resume needs --out with the run to continue, as in cllm train --resume --out runs/demo.")
+        raise UserError(f"--resume needs --out with the run to continue, as in {command('train', '--resume', '--out', 'runs/demo')}.")
     own = out / CONFIG if resume and out is not None and file is None else None
     if own is not None and not own.exists():
         raise UserError(f"{out} holds no run to continue (no {CONFIG}). Start one with: {command('train', 'DATA', '--out', out)}")
@@ -35,7 +35,7 @@ def read_settings(flags: Mapping[str, Any], sets: Sequence[str], file: Path | No
     if own is not None:
         config = true_sources(config, own, stored_run(own.parent))
     if not config.data.path:
-        raise UserError("nothing to learn from: give a folder or file of text, as in cllm train books/.")
+        raise UserError(f"nothing to learn from: give a folder or file of text, as in {command('train', 'books/')}.")
     return absolute_places(config)
 
 

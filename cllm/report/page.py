@@ -20,6 +20,7 @@ from cllm.report.style import STYLE
 from cllm.report.timing import time_split
 from cllm.runtime.errors import OutputError, UserError
 from cllm.runtime.progress import duration
+from cllm.shell import command
 
 # Field of the rows, title, unit, logarithmic. Training is drawn as a line, evaluations as dots.
 CURVES = (
@@ -46,7 +47,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
     Raises UserError where there is no run or no folder to write into, OutputError where the disk does not take the page.
     """
     if not folders:
-        raise UserError("no run is named. Give the folder of one, as in cllm report runs/demo.")
+        raise UserError(f"no run is named. Give the folder of one, as in {command('report', 'runs/demo')}.")
     runs = [read_run(folders[0])] if len(folders) == 1 else read_runs(folders)
     default = "report.html" if len(runs) == 1 else "comparison.html"
     place = Path(out) if out is not None else runs[0].folder / default

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cllm.runtime.printable import printable
-from cllm.shell import command, quoted
+from cllm.shell import command, program, quoted
 
 WORDS = (
     "plain", "a b", "it's", 'say "x"', "$HOME", "`id`", "a;b", "a\nb", "a\tb", "~", "~root", "*", "#x", "!1", "\\", "a\\", "", "caf\u00e9", "\u4e2d",
@@ -43,3 +44,37 @@ def test_a_path_is_never_an_option_and_simple_words_stay_readable():
         quoted("--out") == "--out"
         and command("generate", Path("runs/caf\u00e9"), "--prompt", "The ") == "cllm generate 'runs/caf\u00e9' --prompt 'The '"
     )
+
+
+@pytest.fixture
+def environment(tmp_path, monkeypatch):
+    """Two environments that have a `cllm`, in folders that a shell has to quote; PATH leads to neither."""
+    for name in ("my env", "other"):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        for each in ("cllm", "python"):
+            (tmp_path / name / "bin" / each).write_text("#!/bin/sh\n")
+            (tmp_path / name / "bin" / each).chmod(0o755)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_program_is_named_as_it_can_be_started_again(environment, monkeypatch):
+    mine, other = environment / "my env" / "bin", environment / "other" / "bin"
+
+    def shown(path, argv, orig):
+        monkeypatch.setenv("PATH", f"{path}:/usr/bin:/bin")
+        monkeypatch.setattr(sys, "argv", [str(argv)])
+        monkeypatch.setattr(sys, "orig_argv", [str(orig)])
+        return program()
+
+    monkeypatch.setattr(sys, "executable", str(mine / "python"))
+    module = environment / "cllm" / "__main__.py"
+    assert shown(mine, mine / "cllm", mine / "python") == "cllm"
+    assert shown(mine, "my env/bin/cllm", mine / "python") == "cllm"
+    assert shown("", "my env/bin/cllm", mine / "python") == "'my env/bin/cllm'"
+    assert shown(other, "my env/bin/cllm", mine / "python") == "'my env/bin/cllm'"  # another one would answer
+    assert shown(mine, module, "python") == "cllm"
+    assert shown("", module, "my env/bin/python") == "'my env/bin/python' -m cllm"
+    assert shown(other, module, "python3") == "python3 -m cllm"
+    assert shown("", "train.py", "python") == shown("", "", "python") == shown(mine, "-c", "python") == "cllm"  # a program of somebody's own

@@ -3,9 +3,12 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 from command import PATIENCE, TINY, cllm, lines, wait_until
@@ -273,3 +276,16 @@ def test_the_commands_that_are_shown_next_can_be_pasted_also_from_a_terminal_tha
     done = subprocess.run(program, cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
     assert done.stdout.count("ended 0") == 4, done.stdout + done.stderr
     assert (out / "report.html").exists() and (tmp_path / f"{out.name}-hf" / "config.json").exists()
+
+
+def test_a_command_that_is_shown_works_also_where_the_environment_is_not_activated(tmp_path):
+    """The installed script is called by its path, as `make demo` calls it; what it shows is run as it stands."""
+    script = os.path.relpath(Path(sys.executable).parent / "cllm", tmp_path)
+    environment = {**os.environ, "PATH": "/usr/bin:/bin"}
+    if not (tmp_path / script).exists():
+        pytest.skip("cllm is not installed beside this Python")
+    for start in (script, f"{shlex.quote(sys.executable)} -m cllm"):
+        run = partial(subprocess.run, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        shown = run(f"{start} train --resume --out missing").stderr.partition("Start one with: ")[2].strip()
+        assert shown == f"{start} train DATA --out missing"
+        assert "DATA does not exist" in run(shown).stderr
