@@ -10,7 +10,7 @@ import typer
 
 from cllm.cli.console import Console, open_console, standard_input
 from cllm.cli.generate import MaxTokens, Seed
-from cllm.cli.options import Checkpoint, Device, Json, Threads, Weights, check_model, examples, load_model, read_settings, with_settings
+from cllm.cli.options import Checkpoint, Device, Json, Threads, Weights, check_model, examples, load_model, read_settings, text_option, with_settings
 from cllm.config.sampling import SAMPLING
 from cllm.runtime.errors import UserError
 from cllm.runtime.progress import say
@@ -30,7 +30,7 @@ app = typer.Typer()
 @with_settings(CHAT_SAMPLING)
 def chat(
     checkpoint: Checkpoint,
-    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    system: Annotated[str | None, text_option("--system", "What the model is told before the conversation.")] = None,
     max_tokens: MaxTokens = 200,
     seed: Seed = 0,
     weights: Weights = None,

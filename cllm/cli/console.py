@@ -120,11 +120,22 @@ def silence_stdout() -> None:
 
 
 def standard_input() -> Iterator[str]:
-    """The lines of standard input; DataError where they are no text in the terminal's encoding."""
+    """The lines of standard input; DataError where they are no text in the charset of the locale."""
     try:
         yield from sys.stdin
     except UnicodeDecodeError as error:
-        raise DataError(f"standard input is not {error.encoding} text ({error.reason}). Convert it first, for example with iconv.") from error
+        raise DataError(not_text("standard input", error.object[error.start], error.encoding)) from error
+
+
+def not_text(what: str, byte: int, charset: str) -> str:
+    """What to say of text from the shell that holds a byte which the charset of the locale does not have, and what to do."""
+    names = ("PYTHONIOENCODING", "LC_ALL", "LC_CTYPE", "LANG") if what == "standard input" else ("LC_ALL", "LC_CTYPE", "LANG")
+    locale = next((f"{name}={os.environ[name]}" for name in names if os.environ.get(name)), "no LC_ALL or LANG is set")
+    charset = charset.upper()
+    remedy = "Convert it to UTF-8, for example with iconv."
+    if charset not in ("UTF-8", "UTF8"):
+        remedy = "If yours is UTF-8, set LC_ALL=C.UTF-8 or PYTHONUTF8=1 and run the command again."
+    return f"{what} holds the byte 0x{byte:02x}, which is no {charset}, and the locale ({locale}) says that all text is {charset}. {remedy}"
 
 
 def table(rows: Sequence[tuple[str, ...]], indent: str = "  ") -> str:

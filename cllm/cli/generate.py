@@ -21,6 +21,7 @@ from cllm.cli.options import (
     option,
     read_settings,
     read_text,
+    text_option,
     with_settings,
 )
 from cllm.config.sampling import SAMPLING
@@ -41,11 +42,11 @@ app = typer.Typer()
 @with_settings(SAMPLING)
 def generate(
     checkpoint: Checkpoint,
-    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    prompt: Annotated[str | None, text_option("--prompt", "Text to continue.")] = None,
     prompt_file: Annotated[Path | None, option("--prompt-file", Path, "File with the text to continue.")] = None,
     encoding: Annotated[str, option("--encoding", str, "Charset of --prompt-file where it is not Unicode; auto tells it by its letters.")] = "auto",
     max_tokens: MaxTokens = 200,
-    stop: Annotated[list[str] | None, typer.Option(help="Text at which to stop; repeatable.")] = None,
+    stop: Annotated[list[str] | None, text_option("--stop", "Text at which to stop; repeatable.")] = None,
     seed: Seed = 0,
     samples: Annotated[int, option("--samples", int, "How many continuations.", at_least=1, at_most=10_000)] = 1,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute every token from scratch (a check, slow).")] = False,

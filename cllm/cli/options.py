@@ -1,12 +1,14 @@
 """What several commands share: options, examples on the --help page, and the model that most of them begin with."""
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cllm.cli.console import not_text
 from cllm.config.schema import DEVICES, SETTINGS
 from cllm.config.setting import Setting
 from cllm.runtime.errors import DataError, UserError
@@ -31,12 +33,40 @@ def argument(name: str, help: str, kind: type = str) -> Any:
     return typer.Argument(metavar=name, help=help, parser=_reader(Setting(name.rstrip("."), (str,), help, path=True), kind))
 
 
+def text_option(name: str, help: str, metavar: str = "TEXT") -> Any:
+    """An option for `Annotated` that takes any text that can be decoded."""
+    return typer.Option(name, help=help, metavar=metavar, parser=_text_reader(name))
+
+
+def text_argument(name: str, help: str) -> Any:
+    """An argument for `Annotated` that takes any text that can be decoded."""
+    return typer.Argument(metavar=name, help=help, parser=_text_reader(name))
+
+
+def _text_reader(name: str) -> Callable[[Any], Any]:
+    def read(text: Any) -> Any:
+        try:
+            return check_decoded(name, text)
+        except UserError as error:
+            raise WrongValue(str(error)) from error
+
+    return read
+
+
+def check_decoded(name: str, text: Any) -> Any:
+    """The text of an option. UserError where the locale could not decode it: Python keeps each byte of that as half of a surrogate pair."""
+    odd = next((each for each in text if "\ud800" <= each <= "\udfff"), None) if isinstance(text, str) else None
+    if odd is not None:
+        raise UserError(not_text(name, ord(odd) & 0xFF, sys.getfilesystemencoding()))
+    return text
+
+
 def _reader(declared: Setting, kind: type) -> Callable[[Any], Any]:
     def read(text: Any) -> Any:
         if not isinstance(text, str):  # the default comes through here as well
             return text
         try:
-            value = declared.read(text)
+            value = declared.read(text if declared.path else check_decoded(declared.name, text))
         except UserError as error:
             raise WrongValue(str(error)) from error
         return value if value is None else kind(value)
@@ -85,6 +115,9 @@ def with_settings(settings: Mapping[str, Setting]) -> Callable[[Callable[..., An
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         def run(**values: Any) -> Any:
             given = {key: values.pop(each.name) for key, each in settings.items()}
+            for key, each in settings.items():
+                if not each.path:  # a path may be of bytes that are no text
+                    check_decoded(each.option, given[key])
             return command(**values, **given)
 
         signature = inspect.signature(command, eval_str=True)

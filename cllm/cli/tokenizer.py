@@ -19,6 +19,7 @@ from cllm.cli.options import (
     option,
     read_settings,
     reading_of,
+    text_argument,
     with_settings,
 )
 from cllm.config.schema import MAX_VOCAB, SETTINGS
@@ -92,7 +93,7 @@ def train(
 @group.command("encode", epilog=examples("cllm tokenizer encode runs/demo 'def main():'"))
 def encode(
     tokenizer: TokenizerPlace,
-    text: Annotated[str | None, typer.Argument(help="Text; without it, standard input.")] = None,
+    text: Annotated[str | None, text_argument("TEXT", "Text; without it, standard input.")] = None,
     as_json: Json = False,
 ) -> None:
     """Text to token ids."""

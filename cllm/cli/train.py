@@ -12,7 +12,7 @@ from cllm import distributed, runtime
 from cllm.cli import train_looks
 from cllm.cli.console import Console, open_console
 from cllm.cli.interrupt import stopping_with
-from cllm.cli.options import Json, examples, option, with_settings
+from cllm.cli.options import Json, examples, option, text_option, with_settings
 from cllm.cli.train_setup import by_first, check_before_work, model_to_start_from, new_model, read_settings, with_data
 from cllm.config.schema import SETTINGS, full_key
 from cllm.config.train import TrainConfig
@@ -52,7 +52,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out with its own settings; an error if there is none.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print sizes, memory, speed and every derived value, and stop.")] = False,
     find_lr: Annotated[bool, typer.Option("--find-lr", help="Try rising learning rates for 100 steps, print and plot the losses, and stop.")] = False,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any other setting; repeatable.")] = None,
+    set_: Annotated[list[str] | None, text_option("--set", "Any other setting; repeatable.", metavar="SECTION.KEY=VALUE")] = None,
     as_json: Json = False,
     **settings: Any,
 ) -> None:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import inspect
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from command import cllm
 from commands import COMMANDS, options
 
 from cllm import Model, ModelConfig, save
@@ -153,3 +155,33 @@ def test_on_a_gpu_weights_are_bf16_unless_asked_otherwise(tmp_path, monkeypatch,
     with gpu.described(dataclasses.replace(gpu.DESCRIBED["a100"], arch=arch)):
         model, _ = load_model(str(path), need_tokenizer=False, weights=asked, device="cuda")
     assert moved == [torch.device("cuda", 0)] and str(model.compute_dtype) == f"torch.{dtype}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("generate", "M", "--prompt", "caf\udce9"), "--prompt"),
+        (("generate", "M", "--prompt", "x", "--stop", "a", "--stop", "\udce9"), "--stop"),
+        (("chat", "M", "--system", "\udce9"), "--system"),
+        (("tokenizer", "encode", "M", "\udce9"), "TEXT"),
+        (("train", "x", "--set", "data.separator=\udce9"), "--set"),
+        (("evaluate", "M", "x", "--text-field", "\udce9"), "--text-field"),
+    ],
+)
+def test_text_that_the_locale_cannot_decode_is_refused_with_the_locale_and_what_to_set(arguments, what, monkeypatch, capsys):
+    from cllm.cli.app import main
+
+    for charset, locale, remedy in (("ascii", "C", "set LC_ALL=C.UTF-8 or PYTHONUTF8=1"), ("utf-8", "C.UTF-8", "Convert it to UTF-8")):
+        monkeypatch.setattr(sys, "getfilesystemencoding", lambda charset=charset: charset)
+        monkeypatch.setenv("LC_ALL", locale)
+        with pytest.raises(SystemExit) as ended:
+            main(list(arguments))
+        told = capsys.readouterr()
+        assert ended.value.code == 2 and told.out == "" and told.err.count("\n") == 1
+        start = f"error: {what} holds the byte 0xe9, which is no {charset.upper()}, and the locale (LC_ALL={locale}) says"
+        assert told.err.startswith(start) and remedy in told.err
+
+
+def test_a_prompt_in_a_terminal_without_a_locale_is_refused_in_one_line():
+    ran = cllm("generate", "M", "--prompt", os.fsdecode("caf\u00e9".encode()), LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert ran.status == 2 and "the byte 0xc3, which is no ASCII, and the locale (LC_ALL=C)" in ran.err and ran.err.count("\n") == 1
