@@ -84,8 +84,11 @@ def train_run(
         config = read_settings(flags, sets, file, out, resume)
         check_before_work(config, out)
     work = partial(_train, resume=resume)
-    if plan_only or find_lr:
-        work = partial(train_looks.look, train_looks.plan if plan_only else train_looks.find_lr)
+    if plan_only:
+        work = partial(train_looks.look, train_looks.plan)
+    elif find_lr:
+        given = train_looks.words_of(flags, sets, file, out, resume)
+        work = partial(train_looks.look, partial(train_looks.find_lr, given=given))
     with _session(config) as world, runtime.use(threads=config.train.threads):
         work(config, out, console, world)
 

@@ -1,19 +1,21 @@
 """`cllm train --plan` and `--find-lr`: what a training would be, without one."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cllm import runtime
 from cllm.cli.console import Console, table
 from cllm.cli.train_setup import by_first, model_to_start_from, new_model, predicted_memory, total_tokens, with_data
 from cllm.config.model import ModelConfig
+from cllm.config.schema import SETTINGS, full_key
 from cllm.config.train import TrainConfig
 from cllm.runtime.errors import UserError
+from cllm.runtime.printable import printable
 from cllm.shell import command
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from cllm.distributed.world import World
     from cllm.model.model import Model
 
+_RATE = "optim.learning_rate"
 Look = Callable[["Model | None", ModelConfig, TrainConfig, "Dataset", Path, Console], None]
 
 
@@ -97,15 +100,21 @@ def plan(model: "Model | None", sizes: ModelConfig, config: TrainConfig, dataset
     )
 
 
-def find_lr(model: "Model | None", sizes: ModelConfig, config: TrainConfig, dataset: "Dataset", out: Path, console: Console) -> None:
-    """Losses at rising learning rates, as a table and as a picture, and where to begin."""
+def find_lr(
+    model: "Model | None", sizes: ModelConfig, config: TrainConfig, dataset: "Dataset", out: Path, console: Console, *, given: Sequence[object]
+) -> None:
+    """Losses at rising learning rates, as a table and as a picture, and where to begin. given: the words of this command, see `words_of`."""
     from cllm.runtime.device import resolve
+    from cllm.train.finetune import model_place
     from cllm.train.lr_finder import as_rows, draw, find_learning_rate
     from cllm.train.run_folder import holds_run
 
     device, _ = resolve(config.train.device)
     if model is None:
         model = new_model(sizes, config)
+    start = model_place(config, out)
+    weights = f"new weights (seed {config.train.seed})" if start is None else f"the weights of {printable(start)}"
+    console.print(f"Learning rates are tried from {weights}, which no run keeps.")
     found = find_learning_rate(model.to(device), dataset.train, config)
     console.print(table(as_rows(found)))
     picture: Path | None = _free_place(out.parent / f"{out.name}-find-lr.png" if holds_run(out) else out / "find-lr.png")
@@ -117,9 +126,33 @@ def find_lr(model: "Model | None", sizes: ModelConfig, config: TrainConfig, data
         console.print(f"The curve is in {picture}.")
     if not found.diverged:
         console.print("The loss did not rise again up to the highest learning rate tried: take the suggestion with care.")
-    elsewhere = ("--out", "NEW") if holds_run(out) else ()
-    console.print(f"Begin with: {command('train', Path(config.data.path), '--learning-rate', f'{found.suggestion:g}', *elsewhere)}")
+    words = [*given, "--learning-rate", f"{found.suggestion:g}"]
+    low = config.optim.min_lr
+    if low is not None and low > found.suggestion and not config.sources["optim.min_lr"].startswith("derived"):
+        words += ["--set", "optim.min_lr=none"]
+    console.print(f"Begin with: {command(*words, *(('--out', 'NEW') if holds_run(out) else ()))}")
     console.result({**found.to_dict(), "optimizer": config.optim.optimizer, "picture": None if picture is None else str(picture)})
+
+
+def words_of(flags: Mapping[str, Any], sets: Sequence[str], file: Path | None, out: Path | None, resume: bool) -> list[object]:
+    """The words of a `cllm train` command with all that was given but the learning rate, and without --out where that holds a run already."""
+    from cllm.train.run_folder import CONFIG, holds_run
+
+    words: list[object] = ["train"]
+    if flags.get("data.path"):
+        words.append(Path(flags["data.path"]))
+    if resume and file is None and out is not None:
+        file = out / CONFIG
+    words += [] if file is None else ["--config", file]
+    words += [] if out is None or holds_run(out) else ["--out", out]
+    for key, value in flags.items():
+        if value is None or key in ("data.path", _RATE):
+            continue
+        each = SETTINGS[key]
+        words += [each.option] if each.types == (bool,) else [each.option, Path(value) if each.path else value]
+    for text in sets:
+        words += [] if full_key(text.partition("=")[0].strip()) == _RATE else ["--set", text]
+    return words
 
 
 def _free_place(place: Path) -> Path:

@@ -203,6 +203,10 @@ def test_find_lr_prints_a_table_suggests_a_rate_and_leaves_no_run(text, tmp_path
     assert ran.status == 0 and ran.json["optimizer"] == "muon" and 1e-6 < ran.json["suggestion"] < 1
     assert "learning rate" in ran.err and "lowest" in ran.err and f"--learning-rate {ran.json['suggestion']:g}" in ran.err
     assert not (tmp_path / "tried" / "checkpoints").exists() and not (tmp_path / "tried" / "config.toml").exists()
+    shown = shlex.split(ran.err.partition("Begin with: ")[2].splitlines()[0])
+    assert "Learning rates are tried from new weights (seed 0)" in ran.err
+    given = [str(each) for each in (text, "--out", tmp_path / "tried", *TINY[:4], "--set", "optim.optimizer=muon")]
+    assert shown[:2] == ["cllm", "train"] and all(each in shown for each in given)
     if ran.json["picture"]:
         assert (tmp_path / "tried" / "find-lr.png").read_bytes().startswith(b"\x89PNG")
 
