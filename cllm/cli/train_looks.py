@@ -33,7 +33,8 @@ def look(show: Look, config: TrainConfig, out: Path | None, console: Console, wo
     from cllm.cli.run_name import default_run
 
     run = default_run(config.data.path) if out is None else out
-    model, tokenizer, config = model_to_start_from(config, run)
+    # A learning rate is found for a run to come, which starts from --from also where this folder holds a run that has gone on from there.
+    model, tokenizer, config = model_to_start_from(config, run if show is plan else run / "new")
     with ExitStack() as held:
         folder = by_first(world, lambda: held.enter_context(data_for_a_look(config, run, console, tokenizer)).folder)
         dataset, sizes, config = with_data(config, None if model is None else model.config, folder, console, world)
@@ -112,7 +113,7 @@ def find_lr(
     device, _ = resolve(config.train.device)
     if model is None:
         model = new_model(sizes, config)
-    start = model_place(config, out)
+    start = model_place(config, out / "new")
     weights = f"new weights (seed {config.train.seed})" if start is None else f"the weights of {printable(start)}"
     console.print(f"Learning rates are tried from {weights}, which no run keeps.")
     found = find_learning_rate(model.to(device), dataset.train, config)

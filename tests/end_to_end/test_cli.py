@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,6 +210,15 @@ def test_find_lr_prints_a_table_suggests_a_rate_and_leaves_no_run(text, tmp_path
     assert shown[:2] == ["cllm", "train"] and all(each in shown for each in given)
     if ran.json["picture"]:
         assert (tmp_path / "tried" / "find-lr.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_learning_rate_is_found_for_the_weights_that_are_given_and_not_for_those_of_a_run_that_is_there(run, text, tmp_path):
+    assert cllm("export", run, "--to", "cllm", "--out", tmp_path / "start.cllm").status == 0
+    shutil.copytree(run, tmp_path / "run", symlinks=True)
+    given = ("--from", tmp_path / "start.cllm", "--seq-len", 32, "--batch-size", 2, "--threads", 2)
+    ran = cllm("train", text, "--out", tmp_path / "run", "--find-lr", *given)
+    assert ran.status == 0 and f"tried from the weights of {tmp_path / 'start.cllm'}, which no run keeps" in ran.out
+    assert f"Begin with: cllm train {text} --from {tmp_path / 'start.cllm'}" in ran.out and ran.out.rstrip().endswith("--out NEW")
 
 
 def test_a_run_with_another_optimizer_and_restored_weights_is_used_like_any_other(text, tmp_path):
