@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import venv
 from pathlib import Path
 
@@ -63,6 +64,13 @@ def built(tmp_path_factory):
     subprocess.run(pip, check=True, capture_output=True, cwd=folder)
     (wheel,) = folder.glob("cllm-*.whl")
     return sdist, wheel
+
+
+def test_the_version_stands_in_one_place_and_the_wheel_carries_it(built):
+    import cllm
+
+    assert "version" not in tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert [each.name.split("-")[1].removesuffix(".tar.gz") for each in built] == [cllm.__version__] * 2
 
 
 def modules() -> list[str]:
