@@ -56,80 +56,80 @@ class _Place(NamedTuple):
         return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.shape, self.strides)
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
+    """One operator or launch of a record. `writes`: the addresses of the memory that it is known to write to."""
+
     function: Callable[..., Any]
     args: Any
     kwargs: Any
     results: list[Any]
+    writes: frozenset[int]
+
+    @property
+    def name(self) -> str:
+        return str(getattr(self.function, "__name__", self.function))
+
+    def places(self) -> Iterator[_Place]:
+        yield from (each for each in _leaves((self.args, self.kwargs, self.results)) if isinstance(each, _Place))
 
 
-class _Record(TorchDispatchMode):
-    """Writes down the operators that run while it is entered."""
+class Record:
+    """What runs while a graph is captured: `operator` and `launch` run or note one call each, `end` puts back what operators wrote meanwhile."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[_Call] = []
+        self.calls: list[Call] = []
         self.made: dict[int, torch.UntypedStorage] = {}  # by address
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}  # memory of others that was written, and a copy of it
         self._constants: dict[int, torch.UntypedStorage] = {}  # tensors that the body made of numbers of the host: part of the record
         self._within = False
 
-    def __enter__(self) -> _Record:
-        for method in LOOKS:
-            setattr(torch.Tensor, method, self._refusing(method))
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        for method in LOOKS:
-            delattr(torch.Tensor, method)
+    def end(self) -> None:
         for storage, copy in self._before.values():
             storage.copy_(copy)
         self._before.clear()
 
-    def _refusing(self, method: str) -> Callable[[torch.Tensor], Any]:
-        original = getattr(torch.Tensor, method)
+    def replay(self) -> None:
+        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+            for call in self.calls:
+                _run(call)
 
-        def look(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not self._within:
-                raise GraphError(f"the host reads values during a capture: Tensor.{method}")
-            return original(tensor, *args, **kwargs)
+    def spoil(self) -> None:
+        """Overwrites what the graph made."""
+        for storage in self.made.values():
+            storage.fill_(GARBAGE)
 
-        return look
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if any(tag in function.tags for tag in VALUE_DEPENDENT):
+    def operator(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Runs an operator and writes it down."""
+        if depends_on_values(function, args):
             raise GraphError(f"the host reads values during a capture: {function}")
-        borrowed = {each.untyped_storage().data_ptr() for each in _tensors((args, kwargs))}
+        borrowed = {each.untyped_storage().data_ptr() for each in tensors_of((args, kwargs))}
         if function is torch.ops.aten.lift_fresh.default:
-            self._constants |= {each.untyped_storage().data_ptr(): each.untyped_storage() for each in _tensors(args)}
-        for written in _written(function, args, kwargs):
+            self._constants |= {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors_of(args)}
+        for written in written_by(function, args, kwargs):
             self._keep(written.untyped_storage())
         self._within = True
         try:
             results = function(*args, **kwargs)
         finally:
             self._within = False
-        for each in _tensors(results):
-            storage = each.untyped_storage()
-            if storage.data_ptr() not in borrowed:
-                self.made[storage.data_ptr()] = storage
-        self._write(function, args, kwargs, results)
+        new = [each for each in tensors_of(results) if each.untyped_storage().data_ptr() not in borrowed]
+        self.made |= {each.untyped_storage().data_ptr(): each.untyped_storage() for each in new}
+        self._write(function, args, kwargs, results, [*written_by(function, args, kwargs), *new])
         return results
 
     def launch(self, run: Callable[..., None], args: Any, kwargs: Any) -> bool:
         """Writes down a launch outside of any operator; True where that was all that there was to do."""
         if not self._within:
-            self._write(run, args, kwargs, None)
+            self._write(run, args, kwargs, None, [])
         return not self._within
 
-    def _write(self, function: Callable[..., Any], args: Any, kwargs: Any, results: Any) -> None:
+    def _write(self, function: Callable[..., Any], args: Any, kwargs: Any, results: Any, written: list[torch.Tensor]) -> None:
         def noted(value: Any) -> Any:
             return self._noted(value, str(getattr(function, "__name__", function))) if isinstance(value, torch.Tensor) else value
 
         args, kwargs = tree_map(noted, (args, kwargs))
-        self.calls.append(_Call(function, args, kwargs, [noted(each) for each in _tensors(results)]))
+        writes = frozenset(each.untyped_storage().data_ptr() for each in written)
+        self.calls.append(Call(function, args, kwargs, [noted(each) for each in tensors_of(results)], writes))
 
     def _noted(self, tensor: torch.Tensor, user: str) -> _Place:
         storage = tensor.untyped_storage()
@@ -143,50 +143,88 @@ class _Record(TorchDispatchMode):
             self._before[at] = storage, storage.clone()
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
+class _Recording(TorchDispatchMode):
+    """While entered, every operator goes to a record."""
+
+    def __init__(self, record: Record) -> None:
+        super().__init__()
+        self.record = record
+
+    def __enter__(self) -> _Recording:
+        for method in LOOKS:
+            setattr(torch.Tensor, method, self._refusing(method))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for method in LOOKS:
+            delattr(torch.Tensor, method)
+        self.record.end()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.record.operator(function, args, kwargs or {})
+
+    def _refusing(self, method: str) -> Callable[[torch.Tensor], Any]:
+        original = getattr(torch.Tensor, method)
+
+        def look(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not self.record._within:
+                raise GraphError(f"the host reads values during a capture: Tensor.{method}")
+            return original(tensor, *args, **kwargs)
+
+        return look
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return tree_leaves(tree, is_leaf=lambda each: isinstance(each, _Place))
+
+
+def tensors_of(tree: Any) -> list[torch.Tensor]:
     return [each for each in tree_leaves(tree) if isinstance(each, torch.Tensor)]
 
 
-def _written(function: Any, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
+def depends_on_values(function: Any, args: Any) -> bool:
+    """Whether the host has to know values before the operator can be called, or gets some from it."""
+    if function is torch.ops.aten.index.Tensor:  # with numbers of places the shape is known, with masks it is not
+        return any(each.dtype in (torch.bool, torch.uint8) for each in tensors_of(args[1]))
+    return any(tag in function.tags for tag in VALUE_DEPENDENT)
+
+
+def written_by(function: Any, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
     """The tensors that an operator says it writes to."""
     for position, argument in enumerate(function._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             given = args[position] if position < len(args) else kwargs.get(argument.name)
-            yield from _tensors(given)
+            yield from tensors_of(given)
 
 
 class EmulatedGraphs:
-    """The graphs of one training step on a CPU. `replays` counts what was replayed, `records` holds one list of calls for each capture."""
+    """The graphs of one training step on a CPU. `replays` counts what was replayed, `records` holds those of all captures."""
 
     def __init__(self, device: torch.device) -> None:
-        self._made: list[dict[int, torch.UntypedStorage]] = []
-        self.records: list[list[_Call]] = []
+        self.records: list[Record] = []
         self.replays = 0
 
     def capture(self, body: Body) -> Body:
         for _ in range(WARM_UPS):
             body()
-        record = _Record()
-        with _launches_to(record), record:
+        record = Record()
+        with _launches_to(record), _Recording(record):
             body()
-        self._made.append(record.made)
-        self.records.append(record.calls)
+        self.records.append(record)
 
         def replay() -> None:
             self.replays += 1
-            for made in self._made:
-                for storage in made.values():
-                    storage.fill_(GARBAGE)
-            with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
-                for call in record.calls:
-                    _run(call)
+            for each in self.records:
+                each.spoil()
+            record.replay()
 
         return replay
 
 
-def _run(call: _Call) -> None:
+def _run(call: Call) -> None:
     args, kwargs, results = tree_map(_there, (call.args, call.kwargs, call.results), is_leaf=lambda each: isinstance(each, _Place))
-    for recorded, new in zip(results, _tensors(call.function(*args, **kwargs)), strict=True):
+    for recorded, new in zip(results, tensors_of(call.function(*args, **kwargs)), strict=True):
         if recorded.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
             recorded.copy_(new)
 
@@ -196,7 +234,7 @@ def _there(value: Any) -> Any:
 
 
 @contextmanager
-def _launches_to(record: _Record) -> Iterator[None]:
+def _launches_to(record: Record) -> Iterator[None]:
     """While entered, launches of Triton kernels are shown to `record` wherever they are made."""
     original = launching.launch
 
