@@ -88,7 +88,7 @@ class PlainGPT(nn.Module):
                 nn.init.zeros_(value)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
+        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
         logits = F.linear(self.norm(self.blocks(x)), self.tokens.weight)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 

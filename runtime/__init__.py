@@ -5,7 +5,7 @@ runtime.explain("attention", (1, 1024, 12, 64))
 runtime.describe()
 """
 
-from cllm.runtime import compiler, device, gpu, profiler, progress, threads, tree, tuning
+from cllm.runtime import compiler, device, gpu, nvml, profiler, progress, threads, tree, tuning
 from cllm.runtime.ceiling import Ceilings, ceilings, register_probe
 from cllm.runtime.compiler import numba_setup
 from cllm.runtime.describe import Report, describe, register_library
@@ -31,6 +31,7 @@ __all__ = [
     "explain",
     "gpu",
     "numba_setup",
+    "nvml",
     "plan",
     "profiler",
     "progress",

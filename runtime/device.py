@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cllm.runtime import progress, toolchain
+from cllm.runtime import nvml, progress, toolchain
 from cllm.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -162,26 +162,42 @@ CHOICES = ("auto", "cpu", "cuda")
 def resolve(asked: str) -> tuple[torch.device, str]:
     """The device for "auto", "cpu" or "cuda", and why. Of several GPUs the one with the most free memory; CUDA_VISIBLE_DEVICES narrows the choice.
 
-    With "auto", a GPU that is there and cannot be used for want of something is told once, as a warning.
-    Raises UserError for a GPU that is asked for and cannot be used.
+    A GPU becomes the current device of the process, so that nothing is put on another one. Raises UserError for a GPU that is asked for and
+    cannot be used.
     """
-    if asked not in CHOICES:
-        raise UserError(f"device must be one of {', '.join(CHOICES)}, got {asked!r}. Choose among GPUs with CUDA_VISIBLE_DEVICES.")
     import torch
 
+    kind, why = resolve_kind(asked)
+    if kind == "cpu":
+        return torch.device("cpu"), why
+    index, why = _freest_gpu(torch.cuda.device_count())
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device, f"{torch.cuda.get_device_name(device)}, {why}"
+
+
+def resolve_kind(asked: str) -> tuple[str, str]:
+    """The kind of device for "auto", "cpu" or "cuda", which is "cpu" or "cuda", and why it is the CPU. UserError as in `resolve`."""
+    if asked not in CHOICES:
+        raise UserError(f"device must be one of {', '.join(CHOICES)}, got {asked!r}. Choose among GPUs with CUDA_VISIBLE_DEVICES.")
     if asked == "cpu":
-        return torch.device("cpu"), "asked for"
+        return "cpu", "asked for"
     obstacle = _obstacle()
-    if obstacle:
-        if asked == "cuda":
-            raise UserError(f"--device cuda: {obstacle}. Use --device cpu, or install what is missing.")
-        if torch.cuda.is_available():
-            _warn_of_unused_gpu(obstacle)
-        return torch.device("cpu"), obstacle
-    free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
-    index = max(range(len(free)), key=free.__getitem__)
-    name = torch.cuda.get_device_name(index)
-    return torch.device("cuda", index), f"{name}, {free[index] / 2**30:.0f} GiB free" + (f", the most of {len(free)} GPUs" if len(free) > 1 else "")
+    if obstacle and asked == "cuda":
+        raise UserError(f"--device cuda: {obstacle}. Use --device cpu, or install what is missing.")
+    return ("cpu", obstacle) if obstacle else ("cuda", "")
+
+
+def _freest_gpu(count: int) -> tuple[int, str]:
+    """The GPU with the most free memory, and how much that is. NVML is asked, since torch would take some memory of each GPU to tell."""
+    if count == 1:
+        free = nvml.free_memory(0)
+        return 0, "the only GPU" if free is None else f"{free / 2**30:.0f} GiB free"
+    free_bytes = [nvml.free_memory(index) or 0 for index in range(count)]
+    if not any(free_bytes):
+        return 0, f"the first of {count} GPUs, whose free memory is not known; CUDA_VISIBLE_DEVICES chooses another one"
+    index = max(range(count), key=free_bytes.__getitem__)
+    return index, f"{free_bytes[index] / 2**30:.0f} GiB free, the most of {count} GPUs"
 
 
 def _obstacle() -> str:

@@ -113,11 +113,10 @@ def _place(device: str, local_rank: int, local_size: int) -> tuple[torch.device,
     """The device of this process, and the backend that the processes communicate through."""
     import torch
 
-    from cllm.runtime.device import resolve
+    from cllm.runtime.device import resolve_kind
 
-    place, _ = resolve(device)
-    if place.type == "cpu":
-        return place, "gloo"
+    if resolve_kind(device)[0] == "cpu":
+        return torch.device("cpu"), "gloo"
     if local_size > torch.cuda.device_count():
         raise UserError(
             f"{local_size} processes on a machine with {torch.cuda.device_count()} GPUs: each needs one of its own. "

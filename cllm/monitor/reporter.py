@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from cllm import runtime
 from cllm.config.model import ModelConfig
@@ -19,9 +21,6 @@ from cllm.runtime import progress
 from cllm.runtime.printable import printable_text
 from cllm.runtime.watchdog import Watchdog
 from cllm.shell import command
-
-if TYPE_CHECKING:
-    import torch
 
 SLOWED = 4.0  # a run this many times slower than its best speed is warned about; noise does not reach it
 _SMOOTHING = 0.1  # weight of the newest step in the speed that is shown
@@ -137,8 +136,7 @@ class Reporter:
             if self._warm:
                 yield
             else:
-                on_gpu = self._device is not None and self._device.type == "cuda"
-                with progress.stage("first step: compiling kernels for this GPU" if on_gpu else "first step"):
+                with progress.stage("first step: compiling kernels for this GPU" if self._on_gpu else "first step"):
                     yield
         self._last_seconds = time.perf_counter() - began
 
@@ -166,6 +164,9 @@ class Reporter:
         parts_seconds = {"data": self._reading, **seconds}
         for part, each in parts_seconds.items():
             self.split[part] += each
+        if "forward" not in seconds:  # on a GPU, where the parts overlap, and in several processes
+            rest = "forward and backward" if seconds else "training steps"
+            self.split[rest] = self.split.get(rest, 0.0) + self._last_seconds - sum(seconds.values())
         used, self._cpu_before = _cpu_seconds() - self._cpu_before, _cpu_seconds()
         busy = used / max(1e-9, self._last_seconds + self._reading) / runtime.device.usable_cores()
         memory = self._memory()
@@ -198,15 +199,8 @@ class Reporter:
         )
 
     def _gpu_share(self) -> float | None:
-        """The share of the last moments in which the GPU was busy, where NVIDIA's library for it is installed."""
-        if self._device is None or self._device.type != "cuda":
-            return None
-        import torch
-
-        try:
-            return torch.cuda.utilization(self._device) / 100
-        except (ImportError, RuntimeError):
-            return None
+        """The share of the last moments in which the GPU was busy, where that is known."""
+        return runtime.nvml.utilization(self._device.index or 0) if self._device is not None and self._on_gpu else None
 
     def _warn_when_slowed(self, step: int) -> None:
         """Says once that steps have become much slower. Threads that spin on cores which another program uses can make them 15 times slower."""
@@ -220,11 +214,15 @@ class Reporter:
 
     def _memory(self) -> int:
         """Memory of the process in bytes, or on a GPU what PyTorch has reserved there."""
-        if self._device is not None and self._device.type == "cuda":
-            import torch
+        return int(torch.cuda.memory_reserved(self._device)) if self._on_gpu else memory_bytes()
 
-            return int(torch.cuda.memory_reserved(self._device))
-        return memory_bytes()
+    def _peak_memory(self) -> int:
+        """The most of it so far."""
+        return int(torch.cuda.max_memory_reserved(self._device)) if self._on_gpu else peak_memory_bytes()
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self._device is not None and self._device.type == "cuda"
 
     def evaluated(self, step: int, result: Evaluation, unigram: float | None, best: bool) -> None:
         """Shows an evaluation. unigram: the loss of a model that knows token frequencies only. best: whether no loss before was lower."""
@@ -257,8 +255,8 @@ class Reporter:
         total = sum(self.split.values())
         if total:
             self.say("time: " + ", ".join(f"{part} {100 * seconds / total:.0f} %" for seconds, part in spent if seconds / total >= 0.005))
-        peak = peak_memory_bytes() / 1e9
-        self.say(f"done: {result.step:,} steps, {_short(result.tokens)} tokens in {progress.duration(result.seconds)}, peak memory {peak:.2f} GB")
+        peak = f"peak memory {self._peak_memory() / 1e9:.2f} GB{' on the GPU' if self._on_gpu else ''}"
+        self.say(f"done: {result.step:,} steps, {_short(result.tokens)} tokens in {progress.duration(result.seconds)}, {peak}")
 
 
 def _peak_flops(precision: str, device: torch.device) -> float:

@@ -96,10 +96,9 @@ class DeviceStep:
         self.device = model.embedding_weight.device
         self._parameters = list(optimizer.parameters.values())
         self._gradients = [torch.zeros_like(each) for each in self._parameters]  # float32 main gradients, which microbatches add to
-        self._fused = Fused(
-            [each.detach() for each in self._parameters], list(optimizer.exp_avg.values()), list(optimizer.exp_avg_sq.values()),
-            list(optimizer.decays.values()),
-        )  # fmt: skip
+        moments = list(optimizer.exp_avg.values()), list(optimizer.exp_avg_sq.values())
+        with self._current():
+            self._fused = Fused([each.detach() for each in self._parameters], *moments, list(optimizer.decays.values()))
         self._state = self._fused.state.double()  # float64, as the learning rate and betas: float32 would round them
         self._state[0].fill_(optimizer.num_updates)
         self._state[1].fill_(FIRST_LOSS_SCALE if loss_scaling else 1.0)
@@ -107,7 +106,8 @@ class DeviceStep:
         growth = GROWTH_INTERVAL if loss_scaling else 0.0
         self._hyper_host = torch.tensor([0.0, *optimizer.betas, optimizer.eps, grad_clip, 1.0, 1.0, growth, 0.0], dtype=torch.float64)
         if self.device.type == "cuda":
-            self._hyper_host = self._hyper_host.pin_memory()
+            with self._current():
+                self._hyper_host = self._hyper_host.pin_memory()
         # learning rate, betas, eps, clip, inverse scale, skip, growth as AdamW reads them, and 1 / the number of targets
         self._hyper = self._hyper_host.to(self.device)
         self._loss = torch.zeros((), device=self.device)
@@ -152,7 +152,7 @@ class DeviceStep:
             result = torch.cat((self._loss.reshape(1), self._stats, self._state[:2]))
             if ahead is not None:
                 self._staging.start(ahead())
-            loss, norm, largest, nonfinite, updates, scale = result.tolist()  # waits for the step
+            loss, norm, largest, nonfinite, updates, scale = self._read(result)
         updated = int(updates) > self.optimizer.num_updates
         self.optimizer.num_updates = int(updates)
         if not math.isfinite(loss):
@@ -163,6 +163,11 @@ class DeviceStep:
     def _current(self) -> AbstractContextManager[object]:
         """Makes the model's GPU the current one, which streams, pinned memory and captures go by."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _read(self, numbers: torch.Tensor) -> list[float]:
+        """Waits for the step: the only time that the host does."""
+        values: list[float] = numbers.tolist()
+        return values
 
     def loss_scale(self) -> float:
         """Waits for the GPU."""

@@ -45,16 +45,20 @@ def install() -> Any:
     import torch
     import torch._dynamo  # every dispatch mode imports it, and it looks at functions that are replaced below
     from gpu_emulation import graphs, streams
+    from torch.multiprocessing.reductions import StorageWeakRef
     from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
     from torch.utils._pytree import tree_leaves, tree_map
 
     import cllm.kernels.triton.adamw  # noqa: F401 - so that all launches are found
     from cllm.kernels.triton import launch as launching
+    from cllm.runtime import nvml
 
-    about = SimpleNamespace(waits=Counter(), waiting_allowed=set(), contexts=set(), capturing=None)
+    about = SimpleNamespace(waits=Counter(), waiting_allowed=set(), contexts=set(), capturing=None, free_memory=[12 << 30, 12 << 30])
     order = streams.Order()
     aten = torch.ops.aten
-    pinned: set[int] = set()
+    # Operators that only a GPU has.
+    forms = {aten.mm.dtype: lambda a, b, dtype: torch.mm(a.to(dtype), b.to(dtype))}
+    pinned: dict[int, StorageWeakRef] = {}  # by address
     waiting: list[Any] = []  # streams whose work the host waits for at the end of this operator
 
     def current() -> int:
@@ -132,8 +136,12 @@ def install() -> Any:
     def values_of(tree: Any) -> Any:
         return tree_map(lambda each: each.values if isinstance(each, OnGPU) else each, tree)
 
+    def pin(tensor: torch.Tensor) -> None:
+        pinned[tensor.untyped_storage().data_ptr()] = StorageWeakRef(tensor.untyped_storage())
+
     def is_pinned(tensor: torch.Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() in pinned
+        memory = pinned.get(tensor.untyped_storage().data_ptr())
+        return memory is not None and not memory.expired()
 
     def run(function: Any, args: Any, kwargs: Any) -> Any:
         there = on_gpu((args, kwargs))
@@ -144,14 +152,14 @@ def install() -> Any:
         if function in (aten._pin_memory.default, aten.pin_memory.default):
             about.contexts.add(current())
             copy = args[0].clone()
-            pinned.add(copy.untyped_storage().data_ptr())
+            pin(copy)
             return copy
         if function is aten.is_pinned.default:
             return is_pinned(args[0])
         target = kwargs.get("device")
-        pin = kwargs.get("pin_memory")
-        if target is None and not there and not pin:
-            for each in graphs.written_by(function, args, kwargs) if pinned else ():
+        pins = kwargs.get("pin_memory")
+        if target is None and not there and not pins:
+            for each in graphs.written_by(function._schema, args, kwargs) if pinned else ():
                 if is_pinned(each):
                     order.host_writes(str(function), each)
             return function(*args, **kwargs)
@@ -167,7 +175,7 @@ def install() -> Any:
                 sent(args[0], device, kwargs.get("non_blocking", False))
         elif there:
             one_device(str(function), args, kwargs)
-        if pin:
+        if pins:
             about.contexts.add(current())
         kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
         if device is not None and device.index is None:
@@ -175,20 +183,21 @@ def install() -> Any:
         if there and graphs.depends_on_values(function, args):
             waits(str(function), current_stream(there[0].device))
         plain = values_of((args, kwargs))
+        schema = function._schema
         if about.capturing is not None and device is not None:
-            results = about.capturing.operator(function, *plain)
+            results = about.capturing.operator(function, *plain, forms.get(function))
         else:
-            results = function(*plain[0], **plain[1])
+            results = forms.get(function, function)(*plain[0], **plain[1])
         if device is not None or (there and target is not None and torch.device(target).type == "cpu"):
-            name = function._schema.name.removeprefix("aten::")
+            name = schema.name.removeprefix("aten::")
             used, new = graphs.tensors_of(plain), graphs.tensors_of(results)
             known = {each.untyped_storage().data_ptr() for each in used}
-            written = [*graphs.written_by(function, *plain), *(each for each in new if each.untyped_storage().data_ptr() not in known)]
+            written = [*graphs.written_by(schema, *plain), *(each for each in new if each.untyped_storage().data_ptr() not in known)]
             if written:  # a view uses no memory, and what is made like another tensor uses its own
                 used = [] if name.endswith("_like") or name.startswith("new_") else used
                 order.operator(name, device if device is not None else there[0].device, [*used, *new], written)
-        if pin:
-            pinned.add(results.untyped_storage().data_ptr())
+        if pins:
+            pin(results)
         if device is None:
             return results
         wrapped = tree_map(lambda each: OnGPU(each, device) if isinstance(each, torch.Tensor) else each, results)
@@ -365,6 +374,10 @@ def install() -> Any:
 
         return call
 
+    def mem_get_info(device: Any = None) -> tuple[int, int]:
+        about.contexts.add(index_of(device))
+        return about.free_memory[index_of(device)], 16 * gib
+
     def set_device(device: Any) -> None:
         about.contexts.add(index_of(device))
         library.fake_cuda_set(index_of(device))
@@ -377,7 +390,7 @@ def install() -> Any:
         "is_available": lambda: True, "is_initialized": lambda: True, "device_count": lambda: 2, "current_device": current, "set_device": set_device,
         "device": device_guard, "Stream": Stream, "Event": Event, "stream": stream_scope, "current_stream": current_stream,
         "default_stream": lambda device=None: order.default(index_of(device)), "synchronize": synchronize, "empty_cache": lambda: None,
-        "mem_get_info": used((12 * gib, 16 * gib)), "memory_reserved": used(3 * gib), "max_memory_reserved": used(5 * gib),
+        "mem_get_info": mem_get_info, "memory_reserved": used(3 * gib), "max_memory_reserved": used(5 * gib),
         "memory_allocated": used(2 * gib), "max_memory_allocated": used(4 * gib), "reset_peak_memory_stats": used(None),
         "get_device_name": lambda device=None: properties.name, "get_device_properties": lambda device=None: properties,
         "get_device_capability": lambda device=None: (8, 0), "is_current_stream_capturing": lambda: about.capturing is not None,
@@ -385,8 +398,10 @@ def install() -> Any:
     }  # fmt: skip
     for name, value in replaced.items():
         setattr(torch.cuda, name, value)
+    nvml.free_memory = lambda index: about.free_memory[index]
     compatible = torch._has_compatible_shallow_copy_type
     # A module that moves gets new parameters, since the old ones cannot become tensors of another class.
     torch._has_compatible_shallow_copy_type = lambda a, b: not isinstance(a, OnGPU) and not isinstance(b, OnGPU) and compatible(a, b)
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") makes a tensor of the host and then moves it
     Devices().__enter__()
     return about

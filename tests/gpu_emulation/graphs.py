@@ -98,23 +98,23 @@ class Record:
         for storage in self.made.values():
             storage.fill_(GARBAGE)
 
-    def operator(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """Runs an operator and writes it down."""
+    def operator(self, function: Any, args: Any, kwargs: Any, form: Callable[..., Any] | None = None) -> Any:
+        """Runs an operator and writes it down; form: what computes the same on a CPU, where that is not the operator itself."""
         if depends_on_values(function, args):
             raise GraphError(f"the host reads values during a capture: {function}")
         borrowed = {each.untyped_storage().data_ptr() for each in tensors_of((args, kwargs))}
         if function is torch.ops.aten.lift_fresh.default:
             self._constants |= {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors_of(args)}
-        for written in written_by(function, args, kwargs):
+        for written in written_by(function._schema, args, kwargs):
             self._keep(written.untyped_storage())
         self._within = True
         try:
-            results = function(*args, **kwargs)
+            results = (form or function)(*args, **kwargs)
         finally:
             self._within = False
         new = [each for each in tensors_of(results) if each.untyped_storage().data_ptr() not in borrowed]
         self.made |= {each.untyped_storage().data_ptr(): each.untyped_storage() for each in new}
-        self._write(function, args, kwargs, results, [*written_by(function, args, kwargs), *new])
+        self._write(form or function, args, kwargs, results, [*written_by(function._schema, args, kwargs), *new])
         return results
 
     def launch(self, run: Callable[..., None], args: Any, kwargs: Any) -> bool:
@@ -190,9 +190,9 @@ def depends_on_values(function: Any, args: Any) -> bool:
     return any(tag in function.tags for tag in VALUE_DEPENDENT)
 
 
-def written_by(function: Any, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
+def written_by(schema: Any, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
     """The tensors that an operator says it writes to."""
-    for position, argument in enumerate(function._schema.arguments):
+    for position, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             given = args[position] if position < len(args) else kwargs.get(argument.name)
             yield from tensors_of(given)

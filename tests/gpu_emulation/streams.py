@@ -118,7 +118,7 @@ class Order:
     def host_writes(self, who: str, tensor: torch.Tensor) -> None:
         """The host changes pinned memory, which copies that are on their way may still read or write."""
         memory = self._memory.get(tensor.untyped_storage().data_ptr())
-        for stream, time, what in memory.uses() if memory is not None else ():
+        for stream, time, what in memory.uses() if memory is not None and not memory.alive.expired() else ():
             if self._host.get(stream, 0) < time:
                 raise RaceError(f"{who} of the host does not wait for {what} on stream {stream}, which uses the same memory")
 

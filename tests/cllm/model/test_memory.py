@@ -24,13 +24,37 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_says_what_is_missing(monkeypatch
         device.resolve("tpu")
 
 
-def test_of_several_gpus_the_one_with_most_free_memory_is_taken(monkeypatch):
+@pytest.fixture
+def three_gpus(monkeypatch):
+    """GPUs of which only the chosen one may be touched: whatever torch does on another one takes memory there."""
+    taken = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: ([5 << 30, 70 << 30, 20 << 30][index], 80 << 30))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: pytest.fail(f"a context is made on GPU {index}"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: f"GPU {place.index}")
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    return taken
+
+
+def test_of_several_gpus_the_one_with_most_free_memory_is_taken_and_made_the_current_one(monkeypatch, three_gpus):
+    monkeypatch.setattr(runtime.nvml, "free_memory", lambda index: [5 << 30, 70 << 30, None][index])
     found, why = device.resolve("auto")
     assert found == torch.device("cuda", 1) and why == "GPU 1, 70 GiB free, the most of 3 GPUs"
+    assert three_gpus == [found]
+
+
+def test_where_free_memory_is_not_known_the_first_gpu_is_taken_and_it_is_said_how_to_choose(monkeypatch, three_gpus):
+    monkeypatch.setattr(runtime.nvml, "free_memory", lambda index: None)
+    found, why = device.resolve("cuda")
+    assert found == torch.device("cuda", 0) and "CUDA_VISIBLE_DEVICES" in why
+    assert three_gpus == [found]
+
+
+def test_a_process_of_torchrun_takes_the_gpu_of_its_rank_and_touches_no_other(monkeypatch, three_gpus):
+    from cllm.distributed import session
+
+    assert session._place("auto", 2, 3) == (torch.device("cuda", 2), "cpu:gloo,cuda:nccl")
+    assert three_gpus == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -117,3 +117,25 @@ def test_a_run_that_becomes_many_times_slower_says_so_once_and_what_helps(tmp_pa
     said = (tmp_path / "log.txt").read_text()
     assert said.count("times slower than this run has been") == 1 and "OMP_WAIT_POLICY=passive" in said
     assert "times slower" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("parts", [{}, {"optimizer": 0.5}])
+def test_on_a_gpu_the_time_includes_computing_and_memory_is_that_of_the_gpu(parts, tmp_path, clock, monkeypatch):
+    place = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: {place: 3_000_000_000}[device])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: {place: 7_000_000_000}[device])
+    monkeypatch.setattr("cllm.runtime.nvml.utilization", lambda index: {1: 0.97}[index])
+    with Reporter(tmp_path, TrainConfig(steps=2, watchdog_seconds=0)) as report:
+        report.begin(0, 2, TrainConfig(steps=2), MODEL, place)
+        for step in range(2):
+            with report.reading(step):
+                clock.pass_by(1.0)
+            with report.step(step):
+                clock.pass_by(9.0)
+            row = report.trained(step + 1, step, StepResult(1.0, 1.0, 1.0, 0, 100, 1e-3, True), parts)
+        assert row.memory_bytes == 3_000_000_000 and row.gpu_share == 0.97
+        figures = {"step": 2, "tokens": 200, "seconds": 20.0, "stopped_early": False, "better_than_unigram": None, "validation": None}
+        report.finish(SimpleNamespace(**figures))
+    said = (tmp_path / "log.txt").read_text()
+    assert ("time: training steps 90 %, data 10 %" if not parts else "time: forward and backward 85 %, data 10 %, optimizer 5 %") in said
+    assert "peak memory 7.00 GB on the GPU" in said
