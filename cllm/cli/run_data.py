@@ -194,9 +194,12 @@ def _packed_again(stored: StoredRun, config: TrainConfig, console: Console, miss
 
 
 def _tell(stored: StoredRun, dataset: Dataset, console: Console) -> None:
-    from cllm.data.tokens.dataset import token_words
+    from cllm.data.tokens.dataset import left_out_briefly, token_words
 
     console.print(f"tokens: {token_words(dataset.train, dataset.val)}, as {stored.out} began with them (cached)")
+    briefly = left_out_briefly(dataset.info)
+    if briefly:
+        console.print(f"  {briefly}")
 
 
 def _tell_of_changes(stored: StoredRun, config: TrainConfig, dataset: Dataset, console: Console) -> None:

@@ -23,7 +23,7 @@ class TrainedOn:
     out: Path
 
     def __str__(self) -> str:
-        what = "This is text" if self.files == self.of else f"{self.files:,} of these {self.of:,} files hold text"
+        what = "This is text" if self.files == self.of else f"{self.files:,} of these {self.of:,} files {'holds' if self.files == 1 else 'hold'} text"
         return (
             f"{what} that {self.out} was trained on: the figures tell how well the model remembers it, not how well it predicts other text."
             f"{_validation(self.out)}"

@@ -28,6 +28,7 @@ from cllm.data.tokens.tokenizer import KINDS, SAMPLE_BYTES, Tokenizer, train_on
 from cllm.files import DATA, new_folder, write_file
 from cllm.runtime.errors import DataError, UserError
 from cllm.runtime.progress import ByteProgress
+from cllm.runtime.quantities import size
 
 PACK_VERSION = 1
 _BATCH_CHARS = 1 << 21  # characters of text that are tokenized together, and
@@ -81,8 +82,13 @@ def prepare(
         bar.end()
         plan = plan_split(corpus.rows, val_fraction)
         steps = [describe(corpus, plan, tell)]
-        if corpus.num_chars < 2 or (plan.val_fraction and plan.sides is None and plan.cut(corpus.num_chars) < 1):
-            raise DataError(f"{path} holds {corpus.num_chars} character of text, too little to learn anything from. Give it more text.")
+        if corpus.num_chars < 2:
+            raise DataError(f"{path} holds 1 character of text, too little to learn anything from. Give it more text.")
+        if plan.sides is None and plan.cut(corpus.num_chars) < 1:
+            raise DataError(
+                f"of the {corpus.num_chars:,} characters of text in {path}, val_fraction={plan.val_fraction:g} leaves none for training. "
+                "Give more text, or choose a smaller val_fraction."
+            )
         chosen, step = _tokenizer(corpus, plan, out, given or str(tokenizer or "bpe"), vocab_size, pre_tokenizer, sample_bytes, bar)
         tell(f"tokenizer: {step[2]} ({step[1]})")
         dataset, packed = _packed(corpus, plan, out, chosen, bar, keep_others)
@@ -143,7 +149,7 @@ def _tokenizer(
     tokenizer.save(out / "tokenizer.json")
     record = {"key": learned_from, "tokenizer": tokenizer.hash, "settings": settings, "sample": asdict(sample)}
     write_file(out / "training.json", json.dumps(record, indent=1).encode("utf-8"), DATA)
-    return tokenizer, ("tokenizer", "done", f"{kind}, {tokenizer.vocab_size:,} tokens, learned from {sample.bytes / 1e6:,.2f} MB")
+    return tokenizer, ("tokenizer", "done", f"{kind}, {tokenizer.vocab_size:,} tokens, learned from {size(sample.bytes)} of text")
 
 
 def _digest(*parts: Any) -> str:

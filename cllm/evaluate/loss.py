@@ -12,6 +12,7 @@ import torch
 
 from cllm.data.tokens.batch import IGNORE
 from cllm.runtime.errors import DataError, UserError
+from cllm.runtime.quantities import counted
 
 if TYPE_CHECKING:
     from cllm.data import TokenSplit
@@ -39,11 +40,10 @@ class Evaluation:
     @property
     def extent(self) -> str:
         """What was evaluated, in words: "all 2,000,000 tokens" or "131,072 of 2,000,000 tokens"."""
-        return (
-            f"all {self.split_targets:,} tokens"
-            if self.num_targets == self.split_targets
-            else f"{self.num_targets:,} of {self.split_targets:,} tokens"
-        )
+        tokens = counted(self.split_targets, "token")
+        if self.num_targets < self.split_targets:
+            return f"{self.num_targets:,} of {tokens}"
+        return tokens if self.split_targets == 1 else f"all {tokens}"
 
     def __str__(self) -> str:
         return (

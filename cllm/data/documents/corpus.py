@@ -26,6 +26,7 @@ from cllm.files import DATA, write_file
 from cllm.runtime.errors import DataError
 from cllm.runtime.printable import printable, quoted
 from cllm.runtime.progress import ByteProgress
+from cllm.runtime.quantities import counted, size
 
 SCAN_VERSION = 3
 Report = Callable[[int], None]  # called with a number of bytes that were just dealt with
@@ -232,7 +233,7 @@ def no_text(path: Path, skipped: Skipped) -> str:
         return f"{path} is empty. {kinds}"
     if path.is_file():
         reason = next(iter(skipped.counts))
-        return f"{path} holds no text: it is {'a ' if reason.startswith(('table ', 'file ', 'JSON file ')) else ''}{reason}. {kinds}"
+        return f"{path} holds no text: it is {'a ' if reason.startswith(('table ', 'file ', 'JSON file ', 'Parquet file ')) else ''}{reason}. {kinds}"
     return f"{path} holds no text. Left out: {'; '.join(skipped.lines()[:5])}. {kinds}"
 
 
@@ -322,8 +323,9 @@ def pieces(chunks: Iterable[str], size: int = PIECE_CHARS) -> Iterator[str]:
 def describe(corpus: Corpus, plan: SplitPlan, tell: Callable[[str], None]) -> tuple[str, str, str]:
     """Tells what was found, what was left out and how it is split; returns it as a step of `prepare`: (step, "done" or "cached", in words)."""
     files, documents = len(corpus.files), len(corpus.rows)
-    words = f"{files:,} file{'s' * (files != 1)}, {documents:,} document{'s' * (documents != 1)}, {corpus.num_bytes / 1e6:,.2f} MB of text"
-    state = "cached" if not corpus.files_read else "done" if corpus.files_read >= files else f"{corpus.files_read:,} read, the others cached"
+    words = f"{counted(files, 'file')}, {counted(documents, 'document')}, {size(corpus.num_bytes)} of text"
+    others = "the other" if files - corpus.files_read == 1 else "the others"
+    state = "cached" if not corpus.files_read else "done" if corpus.files_read >= files else f"{corpus.files_read:,} read, {others} cached"
     tell(f"files: {words} ({state})")
     for line in _origins(corpus):
         tell(f"  {line}")
@@ -335,8 +337,9 @@ def describe(corpus: Corpus, plan: SplitPlan, tell: Callable[[str], None]) -> tu
         kept = corpus.num_bytes - plan.train_bytes(corpus.rows)
         how = "the end of each document, because the documents are few" if documents > 1 else "the end of the text"
         if plan.sides is not None:
-            how = f"{int((plan.sides == VAL).sum()):,} documents, chosen by the hash of their text"
-        tell(f"  validation: {kept / 1e6:,.2f} MB ({100 * kept / corpus.num_bytes:.1f} %), {how}")
+            chosen = int((plan.sides == VAL).sum())
+            how = f"{counted(chosen, 'document')}, chosen by the hash of {'its' if chosen == 1 else 'their'} text"
+        tell(f"  validation: {size(kept)} ({100 * kept / corpus.num_bytes:.1f} %), {how}")
     return "files", "cached" if not corpus.files_read else "done", words
 
 
@@ -363,12 +366,12 @@ def _origins(corpus: Corpus) -> list[str]:
         names = [printable(file.name) for file, _ in members]
         shown = listed(names)
         count = sum(len(info.rows) for _, info in members)
-        documents = f"{count:,} document{'s' * (count != 1)}"
+        documents = counted(count, "document")
         if kind == "records":
             unit, used = key
             where = f"text from {'column' if unit == 'row' else 'field'} {' or '.join(quoted(name) for name in used)}" if used else "each a text"
             units = sum(info.num_units for _, info in members)
-            lines.append(f"{shown}: {units:,} {unit}{'s' * (units != 1)}, {where}{f', cut into {documents}' if units != count else ''}")
+            lines.append(f"{shown}: {counted(units, unit)}, {where}{f', cut into {documents}' if units != count else ''}")
         elif kind == "cut":
             whole = "; data.separator=none keeps a file whole" if key[1] else ""
             lines.append(f"{shown}: {documents}, cut at {key[0]!r}{whole}")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from cllm.runtime.errors import DataError
 from cllm.runtime.printable import printable
+from cllm.runtime.quantities import counted
 
 # Skipped without opening them. Everything else is decided by its content.
 _BINARY_EXTENSIONS = """
@@ -27,13 +28,15 @@ _CODE_EXTENSIONS = """
 _GENERATED_NAMES = "package-lock.json yarn.lock pnpm-lock.yaml poetry.lock uv.lock Cargo.lock composer.lock Gemfile.lock go.sum"
 BINARY_EXTENSIONS, CODE_EXTENSIONS, GENERATED_NAMES = (frozenset(each.split()) for each in (_BINARY_EXTENSIONS, _CODE_EXTENSIONS, _GENERATED_NAMES))
 GENERATED_ENDINGS = (".min.js", ".min.css", ".js.map", ".css.map")
-PARQUET = "Parquet, which is not read yet: convert it to JSONL, as in pandas.read_parquet(FILE).to_json(OUT, orient='records', lines=True)"
+PARQUET = "Parquet file (not read yet; convert to JSONL, as in pandas.read_parquet(FILE).to_json(OUT, orient='records', lines=True))"
 VCS_FOLDERS = frozenset({"CVS", "_darcs", "_svn", "SCCS"})
 # Files that give away a folder of results: packed tokens, prepared text, a trained run, a run that is being prepared.
 _OUTPUTS = (
     ("dataset.json",), ("tokens/dataset.json",), ("sources.json", "sources.bin"),
     ("config.toml", "metrics.jsonl"), ("config.toml", ".lock"), ("config.toml", "data/sources.json"),
 )  # fmt: skip
+_KINDS = "unreadable |hidden |special |broken |version control |JSON |Parquet "
+_NOUN = re.compile(rf"((?:{_KINDS})?(?:record|row|question|table|file|folder|link|output))\b( that is )?")  # the first words of a reason
 FOREIGN_FOLDERS = {"__pycache__": "compiled files"} | dict.fromkeys(("node_modules", "site-packages", "dist-packages"), "installed packages")
 
 
@@ -70,8 +73,14 @@ class Skipped:
     def report(self) -> list[str]:
         """What people are told: how many, and the most frequent reasons; nothing where nothing was left out."""
         lines = self.lines()
-        more = [f"  and for {len(lines) - 8} other reasons (dataset.json lists them)"] if len(lines) > 8 else []
+        more = [f"  and for {counted(len(lines) - 8, 'other reason')} (listed in dataset.json)"] if len(lines) > 8 else []
         return [f"left out {self.total:,}:", *(f"  {line}" for line in lines[:8]), *more] if lines else []
+
+    def brief(self) -> str:
+        """The same on one line; empty where nothing was left out."""
+        lines = self.lines()
+        more = [f"and for {counted(len(lines) - 3, 'other reason')}"] if len(lines) > 3 else []
+        return f"left out {self.total:,}: {'; '.join([*lines[:3], *more])}" if lines else ""
 
     def to_dict(self) -> dict[str, Any]:
         return {reason: {"count": count, "examples": self.examples[reason]} for reason, count in sorted(self.counts.items())}
@@ -82,11 +91,11 @@ class Skipped:
 
 
 def _plural(reason: str) -> str:
-    """What is said of several: "records with empty text" for "record with empty text"."""
-    found = re.match("(record|row|question|table|file|JSON file) (that is )?", reason)
+    """What is said of several: "records with empty text" for "record with empty text". Adjectives, such as "empty", stay as they are."""
+    found = _NOUN.match(reason)
     if found is None:
         return reason
-    return f"{found[1]}s {'that are ' if found[2] else ''}{reason[found.end() :]}"
+    return f"{found[1]}s{' that are ' if found[2] else ''}{reason[found.end() :]}"
 
 
 class SourceFile(NamedTuple):
@@ -181,7 +190,7 @@ def _skip_file(path: Path, status: os.stat_result) -> str | None:
     if name.startswith("."):
         return "hidden file"
     if not stat.S_ISREG(status.st_mode):
-        return "not a regular file"
+        return "special file (a pipe, a socket or a device)"
     if status.st_size == 0:
         return "empty"
     if path.suffix.lower() == ".parquet":

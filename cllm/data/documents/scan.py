@@ -32,7 +32,7 @@ CHUNK_CHARS = 1 << 18
 LONG_LINE = 5000  # characters in the longest line, and
 LONG_MEAN = 200  # on average, from which source code counts as minified or generated
 ROW = np.dtype([("key", "<u8"), ("chars", "<i8"), ("bytes", "<i8")])  # one document: hash of its text, its size in characters and in UTF-8
-CHATS = "file of chats, which teach a trained model to answer: give it alone to cllm train, with --from MODEL"
+CHATS = "file of chats, which teach a trained model to answer (give chats alone to cllm train, with --from MODEL)"
 
 _PLACE = re.compile(
     r"(?:(?<=\.jsonl)|(?<=\.ndjson)|(?<=\.jsonlines)|(?<=\.json)|(?<=\.csv)|(?<=\.tsv)|(?<=\.tab)):\d+(?:#\d+)?(?:\.\d+)?$|#\d+$", re.I

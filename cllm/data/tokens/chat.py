@@ -204,7 +204,8 @@ def _pack(
 def _nothing(path: Path, for_validation: int, skipped: Skipped) -> str:
     if for_validation:
         advice = "Give more, or keep none back, with cllm train --set data.val_fraction=0."
-        return f"all {for_validation} conversations of {path} fall into the validation split. {advice}"
+        subject = f"the only conversation of {path} falls" if for_validation == 1 else f"all {for_validation:,} conversations of {path} fall"
+        return f"{subject} into the validation split. {advice}"
     found = f" Left out: {'; '.join(skipped.lines()[:5])}." if skipped.total else ""
     return f"{path} holds no conversation to learn from.{found} Expected records like {EXAMPLE}. {OTHER_FORMS}"
 
@@ -251,7 +252,7 @@ def _records(file: SourceFile, encoding: str, skipped: Skipped, decodings: Decod
     """(place, record) of a file; of one that can hold none, the reason is counted."""
     try:
         if file.path.suffix.lower() not in RECORD_EXTENSIONS:
-            skipped.add("no JSON or CSV", file.name)
+            skipped.add("file without records (no JSON or CSV)", file.name)
             return
         with open(file.path, "rb") as raw:
             charset = charset_of(raw, encoding)

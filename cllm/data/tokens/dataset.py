@@ -125,5 +125,13 @@ def left_out(info: dict[str, Any]) -> list[str]:
         return []
 
 
+def left_out_briefly(info: dict[str, Any]) -> str:
+    """The same on one line."""
+    try:
+        return Skipped.from_dict(info["skipped"]).brief()
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return ""
+
+
 def _folder(path: Path) -> Path | None:
     return next((folder for folder in (path, path / "tokens") if (folder / "dataset.json").is_file()), None)

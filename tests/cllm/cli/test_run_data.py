@@ -221,6 +221,22 @@ def test_unchanged_text_is_not_said_to_have_changed(place, capfd):
     assert "has changed" not in printed and "not there" not in printed
 
 
+def test_what_was_left_out_of_the_text_is_said_again_in_one_line_when_the_run_goes_on(tmp_path, capfd):
+    books(tmp_path / "books")
+    (tmp_path / "books" / "photo.png").write_bytes(b"x")
+    for name in ("1.csv", "2.csv"):
+        (tmp_path / "books" / name).write_text("id\n1\n")
+    (tmp_path / "books" / "r.jsonl").write_text(json.dumps({"text": WORDS}) + "\nbroken\n")
+    command = ("train", tmp_path / "books", "--out", tmp_path / "run", *TRAIN)
+    cllm(*command)
+    first = capfd.readouterr().out
+    told = [line.strip() for line in first[first.index("left out 4:") :].splitlines()[1:4]]
+    for resume in (command, ("train", "--resume", "--out", tmp_path / "run")):
+        cllm(*resume)
+        lines = [line.strip() for line in capfd.readouterr().out.splitlines()]
+        assert [line for line in lines if "left out" in line] == ["left out 4: " + "; ".join(told)]
+
+
 def test_the_same_text_elsewhere_is_the_same_run(place, finished, capfd):
     out = stopped(place)
     (place / "books").rename(place / "moved")

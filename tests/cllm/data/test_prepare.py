@@ -3,6 +3,7 @@
 import errno
 import json
 import random
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -326,6 +327,32 @@ def test_what_is_written_into_the_data_folder_is_not_data(tmp_path):
     again = prepare(data, data / "out", "bpe", 320)
     assert states(again) == {"files": "cached", "tokenizer": "cached", "tokens": "cached"}
     assert first.train.num_tokens == again.train.num_tokens
+
+
+def test_what_is_told_of_little_text_is_grammar(tmp_path):
+    (tmp_path / "one.txt").write_text("A text of a few words that is its only document. " * 5)
+    said = []
+    prepare(tmp_path / "one.txt", tmp_path / "out", "bpe", 320, 0.0, log=said.append)
+    assert [line.strip() for line in said] == [
+        "files: 1 file, 1 document, 245 bytes of text (done)",
+        "tokenizer: bpe, 320 tokens, learned from 245 bytes of text (done)",
+        said[2],
+    ]
+    assert re.fullmatch(r"tokens: \d+ in 1 document, \d\.\d\d bytes a token \(done\)", said[2])
+    said.clear()
+    prepare(fill(tmp_path / "data", 20), tmp_path / "out2", "bpe", 320, 0.05, log=said.append)
+    assert "1 document, chosen by the hash of its text" in said[1]
+    assert re.search(r"tokens: train [\d,]+ in 19 documents, val [\d,]+ in 1 document, ", said[-1])
+    (tmp_path / "data" / "020.txt").write_text("Another.")
+    said.clear()
+    prepare(tmp_path / "data", tmp_path / "out2", "bpe", 320, 0.05, log=said.append)
+    assert "(1 read, the others cached)" in said[0]
+
+
+def test_a_split_that_leaves_nothing_for_training_names_the_setting(tmp_path):
+    (tmp_path / "a.txt").write_text("abc " * 650)
+    with pytest.raises(DataError, match=r"of the 2,600 characters of text in .*a.txt, val_fraction=0.9999 leaves none for training.*smaller"):
+        prepare(tmp_path / "a.txt", tmp_path / "out", "bpe", 320, 0.9999)
 
 
 def test_progress_counts_bytes_up_to_the_end(folder, tmp_path):

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from cllm.data.documents.charset import Binary, detect
-from cllm.data.documents.files import Skipped, find
+from cllm.data.documents.files import PARQUET, Skipped, find
 from cllm.data.documents.scan import Undecided, read, scan, scan_decoded
 from cllm.runtime.errors import DataError
 
@@ -111,10 +111,54 @@ def test_a_folder_is_searched_in_order_and_what_is_left_out_is_counted(tmp_path)
     assert list(found) == ["a/README", "a/z.md", "b.py", "deep/er/x.c", "prose.txt"]
     assert skipped.counts == {
         "hidden folder": 1, "folder of installed packages": 2, "folder of compiled files": 1, "version control folder": 1, "hidden file": 1,
-        "empty": 2, "binary (.png)": 1, "minified or generated": 2, "not a regular file": 1, "broken link": 1, "link to a folder seen before": 1,
+        "empty": 2, "binary (.png)": 1, "minified or generated": 2,
+        "special file (a pipe, a socket or a device)": 1, "broken link": 1, "link to a folder seen before": 1,
     }  # fmt: skip
     assert any(line.startswith("2 minified or generated: lib.min.js, packed.js") for line in skipped.lines())
     assert Skipped.from_dict(json.loads(json.dumps(skipped.to_dict()))) == skipped
+
+
+@pytest.mark.parametrize(
+    ("reason", "several"),
+    [
+        ("empty", "2 empty"),
+        ("binary (.png)", "2 binary (.png)"),
+        ("hidden file", "2 hidden files"),
+        ("hidden folder", "2 hidden folders"),
+        ("folder of installed packages", "2 folders of installed packages"),
+        ("version control folder", "2 version control folders"),
+        ("link to a folder seen before", "2 links to a folder seen before"),
+        ("broken link", "2 broken links"),
+        ("unreadable folder", "2 unreadable folders"),
+        ("unreadable (permission denied)", "2 unreadable (permission denied)"),
+        ("output of cllm", "2 outputs of cllm"),
+        ("special file (a pipe, a socket or a device)", "2 special files (a pipe, a socket or a device)"),
+        ("record that is not valid JSON", "2 records that are not valid JSON"),
+        ("row with empty text", "2 rows with empty text"),
+        ("JSON file in which no record has a text", "2 JSON files in which no record has a text"),
+        ("question without an answer at the end of a conversation", "2 questions without an answer at the end of a conversation"),
+        (PARQUET, f"2 Parquet files {PARQUET.removeprefix('Parquet file ')}"),
+    ],
+)
+def test_what_is_said_of_one_and_of_several(reason, several):
+    skipped = Skipped()
+    skipped.add(reason, "a")
+    assert skipped.lines() == [f"1 {reason}: a"] and skipped.brief() == f"left out 1: 1 {reason}: a"
+    skipped.add(reason, "b")
+    assert skipped.lines() == [f"{several}: a, b"]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "long", "short"), [(8, None, "and for 5 other reasons"), (9, "and for 1 other reason (", "and for 6 other reasons")]
+)
+def test_many_reasons_are_cut_to_the_most_frequent(kinds, long, short):
+    skipped = Skipped()
+    for number in range(kinds):
+        skipped.add(f"reason {number}", "a", count=20 - number)
+    report = skipped.report()
+    assert len(report) == 1 + min(kinds, 8) + (long is not None) and (long is None or long in report[-1])
+    assert skipped.brief().startswith(f"left out {skipped.total}: 20 reason 0: a, ...; 19 reason 1") and skipped.brief().endswith(short)
+    assert Skipped().brief() == "" and Skipped().report() == []
 
 
 def test_links_are_followed_once(tmp_path):
