@@ -18,18 +18,22 @@ if importlib.util.find_spec("triton") is None:
 ROOT = Path(__file__).parents[2]
 
 
-def run(*words: object, interpret: bool = False, status: int = 0) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | ({"TRITON_INTERPRET": "1"} if interpret else {})
+def run(*words: object, status: int = 0) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, env=environment)
     assert done.returncode == status, done.stderr[-4000:]
     return done
 
 
 def test_the_suite_runs_through_on_the_interpreter_and_claims_nothing(tmp_path):
-    done = run("profiling/gpu_suite.py", "--tiny", "--out", tmp_path, interpret=True)
+    done = run("profiling/gpu_suite.py", "--tiny", "--out", tmp_path)
     state = json.loads((tmp_path / "gpu-tiny.json").read_text())
-    assert set(state) == {"about", "tests", "ceilings", "operations", "determinism", "steps"}
-    assert state["tests"]["status"] == 0 and state["determinism"]["bitwise"] is True
+    order = ["about", "versions", "captured", "optimizer", "accuracy", "hopper", "instrumented", "determinism", "training", "gpu"]
+    assert list(state) == [*order, "ceilings", "operations", "steps"]
+    assert not [name for name, found in state.items() if "failed" in found]
+    for name in ("optimizer", "accuracy"):
+        assert state[name]["status"] == 0 and state[name]["tests"] > state[name]["skipped"]
+    assert state["determinism"]["bitwise"] is True and state["training"]["largest difference"] < 1e-3
     rows = state["operations"]["rows"]
     assert len(rows) >= 14 and all(row["ms"] is None and row["ratio"] is None and row["met"] is None for row in rows)
     for word in ("attention", "feed-forward", "linear cross entropy", "rms_norm", "layer_norm", "softmax", "rotary", "cross entropy", "AdamW"):
@@ -38,21 +42,11 @@ def test_the_suite_runs_through_on_the_interpreter_and_claims_nothing(tmp_path):
     assert table in done.stdout and "not measured" in table and not re.search(r"\| yes \||\| no \|", table)
 
 
-def test_a_second_start_goes_on_where_the_first_one_was_stopped(tmp_path):
-    run("profiling/gpu_suite.py", "--tiny", "--only", "ceilings", "--out", tmp_path, interpret=True)
-    path = tmp_path / "gpu-tiny.json"
-    state = json.loads(path.read_text()) | {"operations": {"rows": []}, "tests": {"status": 0}, "steps": {"rows": []}}
-    path.write_text(json.dumps(state))
-    done = run("profiling/gpu_suite.py", "--tiny", "--out", tmp_path, interpret=True)
-    assert "determinism ..." in done.stdout and "operations ..." not in done.stdout
-
-
-def test_without_a_gpu_and_an_interpreter_it_says_what_to_do():
-    assert "TRITON_INTERPRET=1" in run("profiling/gpu_suite.py", "--tiny", status=2).stderr
+def test_without_a_gpu_it_says_what_to_do():
     import torch
 
     if not torch.cuda.is_available():
-        assert "there is no GPU here" in run("profiling/gpu_suite.py", status=2).stderr
+        assert "there is no GPU here. python profiling/gpu_suite.py --tiny" in run("profiling/gpu_suite.py", status=2).stderr
 
 
 def test_the_compile_check_prints_what_the_compiler_made_of_each_kernel():
@@ -68,7 +62,7 @@ def test_the_gpu_commands_of_the_documentation_are_these():
     lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
     assert [words for words in lines if "profiling/" in " ".join(words)] == [
         ["python", "profiling/compile_lint.py", "--gpu", "h200", "softmax"],
-        ["TRITON_INTERPRET=1", "python", "profiling/gpu_suite.py", "--tiny"],
+        ["python", "profiling/gpu_suite.py", "--tiny"],
     ]  # both are run above
 
 
