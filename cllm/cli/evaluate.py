@@ -128,7 +128,7 @@ def evaluate_run(
     length = min(seq_len or model.config.max_seq_len, model.config.max_seq_len)
     with tempfile.TemporaryDirectory(prefix="cllm-evaluate-") as scratch:
         split = _split(console, tokenizer, data, scratch, reading)
-        learnt = trained_on(checkpoint, data, Path(scratch), tokenizer)
+        learnt = trained_on(checkpoint, data, Path(scratch), tokenizer, reading)
         if isinstance(split, ChatSplit):
             return _evaluate_chats(console, model, split, learnt, length, batch_size)
         with runtime.progress.Progress(None, "evaluating") as line:

@@ -219,9 +219,10 @@ def _tell_of_changes(stored: StoredRun, config: TrainConfig, dataset: Dataset, c
 
 
 def _same_text(stored: StoredRun, path: str, config: TrainConfig, dataset: Dataset | None = None) -> bool | None:
-    """Whether the text at `path` is what a run learns from; None where it cannot be told."""
+    """Whether the text at `path`, read as the settings say, is what a run learns from; None where it cannot be told."""
     from cllm.data import is_packed
     from cllm.data.documents.changes import same_text
+    from cllm.data.documents.scan import Reading
     from cllm.data.tokens.chat import chat_key, is_chat
 
     try:
@@ -230,13 +231,14 @@ def _same_text(stored: StoredRun, path: str, config: TrainConfig, dataset: Datas
 
             return identity(Dataset.open(path)) == stored.data
         dataset = dataset or own_tokens(stored)
+        reading = Reading.of(config.data.text_field, config.data.separator, config.data.encoding)
         if dataset.info.get("kind") == "chat":
-            excluded = _excluded(config, stored.out)
-            info = dataset.info
-            key = chat_key(path, dataset.tokenizer, info["val_fraction"], excluded, info.get("encoding", "auto")) if is_chat(path) else ""
-            return key == info["key"]
+            if reading.text_field or not is_chat(path):
+                return False
+            excluded, info = _excluded(config, stored.out), dataset.info
+            return chat_key(path, dataset.tokenizer, info["val_fraction"], excluded, reading.encoding) == info["key"]
         with progress.stage(f"comparing the text in {printable(path)} with that of the run"):
-            return same_text(path, stored.out / DATA, _excluded(config, stored.out))
+            return same_text(path, stored.out / DATA, _excluded(config, stored.out), reading)
     except (CLLMError, OSError):
         return None
 

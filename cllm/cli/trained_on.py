@@ -11,6 +11,7 @@ from cllm.runtime.errors import CLLMError
 from cllm.train.run_folder import CHECKPOINTS, DATA, StoredRun, identity, own_tokens, stored_run
 
 if TYPE_CHECKING:
+    from cllm.data.documents.scan import Reading
     from cllm.data.tokens.tokenizer import Tokenizer
 
 
@@ -40,13 +41,14 @@ def run_of(checkpoint: str) -> StoredRun | None:
         return None
 
 
-def trained_on(checkpoint: str, data: str, scratch: Path, tokenizer: Tokenizer) -> TrainedOn | None:
+def trained_on(checkpoint: str, data: str, scratch: Path, tokenizer: Tokenizer, reading: Reading) -> TrainedOn | None:
     """What of the text at `data` the model was trained on; None for nothing, or where it cannot be told. scratch: where the text was prepared.
 
-    Copies count, wherever they lie: contents are compared by their digests.
+    Copies count, wherever they lie: contents are compared by their digests. Other fields of the same records are other text. reading: how the
+    text was read there.
     """
     from cllm.data import is_packed
-    from cllm.data.documents.changes import digests_of
+    from cllm.data.documents.changes import texts_of
     from cllm.data.tokens.chat import is_chat
 
     stored = run_of(checkpoint)
@@ -55,12 +57,13 @@ def trained_on(checkpoint: str, data: str, scratch: Path, tokenizer: Tokenizer) 
     out = stored.out if Path(checkpoint).is_absolute() else _shown(stored.out)
     if is_packed(data):
         return TrainedOn(1, 1, out) if _is_training_split(data, stored) else None
-    if is_chat(data):
-        return TrainedOn(1, 1, out) if same_place(data, stored.config.data.path) or _is_same_chat(data, stored, tokenizer) else None
-    own, here = digests_of(stored.out / DATA), digests_of(scratch)
+    same_file = same_place(data, stored.config.data.path) and stored.config.data.text_field == reading.text_field
+    if not reading.text_field and is_chat(data):
+        return TrainedOn(1, 1, out) if same_file or _is_same_chat(data, stored, tokenizer, reading.encoding) else None
+    own, here = texts_of(stored.out / DATA), texts_of(scratch)
     if own:
         return TrainedOn(len(own & here), len(here), out) if own & here else None
-    return TrainedOn(len(here), len(here), out) if same_place(data, stored.config.data.path) else None
+    return TrainedOn(len(here), len(here), out) if same_file else None
 
 
 def _is_training_split(data: str, stored: StoredRun) -> bool:
@@ -71,13 +74,12 @@ def _is_training_split(data: str, stored: StoredRun) -> bool:
     return dataset.val.num_tokens <= 1 and identity(dataset) == stored.data
 
 
-def _is_same_chat(data: str, stored: StoredRun, tokenizer: Tokenizer) -> bool:
+def _is_same_chat(data: str, stored: StoredRun, tokenizer: Tokenizer, encoding: str) -> bool:
     from cllm.data.tokens.chat import chat_key
     from cllm.data.tokens.chat_template import with_template
 
     try:
         info = own_tokens(stored).info
-        encoding = info.get("encoding", "auto")
         return info.get("kind") == "chat" and chat_key(data, with_template(tokenizer), info["val_fraction"], encoding=encoding) == info["key"]
     except (CLLMError, OSError, KeyError):
         return False

@@ -246,6 +246,24 @@ def test_the_same_text_elsewhere_is_the_same_run(place, finished, capfd):
     assert f'path = "{place / "moved"}"' in (out / "config.toml").read_text()
 
 
+def test_other_fields_of_the_same_records_are_other_data(tmp_path, capfd):
+    rows = [{"body": f"The body of number {n}: {WORDS}", "title": f"The title of number {n}, which is long: {WORDS[::-1]}"} for n in range(30)]
+    for name in ("a.jsonl", "copy.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = ("--out", tmp_path / "run", *TRAIN)
+    cllm("train", tmp_path / "a.jsonl", *out, "--set", "data.text_field=body")
+    before = content(tmp_path / "run")
+    with pytest.raises(UserError, match="which is other data"):
+        cllm("train", tmp_path / "copy.jsonl", *out, "--set", "data.text_field=title")
+    assert content(tmp_path / "run") == before
+    capfd.readouterr()
+    cllm("train", tmp_path / "copy.jsonl", *out, "--set", "data.text_field=body")
+    assert "holds the text that" in capfd.readouterr().out
+    for field, known in (("body", True), ("title", False)):
+        cllm("evaluate", tmp_path / "run", tmp_path / "copy.jsonl", "--text-field", field, "--threads", 1)
+        assert ("was trained on" in capfd.readouterr().out) == known
+
+
 @pytest.mark.parametrize("relative", [False, True])
 def test_a_run_is_resumed_from_any_folder(place, finished, tmp_path_factory, monkeypatch, relative, capfd):
     out = stopped(place)

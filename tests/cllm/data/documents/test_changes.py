@@ -1,13 +1,15 @@
 """Whether the text at a place is still what it was: told without a false alarm and without reading what cannot have changed."""
 
+import json
 import os
 import shutil
 
 import pytest
 
 from cllm.data.documents import changes
-from cllm.data.documents.changes import digests_of, same_text
+from cllm.data.documents.changes import same_text, texts_of
 from cllm.data.documents.corpus import load_corpus
+from cllm.data.documents.scan import Reading
 from cllm.runtime.errors import DataError
 
 
@@ -75,6 +77,40 @@ def test_a_single_file_may_have_another_name(tmp_path):
     assert same_text(tmp_path / "b.txt", tmp_path / "memory") is False
 
 
+@pytest.mark.parametrize(
+    "reading", [{"text_field": "title"}, {"separator": "none"}, {"separator": "\\n\\n"}, {"encoding": "cp437"}], ids=lambda each: next(iter(each))
+)
+def test_every_setting_that_changes_the_text_counts(reading, tmp_path):
+    data, memory = tmp_path / "data", tmp_path / "memory"
+    data.mkdir()
+    rows = [{"body": f"The body of the text number {n}.", "title": f"The title of the text number {n}."} for n in range(9)]
+    (data / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, other = ({"text_field": "body", "separator": "auto", "encoding": "auto", **each} for each in ({}, reading))
+    load_corpus(data, memory, reading=Reading.of(**first))
+    assert same_text(data, memory, reading=Reading.of(**first)) is True
+    assert same_text(data, memory, reading=Reading.of(**other)) is False
+
+
+def test_a_new_file_is_text_where_the_settings_find_text_in_it(tmp_path):
+    data, memory = tmp_path / "data", tmp_path / "memory"
+    data.mkdir()
+    reading = Reading.of("body", "auto", "auto")
+    (data / "a.jsonl").write_text(json.dumps({"body": "The body of a text."}) + "\n")
+    load_corpus(data, memory, reading=reading)
+    (data / "b.jsonl").write_text(json.dumps({"text": "A text that the run does not learn from."}) + "\n")
+    assert same_text(data, memory, reading=reading) is True
+    (data / "b.jsonl").write_text(json.dumps({"body": "A text that it would have learnt from."}) + "\n")
+    assert same_text(data, memory, reading=reading) is False
+
+
+@pytest.mark.parametrize(("name", "same"), [("b.jsonl", True), ("B.JSONL", True), ("b.txt", False), ("b.json", False), ("b.py", False)])
+def test_a_name_that_lets_a_file_be_read_otherwise_makes_it_another_text(name, same, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "A text of some words."}) + "\n")
+    load_corpus(tmp_path / "a.jsonl", tmp_path / "memory")
+    (tmp_path / "a.jsonl").rename(tmp_path / name)
+    assert same_text(tmp_path / name, tmp_path / "memory") is same
+
+
 def test_only_files_that_may_have_changed_are_read(place, monkeypatch):
     data, memory = place
     os.utime(data / "1.txt", (1, 1))
@@ -91,7 +127,7 @@ def test_without_a_record_nothing_is_said(place, content):
         shutil.rmtree(memory)
     else:
         (memory / "sources.json").write_text(content)
-    assert same_text(data, memory) is None and digests_of(memory) == set()
+    assert same_text(data, memory) is None and texts_of(memory) == set()
 
 
 def test_a_place_that_is_gone_is_an_error(place):
@@ -105,4 +141,11 @@ def test_digests_tell_copies_by_their_content(place, tmp_path):
     data, memory = place
     shutil.copy(data / "1.txt", tmp_path / "copy.md")
     load_corpus(tmp_path / "copy.md", tmp_path / "other")
-    assert len(digests_of(memory)) == 3 and digests_of(tmp_path / "other") < digests_of(memory)
+    assert len(texts_of(memory)) == 3 and texts_of(tmp_path / "other") < texts_of(memory)
+
+
+def test_other_fields_of_the_same_records_are_other_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "The text of the record.", "title": "The title of the record."}) + "\n")
+    for name, field in (("found", ""), ("text", "text"), ("title", "title")):
+        load_corpus(tmp_path / "a.jsonl", tmp_path / name, reading=Reading.of(field, "auto", "auto"))
+    assert texts_of(tmp_path / "found") == texts_of(tmp_path / "text") and not texts_of(tmp_path / "text") & texts_of(tmp_path / "title")
