@@ -28,10 +28,10 @@ app = typer.Typer()
 )
 def bench(
     context: typer.Context,
-    benchmark: Annotated[str, typer.Argument(metavar="NAME", help="kernels, train, generate, scaling or memory.")],
+    benchmark: Annotated[str, typer.Argument(metavar="NAME", help="What to measure: kernels, train, generate, scaling or memory.")],
     as_json: Json = False,
 ) -> None:
-    """Measure this machine against PyTorch and its own limits: runs profiling/NAME.py of the repository with all further options."""
+    """Measure this machine against PyTorch and its limits. Runs profiling/NAME.py of the repository with all further options."""
     console = open_console(as_json)
     run(benchmark, context.args, console)
 

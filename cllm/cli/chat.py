@@ -30,7 +30,7 @@ app = typer.Typer()
 @with_settings(CHAT_SAMPLING)
 def chat(
     checkpoint: Checkpoint,
-    system: Annotated[str | None, text_option("--system", "What the model is told before the conversation.")] = None,
+    system: Annotated[str | None, text_option("--system", "System message, which the model sees before the conversation.")] = None,
     max_tokens: MaxTokens = 200,
     seed: Seed = 0,
     weights: Weights = None,
@@ -39,7 +39,7 @@ def chat(
     as_json: Json = False,
     **settings: Any,
 ) -> None:
-    """Talk with a model that was taught on chats: each line of standard input gets an answer, until it ends (Ctrl-D)."""
+    """Talk with a model that was trained on chats. Each line of standard input gets an answer, until the input ends (Ctrl-D)."""
     console = open_console(as_json)
     options = {"max_tokens": max_tokens, "seed": seed, **read_settings(CHAT_SAMPLING, settings)}
     check_model(checkpoint)

@@ -10,7 +10,7 @@ from cllm.cli.options import Checkpoint, Json, argument, check_model, examples, 
 from cllm.runtime.errors import CheckpointError
 
 app = typer.Typer()
-group = typer.Typer(help="Look into checkpoints, verify, compare and average them.", no_args_is_help=True, rich_markup_mode=None)
+group = typer.Typer(help="Inspect, verify, compare and average checkpoints.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(group, name="checkpoint")
 
 
@@ -20,7 +20,7 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with dtype, shape and SHA-256.")] = False,
     as_json: Json = False,
 ) -> None:
-    """What a checkpoint holds; of a run, its newest good one."""
+    """Show what a checkpoint holds. Of a run, that is its newest undamaged checkpoint."""
     console = open_console(as_json)
     check_model(checkpoint)
     from cllm.checkpoint.tools import inspect
@@ -45,7 +45,8 @@ def inspect(
 
 @group.command("verify", epilog=examples("cllm checkpoint verify runs/books"))
 def verify(checkpoint: Checkpoint, as_json: Json = False) -> None:
-    """Read every byte of a checkpoint, or of all checkpoints of a run, against its SHA-256. Exit status 1 when any is damaged."""
+    """Check checkpoints against their SHA-256. Reads every byte of a checkpoint, or of all checkpoints of a run. The exit status is 1 if any is
+    damaged."""
     console = open_console(as_json)
     check_model(checkpoint)
     from cllm.checkpoint.tools import verify_all
@@ -61,7 +62,7 @@ def verify(checkpoint: Checkpoint, as_json: Json = False) -> None:
 
 @group.command("diff", epilog=examples("cllm checkpoint diff runs/a runs/b", "cllm checkpoint diff model.cllm runs/a"))
 def diff(first: Checkpoint, second: Checkpoint, as_json: Json = False) -> None:
-    """Compare two models bit by bit: configuration, tokenizer, and how far each weight has moved."""
+    """Compare two models bit by bit. Prints differences in configuration and tokenizer, and how far each weight has moved."""
     console = open_console(as_json)
     for each in (first, second):
         check_model(each)
@@ -85,12 +86,14 @@ def diff(first: Checkpoint, second: Checkpoint, as_json: Json = False) -> None:
 
 @group.command("average", epilog=examples("cllm checkpoint average runs/books --last 5 --out average.cllm"))
 def average(
-    checkpoints: Annotated[list[str], argument("CKPT...", "One run, or two and more checkpoints of one model.")],
+    checkpoints: Annotated[list[str], argument("CKPT...", "One run, or two or more checkpoints of the same model.")],
     out: Annotated[Path, option("--out", Path, "The .cllm file to write.")],
-    last: Annotated[int | None, option("--last", int, "Only so many newest checkpoints of the run.", optional=True, at_least=2, example=5)] = None,
+    last: Annotated[
+        int | None, option("--last", int, "Number of newest checkpoints of the run to average. [default: all]", optional=True, at_least=2, example=5)
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """The mean of the weights of several checkpoints as one model; often better than the last of them."""
+    """Average the weights of several checkpoints. The result is one model, often better than the last checkpoint."""
     console = open_console(as_json)
     require_suffix(out, ".cllm")
     for each in checkpoints:

@@ -25,6 +25,7 @@ from cllm.cli.options import (
     load_model,
     option,
     reading_of,
+    text_option,
     with_settings,
 )
 from cllm.runtime.errors import UserError
@@ -56,20 +57,38 @@ app = typer.Typer()
 def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[str | None, argument("DATA", "Folder or file of text, JSON, CSV or chats, or a packed token folder.")] = None,
-    seq_len: Annotated[int | None, option("--seq-len", int, "Tokens of context [default: the model's].", optional=True, at_least=1)] = None,
+    seq_len: Annotated[
+        int | None, option("--seq-len", int, "Length of the context in tokens. [default: the model's]", optional=True, at_least=1)
+    ] = None,
     stride: Annotated[
         int | None,
-        option("--stride", int, "Tokens between windows; targets see seq_len - stride or more [default: seq_len].", optional=True, at_least=1),
+        option(
+            "--stride",
+            int,
+            "Tokens between the starts of windows. Each token is predicted from at least seq_len - stride tokens. [default: seq_len]",
+            optional=True,
+            at_least=1,
+        ),
     ] = None,
-    batch_size: Annotated[int, option("--batch-size", int, "Sequences at a time.", at_least=1, example=8)] = 8,
+    batch_size: Annotated[int, option("--batch-size", int, "Sequences evaluated at a time.", at_least=1, example=8)] = 8,
     confidence: Annotated[
-        float, option("--confidence", float, "Of the intervals, by resampling whole documents.", above=0.0, below=1.0, example=0.95)
+        float,
+        option(
+            "--confidence",
+            float,
+            "Confidence level of the intervals, which come from resampling whole documents.",
+            above=0.0,
+            below=1.0,
+            example=0.95,
+        ),
     ] = 0.95,
     by: Annotated[
-        str, option("--by", str, "Figures for each file or top folder; auto takes folders where there are two.", choices=GROUPINGS)
+        str, option("--by", str, "Results for each file or each top-level folder. auto takes folders if there are several.", choices=GROUPINGS)
     ] = "auto",
-    worst: Annotated[int, option("--worst", int, "How many of the documents with the highest loss to name.", at_least=0)] = 5,
-    tasks: Annotated[str | None, typer.Option(help="Instead of DATA: tasks of lm-evaluation-harness, separated by commas. Never downloads.")] = None,
+    worst: Annotated[int, option("--worst", int, "Number of documents with the highest loss to list.", at_least=0)] = 5,
+    tasks: Annotated[
+        str | None, text_option("--tasks", "Tasks of lm-evaluation-harness instead of DATA, separated by commas. Nothing is downloaded.")
+    ] = None,
     task_path: Annotated[Path | None, option("--task-path", Path, "Folder with your own task files (YAML).")] = None,
     weights: Weights = None,
     device: Device = "auto",
@@ -77,7 +96,8 @@ def evaluate(
     as_json: Json = False,
     **settings: str | None,
 ) -> None:
-    """Loss, perplexity, bits per byte and next-token accuracy of a model on DATA (all of it: the validation split where DATA is packed with one)."""
+    """Measure how well a model predicts a text. Prints loss, perplexity, bits per byte and next-token accuracy on all of DATA, or on the validation
+    split where DATA is a packed token folder that has one."""
     console = open_console(as_json)
     reading = reading_of(settings)
     from cllm import runtime

@@ -32,14 +32,23 @@ app = typer.Typer()
 )
 def export(
     checkpoint: Checkpoint,
-    to: Annotated[str, option("--to", str, "A Hugging Face folder, one file for llama.cpp, or one .cllm file.", choices=FORMATS)],
+    to: Annotated[
+        str, option("--to", str, "Format to write: a Hugging Face folder (hf), a file for llama.cpp (gguf), or a .cllm file (cllm).", choices=FORMATS)
+    ],
     out: Annotated[Path, option("--out", Path, "Folder or file to write.")],
     type_: Annotated[
-        str | None, option("--type", str, "Numbers; q8_0 for gguf alone [default: as they are; gguf f32].", optional=True, choices=(*DTYPES, "q8_0"))
+        str | None,
+        option(
+            "--type",
+            str,
+            "Number format of the weights; q8_0 is for gguf only. [default: as they are stored; for gguf f32]",
+            optional=True,
+            choices=(*DTYPES, "q8_0"),
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a model in another format. Of a LoRA run, the merged model."""
+    """Write a model in another format. Of a LoRA run, the merged model is written."""
     console = open_console(as_json)
     _check(to, type_, out)
     check_model(checkpoint)
@@ -58,7 +67,7 @@ def import_(
     out: Annotated[Path, option("--out", Path, "The .cllm file to write.")],
     as_json: Json = False,
 ) -> None:
-    """Read a Llama, Mistral, Qwen2, Qwen3 or GPT-2 folder of Hugging Face's layout into one .cllm file."""
+    """Convert a Hugging Face model to a .cllm file. Supported are Llama, Mistral, Qwen2, Qwen3 and GPT-2."""
     console = open_console(as_json)
     require_suffix(out, ".cllm")
     from cllm.checkpoint.model_file import save

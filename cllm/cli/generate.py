@@ -27,8 +27,8 @@ from cllm.cli.options import (
 from cllm.config.sampling import SAMPLING
 from cllm.runtime.errors import UserError
 
-MaxTokens = Annotated[int, option("--max-tokens", int, "Most tokens to write.", at_least=1, example=200)]
-Seed = Annotated[int, option("--seed", int, "Same seed, same text.", at_least=0)]
+MaxTokens = Annotated[int, option("--max-tokens", int, "Largest number of tokens to write.", at_least=1, example=200)]
+Seed = Annotated[int, option("--seed", int, "Seed of the random choices. The same seed gives the same text.", at_least=0)]
 
 app = typer.Typer()
 
@@ -44,20 +44,20 @@ def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str | None, text_option("--prompt", "Text to continue.")] = None,
     prompt_file: Annotated[Path | None, option("--prompt-file", Path, "File with the text to continue.")] = None,
-    encoding: Annotated[str, option("--encoding", str, "Charset of --prompt-file where it is not Unicode; auto tells it by its letters.")] = "auto",
+    encoding: Annotated[str, option("--encoding", str, "Charset of --prompt-file if it is not Unicode. auto guesses it from the letters.")] = "auto",
     max_tokens: MaxTokens = 200,
-    stop: Annotated[list[str] | None, text_option("--stop", "Text at which to stop; repeatable.")] = None,
+    stop: Annotated[list[str] | None, text_option("--stop", "Text at which to stop. Can be given several times.")] = None,
     seed: Seed = 0,
-    samples: Annotated[int, option("--samples", int, "How many continuations.", at_least=1, at_most=10_000)] = 1,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute every token from scratch (a check, slow).")] = False,
-    stream: Annotated[bool, typer.Option(help="Print the text as it is written.")] = True,
+    samples: Annotated[int, option("--samples", int, "Number of continuations.", at_least=1, at_most=10_000)] = 1,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute every token from scratch, as a check. Slow.")] = False,
+    stream: Annotated[bool, typer.Option(help="Print the text while it is generated.")] = True,
     weights: Weights = None,
     device: Device = "auto",
     threads: Threads = None,
     as_json: Json = False,
     **settings: Any,
 ) -> None:
-    """Continue a text."""
+    """Continue a text with a model."""
     console = open_console(as_json)
     if (prompt is None) == (prompt_file is None):
         raise UserError("give the text to continue either as --prompt or as --prompt-file.")

@@ -20,7 +20,7 @@ app = typer.Typer()
 
 @app.command(epilog=examples("cllm doctor --json"))
 def doctor(as_json: Json = False) -> None:
-    """What this machine has, what each operation runs on and why, and what is missing for something better."""
+    """Show this machine and what each operation runs on. Says why, and what is missing for something better."""
     console = open_console(as_json)
     from cllm import kernels, runtime
 
@@ -37,15 +37,16 @@ def doctor(as_json: Json = False) -> None:
 def explain(
     operation: Annotated[str, typer.Argument(metavar="OP", help="attention, matmul, feed_forward, ...")],
     shapes: Annotated[list[str], typer.Argument(metavar="SHAPE...", help="Shapes of its inputs, as in 1x1024x12x64.")],
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(metavar="float32|bfloat16", help="Data type of the inputs.")] = "float32",
     options: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="What else the work depends on, as in causal=true.")
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Another property of the work, as in causal=true. Can be given several times."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Device to compute on.")] = "cpu",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Which backend one operation would get for these shapes and how many workers it would put to work, and why."""
+    """Show which backend an operation gets, and why. Says for the given shapes also how many workers it would use."""
     console = open_console(as_json)
     from cllm import kernels, runtime
 

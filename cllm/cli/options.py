@@ -75,13 +75,27 @@ def _reader(declared: Setting, kind: type) -> Callable[[Any], Any]:
 
 
 def _metavar(declared: Setting) -> str:
-    return "|".join(declared.choices) if declared.choices else {int: "INTEGER", float: "NUMBER", str: "TEXT"}[declared.types[0]]
+    return (
+        "|".join(declared.choices)
+        if declared.choices
+        else "PATH"
+        if declared.path
+        else {int: "INTEGER", float: "NUMBER", str: "TEXT"}[declared.types[0]]
+    )
 
 
-Json = Annotated[bool, typer.Option("--json", help="Progress to stderr; the last line of stdout is one JSON object.")]
-Device = Annotated[str, option("--device", str, "Where to compute: a GPU where there is one, or as asked.", choices=DEVICES)]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout, and everything else on stderr.")]
+Device = Annotated[str, option("--device", str, "Device to compute on. auto: a GPU if there is one.", choices=DEVICES)]
 Threads = Annotated[
-    int | None, option("--threads", int, "Upper limit of worker threads; any number gives the same bits.", optional=True, at_least=1, example=2)
+    int | None,
+    option(
+        "--threads",
+        int,
+        "Largest number of worker threads. Any number gives the same bits. [default: all usable cores]",
+        optional=True,
+        at_least=1,
+        example=2,
+    ),
 ]
 Checkpoint = Annotated[str, argument("CKPT", "A run, a checkpoint folder, a .cllm file or a Hugging Face folder.")]
 TOKENIZER = "A tokenizer.json, or the run, .cllm file or Hugging Face folder that holds one."
@@ -92,8 +106,8 @@ Weights = Annotated[
     option(
         "--weights",
         str,
-        "Numbers of the weights in memory; bf16 evaluates faster, bf16 and int8 write faster. Default: bf16 on a GPU that multiplies it in hardware, "
-        "else fp32.",
+        "Number format of the weights in memory: bf16 evaluates faster, bf16 and int8 generate faster. [default: bf16 on a GPU that multiplies it in "
+        "hardware, else fp32]",
         optional=True,
         choices=("fp32", "bf16", "int8"),
     ),

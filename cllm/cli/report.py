@@ -15,11 +15,12 @@ app = typer.Typer()
 def report(
     runs: Annotated[list[str], argument("RUN...", "Folders of training runs: one for its report, several to compare them.")],
     out: Annotated[
-        Path | None, option("--out", Path, "File to write [default: report.html in RUN, comparison.html in the first of several].")
+        Path | None, option("--out", Path, "File to write. [default: report.html in RUN, or comparison.html in the first of several]")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """One HTML page about a run, readable offline: curves, gradients, events, samples, settings. Several runs are compared."""
+    """Write an HTML page about a run. It shows curves, gradients, events, samples and settings, and loads nothing from elsewhere. Several runs are
+    compared on one page."""
     console = open_console(as_json)
     from cllm.report import write_report
 

@@ -38,11 +38,11 @@ app.add_typer(group, name="tokenizer")
 def pack(
     data: Text,
     tokenizer: Annotated[Path, option("--tokenizer", Path, TOKENIZER)],
-    out: Annotated[Path, option("--out", Path, "Folder for the token shards.")],
+    out: Annotated[Path, option("--out", Path, "Folder to write the tokens to.")],
     as_json: Json = False,
     **settings: Any,
 ) -> None:
-    """Pack text into token shards that `cllm train` and `cllm evaluate` read as they are."""
+    """Pack text into tokens ahead of training. `cllm train` and `cllm evaluate` read the folder as it is."""
     console = open_console(as_json)
     reading, values = reading_of(settings), read_settings(PACKING, settings)
     if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in ("sources.json", "dataset.json", "tokens")):
@@ -72,12 +72,14 @@ def _dataset_summary(dataset: Any) -> dict[str, Any]:
 def train(
     data: Text,
     out: Annotated[Path, option("--out", Path, "The tokenizer.json to write.")] = Path("tokenizer.json"),
-    vocab_size: Annotated[int, option("--vocab-size", int, "Number of tokens (bpe).", at_least=257, at_most=MAX_VOCAB, example=4096)] = 4096,
-    kind: Annotated[str, option("--kind", str, "Byte-level BPE, or one token for each character.", choices=("bpe", "char"))] = "bpe",
+    vocab_size: Annotated[
+        int, option("--vocab-size", int, "Size of the vocabulary in tokens, for --kind bpe.", at_least=257, at_most=MAX_VOCAB, example=4096)
+    ] = 4096,
+    kind: Annotated[str, option("--kind", str, "Byte-level BPE (bpe), or one token for each character (char).", choices=("bpe", "char"))] = "bpe",
     as_json: Json = False,
     **settings: Any,
 ) -> None:
-    """Train a tokenizer on DATA."""
+    """Train a tokenizer on a text."""
     console = open_console(as_json)
     if out.is_file() and os.path.exists(data) and os.path.samefile(out, data):
         raise UserError(f"--out {out} is the text itself, which would be lost. Choose another file, such as tokenizer.json.")
@@ -93,10 +95,10 @@ def train(
 @group.command("encode", epilog=examples("cllm tokenizer encode runs/demo 'def main():'"))
 def encode(
     tokenizer: TokenizerPlace,
-    text: Annotated[str | None, text_argument("TEXT", "Text; without it, standard input.")] = None,
+    text: Annotated[str | None, text_argument("TEXT", "Text to encode. [default: standard input]")] = None,
     as_json: Json = False,
 ) -> None:
-    """Text to token ids."""
+    """Turn text into token ids."""
     console = open_console(as_json)
     ids = load_tokenizer(tokenizer).encode("".join(standard_input()) if text is None else text)
     console.print(" ".join(map(str, ids)))
@@ -106,10 +108,10 @@ def encode(
 @group.command("decode", epilog=examples("cllm tokenizer decode runs/demo 412 87 9"))
 def decode(
     tokenizer: TokenizerPlace,
-    ids: Annotated[list[str] | None, typer.Argument(help="Token ids; without them, standard input.")] = None,
+    ids: Annotated[list[str] | None, typer.Argument(metavar="IDS...", help="Token ids. [default: standard input]")] = None,
     as_json: Json = False,
 ) -> None:
-    """Token ids to text."""
+    """Turn token ids into text."""
     console = open_console(as_json)
     words = "".join(standard_input()).split() if ids is None else ids
     wrong = next((word for word in words if not (word.isascii() and word.isdigit() and len(word) < 19)), None)
@@ -128,7 +130,7 @@ def stats(
     as_json: Json = False,
     **settings: Any,
 ) -> None:
-    """How well a tokenizer fits DATA: bytes and characters per token, share of the vocabulary in use."""
+    """Measure how well a tokenizer fits a text. Prints bytes and characters per token, and the share of the vocabulary that is used."""
     console = open_console(as_json)
     reading = reading_of(settings)
     check_text(data)

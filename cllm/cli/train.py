@@ -46,17 +46,26 @@ app = typer.Typer()
 )
 @with_settings(FLAGS)
 def train(
-    data: Annotated[str | None, typer.Argument(help="Folder of text or source code, a file, JSONL (chats too), or a packed token folder.")] = None,
-    out: Annotated[Path | None, option("--out", Path, "Where the run lives [default: runs/ + the name of the data].")] = None,
-    config: Annotated[Path | None, option("--config", Path, "TOML file with settings; flags win over it.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out with its own settings; an error if there is none.")] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Print sizes, memory, speed and every derived value, and stop.")] = False,
-    find_lr: Annotated[bool, typer.Option("--find-lr", help="Try rising learning rates for 100 steps, print and plot the losses, and stop.")] = False,
-    set_: Annotated[list[str] | None, text_option("--set", "Any other setting; repeatable.", metavar="SECTION.KEY=VALUE")] = None,
+    data: Annotated[
+        str | None, typer.Argument(metavar="DATA", help="Folder or file of text, source code, JSON, CSV or chats, or a packed token folder.")
+    ] = None,
+    out: Annotated[Path | None, option("--out", Path, "Folder of the run. [default: runs/ and the name of the data]")] = None,
+    config: Annotated[Path | None, option("--config", Path, "TOML file with settings. Flags override it.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --out with its own settings. It is an error if there is none.")
+    ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print model size, memory, speed, time and all derived settings, without training.")] = False,
+    find_lr: Annotated[
+        bool, typer.Option("--find-lr", help="Try rising learning rates for 100 steps and print and plot the losses, without a run.")
+    ] = False,
+    set_: Annotated[
+        list[str] | None, text_option("--set", "Any other setting, as in optim.beta2=0.99. Can be given several times.", metavar="SECTION.KEY=VALUE")
+    ] = None,
     as_json: Json = False,
     **settings: Any,
 ) -> None:
-    """Train a model on DATA: tokenizer, packing and training in one go, each step cached; the same command continues an interrupted run."""
+    """Train a model on text, source code or chats. DATA is read, a tokenizer is trained, the text is packed into tokens and the model is trained on
+    them. Each step is cached, and the same command continues a run that was interrupted."""
     flags = {"data.path": data, **settings}
     console = open_console(as_json, needs_reader=False)
     with stopping_with("interrupted; nothing was trained" if plan or find_lr else BEFORE_TRAINING):

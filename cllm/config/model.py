@@ -24,8 +24,8 @@ MAX_LAYERS = 10_000  # ten times the deepest Transformer in the literature (Wang
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and architecture of a `Model`. None means: derived by the rule in the field's help; after construction no
-    derived field is None."""
+    """Shape and architecture of a `Model`. A field that is None takes the default that its help names; after
+    construction none of these is None."""
 
     vocab_size: int
     """Number of token ids; rows of the embedding. May exceed the tokenizer's (padding rows are never sampled)."""
@@ -36,24 +36,24 @@ class ModelConfig:
     num_heads: int = 6
     """Number of query heads per block."""
     num_kv_heads: int | None = None
-    """Number of key and value heads; fewer than num_heads is grouped-query attention. Derived: num_heads."""
+    """Number of key and value heads; fewer than num_heads is grouped-query attention. Default: num_heads."""
     head_dim: int | None = None
-    """Width of one head. Derived: embed_dim / num_heads."""
+    """Width of one head. Default: embed_dim / num_heads."""
     ffn_dim: int | None = None
-    """Hidden width of the feed-forward. Derived: gated 8/3 * embed_dim rounded up to a multiple of 32, plain 4 *
+    """Hidden width of the feed-forward. Default: gated 8/3 * embed_dim rounded up to a multiple of 32, plain 4 *
     embed_dim."""
     max_seq_len: int = 256
     """Longest context in tokens."""
     norm: str = "rms"
     """"rms" (RMSNorm) or "layer" (LayerNorm)."""
     position: str | None = None
-    """"rotary" or "learned". Derived: rotary with rms, learned with layer."""
+    """"rotary" or "learned". Default: rotary with rms, learned with layer."""
     activation: str | None = None
-    """"silu", "gelu" (exact), "gelu_tanh" or "relu2". Derived: silu with rms, gelu_tanh with layer (GPT-2's own)."""
+    """"silu", "gelu" (exact), "gelu_tanh" or "relu2". Default: silu with rms, gelu_tanh with layer (GPT-2's own)."""
     gated: bool | None = None
-    """Feed-forward with a gate, down(activation(gate(x)) * up(x)). Derived: with rms yes, with layer no."""
+    """Feed-forward with a gate, down(activation(gate(x)) * up(x)). Default: with rms yes, with layer no."""
     bias: bool | None = None
-    """Biases on linear layers and norms. Derived: with rms no, with layer yes."""
+    """Biases on linear layers and norms. Default: with rms no, with layer yes."""
     qk_norm: bool = False
     """RMSNorm on each query and key head before the rotation (Qwen3)."""
     attention_bias: bool = False
@@ -61,7 +61,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     """The output projection is the token embedding."""
     norm_eps: float | None = None
-    """Added to the variance. Derived: 1e-6 with rms, 1e-5 with layer."""
+    """Added to the variance. Default: 1e-6 with rms, 1e-5 with layer."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: str | None = None
@@ -69,13 +69,13 @@ class ModelConfig:
     rope_factor: float | None = None
     """How many times longer the context becomes; needed with rope_scaling."""
     rope_original_len: int | None = None
-    """Context before the stretch, in tokens (llama3, yarn). Derived: max_seq_len / rope_factor."""
+    """Context before the stretch, in tokens (llama3, yarn). Default: max_seq_len / rope_factor."""
     rope_slow: float | None = None
-    """Pairs that turn fewer times within rope_original_len are stretched (llama3, yarn). Derived: 1."""
+    """Pairs that turn fewer times within rope_original_len are stretched (llama3, yarn). Default: 1."""
     rope_fast: float | None = None
-    """Pairs that turn more often within rope_original_len stay. Derived: llama3 4, yarn 32."""
+    """Pairs that turn more often within rope_original_len stay. Default: llama3 4, yarn 32."""
     rope_attention_factor: float | None = None
-    """Factor on queries and keys (yarn). Derived: 0.1 * ln(rope_factor) + 1."""
+    """Factor on queries and keys (yarn). Default: 0.1 * ln(rope_factor) + 1."""
     sliding_window: int | None = None
     """A token sees only the last so many tokens, itself included. None: all."""
     softcap: float | None = None

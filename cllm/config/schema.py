@@ -29,142 +29,195 @@ OPTIMIZERS = ("adamw", "muon", "lion", "schedule_free")
 
 @dataclass(frozen=True)
 class DataSection:
-    path: str = setting("", "Folder or file to learn from, or a folder of packed tokens.", path=True, result=False)
-    tokenizer: str = setting("bpe", "Tokenizer: bpe or char (trained on the data), or the path of a tokenizer.json.", path=True)
+    path: str = setting("", "Text to learn from: a folder, a file, or a folder of packed tokens.", path=True, result=False)
+    tokenizer: str = setting("bpe", "Tokenizer: bpe or char, which is trained on the data, or the path of a tokenizer.json.", path=True)
     vocab_size: int | None = setting(
-        None, "Tokens of a new BPE tokenizer; chosen by the amount of text when open.", at_least=257, at_most=MAX_VOCAB, example=4096
+        None, "Size of a new BPE vocabulary in tokens. Default: chosen by the amount of text.", at_least=257, at_most=MAX_VOCAB, example=4096
     )
     val_fraction: float | None = setting(
-        None, "Share of the text that is kept for validation, in whole documents; when open, a tenth up to 10 MB of text, then 1 MB, "
-        "from 100 MB on one hundredth, and never more than 8 MB (about 2 million tokens).", at_least=0.0, below=1.0, example=0.1,
+        None, "Share of the text that is kept for validation, in whole documents. Default: a tenth of up to 10 MB of text, 1 MB of up"
+        " to 100 MB, one hundredth of more, and never more than 8 MB (about 2 million tokens).", at_least=0.0, below=1.0, example=0.1,
     )  # fmt: skip
-    exclude: str = setting("", "Files and folders below path that are left out, separated by commas.")
-    text_field: str = setting("", "Field of JSON records, or column of tables, that holds the text; found by itself when empty.", example="body")
+    exclude: str = setting("", "Files and folders below the data path that are left out, separated by commas.")
+    text_field: str = setting("", "Field of JSON records, or column of tables, that holds the text. Default: found automatically.", example="body")
     separator: str = setting(
         "auto",
-        "Text between the documents of one file, such as \\n\\n\\n; auto cuts at <|endoftext|> and its like, none cuts nowhere.",
+        "Text between the documents of one file, such as \\n\\n\\n. auto cuts at <|endoftext|> and similar markers, none cuts nowhere.",
         example="none",
     )
     encoding: str = setting(
-        "auto", "Charset of the files that are not Unicode; auto tells it by their letters, for a folder together.", example="cp1250"
+        "auto", "Charset of the files that are not Unicode. auto guesses it from their letters, for all files of a folder together.", example="cp1250"
     )
-    document_mask: bool = setting(True, "A token sees only its own document, never the one packed before it.")
+    document_mask: bool = setting(True, "Each token attends only to its own document, never to the one packed before it.")
     shuffle: str = setting(
-        "epoch", "Order of the windows: epoch (each once per epoch), random (drawn with replacement) or none.", choices=("epoch", "random", "none")
+        "epoch",
+        "Order of the training windows: epoch (each once per epoch, shuffled), random (drawn with replacement) or none (as they lie).",
+        choices=("epoch", "random", "none"),
     )
 
 
 @dataclass(frozen=True)
 class TrainSection:
-    steps: int | None = setting(None, "Optimizer updates; derived from epochs when open.", at_least=1, example=1000)
-    epochs: float | None = setting(None, "Passes over the training tokens; used when steps is open.", above=0.0, example=1)
-    seq_len: int = setting(256, "Tokens of one training sequence.", at_least=1, example=256)
-    batch_size: int = setting(16, "Sequences of one microbatch, that is of one forward pass.", at_least=1, at_most=1_000_000, example=16)
-    grad_accum: int = setting(1, "Microbatches whose gradients are summed for one update.", at_least=1, example=1)
-    precision: str = setting(
-        "auto", "Numbers of the forward and backward; weights and optimizer stay float32.", choices=("auto", "fp32", "bf16", "fp16")
+    steps: int | None = setting(
+        None, "Number of optimizer updates. Default: from epochs, else 20 tokens per parameter but at most 4 epochs.", at_least=1, example=1000
     )
-    device: str = setting("auto", "Where to train: a GPU where there is one, or as asked.", choices=DEVICES, result=False)
+    epochs: float | None = setting(None, "Number of passes over the training tokens, instead of steps.", above=0.0, example=1)
+    seq_len: int = setting(256, "Length of a training sequence in tokens.", at_least=1, example=256)
+    batch_size: int = setting(16, "Number of sequences in a microbatch, that is, in one forward pass.", at_least=1, at_most=1_000_000, example=16)
+    grad_accum: int = setting(1, "Number of microbatches whose gradients are accumulated for one update.", at_least=1, example=1)
+    precision: str = setting(
+        "auto",
+        "Number format of the forward and backward passes; weights and optimizer state stay float32. auto: bf16 where the "
+        "hardware multiplies it (fp16 on older GPUs), else fp32.",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    device: str = setting("auto", "Device to train on. auto: a GPU if there is one.", choices=DEVICES, result=False)
     recompute: str = setting(
-        "auto", "What the backward computes again to save memory: auto is the least that fits.",
+        "auto", "What the backward pass computes again to save memory. auto: as little as fits.",
         choices=("auto", "none", "feed_forward", "blocks"), result=False,
     )  # fmt: skip
-    threads: int | None = setting(None, "Upper limit of worker threads; any number gives the same bits.", at_least=1, example=2, result=False)
+    threads: int | None = setting(
+        None, "Largest number of worker threads. Any number gives the same bits. Default: all usable cores.", at_least=1, example=2, result=False
+    )
     seed: int = setting(0, "Seed of the initial weights and of the order of the data.", at_least=0, at_most=2**63 - 1, example=0)
     eval_every: int | None = setting(
-        None, "Steps between evaluations on the validation split; when open, a tenth of the steps, at most 1000, and no more often than "
-        "eval_budget allows.", at_least=1, example=200, result=False,
+        None, "Steps between evaluations on the validation split. Default: a tenth of the steps, at most 1000, and no more often than"
+        " eval_budget allows.", at_least=1, example=200, result=False,
     )  # fmt: skip
     eval_budget: float = setting(
-        0.05, "Share of the training time that all evaluations together may take. It decides how much of the validation split each of them reads: "
-        "always the same part, spread evenly over the split, at least two batches and 512 tokens. A large value reads the whole split every "
-        "time. The part is fixed when the run starts.", above=0.0, example=0.05, result=False,
+        0.05, "Largest share of the training time that all evaluations together may take. It decides how much of the validation split"
+        " each of them reads: always the same part, spread evenly over the split, at least two batches and 512 tokens. A large "
+        "value reads the whole split every time. The part is fixed when the run starts.", above=0.0, example=0.05, result=False,
     )  # fmt: skip
     checkpoint_every: int | None = setting(
-        None, "Steps between checkpoints; when open, a tenth of the steps, at most 1000.", at_least=1, example=200, result=False
+        None,
+        "Steps between checkpoints. Default: eval_every if that is given, else a tenth of the steps, at most 1000.",
+        at_least=1,
+        example=200,
+        result=False,
     )
-    keep: int = setting(2, "Newest checkpoints kept on disk; the best one is kept as well.", at_least=1, example=2, result=False)
-    keep_every: int = setting(0, "Checkpoints of every so many steps are kept for good; 0 for none.", at_least=0, example=10000, result=False)
-    async_checkpoint: bool = setting(True, "Write checkpoints while training goes on, from a copy of weights and moments.", result=False)
-    sample_every: int = setting(0, "Steps between generated samples in samples.txt; 0 never generates.", at_least=0, example=500, result=False)
-    patience: int = setting(0, "Stop after so many evaluations without a better validation loss; 0 never stops early.", at_least=0, example=5)
+    keep: int = setting(2, "Number of newest checkpoints that are kept on disk. The best one is kept as well.", at_least=1, example=2, result=False)
+    keep_every: int = setting(0, "Steps between checkpoints that are kept for good; 0 for none.", at_least=0, example=10000, result=False)
+    async_checkpoint: bool = setting(True, "Write checkpoints in the background, from a copy of the weights and the optimizer state.", result=False)
+    sample_every: int = setting(0, "Steps between samples of generated text in samples.txt; 0 for none.", at_least=0, example=500, result=False)
+    patience: int = setting(
+        0, "Number of evaluations without a better validation loss after which training stops; 0 never stops early.", at_least=0, example=5
+    )
     restore_best: bool = setting(False, "End with the weights of the best evaluation instead of the last ones.", result=False)
-    batch_ramp: int = setting(0, "Steps in which the microbatches of one update rise from 1 to grad_accum.", at_least=0, example=500)
+    batch_ramp: int = setting(0, "Steps over which the number of microbatches in an update rises from 1 to grad_accum.", at_least=0, example=500)
     on_nonfinite: str = setting(
-        "stop", "When a loss or gradient is NaN or infinite: stop, leave the step out, or go back to the last checkpoint and take other data.",
+        "stop", "What to do when a loss or gradient is NaN or infinite: stop, skip the update, or roll back to the last checkpoint and "
+        "go on with other data.",
         choices=("stop", "skip", "rollback"), result=False,
     )  # fmt: skip
-    on_spike: str = setting("warn", "When the loss jumps far above the last steps'.", choices=("warn", "stop", "rollback"), result=False)
-    spike_sigmas: float = setting(
-        12.0, "How many usual deviations above the median of the last 64 losses are a jump; 0 never.", at_least=0.0, example=12, result=False
+    on_spike: str = setting(
+        "warn", "What to do when the loss jumps far above that of the last steps.", choices=("warn", "stop", "rollback"), result=False
     )
-    on_gradient: str = setting("warn", "When the gradient explodes or vanishes.", choices=("warn", "stop", "rollback"), result=False)
-    on_stall: str = setting("wait", "When nothing moves for log.watchdog_seconds: wait, or end the process.", choices=("wait", "stop"), result=False)
+    spike_sigmas: float = setting(
+        12.0,
+        "Number of typical deviations above the median of the last 64 losses that counts as a jump; 0 turns this off.",
+        at_least=0.0,
+        example=12,
+        result=False,
+    )
+    on_gradient: str = setting("warn", "What to do when the gradient explodes or vanishes.", choices=("warn", "stop", "rollback"), result=False)
+    on_stall: str = setting(
+        "wait", "What to do when nothing has moved for log.watchdog_seconds: wait, or end the process.", choices=("wait", "stop"), result=False
+    )
     parallel: str = setting(
-        "ddp", "How several processes share the work: ddp (each holds the model), fsdp (sharded over all) or hybrid (sharded inside a node).",
+        "ddp", "How several processes share the work: ddp (each holds the whole model), fsdp (sharded over all) or hybrid (sharded "
+        "within a node).",
         choices=("ddp", "fsdp", "hybrid"), result=False,
     )  # fmt: skip
     shard_size: int | None = setting(
-        None, "Processes that hold one copy of the state in hybrid mode; the processes of one node when open.", at_least=1, example=8, result=False
+        None,
+        "Number of processes that together hold one copy of the state in hybrid mode. Default: the processes of one node.",
+        at_least=1,
+        example=8,
+        result=False,
     )
-    deterministic: bool = setting(False, "Same bits for any number of processes and any cut of an update's sequences into microbatches.")
-    unit: int = setting(1, "Sequences of one leaf of the deterministic sum, that is of one forward pass then.", at_least=1, example=4)
+    deterministic: bool = setting(False, "Give the same bits for any number of processes and any division of an update into microbatches.")
+    unit: int = setting(1, "Number of sequences in a leaf of the deterministic sum, which is then also one forward pass.", at_least=1, example=4)
     timeout: float = setting(600.0, "Seconds that a process waits for the others before it ends.", above=0.0, example=600, result=False)
-    overfit_one_batch: bool = setting(False, "Train on the first batch only: a set-up that works drives its loss below 0.1.")
+    overfit_one_batch: bool = setting(False, "Train on the first batch only. A working setup drives its loss below 0.1.")
 
 
 @dataclass(frozen=True)
 class OptimSection:
     optimizer: str = setting(
         "adamw",
-        "adamw, muon (AdamW for embeddings and vectors), lion or schedule_free (AdamW without a decay of the learning rate).",
+        "Optimizer: adamw, muon (with AdamW for embeddings and vectors), lion, or schedule_free (AdamW without learning-rate decay).",
         choices=OPTIMIZERS,
     )
-    learning_rate: float | None = setting(None, "Highest learning rate.", above=0.0, at_most=1e6, example="3e-4")
-    min_lr: float | None = setting(None, "Learning rate at the end of the schedule, and the lowest at any time.", at_least=0.0, example="3e-5")
-    warmup: int | None = setting(None, "Steps in which the learning rate rises to its highest value.", at_least=0, example=100)
-    schedule: str = setting("cosine", "Shape of the decay after the warm-up.", choices=KINDS)
-    plateau_factor: float = setting(0.5, "What the plateau schedule multiplies the learning rate with.", above=0.0, below=1.0, example=0.5)
-    plateau_patience: int = setting(3, "Evaluations without a better loss before the plateau schedule acts.", at_least=1, example=3)
-    weight_decay: float = setting(0.1, "Decoupled decay of matrices and embeddings; biases and norms have none.", at_least=0.0, example=0.1)
-    beta1: float = setting(0.9, "Decay of the mean of gradients; Lion's share of it in a step.", at_least=0.0, below=1.0, example=0.9)
+    learning_rate: float | None = setting(
+        None,
+        "Peak learning rate. Default: derived from the number of parameters, and a tenth of that for a model that is trained further without LoRA.",
+        above=0.0,
+        at_most=1e6,
+        example="3e-4",
+    )
+    min_lr: float | None = setting(
+        None, "Learning rate at the end of the schedule, and its lower bound. Default: a tenth of learning_rate.", at_least=0.0, example="3e-5"
+    )
+    warmup: int | None = setting(
+        None, "Steps over which the learning rate rises to its peak. Default: a tenth of the steps, at most 1000.", at_least=0, example=100
+    )
+    schedule: str = setting("cosine", "Shape of the learning-rate decay after the warmup.", choices=KINDS)
+    plateau_factor: float = setting(0.5, "Factor by which the plateau schedule lowers the learning rate.", above=0.0, below=1.0, example=0.5)
+    plateau_patience: int = setting(
+        3, "Number of evaluations without a better loss before the plateau schedule lowers the learning rate.", at_least=1, example=3
+    )
+    weight_decay: float = setting(0.1, "Decoupled weight decay of matrices and embeddings; biases and norms have none.", at_least=0.0, example=0.1)
+    beta1: float = setting(
+        0.9, "Decay of the mean of gradients; for Lion, the weight of that mean in an update.", at_least=0.0, below=1.0, example=0.9
+    )
     beta2: float = setting(
-        0.95, "Decay of AdamW's mean of squared gradients, and of Lion's momentum (0.99 when not given).", at_least=0.0, below=1.0, example=0.95
+        0.95,
+        "Decay of AdamW's mean of squared gradients, and of Lion's momentum, for which the default is 0.99.",
+        at_least=0.0,
+        below=1.0,
+        example=0.95,
     )
     momentum: float = setting(0.95, "Decay of Muon's mean of gradients.", at_least=0.0, below=1.0, example=0.95)
     ema: float = setting(
-        0.0, "Decay of an average of the weights, which is then evaluated and exported; 0 keeps none.", at_least=0.0, below=1.0, example=0.999
+        0.0, "Decay of a moving average of the weights, which is then evaluated and exported; 0 for none.", at_least=0.0, below=1.0, example=0.999
     )
-    eps: float = setting(1e-8, "AdamW's guard against division by zero.", above=0.0, example="1e-8")
-    grad_clip: float = setting(1.0, "Largest norm of the gradient of all weights together; 0 does not clip.", at_least=0.0, example=1.0)
-    z_loss: float = setting(0.0, "Weight of the squared log-sum-exp that keeps logits small.", at_least=0.0, example="1e-4")
-    label_smoothing: float = setting(0.0, "Probability mass that the target gives to all tokens alike.", at_least=0.0, below=1.0, example=0.1)
+    eps: float = setting(1e-8, "Added to AdamW's denominator to prevent division by zero.", above=0.0, example="1e-8")
+    grad_clip: float = setting(1.0, "Largest norm of the gradient over all weights; 0 does not clip.", at_least=0.0, example=1.0)
+    z_loss: float = setting(0.0, "Weight of the squared log-sum-exp in the loss, which keeps logits small; 0 for none.", at_least=0.0, example="1e-4")
+    label_smoothing: float = setting(
+        0.0, "Share of the target probability that is spread evenly over all tokens.", at_least=0.0, below=1.0, example=0.1
+    )
 
 
 @dataclass(frozen=True)
 class FinetuneSection:
     start_from: str = setting(
-        "", "Model to start from: a run, a .cllm file or a Hugging Face folder (--from); empty starts from nothing.", path=True, flag="from"
+        "", "Model to start from: a run, a .cllm file or a Hugging Face folder. Default: new random weights.", path=True, flag="from"
     )
-    lora_rank: int = setting(0, "Rank of LoRA adapters, which alone are trained; 0 trains all weights.", at_least=0, example=8)
-    lora_alpha: float = setting(0.0, "Adapters are multiplied by lora_alpha / lora_rank; 0 is twice the rank.", at_least=0.0, example=16)
-    lora_targets: str = setting("all", "Matrices that get adapters: all of the blocks, or those of attention.", choices=TARGETS)
+    lora_rank: int = setting(0, "Rank of LoRA adapters, which alone are then trained; 0 trains all weights.", at_least=0, example=8)
+    lora_alpha: float = setting(0.0, "Adapters are multiplied by lora_alpha / lora_rank; 0 means twice the rank.", at_least=0.0, example=16)
+    lora_targets: str = setting("all", "Matrices that get adapters: all of the blocks, or only those of attention.", choices=TARGETS)
 
 
 @dataclass(frozen=True)
 class LogSection:
-    metrics_every: int = setting(1, "Steps between two rows of metrics.jsonl.", at_least=1, example=1, result=False)
+    metrics_every: int = setting(1, "Steps between rows of metrics.jsonl.", at_least=1, example=1, result=False)
     layers_every: int = setting(
-        50, "Steps between rows about each layer's gradient norm and update; 0 never.", at_least=0, example=50, result=False
+        50, "Steps between rows about each layer's gradient norm and update; 0 for none.", at_least=0, example=50, result=False
     )  # fmt: skip
-    classes: bool = setting(True, "With each evaluation: precision, recall and confusion of classes of tokens, calibration.", result=False)
-    activations: bool = setting(False, "With each evaluation: the residual stream's mean, spread and largest value per block.", result=False)
+    classes: bool = setting(True, "At each evaluation, measure precision, recall and confusion of classes of tokens, and calibration.", result=False)
+    activations: bool = setting(
+        False, "At each evaluation, record the mean, spread and largest value of the residual stream in each block.", result=False
+    )
     prometheus_port: int = setting(
-        0, "Port of this machine where Prometheus finds the newest numbers; 0 none.", at_least=0, at_most=65535, example=9400, result=False
+        0, "Port of this machine on which Prometheus finds the newest numbers; 0 for none.", at_least=0, at_most=65535, example=9400, result=False
     )  # fmt: skip
-    noise_scale_every: int = setting(0, "Steps between measurements of the gradient noise scale; 0 never.", at_least=0, example=10, result=False)
-    tensorboard: bool = setting(True, "Write TensorBoard events where tensorboardX is installed.", result=False)
-    watchdog_seconds: float = setting(300.0, "Print all threads' stacks when nothing moves for so long; 0 never.", at_least=0.0, result=False)
+    noise_scale_every: int = setting(0, "Steps between measurements of the gradient noise scale; 0 for none.", at_least=0, example=10, result=False)
+    tensorboard: bool = setting(True, "Write TensorBoard events if tensorboardX is installed.", result=False)
+    watchdog_seconds: float = setting(
+        300.0, "Seconds without any progress after which the stacks of all threads are printed; 0 never.", at_least=0.0, result=False
+    )
 
 
 def field_docs(schema: type) -> dict[str, str]:
@@ -193,10 +246,11 @@ def _own_field_docs(schema: type) -> dict[str, str]:
 def _model_section() -> type:
     """[model]: a preset, and every field of ModelConfig, open (None) until given. The vocabulary comes from the tokenizer."""
     hints, docs = typing.get_type_hints(ModelConfig), field_docs(ModelConfig)
-    preset_help = f"Named sizes to start from: {', '.join(PRESETS)}; {DEFAULT_PRESET} when no size is given."
+    preset_help = f"Named model sizes: {', '.join(PRESETS)}. Default: {DEFAULT_PRESET}, if no size is given."
+    of_preset = dict.fromkeys(("embed_dim", "num_layers", "num_heads"), " Default: as in the preset.")
     fields: list[tuple[str, Any, Any]] = [("preset", str | None, setting(None, preset_help))]
     fields += [
-        (each.name, hints[each.name] | None, setting(None, docs.get(each.name, f"See ModelConfig.{each.name}.")))
+        (each.name, hints[each.name] | None, setting(None, docs.get(each.name, f"See ModelConfig.{each.name}.") + of_preset.get(each.name, "")))
         for each in dataclasses.fields(ModelConfig)
         if each.name != "vocab_size"
     ]

@@ -72,12 +72,12 @@ class TrainConfig:
         rate, low, steps, warmup = self.optim.learning_rate, self.optim.min_lr, self.train.steps, self.optim.warmup
         if rate is not None and low is not None and low > rate:
             given_by = origin(self.sources["optim.min_lr"])
-            raise UserError(f"min_lr must be <= learning_rate ({rate:g}), got {low:g}{given_by}. Leave it open for learning_rate / 10.")
+            raise UserError(f"min_lr must be <= learning_rate ({rate:g}), got {low:g}{given_by}. Leave it out for learning_rate / 10.")
         if steps is not None and self.train.epochs is not None and not self.sources["train.steps"].startswith("derived"):
             raise UserError(f"steps and epochs exclude each other, got steps = {steps} and epochs = {self.train.epochs:g}. Give one of them.")
         if steps is not None and warmup is not None and warmup > steps:
             given_by = origin(self.sources["optim.warmup"])
-            raise UserError(f"warmup must be <= steps ({steps}), got {warmup}{given_by}. Leave it open for a tenth of the steps.")
+            raise UserError(f"warmup must be <= steps ({steps}), got {warmup}{given_by}. Leave it out for a tenth of the steps.")
         for key in ("train.batch_ramp", "log.noise_scale_every"):
             if self[key] and self.train.grad_accum < 2:
                 given_by = origin(self.sources[key])

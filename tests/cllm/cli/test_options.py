@@ -65,6 +65,18 @@ def test_every_option_and_argument_is_explained_in_a_sentence(command):
         assert each.help and each.help.rstrip("])")[-1] in ".:0123456789abcdefghijklmnopqrstuvwxyz", each.name
 
 
+@pytest.mark.parametrize("group", [(), ("checkpoint",), ("tokenizer",)])
+def test_the_list_of_commands_says_of_each_in_a_whole_sentence_what_it_does(group, monkeypatch, capsys):
+    from cllm.cli.app import main
+
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([*group, "--help"])
+    page = capsys.readouterr().out
+    listed = page.partition("Commands:\n")[2].splitlines()
+    assert listed and all(line.endswith(".") and "..." not in line for line in listed), page
+
+
 def test_the_help_pages_import_nothing_that_computes():
     """Numbers of modules, not of seconds: torch alone brings more than a thousand."""
     script = "import sys, typer; from cllm.cli.app import app; typer.main.get_command(app); print(*sys.modules)"
