@@ -8,6 +8,7 @@ from typing import Any
 
 from cllm.runtime import ceiling, compiler, toolchain, tree, tuning
 from cllm.runtime.device import available_memory, cpu, devices, gpus, operating_system
+from cllm.runtime.errors import BackendError
 from cllm.runtime.plan import explain, registered_operations, settings
 
 
@@ -47,9 +48,10 @@ class Report:
             f"sums     in a fixed tree of one root and up to {tree.FANOUT} children each, the same bits for any number of threads "
             f"({parts:,} parts: {tree.describe(parts)})"
         )
-        if values["operations"]:
-            lines += ["", "operation              float32   bfloat16  why"]
-            for name, by_dtype in values["operations"].items():
+        for place, operations in (("", values["operations"]), (" on the GPU", values["gpu_operations"])):
+            if operations:
+                lines += ["", f"{f'operation{place}':<22} float32   bfloat16  why"]
+            for name, by_dtype in operations.items():
                 single, half = by_dtype["float32"], by_dtype["bfloat16"]
                 lines.append(f"{name:<22} {single['backend']:<9} {half['backend']:<9} {single['reason']}")
         lines += ["", *(f"missing: {text}" for text in values["missing"])] if values["missing"] else []
@@ -100,11 +102,22 @@ def _summary() -> str:
     return f"{chosen} ({why}), up to {threads} worker{'s' if threads != 1 else ''} per operation, the same bits for any number of them"
 
 
+def _backends(operations: Iterable[str], device: str) -> dict[str, dict[str, Any]]:
+    """What each operation would get on a kind of device, by dtype."""
+    return {name: {dtype: _plan(name, dtype, device) for dtype in ("float32", "bfloat16")} for name in operations}
+
+
+def _plan(operation: str, dtype: str, device: str) -> dict[str, Any]:
+    try:
+        return explain(operation, dtype=dtype, device=device).to_dict()
+    except BackendError as error:  # a backend that is asked for may not run there
+        return {"backend": "none", "device": device, "reason": str(error)}
+
+
 def describe(operations: Iterable[str] = ()) -> Report:
-    """Everything known about this machine; with `operations`, the backend that each would get and why."""
+    """Everything known about this machine; with `operations`, the backend that each would get and why, on the CPU and on a GPU that can be used."""
     features, versions = compiler.cpu_features(), _versions()
-    asked = settings()
-    backends = {name: {dtype: explain(name, dtype=dtype).to_dict() for dtype in ("float32", "bfloat16")} for name in operations}
+    asked, names = settings(), list(operations)
     return Report(
         {
             "devices": [device.to_dict() for device in devices()],
@@ -115,7 +128,8 @@ def describe(operations: Iterable[str] = ()) -> Report:
             "ceilings": ceiling.ceilings().to_dict(),
             "settings": {"backend": asked.backend, "threads": asked.threads, "deterministic": asked.deterministic},
             "summary": _summary(),
-            "operations": backends,
+            "operations": _backends(names, "cpu"),
+            "gpu_operations": _backends(names, "cuda") if gpus() and not toolchain.obstacle() else {},
             "missing": _missing(features, versions),
         }
     )

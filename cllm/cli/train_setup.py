@@ -127,13 +127,12 @@ def new_model(sizes: ModelConfig, config: TrainConfig, world: "World | None" = N
 def predicted_memory(sizes: ModelConfig, config: TrainConfig, device: "torch.device") -> "tuple[MemoryPrediction, str]":
     """The memory that a training on `device` takes, and what its backward computes again to save some."""
     from cllm.model.memory import choose_recompute, predict
+    from cllm.train.build import memory_options
 
-    settings = config.train
+    settings, run = config.train, memory_options(config)
     shape = sizes, settings.batch_size, settings.seq_len, settings.precision
-    recompute, _ = choose_recompute(settings.recompute, *shape, device)
-    background = settings.async_checkpoint and device.type == "cpu"  # of a GPU's run the copy lies in the host's memory
-    average = config.optim.ema > 0
-    return predict(*shape, recompute, config.optim.optimizer, average=average, background_checkpoint=background), recompute
+    recompute, _ = choose_recompute(settings.recompute, *shape, device, **run)
+    return predict(*shape, recompute, device=device, **run), recompute
 
 
 def _vocabulary_rows(tokens: int) -> int:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from cllm.config.model import ModelConfig
 from cllm.runtime.device import free_memory
 from cllm.runtime.errors import UserError
+from cllm.runtime.gpu import gpu_of
 
-# Logits exist only in chunks of rows; this is what a chunk and the packed panels of a matrix product may take.
+# Logits exist only in chunks of rows; this is what a chunk and the packed panels of a matrix product may take on a CPU.
 LOGIT_ROWS = 1024
+CPU = torch.device("cpu")
 # Python, torch and compiled kernels, before any tensor: measured 0.35 to 0.5 GB.
 PROCESS_BYTES = 450 << 20
 
@@ -29,6 +32,7 @@ class MemoryPrediction:
     logits: int
     process: int = PROCESS_BYTES
     checkpoint: int = 0
+    logit_rows: int = LOGIT_ROWS
 
     @property
     def total(self) -> int:
@@ -41,7 +45,7 @@ class MemoryPrediction:
             ("gradients", self.gradients, "float32"),
             ("optimizer", self.optimizer, "float32 moments, averages of the weights"),
             ("activations", self.activations, "kept for the backward of one microbatch"),
-            ("logits", self.logits, f"one chunk of {LOGIT_ROWS} rows and the gradient of the output matrix"),
+            ("logits", self.logits, f"one chunk of {self.logit_rows:,} rows and the gradient of the output matrix"),
             ("process", self.process, "Python, torch, compiled kernels"),
             *([("checkpoint", self.checkpoint, "the copy that is written while training goes on")] if self.checkpoint else []),
         ]
@@ -53,10 +57,10 @@ RECOMPUTE = ("none", "feed_forward", "blocks")  # what the backward computes aga
 
 def predict(
     config: ModelConfig, batch_size: int, seq_len: int, precision: str = "fp32", recompute: str = "none",
-    optimizer: str = "adamw", average: bool = False, background_checkpoint: bool = False,
+    optimizer: str = "adamw", average: bool = False, background_checkpoint: bool = False, device: torch.device = CPU,
 ) -> MemoryPrediction:  # fmt: skip
-    """The memory of training with microbatches of batch_size x seq_len tokens. `average`: an average of the weights is kept;
-    `background_checkpoint`: checkpoints are written from a copy."""
+    """The memory of training with microbatches of batch_size x seq_len tokens on `device`. `average`: an average of the weights is kept;
+    `background_checkpoint`: checkpoints are written from a copy, which lies in the host's memory where training runs on a GPU."""
     parameters, tokens = config.num_parameters(), batch_size * seq_len
     width = 4 if precision == "fp32" else 2
     queries, keys = config.num_heads * config.head_size, config.kv_heads * config.head_size
@@ -69,17 +73,32 @@ def predict(
     if recompute == "blocks":  # both streams between the blocks, and one block as a whole
         per_token = (2 * config.num_layers + 3) * config.embed_dim * width + per_layer + activated * width
     feed_forward = tokens * config.ffn_size * width * (3 if config.gated else 2)  # hidden values and gradients of one layer at a time
-    chunk = min(LOGIT_ROWS, tokens) * config.vocab_size * 4
-    output_gradient = config.vocab_size * config.embed_dim * 4
+    logits, logit_rows = _logit_bytes(config, tokens, width, device)
     state = _optimizer_bytes(config, optimizer) + (4 * parameters if average else 0)
     return MemoryPrediction(
         weights=4 * parameters,
         gradients=4 * parameters,
         optimizer=state,
         activations=tokens * per_token + feed_forward,
-        logits=chunk + output_gradient,
-        checkpoint=4 * parameters + state if background_checkpoint else 0,
+        logits=logits,
+        checkpoint=4 * parameters + state if background_checkpoint and device.type == "cpu" else 0,
+        logit_rows=logit_rows,
     )
+
+
+def _logit_bytes(config: ModelConfig, tokens: int, width: int, device: torch.device) -> tuple[int, int]:
+    """Bytes of the logits of one chunk with what else the loss makes of the output matrix, and the rows of the chunk."""
+    matrix = config.vocab_size * config.embed_dim
+    if device.type != "cuda":
+        rows = min(LOGIT_ROWS, tokens)
+        return rows * config.vocab_size * 4 + 4 * matrix, rows
+    from cllm.kernels.triton.linear_cross_entropy import row_chunks
+
+    dtype = torch.float32 if width == 4 else torch.bfloat16
+    chunks = row_chunks(tokens, config.vocab_size, dtype, gpu_of(device))
+    rows = chunks[0].stop if chunks else 0
+    # Its gradient, the same times the gradient of the loss, and with several chunks the part of one; in a small dtype the rounded matrix as well.
+    return rows * config.vocab_size * width + (4 * (2 + (len(chunks) > 1)) + (width if width < 4 else 0)) * matrix, rows
 
 
 def _optimizer_bytes(config: ModelConfig, optimizer: str) -> int:
@@ -95,13 +114,15 @@ def _optimizer_bytes(config: ModelConfig, optimizer: str) -> int:
 RESERVE = 0.9  # of the free memory that a plan may take: the allocator keeps some, and so do kernels
 
 
-def choose_recompute(asked: str, config: ModelConfig, batch_size: int, seq_len: int, precision: str, device: torch.device) -> tuple[str, str]:
-    """What the backward computes again, for "auto" the least that lets the run fit, and why."""
+def choose_recompute(
+    asked: str, config: ModelConfig, batch_size: int, seq_len: int, precision: str, device: torch.device, **run: Any
+) -> tuple[str, str]:
+    """What the backward computes again, for "auto" the least that lets the run fit, and why. run: what else `predict` takes of the run."""
     if asked != "auto":
         return asked, "asked for"
     room = RESERVE * free_memory(device)
     for choice in RECOMPUTE:
-        needed = predict(config, batch_size, seq_len, precision, choice).total
+        needed = predict(config, batch_size, seq_len, precision, choice, device=device, **run).total
         if needed <= room:
             return choice, f"{needed / 1e9:.1f} GB predicted, {room / 1e9:.1f} GB to be had"
     return RECOMPUTE[-1], f"{needed / 1e9:.1f} GB predicted is more than the {room / 1e9:.1f} GB to be had"
@@ -129,16 +150,15 @@ def check_training_fits(memory: MemoryPrediction, batch_size: int, seq_len: int,
 
 
 @contextmanager
-def explained_out_of_memory(config: ModelConfig, batch_size: int, seq_len: int, precision: str, recompute: str) -> Iterator[None]:
-    """Turns the allocator's error into one that names the largest consumers and the options that would help."""
+def explained_out_of_memory(config: ModelConfig, batch_size: int, seq_len: int, precision: str, recompute: str, **run: Any) -> Iterator[None]:
+    """Turns the allocator's error into one that names the largest consumers and the options that would help. run: what else `predict` takes."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise UserError(out_of_memory(predict(config, batch_size, seq_len, precision, recompute), batch_size, seq_len, recompute)) from error
-    except RuntimeError as error:  # torch's allocator on the CPU
-        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        plain = not isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if plain and "can't allocate memory" not in str(error) and "not enough memory" not in str(error):  # torch's allocator on the CPU
             raise
-        raise UserError(out_of_memory(predict(config, batch_size, seq_len, precision, recompute), batch_size, seq_len, recompute)) from error
+        raise UserError(out_of_memory(predict(config, batch_size, seq_len, precision, recompute, **run), batch_size, seq_len, recompute)) from error
 
 
 def out_of_memory(memory: MemoryPrediction, batch_size: int, seq_len: int, recompute: str) -> str:

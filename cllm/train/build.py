@@ -45,6 +45,12 @@ def divide(config: TrainConfig, world: World | None) -> tuple[Share | None, Shar
     return share, sharding
 
 
+def memory_options(config: TrainConfig) -> dict[str, Any]:
+    """What the memory of a run depends on beside its model, its microbatches and its device, as `cllm.model.memory.predict` takes it."""
+    optim = config.optim
+    return {"optimizer": optim.optimizer, "average": optim.ema > 0, "background_checkpoint": config.train.async_checkpoint}
+
+
 def make_batches(split: TokenSplit, config: TrainConfig) -> TrainingBatches:
     """The training batches that a configuration describes: a pure function of its seed and the batch's number."""
     settings = config.train

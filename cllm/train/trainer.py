@@ -36,7 +36,7 @@ from cllm.runtime.device import resolve
 from cllm.runtime.errors import CheckpointError, UserError
 from cllm.shell import command
 from cllm.train.averages import put
-from cllm.train.build import divide, make_step, make_store
+from cllm.train.build import divide, make_step, make_store, memory_options
 from cllm.train.checkpoints import Checkpoints
 from cllm.train.evaluations import Evaluations, Measured
 from cllm.train.faults import ROLLBACKS, Fault, FaultError, NonFiniteError, advice
@@ -370,7 +370,7 @@ class Trainer:
         assert config.optim.warmup is not None and config.train.steps is not None
         self.model.to(self.device)
         sizes = self.model.config, config.train.batch_size, config.train.seq_len, config.train.precision
-        self.model.recompute, why = choose_recompute(config.train.recompute, *sizes, self.device)
+        self.model.recompute, why = choose_recompute(config.train.recompute, *sizes, self.device, **memory_options(config))
         if self.model.recompute != "none":
             report.say(f"the backward computes again: {self.model.recompute} ({why})")
         self._schedule = Schedule(config.optim.learning_rate, config.optim.min_lr, config.optim.warmup, config.train.steps, config.optim.schedule)
@@ -442,8 +442,9 @@ class Trainer:
         }
 
     def _out_of_memory(self) -> AbstractContextManager[None]:
-        settings = self.config.train
-        return explained_out_of_memory(self.model.config, settings.batch_size, settings.seq_len, settings.precision, self.model.recompute)
+        settings, run = self.config.train, {"device": self.device, **memory_options(self.config)}
+        sizes = self.model.config, settings.batch_size, settings.seq_len, settings.precision
+        return explained_out_of_memory(*sizes, self.model.recompute, **run)
 
 
 def _check_fit(model: Model, dataset: Dataset, config: TrainConfig, tokenizer: Tokenizer | None) -> None:

@@ -20,7 +20,7 @@ LOGIT_SHARE = 64  # and at most this part of the GPU's memory
 FEWEST_ROWS = 4096
 
 
-def _chunks(num_rows: int, vocabulary: int, dtype: torch.dtype, gpu: GPU) -> list[slice]:
+def row_chunks(num_rows: int, vocabulary: int, dtype: torch.dtype, gpu: GPU) -> list[slice]:
     """Equal chunks, from the shape and the GPU's memory alone."""
     budget = min(LOGIT_BYTES, gpu.memory_bytes // LOGIT_SHARE)
     most = max(1, min(FEWEST_ROWS, num_rows), budget // (vocabulary * dtype.itemsize))
@@ -36,7 +36,7 @@ class _Pass:
         self.x, self.targets, self.options = x.contiguous(), targets.contiguous(), options
         self.weight = weight.to(x.dtype)  # rounded once: each tile of it is read by every chunk
         self.dtype = weight.dtype
-        self.chunks = _chunks(x.shape[0], weight.shape[0], x.dtype, gpu_of(x.device))
+        self.chunks = row_chunks(x.shape[0], weight.shape[0], x.dtype, gpu_of(x.device))
 
     def run(
         self, statistics: tuple[Tensor, Tensor, Tensor, Tensor] | None, lse: Tensor, upstream: Tensor | float | None

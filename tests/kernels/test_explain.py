@@ -1,6 +1,7 @@
 """`runtime.explain` says what runs: the backend and the workers that a recorded call of the operation really used."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -177,3 +178,21 @@ def test_where_torch_serves_explain_leaves_the_threads_to_torch():
 def test_explain_refuses_what_the_operation_does_not_take(arguments, options, message):
     with pytest.raises(runtime.UserError, match=message):
         runtime.explain(*arguments, **options)
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_the_report_of_a_machine_with_a_gpu_tells_its_backends_too(usable, monkeypatch):
+    describing = sys.modules["cllm.runtime.describe"]
+    monkeypatch.setattr(describing, "gpus", lambda: [runtime.device.Device("cuda", "a GPU", 132, 80 << 30)])
+    monkeypatch.setattr(describing.toolchain, "obstacle", lambda: "" if usable else "no compiler")
+    report = runtime.describe(OPERATIONS)
+    there, lines = report.to_dict()["gpu_operations"], str(report).splitlines()
+    heading = [number for number, line in enumerate(lines) if line.startswith("operation on the GPU")]
+    if not usable:
+        assert not there and not heading
+        return
+    assert there.keys() == set(OPERATIONS) and all(plan["device"] == "cuda" for each in there.values() for plan in each.values())
+    assert there["attention"]["bfloat16"]["backend"] == "triton" and there["quantized"]["bfloat16"]["backend"] == "torch"
+    assert lines[heading[0] + 1].split()[:3] == ["attention", "triton", "triton"]
+    with runtime.use(backend="numba"):
+        assert "numba" in runtime.describe(["softmax"]).to_dict()["gpu_operations"]["softmax"]["float32"]["reason"]

@@ -97,6 +97,32 @@ def test_auto_computes_again_only_as_much_as_the_memory_asks_for(monkeypatch):
     assert memory.choose_recompute("none", config, 32, 1024, "bf16", torch.device("cpu")) == ("none", "asked for")
 
 
+@pytest.mark.parametrize("run", [{"average": True}, {"optimizer": "lion"}, {"background_checkpoint": True}])
+def test_auto_counts_everything_that_the_run_keeps(run, monkeypatch):
+    config, cpu = ModelConfig.preset("cllm-125m"), torch.device("cpu")
+    needed, plain = (predict(config, 32, 1024, "bf16", "none", **options).total for options in (run, {}))
+    assert needed != plain
+    for extra, choice in ((1, "none"), (-1, "feed_forward")):
+        monkeypatch.setattr(memory, "free_memory", lambda where, extra=extra: int(needed / memory.RESERVE) + 2 * extra)
+        assert memory.choose_recompute("auto", config, 32, 1024, "bf16", cpu, **run)[0] == choice
+
+
+def test_on_a_gpu_the_logits_are_those_of_its_kernels_and_the_copy_of_a_checkpoint_lies_elsewhere():
+    config, gpu = ModelConfig.preset("cllm-125m"), torch.device("cuda", 0)
+    tokens, matrix = 32 * 1024, config.vocab_size * config.embed_dim
+    with runtime.gpu.described(runtime.gpu.DESCRIBED["h200"]):
+        there = predict(config, 32, 1024, "bf16", background_checkpoint=True, device=gpu)
+        chunk = there.logit_rows * config.vocab_size * 2
+        assert there.checkpoint == 0 and there.logit_rows < tokens  # several chunks
+        assert chunk <= 1 << 30 < 2 * chunk + chunk  # the budget of the kernels, nearly used up
+        assert there.logits == chunk + (3 * 4 + 2) * matrix
+        assert f"{there.logit_rows:,} rows" in {name: what for name, _, what in there.rows()}["logits"]
+    with runtime.gpu.described(runtime.gpu.DESCRIBED["rtx4090"]):
+        assert predict(config, 32, 1024, "bf16", device=gpu).logit_rows < there.logit_rows  # of the memory that it has
+    here = predict(config, 32, 1024, "bf16", background_checkpoint=True)
+    assert here.checkpoint and here.logits < there.logits
+
+
 def test_an_allocation_that_fails_names_the_largest_consumers_and_what_helps():
     config = ModelConfig.preset("cllm-125m")
     expected = r"out of memory.*most of it for .* GB, .* GB.*--batch-size 16 with twice the --grad-accum.*train.recompute=blocks.*--seq-len 512"

@@ -93,7 +93,7 @@ def test_chunks_of_rows_give_what_one_chunk_gives(dtype, monkeypatch, oracle):
     whole = linear_cross_entropy.forward_with_grads(x, weight, targets, *options, 0.02)
     monkeypatch.setattr(linear_cross_entropy, "LOGIT_BYTES", 61 * 16 * dtype.itemsize)
     monkeypatch.setattr(linear_cross_entropy, "FEWEST_ROWS", 1)
-    assert len(linear_cross_entropy._chunks(50, 61, dtype, runtime.gpu.gpu_of(x.device))) == 4
+    assert len(linear_cross_entropy.row_chunks(50, 61, dtype, runtime.gpu.gpu_of(x.device))) == 4
     parts = linear_cross_entropy.forward_with_grads(x, weight, targets, *options, 0.02)
     for one, many in zip(whole[:5], parts[:5]):
         assert torch.equal(one, many)
