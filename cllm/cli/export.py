@@ -10,6 +10,7 @@ import typer
 from cllm.cli.console import open_console
 from cllm.cli.options import Checkpoint, Json, argument, check_model, examples, load_model, option, require_suffix
 from cllm.runtime.errors import DataError, UserError
+from cllm.runtime.quantities import size
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,7 @@ def export(
 
         library()  # raises where it is not installed
     written = write(checkpoint, to, out, type_, *load_model(checkpoint, need_tokenizer=False))
-    console.print(f"wrote {out} ({written / 1e6:,.2f} MB)")
+    console.print(f"wrote {out} ({size(written)})")
     console.result({"checkpoint": checkpoint, "format": to, "type": type_, "out": str(out), "bytes": written})
 
 

@@ -16,6 +16,7 @@ from cllm.config.schema import SETTINGS, full_key
 from cllm.config.train import TrainConfig
 from cllm.runtime.errors import UserError
 from cllm.runtime.printable import printable
+from cllm.runtime.quantities import counted, size
 from cllm.shell import command
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def plan(model: "Model | None", sizes: ModelConfig, config: TrainConfig, dataset
     memory, recompute = predicted_memory(sizes, config, device)
     console.print("predicted memory:")
     parts = [*memory.rows(), ("total", memory.total, "")]
-    console.print(table([(name, f"{count / 1e6:,.0f} MB", what) for name, count, what in parts]))
+    console.print(table([(name, size(count), what) for name, count, what in parts]))
     if memory.total > free_memory(device):  # said before a model is built, which alone could take all memory
         raise UserError(out_of_memory(memory, settings.batch_size, settings.seq_len, recompute))
     if model is None:
@@ -74,13 +75,14 @@ def plan(model: "Model | None", sizes: ModelConfig, config: TrainConfig, dataset
     eta = per_token * total_tokens(config)
     with runtime.progress.Stage("Measuring the speed of an evaluation"):
         plan, evaluation_eta = predict_seconds(model, dataset.val, config)
-    console.print(f"measured speed: {1 / per_token:,.0f} tokens/s: about {runtime.progress.duration(eta)} for {steps:,} steps")
+    console.print(f"measured speed: {1 / per_token:,.0f} tokens/s: about {runtime.progress.duration(eta)} for {counted(steps, 'step')}")
     if evaluation_eta:
         of_all = (
             f"{plan.rows * settings.seq_len:,} of {dataset.val.num_tokens:,}" if plan.rows < plan.split_rows else f"all {dataset.val.num_tokens:,}"
         )
+        at_end = ", and all of them at the end" if plan.whole_at_end else ""
         console.print(
-            f"evaluation: {plan.num_evaluations:,} times {of_all} validation tokens{', and all of them at the end' if plan.whole_at_end else ''}: "
+            f"evaluation: {counted(plan.num_evaluations, 'time')} {of_all} validation tokens{at_end}: "
             f"about {runtime.progress.duration(evaluation_eta)}"
         )
     total = eta + evaluation_eta

@@ -10,6 +10,7 @@ from cllm.config.model import ModelConfig
 from cllm.config.schedule import BatchRamp
 from cllm.config.train import TrainConfig
 from cllm.runtime.errors import UserError
+from cllm.runtime.quantities import counted
 from cllm.shell import command
 
 if TYPE_CHECKING:
@@ -143,18 +144,19 @@ def _vocabulary_rows(tokens: int) -> int:
 def _print_settings(config: TrainConfig, model: ModelConfig, dataset: "Dataset", console: Console) -> None:
     """What was chosen and where each value comes from; defaults are left out, config.toml lists them all."""
     rows = [
-        (key, str(value), source)
+        (key, f"{value:.6g}" if isinstance(value, float) else str(value), source)
         for key, value, source, _ in config.describe()
         if source != "default" and value is not None and not (key.startswith("model.") and source.startswith("derived"))  # told in the line above
     ]
     console.print(
-        f"model    {model.family} family, {model.num_parameters():,} parameters: {model.num_layers} layers x {model.embed_dim}, "
-        f"{model.num_heads} heads ({model.kv_heads} for keys), ffn {model.ffn_size}, vocabulary {model.vocab_size}, context {model.max_seq_len}"
+        f"model    {model.family} family, {model.num_parameters():,} parameters: {counted(model.num_layers, 'layer')} x {model.embed_dim}, "
+        f"{counted(model.num_heads, 'head')} ({model.kv_heads} for keys), ffn {model.ffn_size}, vocabulary {model.vocab_size}, "
+        f"context {model.max_seq_len}"
     )
     tokens = config.train.batch_size * config.train.grad_accum * config.train.seq_len
     steps, total = config.train.steps or 0, total_tokens(config)
     few = f", fewer in the first {config.train.batch_ramp:,}," if config.train.batch_ramp else ""
-    console.print(f"training {steps:,} steps x {tokens:,} tokens{few} = {total / max(1, dataset.train.num_tokens):.2f} passes over the data")
+    console.print(f"training {counted(steps, 'step')} x {tokens:,} tokens{few} = {total / max(1, dataset.train.num_tokens):.2f} passes over the data")
     console.print("settings that are not defaults:")
     console.print(table(rows))
 

@@ -14,6 +14,7 @@ from cllm.checkpoint.model_file import BASE, load, save
 from cllm.checkpoint.safetensors import read_safetensors_metadata
 from cllm.checkpoint.store import CheckpointStore
 from cllm.config.lora import LoraConfig
+from cllm.config.setting import origin
 from cllm.model.lora import add_lora
 from cllm.runtime.errors import DataError, UserError
 
@@ -55,6 +56,9 @@ def start(config: TrainConfig, out: Path) -> tuple[TrainConfig, Model, Tokenizer
     _check(config, model)
     if config.sources["train.seq_len"] == "default" and config.train.seq_len > model.config.max_seq_len:
         config = config.replace("derived: the model's context", seq_len=model.config.max_seq_len)
+    if config.train.seq_len > model.config.max_seq_len:
+        limit, given_by = model.config.max_seq_len, origin(config.sources["train.seq_len"])
+        raise UserError(f"seq_len must be <= the model's max_seq_len ({limit}), got {config.train.seq_len}{given_by}.")
     if config.optim.learning_rate is None and not config.finetune.lora_rank:
         # The derived rate is for weights that begin as noise; a trained model forgets at it. Adapters begin at nothing and keep it.
         rate = config.resolve(model.config, 1).optim.learning_rate

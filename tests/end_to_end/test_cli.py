@@ -42,7 +42,7 @@ def test_plan_prints_sizes_and_trains_nothing(text, tmp_path):
     assert ran.json["settings"]["train.steps"]["source"] == "--steps"
     evaluations = ran.json["evaluations"]
     assert evaluations["seconds"] > 0 and ran.json["total_seconds"] == pytest.approx(ran.json["seconds"] + evaluations["seconds"])
-    assert re.search(r"evaluation: [\d,]+ times (all )?[\d,]+ .*validation tokens.*: about", ran.err) and "in all about" in ran.err
+    assert re.search(r"evaluation: [\d,]+ times? (all )?[\d,]+ .*validation tokens.*: about", ran.err) and "in all about" in ran.err
     assert not (tmp_path / "planned" / "checkpoints").exists()
 
 

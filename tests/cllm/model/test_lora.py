@@ -100,6 +100,13 @@ def test_wrong_ranks_and_targets_are_refused():
         start(TrainConfig(lora_rank=4), None)
 
 
+def test_a_sequence_that_is_longer_than_the_context_of_the_given_model_is_refused_with_the_model(tmp_path):
+    save(Model(ModelConfig(**SHAPE)), tmp_path / "start.cllm", Tokenizer.train(["some words"], kind="char"))
+    config = TrainConfig.from_layers(flags={"start_from": str(tmp_path / "start.cllm"), "seq_len": "10000"})
+    with pytest.raises(UserError, match=r"^seq_len must be <= the model's max_seq_len \(\d+\), got 10000 \(from --seq-len\)\.$"):
+        start(config, tmp_path / "run")
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A model with its tokenizer, and data."""
