@@ -46,7 +46,7 @@ def generate(
     prompt_file: Annotated[Path | None, option("--prompt-file", Path, "File with the text to continue.")] = None,
     encoding: Annotated[str, option("--encoding", str, "Charset of --prompt-file if it is not Unicode. auto guesses it from the letters.")] = "auto",
     max_tokens: MaxTokens = 200,
-    stop: Annotated[list[str] | None, text_option("--stop", "Text at which to stop. Can be given several times.")] = None,
+    stop: Annotated[list[str] | None, option("--stop", str, "Text at which to stop. Can be given several times.")] = None,
     seed: Seed = 0,
     samples: Annotated[int, option("--samples", int, "Number of continuations.", at_least=1, at_most=10_000)] = 1,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute every token from scratch, as a check. Slow.")] = False,

@@ -110,6 +110,7 @@ WRONG = [
     (("generate", "", "--prompt", "x"), "CKPT is empty. Give a value, or leave the option out."),
     (("generate", "https://x.org/m", "--prompt", "x"), "CKPT must be a file or folder on this machine, got 'https://x.org/m'. CLLM does not use"),
     (("generate", "M", "--prompt-file", ""), "--prompt-file is empty."),
+    (("generate", "M", "--prompt", "x", "--stop", "a", "--stop", ""), "--stop is empty."),
     (("checkpoint", "average", "s3://a", "M", "--out", "x.cllm"), "CKPT must be a file or folder on this machine, got 's3://a'."),
     (("checkpoint", "average", "M", "--out", "x"), "--out must name a .cllm file, got 'x'. Use a name like model.cllm."),
     (("import", "M", "--out", "x.bin"), "--out must name a .cllm file, got 'x.bin'."),
