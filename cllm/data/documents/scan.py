@@ -22,7 +22,9 @@ from cllm.data.documents.charset import Binary, Charset
 from cllm.data.documents.chat_forms import mostly_conversations
 from cllm.data.documents.files import CODE_EXTENSIONS, PARQUET, Skipped, SourceFile
 from cllm.data.documents.guess import Evidence
-from cllm.data.documents.records import RECORD_EXTENSIONS, Records, charset_of, clean
+from cllm.data.documents.json_records import clean
+from cllm.data.documents.record_text import charset_of
+from cllm.data.documents.records import RECORD_EXTENSIONS, Records
 from cllm.data.documents.separators import AUTO, MARKERS, NONE, Splitter, passing, recognise
 from cllm.data.documents.separators import parse as parse_separator
 from cllm.runtime.errors import DataError
@@ -250,7 +252,7 @@ def _scan_records(file: SourceFile, raw: IO[bytes], digest: str, reading: Readin
     if isinstance(decoding, Binary):
         return decoding.reason
     records = Records(file.path, decoding)
-    unit, file_kind = ("row", "table") if records.layout.table else ("record", "JSON file")
+    unit, file_kind = ("row", "table") if records.table else ("record", "JSON file")
     sample = records.sample()
     if not reading.text_field and mostly_conversations(sample):
         return CHATS
@@ -298,7 +300,7 @@ def _texts(
 ) -> Iterator[tuple[str, str]]:
     """(place, text) of each text in the records of a file; what has none is counted, and `used` counts which fields gave one."""
     called = " or ".join(quoted(name) for name in names)
-    unit = "row" if records.layout.table else "record"
+    unit = "row" if records.table else "record"
     for place, record in records.read(lambda reason, place: skipped.add(reason, f"{file}:{place}")):
         name, text = _text_of(record, names)
         if text is None:

@@ -22,7 +22,8 @@ from cllm.data.documents.charset import AUTO, Binary
 from cllm.data.documents.chat_forms import EXAMPLE, NotAConversation, conversation, mostly_conversations
 from cllm.data.documents.decodings import Decodings
 from cllm.data.documents.files import Skipped, SourceFile, find
-from cllm.data.documents.records import RECORD_EXTENSIONS, Records, charset_of
+from cllm.data.documents.record_text import charset_of
+from cllm.data.documents.records import RECORD_EXTENSIONS, Records
 from cllm.data.documents.sides import default_val_fraction
 from cllm.data.tokens.chat_template import Part, check_messages, encode_conversation, with_template
 from cllm.data.tokens.conversations import ChatSplit

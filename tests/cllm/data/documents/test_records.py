@@ -9,10 +9,12 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from cllm.data.documents import records as module
+from cllm.data.documents import json_records, record_text, records
 from cllm.data.documents.charset import Binary
 from cllm.data.documents.chat_forms import is_message
-from cllm.data.documents.records import Records, charset_of, clean
+from cllm.data.documents.json_records import clean
+from cllm.data.documents.record_text import charset_of
+from cllm.data.documents.records import Records
 
 quick = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
@@ -55,8 +57,9 @@ def read(path, content):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """So that records lie across the blocks in which a file is read, and the layout is told from a part of it."""
-    monkeypatch.setattr(module, "_BLOCK", 16)
-    monkeypatch.setattr(module, "HEAD_CHARS", 500)
+    monkeypatch.setattr(json_records, "_BLOCK", 16)
+    monkeypatch.setattr(record_text, "_BLOCK", 16)
+    monkeypatch.setattr(records, "HEAD_CHARS", 500)
 
 
 @quick
