@@ -79,6 +79,17 @@ def new_folder(place: str | Path, wording: Wording, num_bytes: int | None = None
         yield beside
 
 
+def check_writable(place: str | Path, wording: Wording) -> None:
+    """Raises `wording.error` where nothing can be written at `place`, as far as permissions tell, before the work of which it is the result."""
+    folder = Path(os.path.abspath(place))
+    folder = folder if folder.is_dir() else folder.parent
+    while not os.path.lexists(folder):  # missing parents are created
+        folder = folder.parent
+    number = errno.ENOTDIR if not folder.is_dir() else errno.EACCES if not os.access(folder, os.W_OK | os.X_OK) else 0
+    if number:
+        raise wording.of(Path(place), OSError(number, os.strerror(number), str(folder)))
+
+
 class Appender:
     """Adds whole lines to the end of a file, which is created where there is none. A context manager.
 

@@ -7,6 +7,7 @@ import typer
 
 from cllm.cli.console import open_console, readable, table
 from cllm.cli.options import Checkpoint, Json, argument, check_model, examples, option, require_suffix
+from cllm.files import MODEL, check_writable
 from cllm.runtime.errors import CheckpointError
 
 app = typer.Typer()
@@ -96,6 +97,7 @@ def average(
     """Average the weights of several checkpoints. The result is one model, often better than the last checkpoint."""
     console = open_console(as_json)
     require_suffix(out, ".cllm")
+    check_writable(out, MODEL)
     for each in checkpoints:
         check_model(each)
     from cllm.checkpoint.model_file import save

@@ -145,7 +145,10 @@ def evaluate_run(
     from cllm.data.tokens.conversations import ChatSplit
     from cllm.evaluate.documents import RESAMPLES, score_documents
 
-    length = min(seq_len or model.config.max_seq_len, model.config.max_seq_len)
+    context = model.config.max_seq_len
+    length = min(seq_len or context, context)
+    if seq_len is not None and seq_len > context:
+        runtime.progress.say(f"The model's context of {context:,} tokens is less than --seq-len {seq_len:,} and is used instead.")
     with tempfile.TemporaryDirectory(prefix="cllm-evaluate-") as scratch:
         split = _split(console, tokenizer, data, scratch, reading)
         learnt = trained_on(checkpoint, data, Path(scratch), tokenizer, reading)

@@ -9,6 +9,7 @@ import typer
 
 from cllm.cli.console import open_console
 from cllm.cli.options import Checkpoint, Json, argument, check_model, examples, load_model, option, require_suffix
+from cllm.files import MODEL, check_writable
 from cllm.runtime.errors import DataError, UserError
 from cllm.runtime.quantities import size
 
@@ -71,6 +72,7 @@ def import_(
     """Convert a Hugging Face model to a .cllm file. Supported are Llama, Mistral, Qwen2, Qwen3 and GPT-2."""
     console = open_console(as_json)
     require_suffix(out, ".cllm")
+    check_writable(out, MODEL)
     from cllm.checkpoint.model_file import save
     from cllm.interop.hf import load_hf
 
@@ -88,6 +90,7 @@ def _check(to: str, type: str | None, out: Path) -> None:
         raise UserError(f"{out} exists already and is not an empty folder. Choose another place, or remove it.")
     if to != "gguf" and type == "q8_0":
         raise UserError(f"--type q8_0 is for --to gguf alone; --to {to} takes one of {', '.join(DTYPES)}.")
+    check_writable(out, MODEL)
 
 
 def write(name: str, to: str, out: Path, type: str | None, model: Model, tokenizer: Tokenizer | None) -> int:

@@ -24,6 +24,7 @@ from cllm.cli.options import (
 )
 from cllm.config.schema import MAX_VOCAB, SETTINGS
 from cllm.config.setting import shortened
+from cllm.files import DATA, check_writable
 from cllm.runtime.errors import UserError
 
 DEFAULT_VOCAB = 4096
@@ -49,6 +50,7 @@ def pack(
     if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in ("sources.json", "dataset.json", "tokens")):
         raise UserError(f"{out} holds other files and no packed tokens. Choose a new folder with --out.")
     check_text(data)
+    check_writable(out, DATA)
     from cllm.data.pipeline import prepare
 
     dataset = prepare(data, out, tokenizer=load_tokenizer(tokenizer), reading=reading, log=console.print, **values)
@@ -98,6 +100,8 @@ def train(
             "a character tokenizer has one token for each character of the text, so its vocabulary has no size to choose. Leave the size out."
         )
     reading = reading_of(settings)
+    out = out / "tokenizer.json" if out.is_dir() else out
+    check_writable(out, DATA)
     from cllm.data.tokens.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(data, vocab_size or DEFAULT_VOCAB, kind, reading=reading, log=console.print)

@@ -12,7 +12,7 @@ from cllm.checkpoint.weights import weights_of
 from cllm.config.model import ModelConfig
 from cllm.data.pipeline import prepare
 from cllm.data.tokens.tokenizer import Tokenizer
-from cllm.files import Appender, Wording, new_file, new_folder, write_file
+from cllm.files import Appender, Wording, check_writable, new_file, new_folder, write_file
 from cllm.interop.gguf import save_gguf
 from cllm.interop.hf import save_hf
 from cllm.model.model import Model
@@ -126,3 +126,16 @@ def test_a_file_that_the_disk_cuts_short_is_told_and_leaves_nothing(tmp_path, na
     assert all(name == "tokens" and path.name in ("sources.bin", "sources.json", "tokenizer.json", "training.json") for path in left), left
     write(model, tokenizer, tmp_path / "out" / name)
     assert not list((tmp_path / "out").rglob(".*"))
+
+
+def test_a_place_that_cannot_be_written_is_known_before(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "new.txt", tmp_path / "a" / "b" / "new.txt", tmp_path / "file"):
+        check_writable(place, WORDING)
+    for below in ("file/new.txt", "file/a/new.txt"):
+        with pytest.raises(OfTheCaller, match=f"could not write {tmp_path}/{below}: Not a directory. The books are safe. Choose another shelf"):
+            check_writable(tmp_path / below, WORDING)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # also for a user who may write everywhere
+    for place in (tmp_path, tmp_path / "a" / "new.txt"):
+        with pytest.raises(OfTheCaller, match=r"Permission denied\. The books are safe\. Make the folder writable or choose another shelf"):
+            check_writable(place, WORDING)

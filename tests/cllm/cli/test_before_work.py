@@ -75,6 +75,11 @@ REFUSED = [
     (("pack", "nowhere", "--tokenizer", "no.json", "--out", "x"), 1, "nowhere does not exist"),
     (("checkpoint", "diff", "model.cllm", "nowhere"), 1, "nowhere does not exist. Expected a run folder"),
     (("checkpoint", "average", "model.cllm", "nowhere", "--out", "x.cllm"), 1, "nowhere does not exist. Expected a run folder"),
+    (("export", "model.cllm", "--to", "hf", "--out", "text.txt/x"), 1, "could not write text.txt/x: Not a directory."),
+    (("import", "empty", "--out", "text.txt/x.cllm"), 1, "could not write text.txt/x.cllm: Not a directory."),
+    (("checkpoint", "average", "model.cllm", "model.cllm", "--out", "text.txt/x.cllm"), 1, "could not write text.txt/x.cllm: Not a directory."),
+    (("tokenizer", "train", "text.txt", "--out", "one.txt/x.json"), 1, "could not write one.txt/x.json: Not a directory."),
+    (("pack", "text.txt", "--tokenizer", "no.json", "--out", "one.txt/x"), 1, "could not write one.txt/x: Not a directory."),
     (("checkpoint", "verify", "text.txt"), 1, "text.txt is a text file."),
 ]  # fmt: skip
 
