@@ -9,6 +9,7 @@ from cllm.kernels._register import add_backend
 from cllm.kernels.adamw import adamw_, gradient_statistics
 from cllm.kernels.attention import attention
 from cllm.kernels.backend import Backend
+from cllm.kernels.cached_attention import cached_attention
 from cllm.kernels.cross_entropy import cross_entropy
 from cllm.kernels.embedding import embedding
 from cllm.kernels.feed_forward import feed_forward
@@ -26,6 +27,7 @@ __all__ = [
     "adamw_",
     "add_backend",
     "attention",
+    "cached_attention",
     "cross_entropy",
     "embedding",
     "feed_forward",

@@ -30,11 +30,12 @@ from cllm.runtime import files, tuning
 from cllm.runtime.gpu import DESCRIBED, GPU, described
 
 MODULES = (  # those of kernels/triton, unless another folder is named
-    "softmax", "norm", "rotary", "embedding", "cross_entropy", "linear_cross_entropy", "matmul", "feed_forward", "attention", "adamw",
+    "softmax", "norm", "rotary", "embedding", "cross_entropy", "linear_cross_entropy", "matmul", "feed_forward", "attention", "cached_attention",
+    "adamw",
     "gluon.attention_forward", "gluon.attention_backward",
 )  # fmt: skip
 # Tiles of fewer rows than wgmma's 64: a decoding step has no more.
-SMALL_TILES = ("attention_decode_kernel",)
+SMALL_TILES = ("attention_decode_kernel", "cached_attention_kernel")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

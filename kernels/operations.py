@@ -55,6 +55,12 @@ def _attention(
     return (10.0 if backward else 4.0) * num_heads * head_dim * pairs
 
 
+def _cached_attention(shapes: Shapes, itemsize: int) -> float:
+    """All keys and values of the cache are read, once; the host does not know how many of them are seen."""
+    _, (batch, num_places, num_kv_heads, head_dim) = shapes
+    return 2.0 * batch * num_places * num_kv_heads * head_dim * itemsize
+
+
 def _matmul(shapes: Shapes, itemsize: int) -> float:
     """Of the product itself: a gradient is a product of other shapes."""
     (*rows, depth), (num_rows, num_columns) = shapes
@@ -120,6 +126,9 @@ def _adamw(shapes: Shapes, itemsize: int, *, update: bool = True) -> float:
 
 OPERATIONS = {
     "attention": Operation("attention", "q (B, T, H, D) and, where they are others, k (B, S, Hkv, D)", _attention, ((1, 1024, 12, 64),)),
+    "cached_attention": Operation(
+        "cached_attention", "q (B, 1, H, D) and keys (B, S, Hkv, D)", _cached_attention, ((1, 1, 12, 64), (1, 1024, 12, 64))
+    ),
     "feed_forward": Operation("feed_forward", "x (..., E) and w_up (F, E)", _feed_forward, ((1024, 768), (3072, 768))),
     "rms_norm": Operation("norm", "x (..., E)", _norm, ((1024, 768),)),
     "layer_norm": Operation("norm", "x (..., E)", _norm, ((1024, 768),)),

@@ -33,13 +33,13 @@ _HALF: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
         "forward": {64: (128, 64, 4, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
         "keys": {64: (64, 128, 8, 1), 128: (32, 128, 8, 1), 256: (32, 32, 8, 1)},
         "queries": {64: (128, 32, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 1)},
-        "decode": {64: (16, 64, 4, 3), 128: (16, 64, 4, 2), 256: (16, 32, 4, 2)},
+        "decode": {64: (16, 64, 4, 3), 128: (16, 32, 4, 2), 256: (16, 32, 4, 2)},
     },
     "other": {
         "forward": {64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (64, 64, 8, 1)},
         "keys": {64: (32, 128, 8, 1), 128: (32, 32, 8, 2), 256: (32, 32, 8, 1)},
         "queries": {64: (128, 64, 8, 2), 128: (64, 32, 4, 2), 256: (16, 32, 4, 1)},
-        "decode": {64: (16, 64, 4, 3), 128: (16, 64, 4, 2), 256: (16, 32, 4, 2)},
+        "decode": {64: (16, 64, 4, 3), 128: (16, 32, 4, 2), 256: (16, 32, 4, 2)},
     },
 }
 _FLOAT32: dict[str, dict[int, tuple[int, int, int, int]]] = {  # multiplied one by one, unless tf32 is allowed
@@ -54,6 +54,11 @@ def _tiles(kind: str, width: int, dtype: torch.dtype, gpu: GPU) -> dict[str, int
     family = "hopper" if gpu.is_hopper else "blackwell" if gpu.vendor == "nvidia" and gpu.arch // 10 == 10 else "other"
     table = _FLOAT32 if dtype == torch.float32 else _HALF[family]
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), table[kind][max(64, width)]))
+
+
+def decode_tiles(width: int, dtype: torch.dtype, gpu: GPU) -> dict[str, int]:
+    """BLOCK_M, BLOCK_N, num_warps and num_stages for few queries over many keys; width: the padded head size."""
+    return _tiles("decode", width, dtype, gpu)
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
@@ -111,7 +116,7 @@ def forward(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     group = num_heads // num_kv_heads
     if num_queries <= FEW_QUERIES and num_keys > SECTION:
-        tiles = _tiles("decode", constants["BLOCK_D"], q.dtype, gpu_of(q.device))
+        tiles = decode_tiles(constants["BLOCK_D"], q.dtype, gpu_of(q.device))
         sections, rows = -(-num_keys // SECTION), group * num_queries
         part = torch.empty((sections, batch, num_kv_heads, rows, head_dim), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((sections, batch, num_kv_heads, rows), dtype=torch.float32, device=q.device)
