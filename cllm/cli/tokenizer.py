@@ -27,7 +27,6 @@ from cllm.config.setting import shortened
 from cllm.files import DATA, check_writable
 from cllm.runtime.errors import UserError
 
-DEFAULT_VOCAB = 4096
 PACKING = {name: SETTINGS[f"data.{name}"] for name in ("val_fraction",)}
 
 app = typer.Typer()
@@ -76,17 +75,8 @@ def train(
     data: Text,
     out: Annotated[Path, option("--out", Path, "The tokenizer.json to write.")] = Path("tokenizer.json"),
     vocab_size: Annotated[
-        int | None,
-        option(
-            "--vocab-size",
-            int,
-            f"Size of the vocabulary in tokens, for --kind bpe. [default: {DEFAULT_VOCAB}]",
-            optional=True,
-            at_least=257,
-            at_most=MAX_VOCAB,
-            example=4096,
-        ),
-    ] = None,
+        int, option("--vocab-size", int, "Size of the vocabulary in tokens, for --kind bpe.", at_least=257, at_most=MAX_VOCAB, example=4096)
+    ] = 4096,
     kind: Annotated[str, option("--kind", str, "Byte-level BPE (bpe), or one token for each character (char).", choices=("bpe", "char"))] = "bpe",
     as_json: Json = False,
     **settings: Any,
@@ -95,16 +85,12 @@ def train(
     console = open_console(as_json)
     if out.is_file() and os.path.exists(data) and os.path.samefile(out, data):
         raise UserError(f"--out {out} is the text itself, which would be lost. Choose another file, such as tokenizer.json.")
-    if kind == "char" and vocab_size is not None:
-        raise UserError(
-            "a character tokenizer has one token for each character of the text, so its vocabulary has no size to choose. Leave the size out."
-        )
     reading = reading_of(settings)
     out = out / "tokenizer.json" if out.is_dir() else out
     check_writable(out, DATA)
     from cllm.data.tokens.tokenizer import train_tokenizer
 
-    tokenizer = train_tokenizer(data, vocab_size or DEFAULT_VOCAB, kind, reading=reading, log=console.print)
+    tokenizer = train_tokenizer(data, vocab_size, kind, reading=reading, log=console.print)
     tokenizer.save(out)
     console.print(f"wrote {out}: {tokenizer.vocab_size:,} tokens, {tokenizer.hash[:12]}")
     console.result({"out": str(out), "vocab_size": tokenizer.vocab_size, "kind": kind, "hash": tokenizer.hash})

@@ -13,7 +13,7 @@ from cllm.cli import train_looks
 from cllm.cli.console import Console, open_console
 from cllm.cli.interrupt import stopping_with
 from cllm.cli.options import Json, examples, option, text_option, with_settings
-from cllm.cli.train_setup import by_first, check_before_work, model_to_start_from, new_model, read_settings, tell_what_has_no_effect, with_data
+from cllm.cli.train_setup import by_first, check_before_work, model_to_start_from, new_model, read_settings, with_data
 from cllm.config.schema import SETTINGS, full_key
 from cllm.config.train import TrainConfig
 from cllm.monitor.stop_signals import BEFORE_TRAINING
@@ -99,7 +99,6 @@ def train_run(
         given = train_looks.words_of(flags, sets, file, out, resume)
         work = partial(train_looks.look, partial(train_looks.find_lr, given=given))
     with _session(config) as world, runtime.use(threads=config.train.threads):
-        tell_what_has_no_effect(config)
         work(config, out, console, world)
 
 

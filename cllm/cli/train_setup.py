@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from cllm import distributed, runtime
 from cllm.cli.console import Console, table
-from cllm.cli.options import READING, check_model, check_text
 from cllm.config.model import ModelConfig
 from cllm.config.schedule import BatchRamp
 from cllm.config.train import TrainConfig
 from cllm.runtime.errors import UserError
-from cllm.runtime.printable import printable
 from cllm.runtime.quantities import counted
 from cllm.shell import command
 
@@ -47,6 +45,7 @@ def check_before_work(config: TrainConfig, out: Path | None) -> None:
 
     After this the text is read and packed, which takes minutes for much of it, and only then is the machine measured and a model built.
     """
+    from cllm.cli.options import check_model, check_text
     from cllm.cli.run_name import default_run
     from cllm.train.finetune import model_place
     from cllm.train.run_folder import holds_run
@@ -69,21 +68,6 @@ def check_before_work(config: TrainConfig, out: Path | None) -> None:
         device, _ = resolve(config.train.device)  # raises for a GPU that is not there
         share, _ = divide(config, None)
         check_device(device.type, config.train.precision, config.optim.optimizer, config.log.noise_scale_every > 0, graphs=share is None)
-
-
-def tell_what_has_no_effect(config: TrainConfig) -> None:
-    """One line for settings of the data that were given although the data or the tokenizer leaves nothing for them to decide."""
-    from cllm.data import is_packed
-
-    if is_packed(config.data.path):
-        reason, keys = f"{printable(config.data.path)} holds packed tokens", ("vocab_size", "val_fraction", "exclude", *READING)
-    elif config.data.tokenizer != "bpe":
-        reason, keys = f"the tokenizer is {printable(config.data.tokenizer)}", ("vocab_size",)
-    else:
-        return
-    given = [key for key in keys if config.sources[f"data.{key}"] != "default"]
-    if given:
-        runtime.progress.say(f"{' and '.join(given)} {'has' if len(given) == 1 else 'have'} no effect, because {reason}.")
 
 
 def by_first(world: "World | None", decide: Callable[[], Path]) -> Path:

@@ -12,16 +12,19 @@ on seeing its last half context (positions start anew, so the cache is filled ag
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cllm.config.sampling import Sampling
-from cllm.generate.sampling import NOT_FINITE, sample, sample_rows
+from cllm.generate.continuation import Continuation
+from cllm.generate.device_decoding import DeviceDecoding
+from cllm.generate.sampling import sample
 from cllm.model.cache import KVCache
 from cllm.model.model import Model
-from cllm.runtime.errors import CLLMError, UserError
+from cllm.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def generate(
     for index, piece in run.pieces():
         if on_piece is not None:
             on_piece(index, piece)
-    return [continuation.result(run) for continuation in run.continuations]
+    return [run.result(continuation) for continuation in run.continuations]
 
 
 def stream(
@@ -108,77 +111,6 @@ def stream(
     """
     run = _Run(model, tokenizer, prompt, max_tokens, Sampling(**sampling), stop, seed, 1, use_cache, truncate_prompt)
     return (piece for _, piece in run.pieces())
-
-
-class StopFilter:
-    """Passes text on until a stop string appears; holds back an end that could still become one."""
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self.stop = stop
-        self.held = ""
-        self.stopped = False
-
-    def push(self, text: str) -> str:
-        """More text -> what is certain to stand before any stop string."""
-        self.held += text
-        found = [index for index in (self.held.find(stop) for stop in self.stop) if index >= 0]
-        if found:
-            self.stopped = True
-            return self.held[: min(found)]
-        return self._release(self._possible_start())
-
-    def flush(self) -> str:
-        """The end of the text: what was held back was no stop string."""
-        return self._release(len(self.held))
-
-    def _release(self, count: int) -> str:
-        released, self.held = self.held[:count], self.held[count:]
-        return released
-
-    def _possible_start(self) -> int:
-        """Where the longest end of the held text begins that is also the beginning of a stop string."""
-        for start in range(max(0, len(self.held) - max(map(len, self.stop), default=0) + 1), len(self.held)):
-            if any(stop.startswith(self.held[start:]) for stop in self.stop):
-                return start
-        return len(self.held)
-
-
-class _Continuation:
-    """One sample while it grows: its tokens, its random numbers, its text."""
-
-    def __init__(self, index: int, seed: int, tokenizer: Any, stop: Sequence[str]) -> None:
-        self.index = index
-        self.tokens: list[int] = []
-        self.text = ""
-        self.finish_reason = ""
-        self.seconds = 0.0
-        # One generator per sample, far apart for neighbouring seeds: adding samples does not change the earlier ones.
-        self.generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + index) % 2**63)
-        self.decoder = tokenizer.stream_decoder()
-        self.stop = StopFilter(stop)
-
-    def add(self, token: int, eot: int | None, max_tokens: int) -> str:
-        """Takes the next token; returns the text that became certain and sets finish_reason when this was the last."""
-        piece = ""
-        if token == eot:
-            self.finish_reason = "end"
-        else:
-            self.tokens.append(token)
-            piece = self.stop.push(self.decoder.push(token))
-            if not self.stop.stopped and len(self.tokens) == max_tokens:
-                self.finish_reason = "length"
-        if self.finish_reason:
-            piece += self.stop.push(self.decoder.finish())
-            if not self.stop.stopped:
-                piece += self.stop.flush()
-        if self.stop.stopped:
-            self.finish_reason = "stop"
-        self.text += piece
-        return piece
-
-    def result(self, run: "_Run") -> Generation:
-        rate = len(self.tokens) / self.seconds if self.seconds > 0 else 0.0
-        return Generation(self.text, self.tokens, self.finish_reason, len(run.prompt), self.seconds, rate)
 
 
 class _Run:
@@ -215,7 +147,7 @@ class _Run:
         self.vocab_size = tokenizer.vocab_size
         self.eot = tokenizer.eot_id
         self.prompt = self._prompt_tokens(tokenizer, prompt, truncate_prompt)
-        self.continuations = [_Continuation(index, seed, tokenizer, stop) for index in range(samples)]
+        self.continuations = [Continuation(index, seed, tokenizer, stop) for index in range(samples)]
 
     def _prompt_tokens(self, tokenizer: Any, prompt: str | Sequence[int], truncate: bool) -> list[int]:
         tokens = list(tokenizer.encode(prompt)) if isinstance(prompt, str) else [int(token) for token in prompt]
@@ -236,16 +168,10 @@ class _Run:
     def pieces(self) -> Iterator[tuple[int, str]]:
         """(sample, new text), in the order in which they are generated."""
         started = time.perf_counter()
-        state = _DecodingState(self.model, self.prompt, len(self.continuations), self.max_tokens, self.use_cache)
+        state = self._state()
         active = self.continuations
         while active:
-            logits = state.next_logits()[:, : self.vocab_size].float()
-            tokens = self._sampled_there(logits, active) if logits.device.type == "cuda" and self.sampling.repetition_penalty == 1.0 else None
-            logits = logits.cpu() if tokens is None else logits
-            for row, continuation in enumerate(active):
-                history = self.prompt + continuation.tokens if self.sampling.repetition_penalty != 1.0 else ()
-                token = sample(logits[row], history, self.sampling, continuation.generator) if tokens is None else tokens[row]
-                state.windows[row].append(token)
+            for continuation, token in zip(active, state.next_tokens(active), strict=True):
                 piece = continuation.add(token, self.eot, self.max_tokens)
                 if continuation.finish_reason:
                     continuation.seconds = time.perf_counter() - started
@@ -256,28 +182,43 @@ class _Run:
                 active = [active[row] for row in unfinished]
                 state.select(unfinished)
 
-    def _sampled_there(self, logits: Tensor, active: Sequence[_Continuation]) -> list[int]:
-        """The same tokens, chosen on the GPU: only they travel, not the logits."""
-        greedy = self.sampling.temperature == 0
-        drawn = [torch.zeros((), dtype=torch.float64) if greedy else torch.rand((), dtype=torch.float64, generator=each.generator) for each in active]
-        tokens: list[int] = sample_rows(logits, self.sampling, torch.stack(drawn)).tolist()
-        if min(tokens) < 0:
-            raise CLLMError(NOT_FINITE)
-        return tokens
+    def result(self, continuation: Continuation) -> Generation:
+        tokens, seconds = continuation.tokens, continuation.seconds
+        rate = len(tokens) / seconds if seconds > 0 else 0.0
+        return Generation(continuation.text, tokens, continuation.finish_reason, len(self.prompt), seconds, rate)
+
+    def _state(self) -> "_HostDecoding | DeviceDecoding":
+        kind = DeviceDecoding if self.use_cache and _computes_on_a_gpu(self.model) else partial(_HostDecoding, use_cache=self.use_cache)
+        return kind(self.model, self.prompt, len(self.continuations), self.max_tokens, self.sampling, self.vocab_size)
 
 
-class _DecodingState:
-    """What the model sees of each sample (equally many tokens), and the cache of it."""
+def _computes_on_a_gpu(model: Model) -> bool:
+    return model.embedding_weight.device.type == "cuda"
 
-    def __init__(self, model: Model, prompt: list[int], samples: int, max_tokens: int, use_cache: bool) -> None:
-        self.model = model
+
+class _HostDecoding:
+    """Decoding in which the host chooses the tokens: what the model sees of each sample (equally many tokens), and the cache of it."""
+
+    def __init__(
+        self, model: Model, prompt: list[int], samples: int, max_tokens: int, sampling: Sampling, vocab_size: int, *, use_cache: bool
+    ) -> None:
+        self.model, self.prompt, self.sampling, self.vocab_size = model, prompt, sampling, vocab_size
         self.windows = [list(prompt) for _ in range(samples)]
         self.capacity = min(model.config.max_seq_len, len(prompt) + max_tokens)
         self.use_cache = use_cache
         self.cache: KVCache | None = None
         self.is_first = True
 
-    def next_logits(self) -> Tensor:
+    def next_tokens(self, active: Sequence[Continuation]) -> list[int]:
+        """One token for each unfinished sample."""
+        tokens = []
+        for row, logits in enumerate(self._next_logits()[:, : self.vocab_size].float().cpu()):
+            history = self.prompt + active[row].tokens if self.sampling.repetition_penalty != 1.0 else ()
+            tokens.append(sample(logits, history, self.sampling, active[row].generator))
+            self.windows[row].append(tokens[-1])
+        return tokens
+
+    def _next_logits(self) -> Tensor:
         """(rows, V) for the token after each window."""
         limit = self.model.config.max_seq_len
         if len(self.windows[0]) > limit:

@@ -81,15 +81,19 @@ def sample(logits: Tensor, history: Sequence[int], sampling: Sampling, generator
     return int(probabilities.argmax()) if sampling.temperature == 0 else draw(probabilities, generator)
 
 
-def sample_rows(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
+def sample_rows(logits: Tensor, sampling: Sampling, uniforms: Tensor, seen: Tensor | None = None) -> Tensor:
     """`sample` for all rows of logits (B, V) at once, where they lie: (B,) int64, without a word to the host.
 
-    uniforms (B,) float64 are what `draw` would draw; greedy does not look at them. The repetition penalty must be 1. A row that is not finite
-    gives -1, for which the caller raises what `distribution` raises.
+    uniforms (B,) float64 are what `draw` would draw; greedy does not look at them. seen (B, V) bool says which tokens occurred in each row; it may be
+    left out where the repetition penalty is 1. A row that is not finite gives -1, for which the caller raises what `distribution` raises.
     """
     z = logits.double()
     top = z.amax(-1, keepdim=True)
     broken = z.isnan().any(-1) | ~torch.isfinite(top[:, 0])
+    if seen is not None:
+        penalty = sampling.repetition_penalty
+        z = torch.where(seen, torch.where(z > 0, z / penalty, z * penalty), z)
+        top = z.amax(-1, keepdim=True)
     if sampling.temperature == 0:
         return torch.where(broken, -1, z.argmax(-1))
     z = (z - top) / sampling.temperature

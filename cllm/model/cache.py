@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cllm import kernels
 from cllm.runtime.errors import UserError
 
 
@@ -55,6 +56,10 @@ class KVCache:
         self.values[layer][:, self.length : end].copy_(v)
         return self.keys[layer][:, :end], self.values[layer][:, :end]
 
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """q (B, T, H, D), k and v (B, T, H_kv, D) of the newest tokens -> (B, T, H, D) over all tokens so far, the newest stored."""
+        return kernels.attention(q, *self.extend(layer, k, v), causal=True, window=window)
+
     def advance(self, num_tokens: int) -> None:
         self.length += num_tokens
 
@@ -68,3 +73,30 @@ class KVCache:
         self.values = [tensor.index_select(0, index) for tensor in self.values]
         self.decoder = None
         self.batch = len(rows)
+
+
+class DeviceCache:
+    """The keys and values of a `KVCache`, the same memory, with the number of tokens held in a tensor of the device: one (B,) int64 for each row.
+
+    Nothing of a decoding step then depends on a number that the host knows, and one CUDA graph serves all steps. A full row stays at its last place.
+    """
+
+    def __init__(self, cache: KVCache) -> None:
+        self.keys, self.values, self.max_len = cache.keys, cache.values, cache.max_len
+        device = cache.keys[0].device
+        self._rows = torch.arange(cache.batch, device=device)
+        self.lengths = torch.full((cache.batch,), cache.length, dtype=torch.int64, device=device)
+
+    def positions(self) -> Tensor:
+        """Of the newest token of each row, (B, 1) int64."""
+        return self.lengths.clamp(max=self.max_len - 1).unsqueeze(1)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """q (B, 1, H, D), k and v (B, 1, H_kv, D) of one new token a row -> (B, 1, H, D) over all tokens so far, the new one stored."""
+        place = self.positions()[:, 0]
+        self.keys[layer].index_put_((self._rows, place), k[:, 0])
+        self.values[layer].index_put_((self._rows, place), v[:, 0])
+        return kernels.cached_attention(q, self.keys[layer], self.values[layer], place + 1, window=window)
+
+    def advance(self) -> None:
+        self.lengths += 1

@@ -20,7 +20,7 @@ from cllm.kernels.embedding import tied_embedding
 from cllm.kernels.quantization import Quantized, quantize
 from cllm.kernels.quantized import quantized_feed_forward, quantized_matmul
 from cllm.kernels.stack import Layer, Linear, Norm
-from cllm.model.cache import KVCache
+from cllm.model.cache import DeviceCache, KVCache
 
 
 class Context:
@@ -31,7 +31,7 @@ class Context:
         positions: Tensor | None,
         rotary_tables: tuple[Tensor, Tensor] | None,
         cu_seqlens: Tensor | None,
-        cache: KVCache | None,
+        cache: KVCache | DeviceCache | None,
         window: int | None,
         recompute: str = "none",
         tied: bool = False,
@@ -48,7 +48,7 @@ class Context:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, T, H, D), k and v (B, T, H_kv, D) of the new tokens -> (B, T, H, D), seeing the cached ones too."""
         if self.cache is not None:
-            k, v = self.cache.extend(layer, k, v)
+            return self.cache.attend(layer, q, k, v, self.window)
         return kernels.attention(q, k, v, causal=True, window=self.window, cu_seqlens=self.cu_seqlens)
 
     def look_up(self, tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

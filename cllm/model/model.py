@@ -25,7 +25,7 @@ from cllm.kernels.decoding import make_decoder
 from cllm.kernels.quantization import Quantized, quantize
 from cllm.kernels.quantized import quantized_matmul
 from cllm.kernels.stack import Decoder, Linear, Stack
-from cllm.model.cache import KVCache
+from cllm.model.cache import DeviceCache, KVCache
 from cllm.model.layers import Context, GPT2Backbone, LlamaBackbone, Weights
 from cllm.model.rope import rotary_tables
 from cllm.runtime.errors import UserError
@@ -185,13 +185,28 @@ class Model(nn.Module):
                 cache.advance(1)
             else:
                 x = self.hidden(tokens, cache=cache, cu_seqlens=cu_seqlens)
-                x = x[:, -1:] if last_only else x
-                if self._int8_output is None:
-                    logits = kernels.matmul(x, self.output_weight.T)
-                else:
-                    logits = quantized_matmul(x, self._int8_output)
-            softcap = self.config.softcap
-            return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+                logits = self._logits(x[:, -1:] if last_only else x)
+            return self._capped(logits)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, cache: DeviceCache) -> Tensor:
+        """The newest token of each row, tokens (B,), into the cache -> logits (B, V) of the next. The host waits for nothing and decides nothing, so
+        that a CUDA graph can hold the whole of it."""
+        tables = self.rotary_tables(tokens.device) if self.config.position == "rotary" else None
+        context = Context(cache.positions(), tables, None, cache, self.config.window_or_none)
+        x = self.backbone(tokens.unsqueeze(1), context, self.compute_dtype)
+        cache.advance()
+        return self._capped(self._logits(x))[:, 0]
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """The last hidden state (B, T, E) -> (B, T, V), not capped."""
+        if self._int8_output is None:
+            return kernels.matmul(x, self.output_weight.T)
+        return quantized_matmul(x, self._int8_output)
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        softcap = self.config.softcap
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     def _decoder(self, tokens: Tensor, cache: KVCache) -> Decoder | None:
         """What takes one token for each sequence through the layers in one call; None where the layers have to do it."""

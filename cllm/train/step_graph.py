@@ -18,8 +18,8 @@ import torch
 from cllm.data.tokens.batch import Batch
 from cllm.monitor.records import StepResult
 from cllm.runtime import progress, settings
+from cllm.runtime.cuda_graphs import Body, CudaGraphs, Graphs
 from cllm.runtime.errors import CheckpointError, UserError
-from cllm.train.cuda_graphs import Body, CudaGraphs, Graphs
 from cllm.train.optimizers.adamw import AdamW
 from cllm.train.optimizers.base import Optimizer
 from cllm.train.staging import DeviceBatch, Staging

@@ -7,6 +7,8 @@ if not torch.cuda.is_available():
     pytest.skip("these tests need a GPU, and PyTorch sees none", allow_module_level=True)
 
 from cllm import Model, ModelConfig, TrainStep, kernels, load, runtime
+from cllm.data.tokens.tokenizer import Tokenizer
+from cllm.generate.decoding import generate
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = False) -> torch.Tensor:
@@ -90,6 +92,19 @@ def test_rows_beyond_two_to_the_31_elements():
     torch.testing.assert_close(y[-1], torch.softmax(x[-1].float(), -1).bfloat16())
     normed = kernels.rms_norm(x, torch.ones(4096, device="cuda"))
     torch.testing.assert_close(normed[-1], torch.nn.functional.rms_norm(x[-1].float(), (4096,)).bfloat16(), atol=2e-2, rtol=2e-2)
+
+
+def test_generation_by_a_graph_writes_what_the_host_chooses():
+    model = Model(ModelConfig.preset("cllm-1m", vocab_size=64, max_seq_len=128), seed=1).cuda()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+    tokenizer = Tokenizer.train(["It was the best of times"], kind="char")
+    for options in ({"temperature": 0}, {"temperature": 1.0, "samples": 3, "seed": 4}):
+        by_host = generate(model, tokenizer, "It was", max_tokens=60, use_cache=False, **options)
+        by_graph = generate(model, tokenizer, "It was", max_tokens=60, **options)
+        assert [each.tokens for each in by_graph] == [each.tokens for each in by_host]
 
 
 def test_training_through_the_command_line(tmp_path):

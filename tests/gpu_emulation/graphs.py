@@ -1,6 +1,6 @@
 """CUDA graphs emulated on a CPU, to prove without a GPU that a captured step does what the step does operation by operation.
 
-`EmulatedGraphs` takes the place of `cllm.train.cuda_graphs.CudaGraphs` and keeps to the rules of CUDA:
+`EmulatedGraphs` takes the place of `cllm.runtime.cuda_graphs.CudaGraphs` and keeps to the rules of CUDA:
 
 - A capture changes nothing. Operators run during it, since only so their results are known, and what they wrote is put back; kernels that are
   launched outside of an operator are recorded and not run.
@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import cllm.kernels.triton.adamw  # noqa: F401 - launches kernels outside of an operator
 from cllm.kernels.triton import launch as launching
-from cllm.train.cuda_graphs import WARM_UPS, Body
+from cllm.runtime.cuda_graphs import WARM_UPS, Body
 
 GARBAGE = 0xFF  # the byte that makes a NaN of every floating-point dtype and -1 of integers
 VALUE_DEPENDENT = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)

@@ -92,18 +92,6 @@ def test_what_can_be_refused_at_once_is(arguments, status, words, places, capsys
     assert ended.value.code == status and error.startswith("error: ") and words in error
 
 
-def test_a_setting_that_can_have_no_effect_is_told(places, capsys):
-    for given, told in [
-        (("--tokenizer", "char", "--vocab-size", "500"), "vocab_size has no effect, because the tokenizer is char.\n"),
-        (("--tokenizer", "char"), ""),
-        (("--vocab-size", "500"), ""),
-    ]:
-        with pytest.raises(SystemExit):
-            main(["train", "text.txt", "--seq-len", "1e6", *given])
-        err = capsys.readouterr().err
-        assert (told in err) and ("no effect" in err) == bool(told)
-
-
 @pytest.mark.parametrize("look", [(), ("--plan",), ("--find-lr",)])
 def test_a_training_that_cannot_fit_is_refused_before_a_model_is_built(look, places, monkeypatch, capsys):
     monkeypatch.setattr(runtime, "describe", lambda: SimpleNamespace(brief=lambda: "a machine"))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from cllm.config.model import ModelConfig
-from cllm.generate.decoding import StopFilter, generate, stream
+from cllm.generate.continuation import StopFilter
+from cllm.generate.decoding import generate, stream
 from cllm.model.model import Model
 from cllm.runtime.errors import CLLMError, UserError
 

@@ -120,18 +120,20 @@ def test_logits_that_are_not_finite_are_an_error():
 @given(
     seed=st.integers(0, 10_000), size=st.integers(1, 60), ties=st.booleans(), temperature=st.sampled_from([0.0, 0.3, 1.0, 3.0]),
     top_k=st.one_of(st.none(), st.integers(1, 70)), top_p=st.one_of(st.none(), st.sampled_from([1e-9, 0.1, 0.5, 0.9, 1.0])),
-    min_p=st.one_of(st.none(), st.sampled_from([0.0, 0.05, 0.5, 1.0])),
+    min_p=st.one_of(st.none(), st.sampled_from([0.0, 0.05, 0.5, 1.0])), penalty=st.sampled_from([1.0, 1.0, 0.7, 1.3]),
 )  # fmt: skip
-def test_all_rows_at_once_choose_what_one_after_the_other_does(seed, size, ties, temperature, top_k, top_p, min_p):
+def test_all_rows_at_once_choose_what_one_after_the_other_does(seed, size, ties, temperature, top_k, top_p, min_p, penalty):
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(4, size, generator=generator)
     if ties:
         logits = logits.round()
     logits[1, : size // 2] = -torch.inf
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    expected = [sample(row, (), sampling, torch.Generator().manual_seed(seed + number)) for number, row in enumerate(logits)]
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty)
+    seen = torch.rand(logits.shape, generator=generator) < 0.3
+    histories = [row.nonzero()[:, 0].tolist() for row in seen]
+    expected = [sample(row, histories[number], sampling, torch.Generator().manual_seed(seed + number)) for number, row in enumerate(logits)]
     uniforms = torch.stack([torch.rand((), dtype=torch.float64, generator=torch.Generator().manual_seed(seed + number)) for number in range(4)])
-    assert sample_rows(logits, sampling, uniforms).tolist() == expected
+    assert sample_rows(logits, sampling, uniforms, seen).tolist() == expected
 
 
 def test_a_row_that_is_not_finite_is_marked_and_the_others_are_not():

@@ -1,0 +1,73 @@
+"""One sample of a generation while it grows: its tokens, its random numbers, its text and where it stops."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+class StopFilter:
+    """Passes text on until a stop string appears; holds back an end that could still become one."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self.stop = stop
+        self.held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """More text -> what is certain to stand before any stop string."""
+        self.held += text
+        found = [index for index in (self.held.find(stop) for stop in self.stop) if index >= 0]
+        if found:
+            self.stopped = True
+            return self.held[: min(found)]
+        return self._release(self._possible_start())
+
+    def flush(self) -> str:
+        """The end of the text: what was held back was no stop string."""
+        return self._release(len(self.held))
+
+    def _release(self, count: int) -> str:
+        released, self.held = self.held[:count], self.held[count:]
+        return released
+
+    def _possible_start(self) -> int:
+        """Where the longest end of the held text begins that is also the beginning of a stop string."""
+        for start in range(max(0, len(self.held) - max(map(len, self.stop), default=0) + 1), len(self.held)):
+            if any(stop.startswith(self.held[start:]) for stop in self.stop):
+                return start
+        return len(self.held)
+
+
+class Continuation:
+    """One sample while it grows: its tokens, its random numbers, its text."""
+
+    def __init__(self, index: int, seed: int, tokenizer: Any, stop: Sequence[str]) -> None:
+        self.index = index
+        self.tokens: list[int] = []
+        self.text = ""
+        self.finish_reason = ""
+        self.seconds = 0.0
+        # One generator per sample, far apart for neighbouring seeds: adding samples does not change the earlier ones.
+        self.generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + index) % 2**63)
+        self.decoder = tokenizer.stream_decoder()
+        self.stop = StopFilter(stop)
+
+    def add(self, token: int, eot: int | None, max_tokens: int) -> str:
+        """Takes the next token; returns the text that became certain and sets finish_reason when this was the last."""
+        piece = ""
+        if token == eot:
+            self.finish_reason = "end"
+        else:
+            self.tokens.append(token)
+            piece = self.stop.push(self.decoder.push(token))
+            if not self.stop.stopped and len(self.tokens) == max_tokens:
+                self.finish_reason = "length"
+        if self.finish_reason:
+            piece += self.stop.push(self.decoder.finish())
+            if not self.stop.stopped:
+                piece += self.stop.flush()
+        if self.stop.stopped:
+            self.finish_reason = "stop"
+        self.text += piece
+        return piece

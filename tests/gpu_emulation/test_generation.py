@@ -1,0 +1,103 @@
+"""Generation on a GPU: one graph of a whole decoding step writes what the host writes token by token."""
+
+import pytest
+import torch
+from gpu_emulation.graphs import EmulatedGraphs
+
+from cllm import Model, ModelConfig, runtime
+from cllm.generate import decoding, device_decoding
+from cllm.generate.decoding import generate
+from cllm.runtime.errors import CLLMError
+
+VOCAB = 60
+
+
+class Letters:
+    """A tokenizer of one character a token; token 0 ends a text."""
+
+    vocab_size, eot_id = VOCAB, 0
+
+    def encode(self, text):
+        return [ord(each) - 64 for each in text]
+
+    def decode(self, tokens):
+        return "".join(chr(64 + each) for each in tokens)
+
+    def stream_decoder(self):
+        return self
+
+    def push(self, token):
+        return chr(64 + token)
+
+    def finish(self):
+        return ""
+
+
+SIZES = {"vocab_size": 64, "embed_dim": 32, "num_layers": 2, "max_seq_len": 40}
+FAMILIES = {
+    "cllm": ModelConfig(**SIZES, num_heads=4, num_kv_heads=2, qk_norm=True),
+    "gpt2": ModelConfig(**SIZES, num_heads=2, norm="layer"),
+    "window": ModelConfig(**SIZES, num_heads=2, sliding_window=7, softcap=20.0, tie_embeddings=False),
+}
+CALLS = {
+    "greedy": {"temperature": 0, "max_tokens": 30},
+    "sampled": {"temperature": 1.3, "max_tokens": 30, "samples": 3, "seed": 5},
+    "filtered": {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "max_tokens": 30, "samples": 2, "seed": 1},
+    "penalised": {"temperature": 0, "repetition_penalty": 1.5, "max_tokens": 30},
+    "penalised and sampled": {"temperature": 1.0, "repetition_penalty": 1.3, "max_tokens": 25, "samples": 2},
+    "beyond the context": {"temperature": 1.0, "max_tokens": 75, "samples": 2, "seed": 3},
+    "ends at different times": {"temperature": 1.5, "max_tokens": 60, "samples": 5, "seed": 2, "stop": ("A", "BC")},
+    "too few for a graph": {"temperature": 1.0, "max_tokens": 4},
+}
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What was recorded. Generation takes the way that it takes on a GPU; the kernels are plain torch."""
+    made = []
+    monkeypatch.setattr(device_decoding, "CudaGraphs", lambda device: made.append(EmulatedGraphs(device)) or made[-1])
+    with runtime.use(backend="torch"):
+        yield made
+
+
+def model_of(family, dtype=torch.float32):
+    """Weights as large as those of a trained model, so that tokens depend on what was written before."""
+    model = Model(FAMILIES[family], seed=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(3 if parameter is model.embedding_weight else 8)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("call", CALLS)
+def test_a_graph_writes_the_tokens_that_the_host_writes(monkeypatch, graphs, family, call):
+    model, options = model_of(family), CALLS[call]
+    expected = generate(model, Letters(), "HELLO", **options)
+    assert not graphs
+    monkeypatch.setattr(decoding, "_computes_on_a_gpu", lambda model: True)
+    found = generate(model, Letters(), "HELLO", **options)
+    assert [(each.tokens, each.text, each.finish_reason) for each in found] == [(each.tokens, each.text, each.finish_reason) for each in expected]
+    if options["max_tokens"] > device_decoding.WORTH_A_GRAPH:
+        (graph,) = graphs  # recorded once, also where the context was left behind
+        assert len(graph.records) == 1 and graph.replays >= max(len(each.tokens) for each in found) - 5
+    else:
+        assert not graphs
+
+
+def test_a_sample_is_the_same_among_any_others(monkeypatch, graphs):
+    monkeypatch.setattr(decoding, "_computes_on_a_gpu", lambda model: True)
+    model = model_of("cllm", torch.bfloat16)
+    alone, *_ = generate(model, Letters(), "HELLO", temperature=1.0, max_tokens=30, seed=7)
+    among = generate(model, Letters(), "HELLO", temperature=1.0, max_tokens=30, seed=7, samples=4)
+    assert among[0].tokens == alone.tokens and len({tuple(each.tokens) for each in among}) > 1
+
+
+def test_damaged_weights_are_told(monkeypatch, graphs):
+    monkeypatch.setattr(decoding, "_computes_on_a_gpu", lambda model: True)
+    model = model_of("gpt2")
+    with torch.no_grad():
+        model.backbone.blocks[1].mlp.c_fc.weight[0, 0] = float("nan")
+    with pytest.raises(CLLMError, match="logits are not finite"):
+        generate(model, Letters(), "HELLO", max_tokens=20)
