@@ -67,7 +67,7 @@ def check_before_work(config: TrainConfig, out: Path | None) -> None:
 
         device, _ = resolve(config.train.device)  # raises for a GPU that is not there
         share, _ = divide(config, None)
-        check_device(device.type, config.train.precision, config.optim.optimizer, config.log.noise_scale_every > 0, graphs=share is None)
+        check_device(device.type, config.train.precision, graphs=share is None)
 
 
 def by_first(world: "World | None", decide: Callable[[], Path]) -> Path:

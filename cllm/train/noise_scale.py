@@ -32,8 +32,9 @@ class NoiseScale:
         """Whether to measure the update after `num_updates` of them; one microbatch alone has nothing to be compared with."""
         return num_microbatches > 1 and num_updates % self.every == 0
 
-    def begin(self, microbatches: Sequence[Batch]) -> None:
-        """Before the first backward of an update of at least two microbatches."""
+    def begin(self, microbatches: Sequence[Batch], scale: float = 1.0) -> None:
+        """Before the first backward of an update of at least two microbatches. scale: the factor that the gradients carry, the loss scale of fp16."""
+        self._scale = scale
         self._counts = [each.num_targets for each in microbatches]
         self._squares: list[float] = []  # the squared norm of the mean gradient of each microbatch
         self._before: list[torch.Tensor | None] = [None] * len(self.parameters)
@@ -52,7 +53,7 @@ class NoiseScale:
         """After the backward of a microbatch: measures what it has added to the gradients, which are divided by the number of all targets."""
         added = [_difference(parameter.grad, before) for parameter, before in zip(self.parameters, self._before)]
         count = self._counts[len(self._squares)]
-        norm = _norm(added) * (sum(self._counts) / count) if count else 0.0
+        norm = _norm(added) / self._scale * (sum(self._counts) / count) if count else 0.0
         self._squares.append(norm * norm)
         self._before = [None if parameter.grad is None else parameter.grad.clone() for parameter in self.parameters]
 
@@ -60,7 +61,7 @@ class NoiseScale:
         """After the last backward: the smoothed noise scale in tokens; None where a gradient is not finite, or where all targets lie in one
         microbatch."""
         seen = [(count, square) for count, square in zip(self._counts, self._squares) if count]
-        big = _norm([gradient for gradient in self._before if gradient is not None]) ** 2
+        big = (_norm([gradient for gradient in self._before if gradient is not None]) / self._scale) ** 2
         self._before = []
         whole = sum(count for count, _ in seen)
         total = sum(square for _, square in seen) + big

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,10 +53,10 @@ class TrainStep:
     eps: > 0, added to the root of the second average.
     label_smoothing: within [0, 1), the probability mass that a target gives to all tokens evenly.
     z_loss: >= 0, the weight of the squared log-partition function in the loss.
-    optimizer: "adamw", "muon", "lion" or "schedule_free". On a GPU only "adamw".
+    optimizer: "adamw", "muon", "lion" or "schedule_free".
     momentum: within [0, 1), of Muon alone.
     ema: within [0, 1), the decay of an exponential moving average of the weights, which is evaluated and stored in their place. 0: none.
-    noise_scale_every: updates between two measurements of the gradient noise scale, on a CPU only. 0: none.
+    noise_scale_every: updates between two measurements of the gradient noise scale. 0: none.
 
     Raises UserError for a value out of its range, for a model without trainable parameters, and for what the device cannot do.
 
@@ -115,7 +116,6 @@ class TrainStep:
             grad_clip=grad_clip,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
-            measures_noise=self.noise_scale is not None,
         )
         self._state = StepState(self.optimizer, self.ema, self.noise_scale, self._graphs)
 
@@ -143,25 +143,36 @@ class TrainStep:
         A loss or a gradient that is not finite leaves the weights, the optimizer's state and its count of updates as they were, and so does an
         update without a single target.
         """
-        rate = self.learning_rate if learning_rate is None else learning_rate
-        if self._graphs is None:
-            self.last = self._run(microbatches, rate, beat, before_update)
-        else:
-            self.last = self._graphs.run(microbatches, rate, beat, ahead, before_update)
-            self._average(self.last.updated)
+        rate, noise = self.learning_rate if learning_rate is None else learning_rate, self.noise_scale
+        if noise is None or not noise.due(self.optimizer.num_updates, len(microbatches)):
+            self.last = self._run(microbatches, rate, beat, ahead, before_update)
+            return self.last
+        measured: list[float | None] = [None]
+
+        def complete() -> None:
+            measured[0] = noise.end()
+            if before_update is not None:
+                before_update()
+
+        noise.begin(microbatches, self.loss_scale())
+        result = self._run(microbatches, rate, noise.observing(beat), ahead, complete)
+        self.last = replace(result, noise_scale=measured[0])
         return self.last
 
     def _run(
-        self, microbatches: Sequence[Batch], rate: float, beat: Callable[[], None] | None, before_update: Callable[[], None] | None
+        self,
+        microbatches: Sequence[Batch],
+        rate: float,
+        beat: Callable[[], None] | None,
+        ahead: Callable[[], Sequence[Batch]] | None,
+        before_update: Callable[[], None] | None,
     ) -> StepResult:
-        """`run`, operation by operation."""
-        noise = self.noise_scale
-        if noise is not None and not noise.due(self.optimizer.num_updates, len(microbatches)):
-            noise = None
-        if noise is not None:
-            noise.begin(microbatches)
-        loss, num_targets = self.accumulate(microbatches, beat if noise is None else noise.observing(beat))
-        noise_scale = None if noise is None else noise.end()
+        """`run` without the noise scale: as CUDA graphs, or operation by operation."""
+        if self._graphs is not None:
+            result = self._graphs.run(microbatches, rate, beat, ahead, before_update)
+            self._average(result.updated)
+            return result
+        loss, num_targets = self.accumulate(microbatches, beat)
         if before_update is not None:
             before_update()
         began = time.perf_counter()
@@ -176,7 +187,7 @@ class TrainStep:
         self._average(updated)
         self.optimizer.zero_grad()
         self.seconds["optimizer"] = time.perf_counter() - began
-        return StepResult(loss, found.norm, found.largest, found.num_nonfinite, num_targets, rate, updated, noise_scale)
+        return StepResult(loss, found.norm, found.largest, found.num_nonfinite, num_targets, rate, updated)
 
     def accumulate(self, microbatches: Sequence[Batch], beat: Callable[[], None] | None = None) -> tuple[float, int]:
         """Leaves in each parameter's `.grad` the gradient of the mean loss over all targets of the microbatches; returns (loss, number of

@@ -1,8 +1,8 @@
-"""The training step on a GPU: forward and backward of a microbatch, and the update, each captured once as a CUDA graph and replayed.
+"""The training step on a GPU: forward and backward of a microbatch, and AdamW's update, each captured once as a CUDA graph and replayed.
 
 All that changes from step to step lies in tensors that keep their addresses: the microbatch, the learning rate, the number of targets, the loss
 scale, the count of updates. Nothing is read back before the end of a step, and while the GPU works the host makes the next step's batches and
-copies them ahead (`staging.py`).
+copies them ahead (`staging.py`). The other optimizers decide on the host: their step waits once more, for the gradients.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cllm.runtime import progress, settings
 from cllm.runtime.cuda_graphs import Body, CudaGraphs, Graphs
 from cllm.runtime.errors import CheckpointError, UserError
 from cllm.train.optimizers.adamw import AdamW
-from cllm.train.optimizers.base import Optimizer
+from cllm.train.optimizers.base import GradientStatistics, Optimizer
 from cllm.train.staging import DeviceBatch, Staging
 
 if TYPE_CHECKING:
@@ -29,41 +29,26 @@ if TYPE_CHECKING:
 
 FIRST_LOSS_SCALE = 65536.0  # fp16: halved when a gradient overflows, doubled after GROWTH_INTERVAL good steps (Micikevicius et al. 2018)
 GROWTH_INTERVAL = 2000.0
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 2.0**24
 SMALLEST_USEFUL_SCALE = 1.0  # gradients that overflow without being multiplied are the model's own fault
 
 
-def check_device(device_type: str, precision: str, optimizer: str, measures_noise: bool, *, graphs: bool) -> None:
-    """UserError for settings that the kind of device cannot serve. graphs: whether a step on a GPU may run as CUDA graphs."""
+def check_device(device_type: str, precision: str, *, graphs: bool) -> None:
+    """UserError for a precision that the kind of device cannot serve. graphs: whether a step on a GPU may run as CUDA graphs."""
     on_gpu = device_type == "cuda"
-    if not (on_gpu and graphs):
-        if precision == "fp16":
-            where = "in one process, without deterministic" if on_gpu else "on a GPU"
-            raise UserError(f"precision fp16, with its loss scaling, works {where} only. Use bf16, which has the range of float32, or fp32.")
-        return
-    if optimizer != "adamw":
-        raise UserError(f"optimizer {optimizer} runs on a CPU only. Use optimizer adamw on a GPU, or --device cpu.")
-    if measures_noise:
-        raise UserError("the gradient noise scale is measured on a CPU only. Set log.noise_scale_every=0, or --device cpu.")
+    if precision == "fp16" and not (on_gpu and graphs):
+        where = "in one process, without deterministic" if on_gpu else "on a GPU"
+        raise UserError(f"precision fp16, with its loss scaling, works {where} only. Use bf16, which has the range of float32, or fp32.")
 
 
 def graph_step(
-    model: Model,
-    optimizer: Optimizer,
-    precision: str,
-    *,
-    allowed: bool,
-    grad_clip: float,
-    label_smoothing: float,
-    z_loss: float,
-    measures_noise: bool,
+    model: Model, optimizer: Optimizer, precision: str, *, allowed: bool, grad_clip: float, label_smoothing: float, z_loss: float
 ) -> DeviceStep | None:
-    """The step as CUDA graphs, where the model lies on a GPU and the kind of step allows it; otherwise None. UserError for what only the one or
-    the other can do."""
+    """The step as CUDA graphs, where the model lies on a GPU and the kind of step allows it; otherwise None. UserError as in `check_device`."""
     device_type = model.embedding_weight.device.type
-    check_device(device_type, precision, optimizer.name, measures_noise, graphs=allowed)
+    check_device(device_type, precision, graphs=allowed)
     if device_type != "cuda" or not allowed:
         return None
-    assert isinstance(optimizer, AdamW)
     return DeviceStep(model, optimizer, grad_clip=grad_clip, label_smoothing=label_smoothing, z_loss=z_loss, loss_scaling=precision == "fp16")
 
 
@@ -75,13 +60,15 @@ class _Accumulation(NamedTuple):
 
 
 class DeviceStep:
-    """What `TrainStep.run` does on a GPU. `graphs` records the parts of the step; with None the same operations run one by one, on any device
-    that has the Triton kernels."""
+    """What `TrainStep.run` does on a GPU, with AdamW on its fused kernels and any other optimizer by itself.
+
+    graphs: records the parts of the step. With None the same operations run one by one, on any device that has the Triton kernels.
+    """
 
     def __init__(
         self,
         model: Model,
-        optimizer: AdamW,
+        optimizer: Optimizer,
         *,
         grad_clip: float,
         label_smoothing: float,
@@ -96,15 +83,20 @@ class DeviceStep:
         self.device = model.embedding_weight.device
         self._parameters = list(optimizer.parameters.values())
         self._gradients = [torch.zeros_like(each) for each in self._parameters]  # float32 main gradients, which microbatches add to
-        moments = list(optimizer.exp_avg.values()), list(optimizer.exp_avg_sq.values())
-        with self._current():
-            self._fused = Fused([each.detach() for each in self._parameters], *moments, list(optimizer.decays.values()))
-        self._state = self._fused.state.double()  # float64, as the learning rate and betas: float32 would round them
+        self._fused: Fused | None = None
+        numbers = 0.0, 0.0, 0.0
+        if isinstance(optimizer, AdamW):
+            moments = list(optimizer.exp_avg.values()), list(optimizer.exp_avg_sq.values())
+            numbers = *optimizer.betas, optimizer.eps
+            with self._current():
+                self._fused = Fused([each.detach() for each in self._parameters], *moments, list(optimizer.decays.values()))
+        # As `Fused` keeps it. float64, as the learning rate and betas: float32 would round them.
+        self._state = torch.zeros(4, dtype=torch.float64, device=self.device)
         self._state[0].fill_(optimizer.num_updates)
         self._state[1].fill_(FIRST_LOSS_SCALE if loss_scaling else 1.0)
         self._scales = loss_scaling
         growth = GROWTH_INTERVAL if loss_scaling else 0.0
-        self._hyper_host = torch.tensor([0.0, *optimizer.betas, optimizer.eps, grad_clip, 1.0, 1.0, growth, 0.0], dtype=torch.float64)
+        self._hyper_host = torch.tensor([0.0, *numbers, grad_clip, 1.0, 1.0, growth, 0.0], dtype=torch.float64)
         if self.device.type == "cuda":
             with self._current():
                 self._hyper_host = self._hyper_host.pin_memory()
@@ -116,7 +108,7 @@ class DeviceStep:
         self._staging = Staging(model, self.device)
         self._graphs = None if graphs is None else graphs(self.device)
         self._accumulations: dict[tuple[object, ...], _Accumulation] = {}  # one for each kind of microbatch that has come
-        self._apply: Body | None = None if graphs is not None else self._update
+        self._apply: Body | None = None  # the update by `Fused`, once it is captured
 
     def run(
         self,
@@ -138,7 +130,6 @@ class DeviceStep:
             for parameter, gradient in zip(self._parameters, self._gradients):
                 parameter.grad = gradient  # also after zero_grad(): the graphs write into these very tensors
             accumulations = [self._accumulation(each) for each in batches]
-            assert self._apply is not None
             self._loss.zero_()
             torch._foreach_zero_(self._gradients)
             for accumulation, batch in zip(accumulations, batches):
@@ -148,11 +139,16 @@ class DeviceStep:
                     beat()
             if before_update is not None:
                 before_update()
-            self._apply()
-            result = torch.cat((self._loss.reshape(1), self._stats, self._state[:2]))
-            if ahead is not None:
-                self._staging.start(ahead())
-            loss, norm, largest, nonfinite, updates, scale = self._read(result)
+            finish = self._finish_on_host if self._fused is None else self._finish
+            return finish(num_targets, learning_rate, ahead)
+
+    def _finish(self, num_targets: int, learning_rate: float, ahead: Callable[[], Sequence[Batch]] | None) -> StepResult:
+        """AdamW's update; the host waits for nothing but the result."""
+        (self._apply or self._update)()
+        result = torch.cat((self._loss.reshape(1), self._stats, self._state[:2]))
+        if ahead is not None:
+            self._staging.start(ahead())
+        loss, norm, largest, nonfinite, updates, scale = self._read(result)
         updated = int(updates) > self.optimizer.num_updates
         self.optimizer.num_updates = int(updates)
         if not math.isfinite(loss):
@@ -160,12 +156,34 @@ class DeviceStep:
         rescaled = self._scales and not updated and math.isfinite(loss) and scale >= SMALLEST_USEFUL_SCALE
         return StepResult(loss, norm, largest, int(nonfinite), num_targets, learning_rate, updated, rescaled=rescaled)
 
+    def _finish_on_host(self, num_targets: int, learning_rate: float, ahead: Callable[[], Sequence[Batch]] | None) -> StepResult:
+        """The update of an optimizer that looks at the gradients' norm on the host."""
+        if ahead is not None:
+            self._staging.start(ahead())
+        loss, updates, scale, good, skipped = self._read(torch.cat((self._loss.reshape(1), self._state)))
+        found = GradientStatistics(math.nan, 0.0, 1)
+        if math.isfinite(loss):
+            if scale != 1.0:
+                torch._foreach_mul_(self._gradients, 1.0 / scale)
+            found = self.optimizer.update(learning_rate, self.grad_clip)
+        updated = self.optimizer.num_updates > int(updates)
+        rescaled = False
+        if self._scales:  # as AdamW's kernels do it
+            good = good + 1.0 if updated else 0.0
+            grows = good >= GROWTH_INTERVAL
+            scale = min(scale * 2.0, LARGEST_SCALE) if grows else scale if updated else max(scale * 0.5, SMALLEST_SCALE)
+            good = 0.0 if grows else good
+            rescaled = not updated and math.isfinite(loss) and scale >= SMALLEST_USEFUL_SCALE
+        for place, number in enumerate((self.optimizer.num_updates, scale, good, skipped + (not updated))):
+            self._state[place].fill_(number)  # which does not wait, as a copy would
+        return StepResult(loss, found.norm, found.largest, found.num_nonfinite, num_targets, learning_rate, updated, rescaled=rescaled)
+
     def _current(self) -> AbstractContextManager[object]:
         """Makes the model's GPU the current one, which streams, pinned memory and captures go by."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _read(self, numbers: torch.Tensor) -> list[float]:
-        """Waits for the step: the only time that the host does."""
+        """Waits for what was computed so far: the only time in a step that the host does."""
         values: list[float] = numbers.tolist()
         return values
 
@@ -198,7 +216,8 @@ class DeviceStep:
         self._loss += (loss.detach() * self._hyper[8]).to(self._loss.dtype)
 
     def _update(self) -> None:
-        """Makes the update from the gradients."""
+        """Makes AdamW's update from the gradients."""
+        assert self._fused is not None
         # A loss that is not finite becomes a factor of NaN for the gradients, and AdamW skips the update.
         self._hyper[5:6].copy_(torch.where(torch.isfinite(self._loss), self._one, self._nan))
         self._fused.run(self._gradients, self._hyper[:8], self._state, self._stats)
@@ -223,7 +242,7 @@ class DeviceStep:
         assert self._graphs is not None
         state = self._state.clone()
         graph = self._graphs.capture(accumulate)
-        if self._apply is None:
+        if self._apply is None and self._fused is not None:
             self._loss.fill_(math.nan)  # AdamW skips the update of a loss that is not finite, and changes nothing but its own counters
             self._apply = self._graphs.capture(self._update)
         self._state.copy_(state)

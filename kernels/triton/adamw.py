@@ -16,12 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from cllm.kernels.torch import adamw as reference
+from cllm.kernels.torch import fixed_order_sum
 from cllm.kernels.triton.adamw_table import BLOCK_ELEMENTS, COEFFICIENTS, FIELDS, HYPER, KINDS, LARGEST_SCALE, SMALLEST_SCALE
 from cllm.kernels.triton.launch import Calls, is_recording, launch
 from cllm.runtime.errors import UserError
 from cllm.runtime.gpu import GPU
 
 TILE = 512
+SLICE_ELEMENTS = 1 << 20  # that are measured at once, so that no whole embedding table is copied to float64
 
 PARAM, AVG, AVG_SQ, HALF, SIZE, FIRST_BLOCK, DECAY, HALF_KIND = map(tl.constexpr, range(8))
 LEARNING_RATE, BETA1, BETA2, EPS, MAX_NORM, LOSS_SCALE_INVERSE, SKIP_NONFINITE, GROWTH_INTERVAL = map(tl.constexpr, range(8))
@@ -330,8 +332,16 @@ def _fused(params: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tenso
 
 
 def statistics(grads: list[Tensor]) -> Tensor:
-    """float32 [norm, max |g|, count of non-finite], in plain torch: no captured step needs them apart from the update."""
-    return reference.statistics(grads)
+    """float32 [norm, max |g|, count of non-finite] on the device, not waited for. Plain torch, with squares that are summed in float64, a slice of a
+    tensor at a time: AdamW measures by itself, and the other optimizers call this once for all gradients."""
+    squares, largest, nonfinite = [], [], []
+    for grad in grads:
+        for part in grad.reshape(-1).split(SLICE_ELEMENTS):
+            wide = part.double()
+            squares.append(fixed_order_sum(wide.square()))
+            largest.append(wide.abs().amax() if part.numel() else wide.sum())
+            nonfinite.append(part.numel() - torch.isfinite(part).sum())
+    return torch.stack((torch.stack(squares).sum().sqrt(), torch.stack(largest).amax(), torch.stack(nonfinite).sum())).float()
 
 
 def step(

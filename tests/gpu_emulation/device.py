@@ -149,6 +149,9 @@ def install() -> Any:
             one_device(str(function), args, kwargs)
             with Devices():
                 return function._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+        if function._can_decompose():  # inside of an operator they come as a whole
+            with Devices():
+                return function.decompose(*args, **kwargs)
         if function in (aten._pin_memory.default, aten.pin_memory.default):
             about.contexts.add(current())
             copy = args[0].clone()

@@ -1,4 +1,4 @@
-"""What runs on devices that are not there. `test_device.py` gives each function a process of its own, and a folder.
+"""What runs on devices that are not there, in processes that `test_device.py` starts.
 
 A scenario ends where nothing waited for a GPU but what may, nothing mixed devices, no work raced, and the results are those of a CPU.
 """
@@ -52,7 +52,8 @@ def same_training(sizes, place, packed, **options):
     """Two steps on a GPU, each with two microbatches and with those of the next one made ahead, against the same steps on a CPU."""
     here, there = Model(ModelConfig(**sizes)), Model(ModelConfig(**sizes)).to(place)
     assert there.embedding_weight.device == torch.device(place)
-    reference, step = TrainStep(here, learning_rate=1e-2), TrainStep(there, learning_rate=1e-2, **options)
+    reference = TrainStep(here, learning_rate=1e-2, optimizer=options.get("optimizer", "adamw"))
+    step = TrainStep(there, learning_rate=1e-2, **options)
     coming = microbatches(0, packed)
     exact = 2e-5 if options.get("precision", "fp32") == "fp32" else 2e-2
     for number in range(2):
@@ -134,6 +135,15 @@ def train_gpt2(folder):
     GPU.waiting_allowed |= {*PREPARING, STEP}
     same_training(GPT2, "cuda:0", packed=False, precision="bf16")
     assert GPU.contexts == {0}, f"memory is used on {GPU.contexts}"
+
+
+def train_muon(folder):
+    """An optimizer that decides on the host: it waits for the gradients, and once for what a set of tensors needs on the GPU."""
+    GPU.waiting_allowed |= {*PREPARING, STEP, "cllm.train.optimizers.base.Optimizer.update"}
+    same_training(LLAMA, "cuda:1", packed=True, optimizer="muon")
+    waits = GPU.waits["cllm.train.optimizers.base.Optimizer.update"]
+    assert waits == 2 + 3, f"{waits} waits: one in each of two updates, and one for each of three tables of the kernels"
+    assert GPU.contexts == {1}, f"memory is used on {GPU.contexts}"
 
 
 def use_the_model(folder):
@@ -220,3 +230,12 @@ def command_line(folder):
         except SystemExit as ended:
             assert not ended.code, (command, ended.code)
     assert GPU.contexts == {1}, f"memory is used on {GPU.contexts}"
+
+
+def run(folder, *scenarios):
+    """Runs some of the functions above, each in a folder of its own."""
+    for name in scenarios:
+        own = Path(folder) / name
+        own.mkdir()
+        globals()[name](own)
+    print("ran", *scenarios)

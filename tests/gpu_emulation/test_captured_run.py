@@ -40,7 +40,7 @@ def run(monkeypatch, graphs, dataset, out, steps=4, spoil=None):
     """What is left of a run whose step is a `DeviceStep`, as on a GPU."""
     made = []
 
-    def graph_step(model, optimizer, precision, *, allowed, measures_noise, **options):
+    def graph_step(model, optimizer, precision, *, allowed, **options):
         made.append(DeviceStep(model, optimizer, **options, loss_scaling=precision == "fp16", graphs=graphs))
         return made[-1]
 

@@ -72,7 +72,7 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix).contiguous()
-    x = x / max(float(kernels.gradient_statistics([x])[0]), 1e-7)  # the largest singular value is then at most 1
+    x = x / kernels.gradient_statistics([x])[0].clamp_min(1e-7)  # the largest singular value is then at most 1
     for _ in range(NUM_STEPS):
         gram = kernels.matmul(x, x.T)
         polynomial = kernels.matmul(gram, gram).mul_(c).add_(gram.mul_(b))

@@ -4,7 +4,6 @@ import random
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,13 +185,3 @@ def test_the_predicted_memory_of_the_optimizer_is_that_of_its_state(settings, no
     state = [tensor for name, tensor in step.state_dict().items() if not name.startswith("training.")]
     predicted = predict(config, 1, 32, "fp32", "none", settings.get("optimizer", "adamw"), average="ema" in settings).optimizer
     assert predicted == pytest.approx(sum(tensor.numel() * tensor.element_size() for tensor in state), rel=0.02)
-
-
-def test_what_a_gpu_does_not_run_is_refused_there(monkeypatch):
-    model = Model(ModelConfig(vocab_size=32, **SIZES))
-    there = SimpleNamespace(device=torch.device("cuda"))
-    monkeypatch.setattr(Model, "embedding_weight", property(lambda self: there))
-    with pytest.raises(UserError, match=r"optimizer muon runs on a CPU only\. Use optimizer adamw on a GPU, or --device cpu"):
-        TrainStep(model, optimizer="muon")
-    with pytest.raises(UserError, match="noise scale is measured on a CPU only"):
-        TrainStep(model, noise_scale_every=3)
