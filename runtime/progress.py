@@ -177,7 +177,7 @@ class Progress:
         share = f" {100 * self._done / self.total:3.0f}%" if self.total else ""
         left = self.seconds_left()
         if ended:
-            tail = f"  in {duration(self.seconds)}"
+            tail = f"  {'in' if self.total is None or self._done >= self.total else 'after'} {duration(self.seconds)}"
         else:
             tail = f" ... {self.seconds:,.0f} s" if left is None else f"  ETA {duration(left)}"
         return printable(f"{self.label}{share}{between}{figures}{tail}")

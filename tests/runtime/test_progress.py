@@ -196,6 +196,14 @@ def test_the_last_line_comes_once(done, clock):
     assert stream.getvalue().count(f"step {done}") == 1
 
 
+def test_work_that_was_left_early_says_after_how_long(clock):
+    stream = io.StringIO()
+    with progress.Progress(4, "working", stream=stream) as line:
+        line.update(3)
+        clock.now += 65
+    assert stream.getvalue() == "working  75%  after 1:05\n"
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_names_with_escape_codes_act_on_no_terminal(terminal, monkeypatch, capsys):
     stream = io.StringIO()
