@@ -188,8 +188,10 @@ def resolve_kind(asked: str) -> tuple[str, str]:
     return ("cpu", obstacle) if obstacle else ("cuda", "")
 
 
+@lru_cache(maxsize=1)
 def _freest_gpu(count: int) -> tuple[int, str]:
-    """The GPU with the most free memory, and how much that is. NVML is asked, since torch would take some memory of each GPU to tell."""
+    """The GPU with the most free memory, and how much that is, when it is first asked for: a process keeps to one. NVML is asked, since torch would
+    take some memory of each GPU to tell."""
     if count == 1:
         free = nvml.free_memory(0)
         return 0, "the only GPU" if free is None else f"{free / 2**30:.0f} GiB free"

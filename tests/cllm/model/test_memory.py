@@ -28,12 +28,14 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_says_what_is_missing(monkeypatch
 def three_gpus(monkeypatch):
     """GPUs of which only the chosen one may be touched: whatever torch does on another one takes memory there."""
     taken = []
+    device._freest_gpu.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: pytest.fail(f"a context is made on GPU {index}"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: f"GPU {place.index}")
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    return taken
+    yield taken
+    device._freest_gpu.cache_clear()
 
 
 def test_of_several_gpus_the_one_with_most_free_memory_is_taken_and_made_the_current_one(monkeypatch, three_gpus):
@@ -41,6 +43,8 @@ def test_of_several_gpus_the_one_with_most_free_memory_is_taken_and_made_the_cur
     found, why = device.resolve("auto")
     assert found == torch.device("cuda", 1) and why == "GPU 1, 70 GiB free, the most of 3 GPUs"
     assert three_gpus == [found]
+    monkeypatch.setattr(runtime.nvml, "free_memory", lambda index: [50 << 30, 3 << 30, None][index])
+    assert device.resolve("cuda") == (found, why)  # what the process itself has taken meanwhile moves it nowhere
 
 
 def test_where_free_memory_is_not_known_the_first_gpu_is_taken_and_it_is_said_how_to_choose(monkeypatch, three_gpus):
