@@ -143,15 +143,18 @@ def _vocabulary_rows(tokens: int) -> int:
 
 def _print_settings(config: TrainConfig, model: ModelConfig, dataset: "Dataset", console: Console) -> None:
     """What was chosen and where each value comes from; defaults are left out, config.toml lists them all."""
+    sources = (source for key, source in config.sources.items() if key.startswith("model."))
+    preset = next((f" ({source})" for source in sources if source.startswith("preset ")), "")
     rows = [
         (key, f"{value:.6g}" if isinstance(value, float) else str(value), source)
         for key, value, source, _ in config.describe()
-        if source != "default" and value is not None and not (key.startswith("model.") and source.startswith("derived"))  # told in the line above
+        # The shape that a preset or a rule gives the model is told in the line before.
+        if source != "default" and value is not None and not (key.startswith("model.") and source.startswith(("derived", "preset")))
     ]
     console.print(
         f"model    {model.family} family, {model.num_parameters():,} parameters: {counted(model.num_layers, 'layer')} x {model.embed_dim}, "
         f"{counted(model.num_heads, 'head')} ({model.kv_heads} for keys), ffn {model.ffn_size}, vocabulary {model.vocab_size}, "
-        f"context {model.max_seq_len}"
+        f"context {model.max_seq_len}{preset}"
     )
     tokens = config.train.batch_size * config.train.grad_accum * config.train.seq_len
     steps, total = config.train.steps or 0, total_tokens(config)

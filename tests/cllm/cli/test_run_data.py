@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -413,3 +414,11 @@ def test_a_copied_run_belongs_to_itself(place):
     assert Dataset.open(next((place / "renamed run" / "data").glob("tokens-*"))).train.num_tokens > 0
     with pytest.raises(CLLMError, match="no run to continue"):
         cllm("train", "--resume", "--out", place / "run")
+
+
+def test_the_shape_that_a_preset_gives_is_told_in_one_line(finished, tmp_path, capfd):
+    chosen = ("--preset", "cllm-1m", "--num-heads", 2, *TINY[6:])
+    cllm("train", finished / "books", "--out", tmp_path / "run", "--steps", 2, *chosen, "--plan")
+    printed = capfd.readouterr().out
+    assert re.search(r"model    cllm family, .* 2 heads .* \(preset cllm-1m\)\n", printed)
+    assert {key for key in settings_said(printed) if key.startswith("model.")} == {"model.preset", "model.num_heads"}
