@@ -1,4 +1,5 @@
-"""What the compiler makes of a launch, without a GPU: registers, spills, shared memory, occupancy, matrix instructions, warnings of ptxas.
+"""What the compiler makes of a launch, without a GPU: registers, spills, shared memory, occupancy, matrix instructions, warnings of ptxas, and what
+`assembly.py` finds in the instructions.
 
     with runtime.gpu.described(gpu), recording() as launches: forward(meta tensors)
     build(launches[0], gpu)
@@ -25,6 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from cllm.kernels import assembly
 from cllm.kernels.triton.launch import Launch, recording
 from cllm.runtime import files, tuning
 from cllm.runtime.gpu import DESCRIBED, GPU, described
@@ -36,6 +38,8 @@ MODULES = (  # those of kernels/triton, unless another folder is named
 )  # fmt: skip
 # Tiles of fewer rows than wgmma's 64: a decoding step has no more.
 SMALL_TILES = ("attention_decode_kernel", "cached_attention_kernel")
+# A wgmma of fewer columns than these reads more of shared memory in a clock than it delivers: 64 rows of one operand for few columns of the other.
+NARROWEST_WGMMA = 32
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -56,6 +60,11 @@ class Build:
     mma: int = 0
     dots: int = 0
     wait_groups: tuple[int, ...] = ()
+    narrowest_wgmma: int = 0
+    exponentials: tuple[int, ...] = ()
+    """Of a kernel with wgmma: how many stand beside a product that is left running, and how many elsewhere."""
+    findings: tuple[str, ...] = ()
+    """Of a warp-specialised kernel: accesses without the barrier they need, registers beyond what `setmaxnreg` grants, local memory."""
     warnings: tuple[str, ...] = field(default=())
     error: str = ""
 
@@ -99,7 +108,7 @@ def build(launch: Launch, gpu: GPU, call: str = "") -> Build:
     options = f"{constants} w{launch.num_warps} s{launch.num_stages}"
     about: dict[str, Any] = {"kernel": launch.name, "target": f"sm_{gpu.arch}", "call": call, "options": options}
     source = _source(launch)
-    key = hashlib.sha256(f"1|{triton.__version__}|{gpu}|{source.hash()}|{launch.num_warps}|{launch.num_stages}".encode()).hexdigest()
+    key = hashlib.sha256(f"2|{triton.__version__}|{gpu}|{source.hash()}|{launch.num_warps}|{launch.num_stages}".encode()).hexdigest()
     kept = tuning.cache_dir() / "gpu-builds" / f"{key}.json"
     try:
         return _read({**about, **json.loads(kept.read_text())})
@@ -125,12 +134,20 @@ def _compile(source: Any, launch: Launch, gpu: GPU) -> dict[str, Any]:
     ptx = compiled.asm["ptx"]
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / ("ptxas-blackwell" if gpu.arch >= 100 else "ptxas")
     name = re.search(r"^\.target +(\S+)", ptx, re.MULTILINE)
+    specialised = "setmaxnreg" in ptx
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "kernel.ptx").write_text(ptx)
         said = subprocess.run(
             [ptxas, "-v", f"--gpu-name={(name.group(1) if name else f'sm_{gpu.arch}').rstrip(',')}", "kernel.ptx", "-o", "kernel.cubin"],
             cwd=folder, capture_output=True, text=True,
         ).stderr  # fmt: skip
+        sass = ""
+        if specialised:
+            dump = [str(ptxas.with_name("cuobjdump")), "-sass", "kernel.cubin"]
+            sass = subprocess.run(dump, cwd=folder, capture_output=True, text=True, check=True).stdout
+    findings = [*assembly.unordered_accesses(ptx), *assembly.registers_over_limit(sass)] if specialised else []
+    if assembly.local_accesses(sass):
+        findings.append(f"{assembly.local_accesses(sass)} loads and stores of local memory")
     registers = max(map(int, re.findall(r"Used (\d+) registers", said)), default=0)
     spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said)))
     num_warps = int(getattr(compiled.metadata, "num_warps", launch.num_warps))
@@ -148,6 +165,9 @@ def _compile(source: Any, launch: Launch, gpu: GPU) -> dict[str, Any]:
         "mma": len(re.findall(r"\bmma\.sync|tcgen05\.mma", ptx)),
         "dots": compiled.asm["ttir"].count("tt.dot ") if "ttir" in compiled.asm else 0,
         "wait_groups": tuple(sorted({int(n) for n in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)})),
+        "narrowest_wgmma": assembly.narrowest_wgmma(ptx),
+        "exponentials": assembly.exponentials(sass) if specialised else (),
+        "findings": tuple(dict.fromkeys(findings)),
         "warnings": tuple(sorted({line.strip()[:300] for line in said.splitlines() if re.search(r"C75\d\d", line)})),
     }
 
@@ -165,7 +185,20 @@ def complaints(build: Build, gpu: GPU) -> list[str]:
         wrong.append("not one block fits on a multiprocessor")
     if gpu.is_hopper and build.mma and "ieee" not in build.options and build.kernel not in SMALL_TILES:
         wrong.append("a matrix product that is not wgmma")
-    return wrong + list(build.warnings)
+    if build.wgmma and build.narrowest_wgmma < NARROWEST_WGMMA and build.kernel not in SMALL_TILES:
+        wrong.append(f"a wgmma of {build.narrowest_wgmma} columns, for which shared memory is too slow")
+    if build.exponentials and build.exponentials[1] > _exponentials_before_any_product(build):
+        wrong.append(f"{build.exponentials[1]} exponentials wait for products to end, {build.exponentials[0]} run beside them")
+    return [*wrong, *build.findings, *build.warnings]
+
+
+def _exponentials_before_any_product(build: Build) -> int:
+    """The softmax of a tile's first block of keys in Gluon's forward pass, for which nothing runs yet: of 64 rows in each of two warpgroups."""
+    keys = re.search(r"\bKEYS=(\d+)", build.options)
+    if build.kernel != "attention_forward_kernel" or keys is None:
+        return 0
+    of_scores = int(keys[1]) // 2 * (2 if "SOFTCAP=True" in build.options else 1)
+    return 2 * (of_scores + 2)
 
 
 def _one(arguments: tuple[str, int, GPU, tuple[str, ...], tuple[torch.dtype, ...]]) -> list[dict[str, Any]]:

@@ -397,7 +397,8 @@ def _key_steps(
         scores = warpgroup_mma_wait(1, (scores,))
         key = block * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(0, SCORES))
         p, inner = _probabilities(scores, lse[:, None], key, first, last, numbers, MASK, LOWER, True, SOFTCAP)
-        dp = warpgroup_mma_wait(0, (dp,))
+        mbarrier.wait(v_full.index(slot), phase)  # returns at once; keeps the wait below behind the exponentials, as in the forward pass
+        dp, inner = warpgroup_mma_wait(0, (dp, inner))
         mbarrier.arrive(v_empty.index(slot), count=1)
         ds = inner * dp
         dq = warpgroup_mma(gl.convert_layout(ds.to(DTYPE), gl.DotOperandLayout(0, GRADS, 2)), k, dq, is_async=True)

@@ -164,6 +164,12 @@ def tanh_of(scores, numbers):
 
 
 @gluon.jit
+def opaque(positions):
+    """The same positions. The compiler cannot see that they are sums of a row's number: it would keep every column less that number in a register."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [positions], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def _feed(
     descriptors, buffers, barriers, schedule, shape, documents,
     KEYS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, DOCUMENTS: gl.constexpr,
@@ -252,9 +258,12 @@ def _steps(
         mbarrier.arrive(k_empty.index(slot), count=1)
         block = end - 1 - step
         wide, rescale, largest, total = _softmax(scores, largest, total, block, first, last, numbers, KEYS, SCORES, MASK, LOWER, SOFTCAP)
-        done = warpgroup_mma_wait(0, (acc,))
-        mbarrier.arrive(v_empty.index(v_slot), count=1)
         p = gl.convert_layout(wide.to(DTYPE), gl.DotOperandLayout(0, OUT, 2))
+        # These values arrived long ago: the wait returns at once. It is there because ptxas moves the wait for the product up to where its basic
+        # block begins, above the exponentials that are to run beside the product, and a loop over a barrier begins a new one.
+        mbarrier.wait(v_full.index(v_slot), v_phase)
+        done, p = warpgroup_mma_wait(0, (acc, p))
+        mbarrier.arrive(v_empty.index(v_slot), count=1)
         acc = warpgroup_mma_init(done * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None])
     return acc, p, largest, total
 
@@ -285,6 +294,9 @@ def _compute(
         cut = first_cut_key_block(row, begin, end, shape, documents, KEYS, CAUSAL, WINDOW, DOCUMENTS)
         rows = row + gl.arange(0, ROWS, layout=COLUMN)
         first, last = key_limits(rows, shape, documents, CAUSAL, WINDOW, DOCUMENTS)
+        if WINDOW and not DOCUMENTS:
+            first = opaque(first)
+            last = opaque(last)
 
         q = matrix(queries.index(HALF))
         mbarrier.wait(q_full.index(HALF), turn & 1)
@@ -328,7 +340,9 @@ def _compute(
         mbarrier.wait(v_full.index(slot), phase)
         acc = warpgroup_mma(p, matrix(values.index(slot)), acc, is_async=True)
         lse = gl.where(total == 0.0, float("-inf"), (largest * unit_of(numbers, SOFTCAP) + gl.log2(total)) * LN_2)
-        gl.store(lse_ptr + gl.cast(place, gl.int64) * num_queries + rows, lse, mask=rows < num_queries)
+        # Two unsigned factors are one instruction; the sign of a signed one would be kept in a register from the start, which is one too many.
+        row_of_head = gl.cast(gl.cast(place, gl.uint32), gl.uint64) * gl.cast(num_queries, gl.uint32)
+        gl.store(lse_ptr + row_of_head + rows, lse, mask=rows < num_queries)
         inverse = 1.0 / gl.where(total == 0.0, 1.0, total)  # a row that sees nothing gets 0
         done = warpgroup_mma_wait(0, (acc,))
         mbarrier.arrive(v_empty.index(slot), count=1)

@@ -42,12 +42,32 @@ def probabilities_and_slope(s, lse_2, factor, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def query_limits(s, num_queries, num_keys, window, first_ptr, end_ptr, CAUSAL: tl.constexpr, LOWER: tl.constexpr):
+    """The queries lo <= t < hi that see keys s: `key_limits` from the other side. Compared by rows of keys, they take two registers of a thread;
+    limits of every query of a block would take two for each of its columns."""
+    position = s - (num_keys - num_queries)
+    lo = tl.zeros_like(s)
+    hi = tl.zeros_like(s) + num_queries
+    if CAUSAL:
+        lo = tl.maximum(lo, position)
+    if LOWER:
+        if window > 0:
+            hi = tl.minimum(hi, position + window)
+        if first_ptr is not None:  # as many queries as keys
+            inside = s < num_keys
+            lo = tl.maximum(lo, tl.load(first_ptr + s, mask=inside, other=0))
+            hi = tl.minimum(hi, tl.load(end_ptr + s, mask=inside, other=0))
+    return lo, hi
+
+
+@triton.jit
 def query_steps(
-    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_stride, dout_stride, s, start, stop, num_queries, num_keys, window, first_ptr, end_ptr,
-    factor, softcap, d, own, head_dim, MASK: tl.constexpr, CAUSAL: tl.constexpr, LOWER: tl.constexpr, FLIP: tl.constexpr, SOFTCAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_stride, dout_stride, lo, hi, start, stop, num_queries, factor, softcap, d, own, head_dim,
+    MASK: tl.constexpr, UPPER: tl.constexpr, FLIP: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr,
+    PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Queries start <= t < stop, a block at a time. `own`: the columns of dk and dv, where they are not all."""
+    """Queries start <= t < stop, a block at a time. With MASK a key is seen by the queries lo <= t, and with UPPER by those of them with t < hi
+    alone. `own`: the columns of dk and dv, where they are not all."""
     m = tl.arange(0, BLOCK_M)
     q_tile = m[:, None] * q_stride + d[None, :]  # 32 bits within a tile; 64 only for where it begins
     dout_tile = m[:, None] * dout_stride + d[None, :]
@@ -62,8 +82,10 @@ def query_steps(
         lse = tl.load(lse_ptr + t, mask=inside, other=0.0) * LOG2_E
         p, slope = probabilities_and_slope(scores, lse[None, :], factor, softcap, SOFTCAP)
         if MASK:
-            lo, hi = key_limits(t, num_queries, num_keys, window, first_ptr, end_ptr, CAUSAL, LOWER)
-            p = tl.where((s[:, None] >= lo[None, :]) & (s[:, None] < hi[None, :]), p, 0.0)
+            seen = t[None, :] >= lo[:, None]
+            if UPPER:
+                seen = seen & (t[None, :] < hi[:, None])
+            p = tl.where(seen, p, 0.0)
         dout = tl.load(dout_ptr + dout_tile, mask=here, other=0.0)
         q_own, dout_own = q, dout
         if SPLIT > 1:
@@ -76,7 +98,7 @@ def query_steps(
         if SOFTCAP:
             ds = ds * slope
             if MASK:  # a score without a bound, at a place that is not seen
-                ds = tl.where((s[:, None] >= lo[None, :]) & (s[:, None] < hi[None, :]), ds, 0.0)
+                ds = tl.where(seen, ds, 0.0)
         dk = tl.dot(ds.to(q.dtype), q_own, dk, input_precision=PRECISION)
         q_ptr += tl.cast(q_stride, tl.int64) * BLOCK_M
         dout_ptr += tl.cast(dout_stride, tl.int64) * BLOCK_M
@@ -106,8 +128,11 @@ def attention_keys_kernel(
     low_64 = low.to(tl.int64)
     k = tl.load(k_ptr + batch * k_batch + kv_head * k_head + low_64 * k_token + (n * k_token + d[None, :]), mask=here, other=0.0)
     v = tl.load(v_ptr + batch * v_batch + kv_head * v_head + low_64 * v_token + (n * v_token + d[None, :]), mask=here, other=0.0)
-    # Queries begin <= t < end see any of these keys; under a causal mask alone, those from full_begin on see all of them. Rows past the end need
-    # no mask: a query of zeros with a gradient of zeros adds nothing, and keys past the end are not stored.
+    # Queries begin <= t < end see any of these keys; under a causal mask alone, those from full_begin on see all of them, and a second loop without
+    # a mask computes them, unless the head is so wide, or a cap takes so much, that two loops are more than registers hold. Rows past the end need no
+    # mask: a query of zeros with a gradient of zeros adds nothing, and keys past the end are not stored.
+    MASK: tl.constexpr = CAUSAL or LOWER or SPLIT > 1
+    ONE_LOOP: tl.constexpr = LOWER or SPLIT > 1 or (CAUSAL and (SOFTCAP or BLOCK_D > 64))
     behind = num_keys - num_queries
     begin = low * 0
     end = begin + num_queries
@@ -121,9 +146,11 @@ def attention_keys_kernel(
         if first_ptr is not None:  # as many queries as keys
             begin = tl.maximum(begin, tl.load(first_ptr + low))
             end = tl.minimum(end, tl.load(end_ptr + last))
+    if ONE_LOOP:
         full_begin = end
     begin = begin // BLOCK_M * BLOCK_M
     full_begin = tl.minimum(full_begin, end)
+    lo, hi = query_limits(s, num_queries, num_keys, window, first_ptr, end_ptr, CAUSAL, LOWER)
     dk = tl.zeros([BLOCK_N, BLOCK_D // SPLIT], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D // SPLIT], tl.float32)
     num_heads = num_kv_heads * group
@@ -133,17 +160,15 @@ def attention_keys_kernel(
         dout_here = dout_ptr + (batch * num_queries * num_heads + head) * head_dim
         rows = (batch * num_heads + head) * num_queries
         dout_stride = num_heads * head_dim
-        if CAUSAL or LOWER:
+        if MASK:
             dk, dv = query_steps(
-                dk, dv, k, v, q_here, dout_here, lse_ptr + rows, delta_ptr + rows, q_token, dout_stride, s, begin, full_begin, num_queries,
-                num_keys, window, first_ptr, end_ptr, factor, softcap, d, own, head_dim, True, CAUSAL, LOWER, FLIP, SOFTCAP, BLOCK_M, SPLIT, PADDED,
-                PRECISION,
+                dk, dv, k, v, q_here, dout_here, lse_ptr + rows, delta_ptr + rows, q_token, dout_stride, lo, hi, begin, full_begin,
+                num_queries, factor, softcap, d, own, head_dim, True, LOWER, FLIP, SOFTCAP, BLOCK_M, SPLIT, PADDED, PRECISION,
             )  # fmt: skip
-        if not LOWER:
+        if not ONE_LOOP:
             dk, dv = query_steps(
-                dk, dv, k, v, q_here, dout_here, lse_ptr + rows, delta_ptr + rows, q_token, dout_stride, s, full_begin, end, num_queries,
-                num_keys, window, first_ptr, end_ptr, factor, softcap, d, own, head_dim, False, CAUSAL, LOWER, FLIP, SOFTCAP, BLOCK_M, SPLIT, PADDED,
-                PRECISION,
+                dk, dv, k, v, q_here, dout_here, lse_ptr + rows, delta_ptr + rows, q_token, dout_stride, lo, hi, full_begin, end,
+                num_queries, factor, softcap, d, own, head_dim, False, False, FLIP, SOFTCAP, BLOCK_M, SPLIT, PADDED, PRECISION,
             )  # fmt: skip
     place = ((batch * num_keys + low_64) * num_kv_heads + kv_head) * head_dim
     tile = n * (num_kv_heads * head_dim) + own[None, :]

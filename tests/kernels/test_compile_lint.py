@@ -17,7 +17,9 @@ from cllm.kernels.inspection import Build, complaints
 from cllm.runtime.gpu import DESCRIBED
 
 SCRIPT = Path(__file__).resolve().parents[2] / "profiling" / "compile_lint.py"
-GOOD = Build("a_kernel", "sm_90", "a call", "BLOCK=64 w4 s2", registers=128, shared_bytes=64 << 10, num_warps=4, occupancy=3, wgmma=8)
+GOOD = Build(
+    "a_kernel", "sm_90", "a call", "BLOCK=64 w4 s2", registers=128, shared_bytes=64 << 10, num_warps=4, occupancy=3, wgmma=8, narrowest_wgmma=64
+)
 
 
 def lint(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -56,12 +58,24 @@ def test_every_launch_compiles_without_complaints(gpus, dtypes):
         ({"occupancy": 0}, "not one block fits"),
         ({"mma": 4, "wgmma": 0}, "not wgmma"),
         ({"warnings": ("C7515: serialised",)}, "C7515"),
+        ({"narrowest_wgmma": 16}, "a wgmma of 16 columns"),
+        ({"exponentials": (66, 1)}, "1 exponentials wait for products"),
+        ({"kernel": "attention_forward_kernel", "options": "KEYS=128, SOFTCAP=False w4 s2", "exponentials": (264, 133)}, "133 exponentials wait"),
+        ({"kernel": "attention_forward_kernel", "options": "KEYS=64, SOFTCAP=True w4 s2", "exponentials": (264, 133)}, "133 exponentials wait"),
+        ({"findings": ("R240 behind USETMAXREG 0xe8",)}, "R240 behind"),
         ({"error": "CompilationError: line 3"}, "does not compile: CompilationError"),
     ],
 )
 def test_what_is_wrong_with_a_build_is_said(changes, complaint):
     assert complaints(GOOD, DESCRIBED["h200"]) == []
     assert any(complaint in each for each in complaints(dataclasses.replace(GOOD, **changes), DESCRIBED["h200"]))
+
+
+def test_the_first_softmax_of_a_tile_has_nothing_to_run_beside():
+    forward = dataclasses.replace(GOOD, kernel="attention_forward_kernel", options="KEYS=128, SOFTCAP=False w4 s2", exponentials=(264, 132))
+    assert complaints(forward, DESCRIBED["h200"]) == []
+    capped = dataclasses.replace(forward, options="KEYS=64, SOFTCAP=True w4 s2")
+    assert complaints(capped, DESCRIBED["h200"]) == []
 
 
 def test_occupancy_is_the_tightest_of_the_limits():

@@ -364,7 +364,7 @@ def _gluon(model: Model) -> SimpleNamespace:
         return None
 
     return SimpleNamespace(
-        constexpr=None, float32=torch.float32, int64=None, int32=torch.int32,
+        constexpr=None, float32=torch.float32, int64=None, int32=torch.int32, uint32=None, uint64=None,
         program_id=lambda axis: model.program[axis], num_programs=lambda axis: model.grid[axis], static_range=range,
         arange=lambda start, end, layout=None: torch.arange(start, end, dtype=torch.int32),
         zeros=lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype),

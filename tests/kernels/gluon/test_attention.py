@@ -370,7 +370,8 @@ print(json.dumps(found))
 
 
 def test_compiles_for_hopper_as_designed(tmp_path):
-    """In a process of its own, because here Triton interprets. Products overlap (`wait 1`), nothing spills, nothing is serialised."""
+    """In a process of its own, because here Triton interprets. Products overlap (`wait 1`) and exponentials run beside them, nothing spills, nothing
+    is serialised, no barrier is missing, no warpgroup uses more registers than it is granted."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
@@ -380,6 +381,9 @@ def test_compiles_for_hopper_as_designed(tmp_path):
         assert not build["complaints"]
         if name != "attention_row_terms_kernel":
             assert build["wgmma"] and not build["mma"] and build["wait_groups"] == [0, 1] and build["num_warps"] == 12
+            beside, alone = build["exponentials"]
+            first_softmax = 2 * (128 // 2 + 2) if name == "attention_forward_kernel" else 0  # of a tile: no product runs yet
+            assert beside > 0 and alone == first_softmax
 
 
 @pytest.mark.parametrize("gpu", ["a100", "rtx4090", "b200"])
