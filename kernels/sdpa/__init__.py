@@ -1,6 +1,6 @@
 """Attention as torch itself ships it, as a backend of its own ("sdpa"): chosen where it was measured to be faster.
 
-What torch's kernels cannot do is done by the Triton kernels, whose limits are therefore the limits of this backend.
+What torch's kernels cannot do is done by ours, and where no others can by the Triton ones, whose limits are therefore the limits of this backend.
 """
 
 from dataclasses import replace

@@ -35,7 +35,8 @@ cllm.data.documents                      files, charsets, texts
 cllm.config                              the settings and what follows from them
 cllm.files cllm.shell cllm._lazy cllm._version     what every room may use
 cllm.kernels                             the fused operations with their contracts
-cllm.kernels.gluon cllm.kernels.sdpa     their backends, those that build on others first
+cllm.kernels.sdpa                        their backends, those that build on others first
+cllm.kernels.gluon
 cllm.kernels.triton
 cllm.kernels.numba
 cllm.kernels.torch

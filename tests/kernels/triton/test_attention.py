@@ -2,6 +2,7 @@
 
 import dataclasses
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,3 +132,21 @@ def test_the_library_backend_says_why_it_cannot_serve():
     assert "window" in can_serve(q, q, q, True, 3, 0.0, None, True)[1]
     wants = q.clone().requires_grad_()
     assert "fixed order" in can_serve(wants, q, q, True, 0, 0.0, None, True)[1] and can_serve(wants, q, q, True, 0, 0.0, None, False)[0]
+
+
+def test_what_torch_cannot_do_is_done_by_the_fastest_of_our_own(monkeypatch, tmp_path):
+    from cllm.kernels.gluon import attention as gluon
+    from cllm.kernels.sdpa.attention import _instead
+    from cllm.kernels.triton import attention as triton
+    from cllm.runtime import choice
+
+    monkeypatch.setenv("CLLM_CACHE_DIR", str(tmp_path))
+    q = SimpleNamespace(shape=(1, 64, 4, 64), dtype=torch.bfloat16, device=torch.device("cuda"))  # a GPU need not be there to be planned for
+    single = SimpleNamespace(shape=q.shape, dtype=torch.float32, device=q.device)
+    with gpu.described(gpu.DESCRIBED["h200"]):
+        assert _instead(q, q) is triton  # nothing was measured
+        choice.record("attention", "cuda", "bfloat16", (q.shape, q.shape), {"sdpa": 1.0, "gluon": 2.0, "triton": 3.0})
+        choice.record("attention", "cuda", "float32", (q.shape, q.shape), {"sdpa": 1.0, "gluon": 2.0, "triton": 3.0})
+        assert _instead(q, q) is gluon and _instead(single, single) is triton
+        choice.record("attention", "cuda", "bfloat16", (q.shape, q.shape), {"sdpa": 1.0, "gluon": 4.0, "triton": 3.0})
+        assert _instead(q, q) is triton
