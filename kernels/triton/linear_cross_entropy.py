@@ -18,12 +18,17 @@ from cllm.runtime.gpu import GPU, gpu_of
 LOGIT_BYTES = 1 << 30
 LOGIT_SHARE = 64  # and at most this part of the GPU's memory
 FEWEST_ROWS = 4096
+ROW_MULTIPLE = 64  # elements from one row of logits to the next: rows that begin anywhere are read two bytes at a time, and multiplied more slowly
+
+
+def _row_stride(vocabulary: int) -> int:
+    return -(-vocabulary // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def row_chunks(num_rows: int, vocabulary: int, dtype: torch.dtype, gpu: GPU) -> list[slice]:
     """Equal chunks, from the shape and the GPU's memory alone."""
     budget = min(LOGIT_BYTES, gpu.memory_bytes // LOGIT_SHARE)
-    most = max(1, min(FEWEST_ROWS, num_rows), budget // (vocabulary * dtype.itemsize))
+    most = max(1, min(FEWEST_ROWS, num_rows), budget // (_row_stride(vocabulary) * dtype.itemsize))
     count = max(1, -(-num_rows // most))
     rows = -(-num_rows // count)
     return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)] if num_rows else []
@@ -43,9 +48,11 @@ class _Pass:
     ) -> tuple[Tensor, Tensor] | None:
         """Gradients (dx, dweight) where there is an upstream gradient, for each row or one for all."""
         dx, dweight = torch.empty_like(self.x), None
+        vocabulary = self.weight.shape[0]
         for rows in self.chunks:
             x = self.x[rows]
-            logits = matmul(x, self.weight.T, None, x.dtype)
+            logits = torch.empty((x.shape[0], _row_stride(vocabulary)), dtype=x.dtype, device=x.device)[:, :vocabulary]
+            logits = matmul(x, self.weight.T, None, x.dtype, out=logits)
             part = None if statistics is None else (statistics[0][rows], statistics[1][rows], statistics[2][rows], statistics[3][rows])
             from_above = upstream[rows] if isinstance(upstream, Tensor) else 0.0 if upstream is None else upstream
             run_rows(logits, None if upstream is None else logits, self.targets[rows], from_above, part, lse[rows], *self.options)

@@ -105,11 +105,16 @@ def order(given: dict[str, Any], *more: str) -> dict[str, Any]:
     return {name: given[name] for name in names}
 
 
-def product(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype, second: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """a (M, K) @ b (K, N) (+ second[0] @ second[1], of the same shapes) (+ bias) in out_dtype, by our kernel; a and b of one dtype, any strides."""
+def product(
+    a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype, second: tuple[Tensor, Tensor] | None = None, out: Tensor | None = None
+) -> Tensor:
+    """a (M, K) @ b (K, N) (+ second[0] @ second[1], of the same shapes) (+ bias) in out_dtype, by our kernel; a and b of one dtype, any strides.
+
+    out (M, N): where the result goes, with dense rows; by default a tensor of its own.
+    """
     assert second is None or (second[0].shape == a.shape and second[1].shape == b.shape)
     (num_rows, depth), num_columns = a.shape, b.shape[1]
-    out = torch.empty((num_rows, num_columns), dtype=out_dtype, device=a.device)
+    out = torch.empty((num_rows, num_columns), dtype=out_dtype, device=a.device) if out is None else out
     if out.numel() == 0:
         return out
     shape = tiles(a.dtype, gpu_of(a.device), num_rows)
@@ -123,10 +128,12 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype, s
     return out
 
 
-def _by_library(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor | None:
+def _by_library(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype, out: Tensor | None) -> Tensor | None:
     """The product through torch, None where it has no kernel that keeps float32 sums until the one rounding."""
     if a.device.type != "cuda" or is_recording():
         return None
+    if out is not None:
+        return torch.mm(a, b, out=out) if bias is None and out_dtype == a.dtype else None
     if out_dtype == a.dtype:
         return torch.mm(a, b) if bias is None else torch.addmm(bias.to(a.dtype), a, b)
     if bias is None and out_dtype == torch.float32 and hasattr(torch.ops.aten.mm, "dtype"):
@@ -134,14 +141,14 @@ def _by_library(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtyp
     return None
 
 
-def matmul(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """a (M, K) @ b (K, N) + bias (N,), computed in a's dtype with float32 sums, rounded once to `out_dtype`.
+def matmul(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """a (M, K) @ b (K, N) + bias (N,), computed in a's dtype with float32 sums, rounded once to `out_dtype`; into `out` (M, N) where it is given.
 
     A float32 weight beside half activations is rounded once beforehand: the library multiplies one dtype, and the copy is small beside the product.
     """
     b = b.to(a.dtype)
-    found = _by_library(a, b, bias, out_dtype)
-    return product(a, b, bias, out_dtype) if found is None else found
+    found = _by_library(a, b, bias, out_dtype, out)
+    return product(a, b, bias, out_dtype, out=out) if found is None else found
 
 
 def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:

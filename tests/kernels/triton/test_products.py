@@ -69,7 +69,7 @@ def test_recomputing_gives_the_bits_of_keeping(oracle):
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
-@pytest.mark.parametrize("columns", [1, 31, cross_entropy.MOST_COLUMNS, cross_entropy.MOST_COLUMNS + 3, 5000])
+@pytest.mark.parametrize("columns", [1, 31, cross_entropy.MOST_COLUMNS, cross_entropy.MOST_COLUMNS + 3, 5000, 20_000])
 def test_losses_of_rows_longer_and_shorter_than_a_block(columns):
     generator = torch.Generator().manual_seed(columns)
     logits = (4 * torch.randn(6, columns, generator=generator, device="cpu").to(device())).requires_grad_()
@@ -85,19 +85,44 @@ def test_losses_of_rows_longer_and_shorter_than_a_block(columns):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_of_equal_logits_is_the_prediction_wherever_they_stand_in_a_long_row(dtype):
+    """Ties within a lane of a tile, between lanes, and between tiles; and a row of nothing but the smallest number."""
+    ties = [(0, 1), (7, 4096 + 7), (4095, 4096), (5000, 19_999), (8191, 8192, 16_384), (300, 1324, 2348), (19_999,), (3, 17_000)]
+    logits = torch.zeros(len(ties), 20_000, dtype=dtype, device=device())
+    for row, places in enumerate(ties):
+        logits[row, list(places)] = 3.0
+    targets = torch.tensor([places[0] for places in ties], device=device())
+    *_, correct, _ = cross_entropy.forward(logits, targets, -100, 0.0, 0.0, 0.0)
+    assert correct.all()
+    assert not cross_entropy.forward(logits, targets + 1 - 2 * (targets == 19_999).long(), -100, 0.0, 0.0, 0.0)[2].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunks_of_rows_give_what_one_chunk_gives(dtype, monkeypatch, oracle):
     i = oracle.Inputs(dtype, dtype)
     x, weight = i.normal(50, 24), i.master(61, 24)
     targets = oracle.with_ignored(i.integers(61, 50))
     options = (-100, 0.1, 1e-3, 0.0)
     whole = linear_cross_entropy.forward_with_grads(x, weight, targets, *options, 0.02)
-    monkeypatch.setattr(linear_cross_entropy, "LOGIT_BYTES", 61 * 16 * dtype.itemsize)
+    monkeypatch.setattr(linear_cross_entropy, "LOGIT_BYTES", 64 * 16 * dtype.itemsize)
     monkeypatch.setattr(linear_cross_entropy, "FEWEST_ROWS", 1)
     assert len(linear_cross_entropy.row_chunks(50, 61, dtype, runtime.gpu.gpu_of(x.device))) == 4
     parts = linear_cross_entropy.forward_with_grads(x, weight, targets, *options, 0.02)
     for one, many in zip(whole[:5], parts[:5]):
         assert torch.equal(one, many)
     torch.testing.assert_close(whole[5], parts[5], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 63, 64, 65, 257])
+def test_rows_of_logits_begin_at_whole_vectors_for_any_vocabulary(vocabulary, monkeypatch, oracle):
+    seen = []
+    run_rows = linear_cross_entropy.run_rows
+    monkeypatch.setattr(linear_cross_entropy, "run_rows", lambda z, *more: (seen.append((z.shape, z.stride())), run_rows(z, *more))[1])
+    case = oracle.linear_cross_entropy_case(
+        "here", lambda i: {"x": i.normal(20, 24), "weight": i.master(vocabulary, 24), "targets": i.integers(vocabulary, 20)}
+    )
+    oracle.check_case(case, torch.bfloat16)
+    assert seen and all(shape == (20, vocabulary) and stride == (-(-vocabulary // 64) * 64, 1) for shape, stride in seen)
 
 
 def test_the_gradient_of_an_embedding_adds_long_and_short_runs_in_order():
