@@ -165,6 +165,28 @@ def attention_benches(machine: Machine) -> Iterator[Bench]:
                 ("attention", (tuple(q.shape), tuple(k.shape))) if backward else None,  # training has both directions, and decides
                 {"triton": "cllm triton", "gluon": "cllm gluon", "sdpa": "sdpa"}, absent,
             )  # fmt: skip
+    yield from packed_attention_benches(machine)
+
+
+def packed_attention_benches(machine: Machine) -> Iterator[Bench]:
+    """What training runs: a batch as one row of packed documents, forward and backward. Torch's kernels cannot."""
+    cases = [(20, 2, 2, 1, 16)] if machine.tiny else [(1024, 16, 16, 16, 64), (1024, 16, 16, 4, 128)]
+    for tokens, documents, heads, kv_heads, dim in cases:
+        q = machine.normal(1, tokens * documents, heads, dim, grad=True)
+        k, v = (machine.normal(1, tokens * documents, kv_heads, dim, grad=True) for _ in range(2))
+        bounds = torch.arange(0, tokens * documents + 1, tokens, dtype=torch.int32, device=machine.device)
+
+        def ours(q, k, v, bounds=bounds):
+            return kernels.attention(q, k, v, causal=True, cu_seqlens=bounds)
+
+        served = [name for name in ("triton", "gluon") if backend_serves("attention", name, (q.shape, k.shape), q.dtype, machine.device.type)]
+        calls = {f"{OURS} {name}": _with_gradients(through(name, ours), q, k, v) for name in served}
+        cost = roofline.cost("attention", 2, documents, tokens, heads, kv_heads, dim)
+        yield Bench(
+            f"attention forward+backward packed D{dim} {heads}/{kv_heads} heads, {documents} documents of {tokens}", calls,
+            roofline.Cost(cost.flops * cost.with_backward, cost.bytes * cost.with_backward),
+            choose=("attention", (tuple(q.shape), tuple(k.shape))), backends={name: f"{OURS} {name}" for name in served},
+        )  # fmt: skip
 
 
 def through(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
