@@ -159,7 +159,7 @@ def _train(config: TrainConfig, out: Path | None, console: Console, world: "Worl
             return
         with stopping_with(f"interrupted while a sample was written; the run in {run} is complete"):
             sample = sample_text(trained, dataset.tokenizer, dataset.train)
-    console.print(f"\nA sample, starting from nothing:\n\n{_indented(sample)}\n")
+    console.print(f"\nA sample, starting from nothing:\n\n{_shown(sample)}\n")
     if result.validation is not None:
         console.print(f"Validation: {result.validation}")
     if result.stopped_early and result.resumed_from == result.step:
@@ -179,5 +179,6 @@ def _next_commands(run: Path, chats: bool) -> str:
     )
 
 
-def _indented(text: str) -> str:
-    return "\n".join("    " + line for line in text.strip("\n").splitlines())
+def _shown(sample: str) -> str:
+    lines = sample.strip("\n").splitlines() or ["(none: the model ended its text at once)"]
+    return "\n".join(f"    {line}" for line in lines)

@@ -274,6 +274,6 @@ def how_to_train_longer(stored: StoredRun) -> str:
             f"To go on from its weights as a run of its own, with the same or with other text: {another}."
         )
     return (
-        f"Its {old.kind} schedule was made for {old.steps:,} steps and cannot become longer. To go on from its weights as a run of its own, "
-        f"with the same or with other text: {another} (with --schedule wsd or constant that run can be made longer later)."
+        f"Its {old.kind} schedule was made for {old.steps:,} steps, which cannot be changed afterwards. To go on from its weights as a run of its "
+        f"own, with the same or with other text: {another} (with --schedule wsd or constant that run can be made longer later)."
     )

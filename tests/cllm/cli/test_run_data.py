@@ -422,3 +422,9 @@ def test_the_shape_that_a_preset_gives_is_told_in_one_line(finished, tmp_path, c
     printed = capfd.readouterr().out
     assert re.search(r"model    cllm family, .* 2 heads .* \(preset cllm-1m\)\n", printed)
     assert {key for key in settings_said(printed) if key.startswith("model.")} == {"model.preset", "model.num_heads"}
+
+
+def test_a_model_that_writes_nothing_is_said_to(finished, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("cllm.train.samples.sample_text", lambda *given: "")
+    cllm("train", finished / "books", "--out", tmp_path / "run", *TRAIN)
+    assert "A sample, starting from nothing:\n\n    (none: the model ended its text at once)\n" in capfd.readouterr().out
