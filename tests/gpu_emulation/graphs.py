@@ -15,6 +15,7 @@ An operator of `cllm` counts as one, whatever its implementation on a CPU does i
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -165,10 +166,10 @@ class _Recording(TorchDispatchMode):
         return self.record.operator(function, args, kwargs or {})
 
     def _refusing(self, method: str) -> Callable[[torch.Tensor], Any]:
-        original = getattr(torch.Tensor, method)
+        original, capturing = getattr(torch.Tensor, method), threading.get_ident()
 
         def look(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not self.record._within:
+            if threading.get_ident() == capturing and not self.record._within:  # other threads may, as in CUDA's mode "thread_local"
                 raise GraphError(f"the host reads values during a capture: Tensor.{method}")
             return original(tensor, *args, **kwargs)
 

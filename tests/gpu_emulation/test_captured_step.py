@@ -19,7 +19,7 @@ from cllm.train.step_graph import DeviceStep
 pytestmark = pytest.mark.usefixtures("as_on_a_gpu")
 
 SIZES = {"vocab_size": 37, "embed_dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "max_seq_len": 16}
-LLAMA = SIZES | {"num_kv_heads": 1, "qk_norm": True}
+LLAMA = SIZES | {"num_kv_heads": 1}
 GPT2 = SIZES | {"norm": "layer"}
 
 
@@ -39,11 +39,11 @@ class Pair:
     """The same step twice: as emulated graphs, and one operation after the other. What one of them does the other one does too."""
 
     def __init__(self, sizes=LLAMA, precision="fp32", recompute="none", **options):
-        self.steps = [self._step(sizes, precision, recompute, graphs, **options) for graphs in (EmulatedGraphs, None)]
+        self.steps = [self.step(sizes, precision, recompute, graphs, **options) for graphs in (EmulatedGraphs, None)]
         self.graphs = self.steps[0]._graphs._graphs
 
     @staticmethod
-    def _step(sizes, precision, recompute, graphs, **options):
+    def step(sizes, precision, recompute, graphs, **options):
         model = Model(ModelConfig(**sizes))
         model.recompute = recompute
         step = TrainStep(model, learning_rate=1e-2, **options)
@@ -71,7 +71,7 @@ class Pair:
 @pytest.mark.parametrize(
     ("sizes", "precision", "options"),
     [
-        (LLAMA, "fp32", {}),
+        (LLAMA | {"qk_norm": True}, "fp32", {}),
         (LLAMA, "bf16", {"recompute": "blocks"}),
         (LLAMA | {"tie_embeddings": False}, "fp32", {"recompute": "feed_forward", "packed": False}),
         (LLAMA, "fp16", {}),
@@ -140,9 +140,9 @@ def test_the_gradient_noise_scale_is_measured_on_captured_gradients():
 
 
 def test_every_shape_is_captured_once_however_often_shapes_change():
-    """Six kinds of batches, each twice, two kinds mixed within a step, and the update's graph is common to them all."""
+    """Five kinds of batches, each twice, two kinds mixed within a step, and the update's graph is common to them all."""
     pair = Pair()
-    kinds = [{"shape": (rows, 8), "packed": packed} for rows in (1, 2, 3) for packed in (True, False)]
+    kinds = [{"shape": (rows, 8), "packed": packed} for rows, packed in ((1, True), (1, False), (2, True), (2, False), (3, False))]
     for number in range(2):
         for kind in kinds:
             pair.run(microbatches(number, count=1, **kind))
@@ -154,7 +154,7 @@ def test_every_shape_is_captured_once_however_often_shapes_change():
 @pytest.mark.parametrize("to_none", [True, False])
 def test_gradients_that_others_take_away_or_leave_behind_change_nothing(to_none):
     pair = Pair()
-    for number in range(3):
+    for number in range(2):
         pair.run(microbatches(number))
         for step in pair.steps:
             step.model.zero_grad(set_to_none=to_none)
@@ -162,15 +162,15 @@ def test_gradients_that_others_take_away_or_leave_behind_change_nothing(to_none)
             step.model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens).backward()
         gc.collect()
     pair.check()
-    alone = Pair()
-    for number in range(3):
+    alone = Pair.step(LLAMA, "fp32", "none", None)
+    for number in range(2):
         alone.run(microbatches(number))
-    for mine, theirs in zip(pair.steps[0].model.parameters(), alone.steps[0].model.parameters()):
+    for mine, theirs in zip(pair.steps[0].model.parameters(), alone.model.parameters()):
         assert torch.equal(mine, theirs)
 
 
 def test_a_step_that_broke_off_leaves_no_gradient_to_the_next_one():
-    pair, alone = Pair(), Pair()
+    pair, alone = Pair(), Pair.step(LLAMA, "fp32", "none", None)
 
     def fail():
         raise KeyboardInterrupt
@@ -182,7 +182,7 @@ def test_a_step_that_broke_off_leaves_no_gradient_to_the_next_one():
             step.run(microbatches(5), before_update=fail)
     for each in (pair, alone):
         each.run(microbatches(1))
-    for mine, theirs in zip(pair.steps[0].model.parameters(), alone.steps[0].model.parameters()):
+    for mine, theirs in zip(pair.steps[0].model.parameters(), alone.model.parameters()):
         assert torch.equal(mine, theirs)
 
 
@@ -247,7 +247,7 @@ def test_steps_with_and_without_a_finite_loss_agree(precision):
 
 
 def test_batches_made_ahead_are_those_of_the_next_step():
-    pair, plain = Pair(), Pair()
+    pair, plain = Pair(), Pair.step(LLAMA, "fp32", "none", None)
     coming = microbatches(0)
     for number in range(2):
         following = microbatches(number + 1)

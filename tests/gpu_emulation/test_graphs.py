@@ -1,5 +1,6 @@
 """The emulator of CUDA graphs keeps to their rules: each breach is found."""
 
+import threading
 from operator import methodcaller
 
 import pytest
@@ -57,3 +58,17 @@ def test_memory_that_was_freed_after_the_capture_is_missed():
     taken.clear()
     with pytest.raises(GraphError, match="freed"):
         replay()
+
+
+def test_another_thread_may_read_tensors_of_its_own_meanwhile():
+    """As one that writes a checkpoint does."""
+    x, other, read = torch.ones(1), torch.ones(1), []
+
+    def body():
+        thread = threading.Thread(target=lambda: read.append(other.numpy().tolist() + other.tolist()))
+        thread.start()
+        thread.join()
+        x.add_(1)
+
+    EmulatedGraphs(CPU).capture(body)
+    assert read == [[1.0, 1.0]] * 4
