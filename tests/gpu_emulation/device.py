@@ -53,7 +53,7 @@ def install() -> Any:
     from cllm.kernels.triton import launch as launching
     from cllm.runtime import nvml
 
-    about = SimpleNamespace(waits=Counter(), waiting_allowed=set(), contexts=set(), capturing=None, free_memory=[12 << 30, 12 << 30])
+    about = SimpleNamespace(waits=Counter(), waiting_allowed=set(), contexts=set(), record=None, mode="", free_memory=[12 << 30, 12 << 30])
     order = streams.Order()
     aten = torch.ops.aten
     # Operators that only a GPU has.
@@ -72,9 +72,22 @@ def install() -> Any:
         index = torch.device(device).index
         return current() if index is None else index
 
+    def in_main_thread() -> bool:
+        """Or in one of autograd, which works for it."""
+        thread = threading.current_thread()
+        return thread is threading.main_thread() or type(thread).__name__ == "_DummyThread"
+
+    def capturing() -> Any:
+        """The record of the capture that this thread's work goes to; what other threads do during one goes on, or breaks one of mode "global"."""
+        if about.record is None or in_main_thread():
+            return about.record
+        if about.mode == "global":
+            raise DeviceError("another thread uses the GPU during a capture")
+        return None
+
     def waits(what: str, *waited_for: Any) -> None:
         """The host waits for streams, only where it may."""
-        if about.capturing is not None:
+        if capturing() is not None:
             raise DeviceError(f"{what} waits for the GPU during a capture")
         frame: Any = sys._getframe(1)
         while frame is not None:
@@ -187,8 +200,9 @@ def install() -> Any:
             waits(str(function), current_stream(there[0].device))
         plain = values_of((args, kwargs))
         schema = function._schema
-        if about.capturing is not None and device is not None:
-            results = about.capturing.operator(function, *plain, forms.get(function))
+        record = capturing()
+        if record is not None and device is not None:
+            results = record.operator(function, *plain, forms.get(function))
         else:
             results = forms.get(function, function)(*plain[0], **plain[1])
         if device is not None or (there and target is not None and torch.device(target).type == "cpu"):
@@ -213,7 +227,7 @@ def install() -> Any:
 
     def sent(source: torch.Tensor, device: torch.device, non_blocking: bool) -> None:
         """A copy from the host: one from memory that is not pinned, or that is not told to go on, is waited for."""
-        if about.capturing is not None and not is_pinned(source):
+        if capturing() is not None and not is_pinned(source):
             raise DeviceError("a copy from memory of the host that is not pinned during a capture")
         if not (non_blocking and is_pinned(source)) and source.dim():
             waits("a copy from the host", current_stream(device))
@@ -226,8 +240,9 @@ def install() -> Any:
             waits("a copy to the host", *(current_stream(each.device) for each in ends))
         if isinstance(target, OnGPU) and not isinstance(source, OnGPU):
             sent(source, target.device, non_blocking)
-        if about.capturing is not None:
-            about.capturing.operator(aten.copy_.default, plain, {})
+        record = capturing()
+        if record is not None:
+            record.operator(aten.copy_.default, plain, {})
         else:
             plain[0].copy_(plain[1])
         for device in {each.device for each in ends}:
@@ -249,7 +264,8 @@ def install() -> Any:
             raise NotImplementedError("tensor descriptors, which the interpreter's device does not get")
         plain = values_of(args)
         order.operator(kernel.__name__, tensors[0].device, graphs.tensors_of(plain), [])
-        if about.capturing is None or not about.capturing.launch(interpret, (kernel, grid, *plain), constants):
+        record = capturing()
+        if record is None or not record.launch(interpret, (kernel, grid, *plain), constants):
             interpret(kernel, grid, *plain, **constants)
         return None
 
@@ -274,9 +290,7 @@ def install() -> Any:
     chosen: dict[int, dict[int, Any]] = {}  # current streams by thread; what autograd's threads do goes to those of the main thread
 
     def streams_here() -> dict[int, Any]:
-        thread = threading.current_thread()
-        main = thread is threading.main_thread() or type(thread).__name__ == "_DummyThread"
-        return chosen.setdefault(0 if main else threading.get_ident(), {})
+        return chosen.setdefault(0 if in_main_thread() else threading.get_ident(), {})
 
     def current_stream(device: Any = None) -> Any:
         index = index_of(device)
@@ -352,11 +366,12 @@ def install() -> Any:
             waited()
             self.scope.__enter__()
             self.made.device = torch.device("cuda", current())
-            about.capturing = self.made.record = graphs.Record()
+            about.record, about.mode = graphs.Record(), self.mode
+            self.made.record = about.record
             order.recording = True
 
         def __exit__(self, *error: Any) -> None:
-            about.capturing = None
+            about.record = None
             assert self.made.record is not None
             self.made.record.end()
             order.recording = False
@@ -396,7 +411,7 @@ def install() -> Any:
         "mem_get_info": mem_get_info, "memory_reserved": used(3 * gib), "max_memory_reserved": used(5 * gib),
         "memory_allocated": used(2 * gib), "max_memory_allocated": used(4 * gib), "reset_peak_memory_stats": used(None),
         "get_device_name": lambda device=None: properties.name, "get_device_properties": lambda device=None: properties,
-        "get_device_capability": lambda device=None: (8, 0), "is_current_stream_capturing": lambda: about.capturing is not None,
+        "get_device_capability": lambda device=None: (8, 0), "is_current_stream_capturing": lambda: capturing() is not None,
         "graph_pool_handle": object, "CUDAGraph": CUDAGraph, "graph": graph,
     }  # fmt: skip
     for name, value in replaced.items():

@@ -5,6 +5,7 @@ A scenario ends where nothing waited for a GPU but what may, nothing mixed devic
 
 import math
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -81,7 +82,7 @@ def refused(error, words, call):
 
 def rules(folder):
     """What the devices do not forgive, and what they do."""
-    GPU.waiting_allowed |= {"gpu_emulation.scenarios.rules.<locals>.send"}
+    GPU.waiting_allowed |= {"gpu_emulation.scenarios.rules.<locals>.send", "gpu_emulation.scenarios.rules.<locals>.copy"}
 
     def send(*values):
         return torch.tensor(values, device="cuda:0")
@@ -122,6 +123,22 @@ def rules(folder):
         made = x * 2
     graph.replay()
     assert made.values.tolist() == [0.0, 0.0]
+
+    for mode, told in (("thread_local", ["copied"]), ("global", ["another thread uses the GPU during a capture"])):
+        said = []
+
+        def copy(said=said):
+            try:
+                y.cpu()  # as a thread does that writes a checkpoint
+                said.append("copied")
+            except DeviceError as refusal:
+                said.append(str(refusal))
+
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=spare, capture_error_mode=mode):
+            thread = threading.Thread(target=copy)
+            thread.start()
+            thread.join()
+        assert said == told, (mode, said)
 
 
 def train_llama(folder):
