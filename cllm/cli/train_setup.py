@@ -148,8 +148,8 @@ def _print_settings(config: TrainConfig, model: ModelConfig, dataset: "Dataset",
     rows = [
         (key, f"{value:.6g}" if isinstance(value, float) else str(value), source)
         for key, value, source, _ in config.describe()
-        # The shape that a preset or a rule gives the model is told in the line before.
-        if source != "default" and value is not None and not (key.startswith("model.") and source.startswith(("derived", "preset")))
+        # The shape that a preset, a rule or another model gives is told in the line before.
+        if source != "default" and value is not None and not (key.startswith("model.") and source.startswith(("derived", "preset", "the model")))
     ]
     console.print(
         f"model    {model.family} family, {model.num_parameters():,} parameters: {counted(model.num_layers, 'layer')} x {model.embed_dim}, "

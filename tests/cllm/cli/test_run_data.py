@@ -422,6 +422,9 @@ def test_the_shape_that_a_preset_gives_is_told_in_one_line(finished, tmp_path, c
     printed = capfd.readouterr().out
     assert re.search(r"model    cllm family, .* 2 heads .* \(preset cllm-1m\)\n", printed)
     assert {key for key in settings_said(printed) if key.startswith("model.")} == {"model.preset", "model.num_heads"}
+    cllm("train", finished / "other", "--from", finished / "run", "--out", tmp_path / "more", "--steps", 2, "--batch-size", 2, *TINY[12:])
+    said = settings_said(capfd.readouterr().out)
+    assert not [key for key in said if key.startswith("model.")] and said["finetune.start_from"] == (str(finished / "run"), "--from")
 
 
 def test_a_model_that_writes_nothing_is_said_to(finished, tmp_path, monkeypatch, capfd):
