@@ -504,12 +504,13 @@ def forward(
     tiles = triton.cdiv(num_queries, 2 * ROWS)
     group = num_heads // num_kv_heads
     section = min(heads_in_l2(2 * num_keys * head_dim * k.element_size(), group, gpu), batch * num_heads)
+    registers = 240 if head_dim == 256 else 232  # of a computing thread; what is left are 24 or 40 for each that copies
     launch(
         attention_forward_kernel, (gpu.persistent_blocks(tiles * batch * num_heads),),
         descriptor(q, ROWS), descriptor(k, keys), descriptor(v, keys), descriptor(out, ROWS), lse, *document_bounds(cu_seqlens, num_queries),
         num_queries, num_keys, window, tiles, batch * num_heads, num_heads, group, section, *score_numbers(scale, softcap),
         num_warps=4, ROWS=ROWS, KEYS=keys, HEAD_DIM=head_dim, STAGES=4 if head_dim == 64 else 2,
-        CAUSAL=causal, WINDOW=window > 0, DOCUMENTS=cu_seqlens is not None, SOFTCAP=softcap != 0, OWN_OUT=head_dim < 256, REGISTERS=232,
+        CAUSAL=causal, WINDOW=window > 0, DOCUMENTS=cu_seqlens is not None, SOFTCAP=softcap != 0, OWN_OUT=head_dim < 256, REGISTERS=registers,
     )  # fmt: skip
     return out, lse
 
