@@ -185,6 +185,8 @@ def resolve_kind(asked: str) -> tuple[str, str]:
     obstacle = _obstacle()
     if obstacle and asked == "cuda":
         raise UserError(f"--device cuda: {obstacle}. Use --device cpu, or install what is missing.")
+    if obstacle and _sees_a_gpu():
+        _warn_of_unused_gpu(obstacle)
     return ("cpu", obstacle) if obstacle else ("cuda", "")
 
 
@@ -202,11 +204,17 @@ def _freest_gpu(count: int) -> tuple[int, str]:
     return index, f"{free_bytes[index] / 2**30:.0f} GiB free, the most of {count} GPUs"
 
 
+def _sees_a_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def _obstacle() -> str:
     """Why no GPU can be used; empty where one can."""
     import torch
 
-    if not torch.cuda.is_available():
+    if not _sees_a_gpu():
         built = torch.version.cuda or torch.version.hip
         return "no GPU is visible to PyTorch" if built else "this PyTorch was built without GPU support"
     if importlib.util.find_spec("triton") is None:

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import cllm.evaluate
 from cllm import runtime
 from cllm.config.model import ModelConfig
 from cllm.data.pipeline import prepare
@@ -52,6 +53,7 @@ def requests(kind, arguments):
 def test_without_the_harness_the_error_names_the_extra(monkeypatch):
     for name in ("lm_eval", "lm_eval.api.model", "cllm.evaluate.harness"):
         monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delattr(cllm.evaluate, "harness", raising=False)  # the package would go on with the module that is imported here
     del sys.modules["cllm.evaluate.harness"]  # imported anew here, and once more by the next test
     from cllm.evaluate.harness import CLLM, run_tasks
 
