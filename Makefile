@@ -21,9 +21,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	@$(BIN)/cllm train "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" --config examples/demo.toml --out $(RUN)
 
-# Two processes take a file of tests each; they share the machine, so threads that wait do not spin.
+# Three processes take a file of tests each, because many tests wait for commands; they share the machine, so threads that wait do not spin.
 test: setup
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # What CLLM is compared with: lm-evaluation-harness, and llama.cpp as a prebuilt library through npm; and NVRTC, which compiles CUDA C++ without a
 # GPU. Without them their tests are skipped.
