@@ -23,6 +23,15 @@ def check_floating(op: str, **tensors: Tensor | None) -> None:
             )
 
 
+def check_heads(op: str, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    """Query heads of attention come in groups of one size, each with a key-value head."""
+    if num_kv_heads == 0 or num_heads % num_kv_heads or head_dim == 0:
+        raise UserError(
+            f"{op}: {num_heads} query heads of size {head_dim} cannot share {num_kv_heads} key-value heads. "
+            "The number of query heads must be a multiple of the number of key-value heads."
+        )
+
+
 def check_weight(op: str, activation: Tensor, **weights: Tensor | None) -> None:
     """Weights may be the float32 master copy or have the activation's dtype."""
     for name, weight in weights.items():

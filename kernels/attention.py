@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cllm import runtime
-from cllm.kernels._checks import check_floating
+from cllm.kernels._checks import check_floating, check_heads
 from cllm.kernels._operator import operation, stats_dtype
 from cllm.kernels._register import backend
 from cllm.runtime.errors import UserError
@@ -85,11 +85,7 @@ def _check(
             f"attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together. "
             "Expected q (B, T, H, D), k and v (B, S, Hkv, D)."
         )
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2] or q.shape[3] == 0:
-        raise UserError(
-            f"attention: {q.shape[2]} query heads of size {q.shape[3]} cannot share {k.shape[2]} key-value heads. "
-            "The number of query heads must be a multiple of the number of key-value heads."
-        )
+    check_heads("attention", q.shape[2], k.shape[2], q.shape[3])
     check_floating("attention", q=q, k=k, v=v)
     if window is not None and window < 1:
         raise UserError(f"attention: window must be >= 1, got {window}. Use None for no window.")

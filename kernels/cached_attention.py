@@ -6,7 +6,7 @@ B rows, H query heads, Hkv key-value heads, S places of the cache, D head dim.
 import torch
 from torch import Tensor
 
-from cllm.kernels._checks import check_floating
+from cllm.kernels._checks import check_floating, check_heads
 from cllm.kernels._operator import operation
 from cllm.kernels._register import backend
 from cllm.runtime.errors import UserError
@@ -25,11 +25,7 @@ def cached_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *
             f"cached_attention: q {tuple(q.shape)}, keys {tuple(keys.shape)} and values {tuple(values.shape)} do not fit together. "
             "Expected q (B, 1, H, D), keys and values (B, S, Hkv, D)."
         )
-    if keys.shape[2] == 0 or q.shape[2] % keys.shape[2] or q.shape[3] == 0:
-        raise UserError(
-            f"cached_attention: {q.shape[2]} query heads of size {q.shape[3]} cannot share {keys.shape[2]} key-value heads. "
-            "The number of query heads must be a multiple of the number of key-value heads."
-        )
+    check_heads("cached_attention", q.shape[2], keys.shape[2], q.shape[3])
     check_floating("cached_attention", q=q, keys=keys, values=values)
     if lengths.dtype != torch.int64 or lengths.shape != q.shape[:1]:
         raise UserError(f"cached_attention: lengths must be int64 ({q.shape[0]},), got {lengths.dtype} {tuple(lengths.shape)}.")

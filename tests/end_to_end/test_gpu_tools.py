@@ -32,7 +32,8 @@ def test_the_suite_runs_through_on_the_interpreter_and_claims_nothing(tmp_path):
     assert list(state) == [*order, "ceilings", "operations", "steps"]
     assert not [name for name, found in state.items() if "failed" in found]
     for name in ("optimizer", "accuracy"):
-        assert state[name]["status"] <= 0 and state[name]["tests"] > state[name]["skipped"]  # negative: a library aborted at the very end
+        ended = "after all tests had passed" in state[name].get("note", "")  # a library aborted at the very end
+        assert (state[name]["status"] == 0 or ended) and state[name]["tests"] > state[name]["skipped"]
     assert state["determinism"]["bitwise"] is True and state["training"]["largest difference"] < 1e-3
     rows = state["operations"]["rows"]
     assert len(rows) >= 14 and all(row["ms"] is None and row["ratio"] is None and row["met"] is None for row in rows)

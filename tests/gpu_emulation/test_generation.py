@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
+
 from gpu_emulation.graphs import EmulatedGraphs
 
 from cllm import Model, ModelConfig, runtime
