@@ -88,15 +88,16 @@ class DeviceCache:
         self.lengths = torch.full((cache.batch,), cache.length, dtype=torch.int64, device=device)
 
     def positions(self) -> Tensor:
-        """Of the newest token of each row, (B, 1) int64."""
-        return self.lengths.clamp(max=self.max_len - 1).unsqueeze(1)
+        """Of the newest token of each row, (B, 1) int64. Asked once a step: `attend` stores every layer's keys there."""
+        self._place = self.lengths.clamp(max=self.max_len - 1)
+        self._seen = self._place + 1
+        return self._place.unsqueeze(1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """q (B, 1, H, D), k and v (B, 1, H_kv, D) of one new token a row -> (B, 1, H, D) over all tokens so far, the new one stored."""
-        place = self.positions()[:, 0]
-        self.keys[layer].index_put_((self._rows, place), k[:, 0])
-        self.values[layer].index_put_((self._rows, place), v[:, 0])
-        return kernels.cached_attention(q, self.keys[layer], self.values[layer], place + 1, window=window)
+        self.keys[layer].index_put_((self._rows, self._place), k[:, 0])
+        self.values[layer].index_put_((self._rows, self._place), v[:, 0])
+        return kernels.cached_attention(q, self.keys[layer], self.values[layer], self._seen, window=window)
 
     def advance(self) -> None:
         self.lengths += 1
