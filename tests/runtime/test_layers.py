@@ -30,6 +30,10 @@ cllm.interop                             the formats of other programs
 cllm.distributed                         the processes of a run
 cllm.model                               the network, its cache, its adapters
 cllm.data                                from a folder of text to a data set
+cllm.data.preparation                    from files, archives and crawls to clean documents: tasks, ledger, runners, report
+cllm.data.sources                        the crawler
+cllm.data.clean                          rules on text: normalising, languages, filters, personal data, duplicates
+cllm.data.extract                        text out of files of any kind, in child processes with limits
 cllm.data.tokens                         tokenizers, packed tokens, batches, chats
 cllm.data.documents                      files, charsets, texts
 cllm.config                              the settings and what follows from them

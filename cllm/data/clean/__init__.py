@@ -1,0 +1,1 @@
+"""Rules on text: normalising, languages, filters, personal data, duplicates."""

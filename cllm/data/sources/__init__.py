@@ -1,0 +1,1 @@
+"""The crawler: what to fetch next, whether it may be fetched, and how it is kept."""
