@@ -20,6 +20,7 @@ from cllm.data.documents.chat_forms import EXAMPLE
 from cllm.data.documents.decodings import Decodings, listed
 from cllm.data.documents.files import Skipped, SourceFile, find
 from cllm.data.documents.guess import pool
+from cllm.data.documents.parquet import NEEDS_PYARROW
 from cllm.data.documents.scan import ROW, FileInfo, Reading, Undecided, read, scan, scan_decoded
 from cllm.data.documents.sides import TRAIN, VAL, SplitPlan, plan_split
 from cllm.files import DATA, write_file
@@ -215,6 +216,8 @@ def _recall(memory: Path, reading: Reading) -> dict[str, _Known]:
         for name, entry in record["files"].items():
             own = rows[first : first + entry.get("rows", 0)]
             first += len(own)
+            if entry.get("reason") == NEEDS_PYARROW:
+                continue  # it may have been installed since
             found = str(entry["reason"]) if "reason" in entry else FileInfo.from_dict(entry, own)
             undecided = Undecided.from_dict(entry["undecided"]) if "undecided" in entry else None
             known[name] = _Known(entry["stamp"], found, undecided, str(entry.get("codec", "")))
@@ -226,8 +229,8 @@ def _recall(memory: Path, reading: Reading) -> dict[str, _Known]:
 def no_text(path: Path, skipped: Skipped) -> str:
     """Why there is no text at a path, and what could be given instead."""
     kinds = (
-        'Text, Markdown and source code can be used, and records with a text: JSON such as {"text": "..."}, one a line or in a list, or CSV and TSV '
-        f"with a column of text. Chats are records such as {EXAMPLE}."
+        'Text, Markdown and source code can be used, and records with a text: JSON such as {"text": "..."}, one a line or in a list, or CSV, TSV and '
+        f"Parquet with a column of text. Chats are records such as {EXAMPLE}."
     )
     if not skipped.total:
         return f"{path} is empty. {kinds}"

@@ -1,5 +1,6 @@
 """Which files of a folder may hold text, in a fixed order, and a count of what was left out and why. What they hold is told by `scan`."""
 
+import json
 import os
 import re
 import stat
@@ -28,13 +29,15 @@ _CODE_EXTENSIONS = """
 _GENERATED_NAMES = "package-lock.json yarn.lock pnpm-lock.yaml poetry.lock uv.lock Cargo.lock composer.lock Gemfile.lock go.sum"
 BINARY_EXTENSIONS, CODE_EXTENSIONS, GENERATED_NAMES = (frozenset(each.split()) for each in (_BINARY_EXTENSIONS, _CODE_EXTENSIONS, _GENERATED_NAMES))
 GENERATED_ENDINGS = (".min.js", ".min.css", ".js.map", ".css.map")
-PARQUET = "Parquet file (not read yet; convert to JSONL, as in pandas.read_parquet(FILE).to_json(OUT, orient='records', lines=True))"
 VCS_FOLDERS = frozenset({"CVS", "_darcs", "_svn", "SCCS"})
 # Files that give away a folder of results: packed tokens, prepared text, a trained run, a run that is being prepared.
 _OUTPUTS = (
     ("dataset.json",), ("tokens/dataset.json",), ("sources.json", "sources.bin"),
     ("config.toml", "metrics.jsonl"), ("config.toml", ".lock"), ("config.toml", "data/sources.json"),
 )  # fmt: skip
+# What `cllm prepare` leaves in the folder that it writes, so that its results can be told from its reports and its memory.
+PREPARED_MARK, PREPARED_FORMAT = "prepared.json", "cllm-prepared"
+_PREPARED_WORK = frozenset({"cache", "ledger", "work", "stage", "tmp"})  # folders in it that hold no results
 _KINDS = "unreadable |hidden |special |broken |version control |JSON |Parquet "
 _NOUN = re.compile(rf"((?:{_KINDS})?(?:record|row|question|table|file|folder|link|output))\b( that is )?")  # the first words of a reason
 FOREIGN_FOLDERS = {"__pycache__": "compiled files"} | dict.fromkeys(("node_modules", "site-packages", "dist-packages"), "installed packages")
@@ -119,20 +122,23 @@ def find(root: str | os.PathLike[str], exclude: Iterable[str | os.PathLike[str]]
         status = base.stat()
     except OSError as error:
         what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise DataError(f"{base} {what}. Give a folder of text, a text file, a JSON or CSV file or a packed token folder.") from None
+        raise DataError(f"{base} {what}. Give a folder of text, a text file, a JSON, CSV or Parquet file or a packed token folder.") from None
     if stat.S_ISREG(status.st_mode):
         return [_source(base, base.name, status)], skipped
     if not stat.S_ISDIR(status.st_mode):
-        raise DataError(f"{base} is neither a file nor a folder. Give a folder of text, a text file, a JSON or CSV file or a packed token folder.")
+        raise DataError(
+            f"{base} is neither a file nor a folder. Give a folder of text, a text file, a JSON, CSV or Parquet file or a packed token folder."
+        )
     if not os.access(base, os.R_OK | os.X_OK):
         raise DataError(f"{base} cannot be read (permission denied). Change its permissions, or run as a user who may read it.")
 
     excluded = {os.path.realpath(path) for path in exclude}
     files: list[SourceFile] = []
     visited: set[tuple[int, int]] = {(status.st_dev, status.st_ino)}
-    pending = [(base, "")]
+    pending = [(base, "", False)]
     while pending:
-        folder, prefix = pending.pop()
+        folder, prefix, prepared = pending.pop()
+        prepared = prepared or is_prepared(folder)
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:
@@ -148,12 +154,14 @@ def find(root: str | os.PathLike[str], exclude: Iterable[str | os.PathLike[str]]
             except OSError:
                 skipped.add("broken link" if entry.is_symlink() else "unreadable", name)
                 continue
+            if prepared and _beside_prepared(entry.name, stat.S_ISDIR(status.st_mode)):
+                continue
             if stat.S_ISDIR(status.st_mode):
                 reason = _skip_folder(path, visited, (status.st_dev, status.st_ino))
                 if reason:
                     skipped.add(reason, name + "/")
                 else:
-                    pending.append((path, name + "/"))
+                    pending.append((path, name + "/", prepared))
                 continue
             reason = _skip_file(path, status)
             if reason:
@@ -161,6 +169,20 @@ def find(root: str | os.PathLike[str], exclude: Iterable[str | os.PathLike[str]]
             else:
                 files.append(_source(path, name, status))
     return sorted(files, key=lambda file: file.name), skipped
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether `cllm prepare` wrote this folder: then the Parquet files in it are the text, and nothing else is."""
+    try:
+        mark = json.loads((folder / PREPARED_MARK).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(mark, dict) and mark.get("format") == PREPARED_FORMAT
+
+
+def _beside_prepared(name: str, is_folder: bool) -> bool:
+    """Whether something in a prepared folder is no result: a report, a list of what was done, a folder of work that is not finished."""
+    return name.startswith((".", "_")) or (name in _PREPARED_WORK if is_folder else not name.lower().endswith(".parquet"))
 
 
 def _source(path: Path, name: str, status: os.stat_result) -> SourceFile:
@@ -193,8 +215,6 @@ def _skip_file(path: Path, status: os.stat_result) -> str | None:
         return "special file (a pipe, a socket or a device)"
     if status.st_size == 0:
         return "empty"
-    if path.suffix.lower() == ".parquet":
-        return PARQUET
     if path.suffix.lower() in BINARY_EXTENSIONS:
         return f"binary ({path.suffix.lower()})"
     if name in GENERATED_NAMES or name.endswith(GENERATED_ENDINGS):

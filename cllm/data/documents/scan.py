@@ -1,6 +1,6 @@
 """What a file holds: told once by `scan`, and read again by `read`. Both give the same documents in the same order.
 
-A file of text is one document, or several where a separator stands between them (see separators.py). A file of records (JSON, tables) gives one
+A file of text is one document, or several where a separator stands between them (see separators.py). A file of records (JSON, tables, Parquet) gives one
 document for each record that has a text (see records.py, fields.py). Line ends become \\n as in Python's universal newlines, a byte order mark is
 dropped, halves of surrogate pairs (JSON can hold them) become U+FFFD; nothing else in a text is changed. No file is held in memory: text comes
 in chunks.
@@ -17,14 +17,13 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from cllm.data.documents import charset, fields
+from cllm.data.documents import charset, fields, parquet
 from cllm.data.documents.charset import Binary, Charset
 from cllm.data.documents.chat_forms import mostly_conversations
-from cllm.data.documents.files import CODE_EXTENSIONS, PARQUET, Skipped, SourceFile
+from cllm.data.documents.files import CODE_EXTENSIONS, Skipped, SourceFile
 from cllm.data.documents.guess import Evidence
 from cllm.data.documents.json_records import clean
-from cllm.data.documents.record_text import charset_of
-from cllm.data.documents.records import RECORD_EXTENSIONS, Records
+from cllm.data.documents.records import RECORD_EXTENSIONS, Records, decoding_of
 from cllm.data.documents.separators import AUTO, MARKERS, NONE, Splitter, passing, recognise
 from cllm.data.documents.separators import parse as parse_separator
 from cllm.runtime.errors import DataError
@@ -36,9 +35,10 @@ LONG_MEAN = 200  # on average, from which source code counts as minified or gene
 ROW = np.dtype([("key", "<u8"), ("chars", "<i8"), ("bytes", "<i8")])  # one document: hash of its text, its size in characters and in UTF-8
 CHATS = "file of chats, which teach a trained model to answer (give chats alone to cllm train, with --from MODEL)"
 
-_PLACE = re.compile(
-    r"(?:(?<=\.jsonl)|(?<=\.ndjson)|(?<=\.jsonlines)|(?<=\.json)|(?<=\.csv)|(?<=\.tsv)|(?<=\.tab)):\d+(?:#\d+)?(?:\.\d+)?$|#\d+$", re.I
-)
+PARQUET_OF_ANOTHER_NAME = "Parquet file of another name (rename it so that it ends with .parquet)"
+
+_RECORDS = "|".join(f"(?<={re.escape(each)})" for each in sorted(RECORD_EXTENSIONS))
+_PLACE = re.compile(rf"(?:{_RECORDS}):\d+(?:#\d+)?(?:\.\d+)?$|#\d+$", re.I)
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,10 @@ def scan(file: SourceFile, report: Callable[[int], None] | None = None, reading:
         with open(file.path, "rb") as raw:
             digest = _digest(raw, report)
             raw.seek(0)
-            if suffix == ".parquet" or raw.read(4) == b"PAR1":
-                return PARQUET
+            if suffix != parquet.EXTENSION and raw.read(4) == parquet.MAGIC:
+                return PARQUET_OF_ANOTHER_NAME
             raw.seek(0)
-            found = _scan_records(file, raw, digest, reading) if suffix in RECORD_EXTENSIONS else _NotRecords()
+            found = _scan_records(file, digest, reading) if suffix in RECORD_EXTENSIONS else _NotRecords()
             if not isinstance(found, _NotRecords):
                 return found
             raw.seek(0)
@@ -247,12 +247,12 @@ class _NotRecords:
     reason: str = ""
 
 
-def _scan_records(file: SourceFile, raw: IO[bytes], digest: str, reading: Reading) -> FileInfo | str | _NotRecords:
-    decoding = charset_of(raw, reading.encoding)
+def _scan_records(file: SourceFile, digest: str, reading: Reading) -> FileInfo | str | _NotRecords:
+    decoding = decoding_of(file.path, reading.encoding)
     if isinstance(decoding, Binary):
         return decoding.reason
     records = Records(file.path, decoding)
-    unit, file_kind = ("row", "table") if records.table else ("record", "JSON file")
+    unit, file_kind = records.unit, records.file_kind
     sample = records.sample()
     if not reading.text_field and mostly_conversations(sample):
         return CHATS
@@ -300,8 +300,8 @@ def _texts(
 ) -> Iterator[tuple[str, str]]:
     """(place, text) of each text in the records of a file; what has none is counted, and `used` counts which fields gave one."""
     called = " or ".join(quoted(name) for name in names)
-    unit = "row" if records.table else "record"
-    for place, record in records.read(lambda reason, place: skipped.add(reason, f"{file}:{place}")):
+    unit = records.unit
+    for place, record in records.read(lambda reason, place: skipped.add(reason, f"{file}:{place}"), fields=names):
         name, text = _text_of(record, names)
         if text is None:
             skipped.add(f"{unit} without a text in {called}", f"{file}:{place}")

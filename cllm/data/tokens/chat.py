@@ -22,8 +22,7 @@ from cllm.data.documents.charset import AUTO, Binary
 from cllm.data.documents.chat_forms import EXAMPLE, NotAConversation, conversation, mostly_conversations
 from cllm.data.documents.decodings import Decodings
 from cllm.data.documents.files import Skipped, SourceFile, find
-from cllm.data.documents.record_text import charset_of
-from cllm.data.documents.records import RECORD_EXTENSIONS, Records
+from cllm.data.documents.records import RECORD_EXTENSIONS, Records, decoding_of
 from cllm.data.documents.sides import default_val_fraction
 from cllm.data.tokens.chat_template import Part, check_messages, encode_conversation, with_template
 from cllm.data.tokens.conversations import ChatSplit
@@ -39,7 +38,7 @@ from cllm.runtime.quantities import counted
 
 CHAT_VERSION = 2
 SPLITS = ("train", "val")
-OTHER_FORMS = "Also known: ShareGPT, Alpaca, prompt and completion, question and answer, in JSON or CSV."
+OTHER_FORMS = "Also known: ShareGPT, Alpaca, prompt and completion, question and answer, in JSON, CSV or Parquet."
 _LOOKED_AT = 200  # files of a folder whose records are looked at to see whether they are chats
 _REASONS = 30  # kinds of mistakes that are told apart
 
@@ -253,10 +252,9 @@ def _records(file: SourceFile, encoding: str, skipped: Skipped, decodings: Decod
     """(place, record) of a file; of one that can hold none, the reason is counted."""
     try:
         if file.path.suffix.lower() not in RECORD_EXTENSIONS:
-            skipped.add("file without records (no JSON or CSV)", file.name)
+            skipped.add("file without records (no JSON, CSV or Parquet)", file.name)
             return
-        with open(file.path, "rb") as raw:
-            charset = charset_of(raw, encoding)
+        charset = decoding_of(file.path, encoding)
         if isinstance(charset, Binary):
             skipped.add(charset.reason, file.name)
             return

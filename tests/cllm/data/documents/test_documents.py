@@ -7,7 +7,8 @@ import os
 import pytest
 
 from cllm.data.documents.charset import Binary, detect
-from cllm.data.documents.files import PARQUET, Skipped, find
+from cllm.data.documents.files import Skipped, find
+from cllm.data.documents.parquet import NEEDS_PYARROW
 from cllm.data.documents.scan import Undecided, read, scan, scan_decoded
 from cllm.runtime.errors import DataError
 
@@ -137,7 +138,7 @@ def test_a_folder_is_searched_in_order_and_what_is_left_out_is_counted(tmp_path)
         ("row with empty text", "2 rows with empty text"),
         ("JSON file in which no record has a text", "2 JSON files in which no record has a text"),
         ("question without an answer at the end of a conversation", "2 questions without an answer at the end of a conversation"),
-        (PARQUET, f"2 Parquet files {PARQUET.removeprefix('Parquet file ')}"),
+        (NEEDS_PYARROW, f"2 Parquet files {NEEDS_PYARROW.removeprefix('Parquet file ')}"),
     ],
 )
 def test_what_is_said_of_one_and_of_several(reason, several):

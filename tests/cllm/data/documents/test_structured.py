@@ -152,7 +152,8 @@ def test_chats_and_parquet_beside_text_are_left_out_with_a_reason(tmp_path):
     found, said = load(tmp_path, tmp_path / "out")
     assert list(found) == ["a.txt"]
     assert f"3 {CHATS.replace('file', 'files', 1)}: alpaca.csv, chats.json, one.json" in said
-    assert any(line.startswith("2 Parquet files (not read yet; convert to JSONL,") and line.endswith(": data.parquet, data") for line in said)
+    assert "1 Parquet file of another name (rename it so that it ends with .parquet): data" in said
+    assert any(line.startswith("1 Parquet file ") and line.endswith(": data.parquet") for line in said)
 
 
 @pytest.mark.parametrize("size", [1 << 18, 7])

@@ -342,7 +342,7 @@ def test_a_folder_of_chats_in_several_forms_and_charsets(tokenizer, tmp_path):
     assert tokenizer.decode(dataset.train.conversation(18)[0]) == "Half a face \ufffdA"
     assert [line.strip() for line in said[1:]] == [
         "9 conversations from field 'messages'", "9 conversations from fields question, answer", "1 conversation from lists of messages",
-        "decoded a.jsonl from utf-16", "left out 2:", "1 file without records (no JSON or CSV): README.md",
+        "decoded a.jsonl from utf-16", "left out 2:", "1 file without records (no JSON, CSV or Parquet): README.md",
         "1 record (no conversation; fields: messages): more/d.json:1",
     ]  # fmt: skip
     again = []
