@@ -1,8 +1,9 @@
 """How all processes of a run end when one of them fails: one of them reports it, and all exit with the same status.
 
 A process that fails leaves a `Failure` in the store. The others learn of it when the communication library tells them that a connection broke,
-or when torchrun, which ends all processes as soon as one has ended, sends them SIGTERM. The first process reports if it is still there, because
-it is the one whose output a person sees; otherwise the first of the others to claim the report does.
+when torchrun, which ends all processes as soon as one has ended, sends them SIGTERM, or, where a collective of NCCL hears of neither, from
+`PeerWatch`. The first process reports if it is still there, because it is the one whose output a person sees; otherwise the first of the others
+to claim the report does.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from cllm.distributed.launch import environment_number, launched
 from cllm.runtime.errors import CLLMError
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
     from cllm.distributed.world import World
 
 PATIENCE = 5.0  # seconds that the first process has to report what went wrong before another one does
+WAKING = 2.0  # seconds in which a process that can notice by itself that another one is gone has done so
 FAILED, REPORTED = "failed", "reported"  # keys of the store: the first failure, and how many processes have claimed to report it
+WATCHED = 713  # the tag of the message by which a process leaves in order
 
 
 class Terminated(CLLMError):
@@ -80,18 +84,14 @@ def end_together(world: World | None, error: BaseException, stderr: TextIO) -> N
             raise error
     failure = _first_failure(world, error)
     close_connections()
-    leave()
+    abort()
     if world.leads:
         if not claim_report(world):
             raise SystemExit(failure.status) from None
         if failure.rank == world.rank or failure.text == _message(error):
             return
         raise PeerFailed(failure.report(world.size), failure.status) from None
-    until = time.monotonic() + PATIENCE
-    with contextlib.suppress(Exception):  # the store may be gone
-        while time.monotonic() < until and not world.store.check([REPORTED]):
-            time.sleep(0.05)
-    time.sleep(0.5)  # torchrun ends all processes when one ends: the first one needs a moment to print
+    wait_for_report(world)
     if claim_report(world):
         stderr.write(f"error: {failure.report(world.size)}\n")
         stderr.flush()
@@ -101,15 +101,19 @@ def end_together(world: World | None, error: BaseException, stderr: TextIO) -> N
 def _first_failure(world: World, error: BaseException) -> Failure:
     """The failure that ends the run: this process's own, unless another process left one before it."""
     if is_peer_error(error):
-        what = f"another process of this run ended without a word, or did not answer for {world.timeout:.0f} s ({_library_message(error)})"
-        unknown = f"{what}. It may have been killed, or run out of memory. Run the same command to go on from the newest checkpoint."
-        return peer_failure(world) or Failure(unknown, 1, None)
+        return peer_failure(world) or _without_a_word(world, error)
     own = Failure(_message(error), _exit_status(error), world.rank)
     with contextlib.suppress(Exception):  # the store may be gone
         value = json.dumps(asdict(own))
         if world.store.compare_set(FAILED, "", value).decode() != value:
             return peer_failure(world) or own
     return own
+
+
+def _without_a_word(world: World, error: BaseException) -> Failure:
+    """What there is to say of a process that left nothing. error: what the communication library raised."""
+    what = f"another process of this run ended without a word, or did not answer for {world.timeout:.0f} s ({_library_message(error)})"
+    return Failure(f"{what}. It may have been killed, or run out of memory. Run the same command to go on from the newest checkpoint.", 1, None)
 
 
 def peer_failure(world: World) -> Failure | None:
@@ -121,6 +125,15 @@ def peer_failure(world: World) -> Failure | None:
                 return Failure(**json.loads(world.store.get(FAILED)))
             time.sleep(0.05)
     return None
+
+
+def wait_for_report(world: World) -> None:
+    """Gives the first process the time to report before this one does."""
+    until = time.monotonic() + PATIENCE
+    with contextlib.suppress(Exception):  # the store may be gone
+        while time.monotonic() < until and not world.store.check([REPORTED]):
+            time.sleep(0.05)
+    time.sleep(0.5)  # torchrun ends all processes when one ends: the first one needs a moment to print
 
 
 def claim_report(world: World) -> bool:
@@ -200,8 +213,92 @@ def close_connections() -> None:
 
 
 def leave() -> None:
-    """Leaves the group of processes, where this one has joined it."""
-    dist = getattr(sys.modules.get("torch"), "distributed", None)
-    if dist is not None and dist.is_available() and dist.is_initialized():
+    """Leaves the group of processes, where this one has joined it and all is well."""
+    dist = _joined()
+    if dist is not None:
         with contextlib.suppress(Exception):  # the others may be gone
             dist.destroy_process_group()
+
+
+def abort() -> None:
+    """Leaves the group without waiting for anybody. To destroy a communicator of NCCL waits for the collectives that are on their way, which never
+    end where a process is gone; to abort it ends them. Where even that does not come back, the kernel ends the process a little later, because
+    CUDA would wait for the same at the end of the interpreter."""
+    dist = _joined()
+    if dist is None:
+        return
+    if "nccl" not in dist.get_backend_config():
+        leave()
+        return
+    aborting = threading.Thread(target=_abort_nccl, daemon=True, name="cllm-abort")
+    aborting.start()
+    aborting.join(PATIENCE)
+    if aborting.is_alive():
+        signal.alarm(int(2 * PATIENCE))
+
+
+def _abort_nccl() -> None:
+    from torch.distributed import distributed_c10d
+
+    with contextlib.suppress(Exception):
+        distributed_c10d._abort_process_group()
+
+
+def _joined() -> Any:
+    """The module torch.distributed where this process has joined a group, otherwise None."""
+    dist = getattr(sys.modules.get("torch"), "distributed", None)
+    return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
+
+
+class PeerWatch:
+    """Ends this process when another one of the run is gone and the main thread does not notice. A collective of NCCL is not woken by closed
+    connections, and while the main thread waits for one it hears no signal either.
+
+    A thread of each process waits for a message from the next one, which comes when that one leaves in order. A connection that breaks instead is
+    the end of the run: this process closes its own, which hands the news on and wakes a main thread that can be woken, and where that has not
+    begun to end within WAKING seconds the thread reports in its place and ends the process. Checkpoints are complete at any moment.
+    """
+
+    def __init__(self, world: World, stderr: TextIO) -> None:
+        self._world, self._stderr = world, stderr
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="cllm-peer-watch")
+        if world.size > 1:
+            self._thread.start()
+
+    def ending(self) -> None:
+        """The main thread has noticed, or has itself failed."""
+        self._ending.set()
+
+    def close(self) -> None:
+        """Tells the process that watches this one that all is well, and waits until the one that it watches itself has left too, or is gone."""
+        import torch
+
+        self._ending.set()
+        if self._world.size > 1:
+            with contextlib.suppress(Exception):  # the connection is closed
+                torch.distributed.send(torch.zeros(1), (self._world.rank - 1) % self._world.size, self._world.patient, WATCHED)
+            self._thread.join()
+
+    def _run(self) -> None:
+        import torch
+
+        try:
+            torch.distributed.recv(torch.zeros(1), (self._world.rank + 1) % self._world.size, self._world.patient, WATCHED)
+        except Exception as error:
+            if self._ending.is_set():
+                return
+            close_connections()
+            if not self._ending.wait(WAKING):
+                self._end(error)
+
+    def _end(self, error: Exception) -> None:
+        """Reports what happened elsewhere, if no other process has, and ends the process under its main thread."""
+        signal.alarm(int(2 * PATIENCE))  # the main thread may hold the store
+        failure = peer_failure(self._world) or _without_a_word(self._world, error)
+        if not self._world.leads:  # as in `end_together`
+            wait_for_report(self._world)
+        if claim_report(self._world):
+            self._stderr.write(f"\nerror: {failure.report(self._world.size)}\n")
+            self._stderr.flush()
+        os._exit(failure.status)

@@ -16,7 +16,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from cllm.distributed.failure import Terminated, end_together, leave
+from cllm.distributed.failure import PeerWatch, Terminated, end_together, leave
 from cllm.distributed.launch import entered, environment_number, launched
 from cllm.distributed.world import World
 from cllm.runtime.errors import UserError
@@ -41,16 +41,21 @@ def session(device: str = "auto", timeout: float = 600.0) -> Iterator[World | No
         return
     stderr = sys.stderr
     with _silenced(environment_number("RANK") != 0), _Terminations() as terminations:
-        world = None
+        world = watch = None
         try:
             world = _join(device, timeout)
+            watch = PeerWatch(world, stderr)
             with entered(world):
                 yield world
         except BaseException as error:
             terminations.ignored = True  # torchrun sends SIGTERM to all processes when one ends; this one has to report first
+            if watch is not None:
+                watch.ending()
             end_together(world, error, stderr)
             raise
         finally:
+            if watch is not None:
+                watch.close()
             leave()
 
 
