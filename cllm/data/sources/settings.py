@@ -71,10 +71,11 @@ def read_settings(folder: Path) -> Settings | None:
         defaults = Settings()
         for name, value in values.items():
             expected = getattr(defaults, name)
-            kinds = {tuple: list, float: (int, float), type(None): (int, type(None))}.get(type(expected), type(expected))
+            kinds: Any = {tuple: list, float: (int, float), type(None): (int, type(None))}.get(type(expected), type(expected))
             if not isinstance(value, kinds) or (isinstance(value, list) and not all(isinstance(each, str) for each in value)):
                 raise ValueError(f"{name} is {value!r}")
-        return Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        read: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return Settings(**read)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise DataError(f"{path} cannot be read: {error}. Put it right, or begin a new crawl with another --out.") from error
 
