@@ -1,0 +1,108 @@
+"""Pages of HTML become the text that their reader came for, with structure as Markdown and what the head tells."""
+
+import time
+
+import pytest
+
+pytest.importorskip("lxml", reason="needs cllm[data]")
+pytest.importorskip("trafilatura", reason="needs cllm[data]")
+pytest.importorskip("resiliparse", reason="needs cllm[data]")
+
+from cllm.data.extract import html
+from cllm.data.extract.document import Unreadable
+
+# ruff: noqa: E501 - pages are written as they come
+SPHINX = """<!DOCTYPE html><html lang="en-GB"><head><meta name="generator" content="Docutils 0.19"><title>pump — Pumps &#8212; Manual</title>
+<link rel="canonical" href="https://example.org/pump.html"><link rel="license" href="https://creativecommons.org/licenses/by/4.0/"></head><body>
+<div class="related" role="navigation"><ul><li>index</li><li>modules</li></ul></div>
+<div class="document"><div class="body" role="main"><section id="pump">
+<h1><span class="section-number">3. </span><code>pump</code> — Pumps<a class="headerlink" href="#pump" title="Permalink">¶</a></h1>
+<p>A pump moves water<br>uphill, see <a href="valve.html">the valve</a>.</p>
+<dl class="py function"><dt class="sig"><code class="sig-prename">pump.</code><code class="sig-name">start</code>(<em>speed</em>, <em>*</em>)<a class="headerlink">¶</a></dt>
+<dd><p>Start it.</p><p>Raises when dry.</p><ul><li><p>first</p><ul><li>inner</li></ul></li><li>second</li></ul></dd></dl>
+<div class="highlight-c notranslate"><div class="highlight"><pre><span></span><span class="k">if</span> (wet) {
+    start();
+}
+</pre></div></div>
+<table class="docutils"><caption>Sizes</caption><thead><tr><th>Name</th><th>Litres</th></tr></thead><tbody><tr><td>small</td><td>3 | 4</td></tr><tr><td colspan="2">large</td></tr></tbody></table>
+<ol start="4"><li>open</li><li>close</li></ol>
+</section></div></div><div class="sphinxsidebar" role="navigation"><p>Quick search</p></div><div class="footer">© Copyright</div></body></html>"""
+
+
+def test_documentation_keeps_all_structure_and_no_navigation() -> None:
+    (document,) = html.read(SPHINX.encode(), "pump.html", None)
+    assert (document.title, document.language, document.url) == ("pump — Pumps — Manual", "en", "https://example.org/pump.html")
+    assert document.licence == "https://creativecommons.org/licenses/by/4.0/"
+    assert document.text == (
+        "# `pump` — Pumps\n\nA pump moves water\nuphill, see the valve.\n\n"
+        "pump.start(speed, *)\n:   Start it.\n\n    Raises when dry.\n\n    - first\n      - inner\n    - second\n\n"
+        "```c\nif (wet) {\n    start();\n}\n```\n\n"
+        "Sizes\n\n| Name | Litres |\n| --- | --- |\n| small | 3 \\| 4 |\n| large |  |\n\n4. open\n5. close"
+    )
+
+
+PARAGRAPHS = [
+    "The old mill at the edge of the village had stood empty for eleven years when the council, after a long and bitter argument, sold it to a baker.",
+    "He repaired the wheel first, because nobody believed that he could, and for a whole winter the sound of hammers carried across the frozen river.",
+    "In spring the first loaves were given away, one to each house, together with a short letter in which he asked what kind of bread people missed most.",
+]
+
+
+def page(body: str, head: str = "") -> str:
+    return f'<html lang="de"><head><title>The mill turns again - Valley News</title>{head}</head><body>{body}</body></html>'
+
+
+ARTICLE = page(
+    '<header><nav><a href="/">Home</a> <a href="/s">Sports</a></nav></header><article><h1>The mill turns again</h1>'
+    '<time datetime="2024-05-17T08:00:00Z">17 May</time>'
+    + "".join(f"<p>{text}</p>" for text in PARAGRAPHS)
+    + '</article><aside class="related"><h3>Read more</h3><ul><li><a href="/a">Mayor resigns over parking dispute</a></li></ul></aside>'
+    '<section id="comments"><h2>Comments</h2><div class="comment"><p>I never liked that baker, said my grandmother often and loudly.</p></div></section>'
+    "<footer><p>© Valley News. All rights reserved. Imprint and privacy.</p></footer>"
+)
+
+
+def test_article_without_navigation_comments_and_related_pages() -> None:
+    text = html.article_text(ARTICLE)
+    assert all(paragraph in text for paragraph in PARAGRAPHS)
+    assert not any(words in text for words in ("Sports", "Mayor resigns", "never liked", "All rights reserved"))
+    (document,) = html.read(ARTICLE.encode(), "mill.html", None)
+    assert all(paragraph in document.text for paragraph in PARAGRAPHS)
+    assert (document.title, document.date, document.language) == ("The mill turns again", "2024-05-17", "de")
+
+
+def test_charset_that_the_page_declares() -> None:
+    text = ARTICLE.replace("<title>", '<meta charset="windows-1251"><title>').replace(
+        PARAGRAPHS[0], "Старая мельница на краю деревни пустовала одиннадцать лет. " * 4
+    )
+    assert "Старая мельница" in html.read(text.encode("cp1251"), "a.html", None)[0].text
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"  \n", b"<html><body><script>var a = 1;</script></body></html>", b"<html></html>", b"<", b"<!-- only a comment -->"]
+)
+def test_pages_without_text_say_so(data: bytes) -> None:
+    with pytest.raises(Unreadable, match=r"^empty"):
+        html.read(data, "empty.html", None)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "<div>" * 20_000 + "<p>deep text of the page</p>" + "</div>" * 20_000,
+        "<div><p>deep text of the page" * 20_000,
+        "<table>" + "<tr><td>deep text</td><td>of the page</td></tr>" * 100_000 + "</table>",
+        "<p>" + "deep text of the page " * 450_000 + "</p>",
+        "<script>if (a < b) { document.write('<div>') }</script>" * 20_000 + "<p>deep text of the page</p>",
+        "<p>deep text of the page</p>" + "<b><i>" * 5_000,
+        "<p>deep text of the page</p><!--" + "-" * 1_000_000,
+        "<p>deep text of the page</p><a " + "a=1 " * 300_000,
+        "<p>deep text of the page</p>" + "&#65;" * 500_000,
+    ],
+    ids=["nested", "unclosed", "rows", "one line", "scripts", "inline", "comment", "attributes", "entities"],
+)
+def test_hostile_pages_take_bounded_time(body: str) -> None:
+    start = time.process_time()
+    (document,) = html.read(page(body).encode(), "hostile.html", None)
+    assert time.process_time() - start < 30  # the deadline of a document; without the checks before parsing some of these take minutes
+    assert "deep text" in document.text
