@@ -1,9 +1,9 @@
 """What a file holds: told once by `scan`, and read again by `read`. Both give the same documents in the same order.
 
-A file of text is one document, or several where a separator stands between them (see separators.py). A file of records (JSON, tables, Parquet) gives one
-document for each record that has a text (see records.py, fields.py). Line ends become \\n as in Python's universal newlines, a byte order mark is
-dropped, halves of surrogate pairs (JSON can hold them) become U+FFFD; nothing else in a text is changed. No file is held in memory: text comes
-in chunks.
+A file of text is one document, or several where a separator stands between them (see separators.py). A file of records (JSON, tables, Parquet) gives
+one document for each record that has a text (see records.py, fields.py). Line ends become \\n as in Python's universal newlines, a byte order mark
+is dropped, halves of surrogate pairs (JSON can hold them) become U+FFFD; nothing else in a text is changed. No file is held in memory: text comes in
+chunks.
 """
 
 import hashlib
