@@ -16,6 +16,7 @@ as a whole, as it does where groups are dropped down to one.
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -99,7 +100,7 @@ def deduplicate(bands: np.ndarray, shingles_of: Callable[[int], np.ndarray], thr
 
 
 @lru_cache(1)
-def _rensa():  # type: ignore[no-untyped-def] - a class of a library without types
+def _rensa() -> Any:
     try:
         import rensa
     except ImportError:

@@ -166,18 +166,18 @@ def _split(data, table):
     after_stop = False
     i = 0
     while i < size:
-        byte = np.int64(data[i])
+        byte = int(data[i])
         if byte < 0x80:
             point = byte
             i += 1
         elif byte < 0xE0:
-            point = (byte & 0x1F) << 6 | (data[i + 1] & 0x3F)
+            point = (byte & 0x1F) << 6 | int(data[i + 1] & 0x3F)
             i += 2
         elif byte < 0xF0:
-            point = (byte & 0x0F) << 12 | (np.int64(data[i + 1]) & 0x3F) << 6 | (data[i + 2] & 0x3F)
+            point = (byte & 0x0F) << 12 | int(data[i + 1] & 0x3F) << 6 | int(data[i + 2] & 0x3F)
             i += 3
         else:
-            point = (byte & 7) << 18 | (np.int64(data[i + 1]) & 0x3F) << 12 | (np.int64(data[i + 2]) & 0x3F) << 6 | (data[i + 3] & 0x3F)
+            point = (byte & 7) << 18 | int(data[i + 1] & 0x3F) << 12 | int(data[i + 2] & 0x3F) << 6 | int(data[i + 3] & 0x3F)
             i += 4
         if point < _SIZE:
             kind = int(table[point])
