@@ -35,7 +35,7 @@ from cllm.runtime.quantities import size
 _FILES_EACH = 5000  # that a child reads before a new one takes over
 _HARMLESS = frozenset({"text", "code"})
 _HARMLESS_BYTES = 1 << 20  # up to which such files are read in this process: no parser is involved, and their time is bounded by their size
-_WALL = 5  # times the seconds of CPU that an answer may take
+_WALL = 10  # times the seconds of CPU that an answer may take
 _COMPLAINT_BYTES = 4096
 
 Source = bytes | Path | IO[bytes]

@@ -65,6 +65,7 @@ def sandbox(tmp_path, monkeypatch):
         "sys.modules['cllm.data.extract.fake'] = module\n"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(tmp_path)]))
+    monkeypatch.setattr("cllm.data.extract.sandbox._WALL", 1000)  # other tests may take the machine for as long as they like
     with Sandbox(Options(seconds=2, memory_bytes=1 << 29)) as found:
         yield found
 
