@@ -23,7 +23,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-import cllm
 from cllm.data.extract import readers
 from cllm.data.extract.document import Document, Unreadable
 from cllm.data.extract.frames import PIECE, UNREADABLE, Answer, AnswerReader, write_piece, write_request
@@ -284,7 +283,7 @@ class _Outgoing:
 
 def _environment() -> dict[str, str]:
     """Of the child: this cllm, one thread in every library, and the same order in sets at every start."""
-    home = str(Path(cllm.__file__).parents[1])
+    home = str(Path(__file__).parents[3])
     inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT"), "1")
     path = os.pathsep.join([home, *map(os.path.abspath, inherited)])
