@@ -110,7 +110,7 @@ def _special(address: IPv4Address | IPv6Address) -> str:
     if address in _NAT64:
         return _special(inner)
     if address not in _PUBLIC_6:
-        return "not global unicast"
+        return "this machine" if address.is_loopback else "a private network" if address.is_private else "not global unicast"
     if (number >> 32) & 0xFFFFFFFF in _ISATAP and _special(inner):
         return f"ISATAP, which leads to {inner}"
     return next((words for network, words in _NOT_PUBLIC_6 if address in network), "")

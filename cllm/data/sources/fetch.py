@@ -166,6 +166,7 @@ class Fetcher:
         )
         self._session = aiohttp.ClientSession(
             connector=connector,
+            response_class=_response_class(),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
             auto_decompress=False,
@@ -259,13 +260,12 @@ class Fetcher:
 
     async def _answer(self, asked: _Request, base: Fetched, response: aiohttp.ClientResponse) -> Fetched:
         status = response.status
-        peer = response.connection.transport.get_extra_info("peername") if response.connection and response.connection.transport else None
         answer = _with(
             base,
             status=status,
             reason=(response.reason or "")[:200],
             headers=tuple(response.headers.items()),
-            address=peer[0] if peer else "",
+            address=getattr(response, "peer", ""),
             retry_after=_retry_after(response.headers.get("Retry-After", "")),
         )
         if status == 304 and asked.headers:
@@ -355,6 +355,22 @@ def _pattern(types: tuple[str, ...]) -> re.Pattern[str]:
 
 def _words(error: object) -> str:
     return printable(" ".join(str(getattr(error, "strerror", None) or error or "no details").split()))[:150]
+
+
+def _response_class() -> Any:
+    import aiohttp
+
+    class Response(aiohttp.ClientResponse):
+        """Remembers whom the answer came from: a short one gives its connection back before anybody can ask."""
+
+        peer = ""
+
+        async def start(self, connection: Any) -> Any:
+            place = connection.transport.get_extra_info("peername") if connection.transport else None
+            self.peer = place[0] if place else ""
+            return await super().start(connection)
+
+    return Response
 
 
 def _resolver(threads: ThreadPoolExecutor | None) -> Any:

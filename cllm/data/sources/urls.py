@@ -56,13 +56,7 @@ def clean(href: str, base: str = "", charset: str = "utf-8") -> str:
     cut = href.find("#")
     if cut >= 0:
         href = href[:cut]
-    if base:
-        href = _joined(base, href)
-    if not _CLEAN.fullmatch(href):
-        href = _written(href, charset)
-    if len(href) > MAX_LENGTH:
-        raise BadURL(f"the address is longer than {MAX_LENGTH:,} characters")
-    return href
+    return _form(_joined(base, href) if base else href, charset)
 
 
 def parts(url: str) -> Parts:
@@ -90,6 +84,15 @@ def host(url: str) -> str:
 
 
 # -- one form ---------------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(1 << 14)  # the same menu stands on every page of a site
+def _form(url: str, charset: str) -> str:
+    if not _CLEAN.fullmatch(url):
+        url = _written(url, charset)
+    if len(url) > MAX_LENGTH:
+        raise BadURL(f"the address is longer than {MAX_LENGTH:,} characters")
+    return url
 
 
 def _joined(base: str, href: str) -> str:
