@@ -30,3 +30,19 @@ class BackendError(CLLMError):
 
 class OutputError(CLLMError):
     """A file or folder could not be written: the disk is full, or the place is read-only or missing."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice, on the host or on a GPU. A library may put an error of its own in the place of the allocator's, as CUDA does
+    where a capture breaks off, so that what an error came from counts too."""
+    seen: BaseException | None = error
+    while seen is not None:
+        words = str(seen)
+        if isinstance(seen, MemoryError) or any(each in words for each in _OUT_OF_MEMORY):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+# What torch says on a CPU, and CUDA, cuBLAS and Triton on a GPU.
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED")

@@ -8,7 +8,7 @@ from typing import Any
 
 from cllm.cli.options import WrongValue
 from cllm.config.schema import SETTINGS, nearest_key
-from cllm.runtime.errors import CLLMError, DataError, UserError
+from cllm.runtime.errors import CLLMError, DataError, UserError, is_out_of_memory
 
 
 def wrong_usage(error: Any) -> UserError:
@@ -38,8 +38,7 @@ def _unknown_option(name: str, context: Any) -> str:
 
 def out_of_memory(error: BaseException) -> CLLMError | None:
     """What to do when the memory does not suffice; None for another error."""
-    words = str(error)
-    if not (isinstance(error, MemoryError) or "can't allocate memory" in words or "not enough memory" in words or "out of memory" in words):
+    if not is_out_of_memory(error):
         return None
     return CLLMError("out of memory. Use a smaller model or a smaller batch, let other programs end, or take a machine with more memory.")
 

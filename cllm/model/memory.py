@@ -11,7 +11,7 @@ import torch
 
 from cllm.config.model import ModelConfig
 from cllm.runtime.device import free_memory
-from cllm.runtime.errors import UserError
+from cllm.runtime.errors import UserError, is_out_of_memory
 from cllm.runtime.gpu import gpu_of
 
 # Logits exist only in chunks of rows; this is what a chunk and the packed panels of a matrix product may take on a CPU.
@@ -154,9 +154,8 @@ def explained_out_of_memory(config: ModelConfig, batch_size: int, seq_len: int, 
     """Turns the allocator's error into one that names the largest consumers and the options that would help. run: what else `predict` takes."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        plain = not isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if plain and "can't allocate memory" not in str(error) and "not enough memory" not in str(error):  # torch's allocator on the CPU
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise UserError(out_of_memory(predict(config, batch_size, seq_len, precision, recompute, **run), batch_size, seq_len, recompute)) from error
 

@@ -238,12 +238,14 @@ class DeviceStep:
 
     def _captured(self, accumulate: Body) -> Body:
         """The graph of `accumulate`, and with the first one that of the update. Their bodies run for it: no weight, moment or counter may change
-        by that, while gradients and loss are anything afterwards."""
+        by that, also where memory ends in between, while gradients and loss are anything afterwards."""
         assert self._graphs is not None
         state = self._state.clone()
-        graph = self._graphs.capture(accumulate)
-        if self._apply is None and self._fused is not None:
-            self._loss.fill_(math.nan)  # AdamW skips the update of a loss that is not finite, and changes nothing but its own counters
-            self._apply = self._graphs.capture(self._update)
-        self._state.copy_(state)
+        try:
+            graph = self._graphs.capture(accumulate)
+            if self._apply is None and self._fused is not None:
+                self._loss.fill_(math.nan)  # AdamW skips the update of a loss that is not finite, and changes nothing but its own counters
+                self._apply = self._graphs.capture(self._update)
+        finally:
+            self._state.copy_(state)
         return graph

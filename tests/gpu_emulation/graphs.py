@@ -210,8 +210,11 @@ class EmulatedGraphs:
         for _ in range(WARM_UPS):
             body()
         record = Record()
-        with _launches_to(record), _Recording(record):
-            body()
+        try:
+            with _launches_to(record), _Recording(record):
+                body()
+        except torch.OutOfMemoryError:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904 - as the end of a capture says
         self.records.append(record)
 
         def replay() -> None:

@@ -12,12 +12,14 @@ if torch.cuda.is_available():
     pytest.skip("with a GPU the step itself is captured, in tests/gpu", allow_module_level=True)
 
 from gpu_emulation.graphs import EmulatedGraphs
+from gpu_emulation.memory import Memory
 
 from cllm import Model, ModelConfig, TrainConfig
 from cllm.checkpoint.safetensors import sha256_of
 from cllm.checkpoint.store import CheckpointStore
 from cllm.data.pipeline import prepare
 from cllm.monitor.metrics import TIME_FIELDS, read_metrics
+from cllm.runtime.errors import UserError
 from cllm.train.step_graph import DeviceStep
 from cllm.train.trainer import Trainer
 
@@ -36,7 +38,7 @@ def dataset(tmp_path_factory):
     return prepare(folder / "text.txt", folder / "tokens", tokenizer="char", val_fraction=0.1)
 
 
-def run(monkeypatch, graphs, dataset, out, steps=4, spoil=None):
+def run(monkeypatch, graphs, dataset, out, steps=4, spoil=None, **values):
     """What is left of a run whose step is a `DeviceStep`, as on a GPU."""
     made = []
 
@@ -46,7 +48,7 @@ def run(monkeypatch, graphs, dataset, out, steps=4, spoil=None):
 
     monkeypatch.setattr("cllm.train.step.graph_step", graph_step)
     model = Model(ModelConfig(vocab_size=dataset.tokenizer.vocab_size, embed_dim=16, num_layers=1, num_heads=2, max_seq_len=16))
-    trainer = Trainer(model, dataset, TrainConfig(**SETTINGS | {"on_nonfinite": "rollback"}), out=out)
+    trainer = Trainer(model, dataset, TrainConfig(**SETTINGS | {"on_nonfinite": "rollback"} | values), out=out)
     if steps < SETTINGS["steps"]:
         save = trainer._save
 
@@ -95,3 +97,16 @@ def test_a_rollback_leads_captured_and_plain_runs_to_the_same_place(dataset, tmp
         run(monkeypatch, graphs, dataset, tmp_path / name, spoil=2)
     assert left(tmp_path / "captured") == left(tmp_path / "plain")
     assert "rollback" in (tmp_path / "captured" / "metrics.jsonl").read_text()
+
+
+def test_wherever_memory_ends_the_run_says_what_to_change_and_goes_on_where_there_is_more(dataset, tmp_path, monkeypatch):
+    """One run, which there is no room for four times: before its first checkpoint and after it."""
+    run(monkeypatch, None, dataset, tmp_path / "whole", optimizer="lion")
+    kept = CheckpointStore(tmp_path / "run" / "checkpoints")
+    told = r"out of memory\..*--batch-size 1 with twice the --grad-accum.*train.recompute=blocks"
+    for place, number, step in (("warm-up", 9, 0), ("capture", 50, 0), ("evaluation", 9, 2), ("step", 12, 2)):
+        with pytest.raises(UserError, match=told), Memory(place, number):
+            run(monkeypatch, EmulatedGraphs, dataset, tmp_path / "run", optimizer="lion")
+        assert (kept.newest_good(pytest.fail).step if kept.steps() else 0) == step, place
+    run(monkeypatch, EmulatedGraphs, dataset, tmp_path / "run", optimizer="lion")
+    assert left(tmp_path / "run")[:3] == left(tmp_path / "whole")[:3]

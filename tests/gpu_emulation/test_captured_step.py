@@ -11,6 +11,7 @@ if torch.cuda.is_available():
     pytest.skip("with a GPU the step itself is captured, in tests/gpu", allow_module_level=True)
 
 from gpu_emulation.graphs import EmulatedGraphs
+from gpu_emulation.memory import Memory
 
 from cllm import Model, ModelConfig, TrainStep, runtime
 from cllm.data import IGNORE, Batch
@@ -285,3 +286,31 @@ def test_a_capture_changes_no_weight_no_moment_and_no_counter(monkeypatch):
     for number in range(2):
         step.run(microbatches(number, count=1, shape=(1 + number, 8)), 1e-2)
     assert checked == [2, 3]  # that of the update comes with the first
+
+
+def test_memory_that_ends_during_a_capture_leaves_a_step_that_goes_on():
+    """First of all, and again where another shape comes."""
+    pair = Pair(precision="fp16", optimizer="lion")
+    for shape in ((2, 8), (1, 8)):
+        before = {name: each.clone() for name, each in pair.steps[0].state_dict(training_weights=True).items()}
+        for place in ("warm-up", "capture"):
+            with pytest.raises(RuntimeError), Memory(place, 20):
+                pair.steps[0].run(microbatches(0, count=1, shape=shape), 1e-2)
+            for name, each in pair.steps[0].state_dict(training_weights=True).items():
+                assert torch.equal(each, before[name]), name
+        assert pair.run(microbatches(0, count=1, shape=shape)).updated
+    pair.check()
+
+
+def test_memory_that_ends_during_the_capture_of_the_update_leaves_its_counters_alone(monkeypatch):
+    step = Pair(precision="fp16").steps[0]
+    before = step._graphs.state()
+
+    def failing():
+        step._graphs._state.mul_(0.5)  # as the kernels do where they leave out an update
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(step._graphs, "_update", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        step.run(microbatches(0), 1e-2)
+    assert torch.equal(step._graphs.state(), before)
