@@ -42,6 +42,11 @@ class Console:
         stream = sys.stderr if self.as_json else sys.stdout
         self._write(printable_text(text) if stream.isatty() else text, stream)
 
+    def event(self, values: dict[str, Any]) -> None:
+        """Something that happened, for programs: a line of its own before the result, and nothing for people."""
+        if self.as_json:
+            self._write(json.dumps(plain(values), default=str, allow_nan=False) + "\n", sys.stdout)
+
     def result(self, values: dict[str, Any]) -> None:
         """The outcome of the command, once: the last line of stdout under --json, otherwise nothing (it was told in words)."""
         if self.as_json and not self._finished:

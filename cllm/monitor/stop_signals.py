@@ -24,6 +24,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 SAME = 0.5  # seconds: a terminal and a wrapper (make, timeout) may both send the one Ctrl-C that was typed
 BEFORE_TRAINING = "interrupted before training began; nothing is lost: prepared data is kept"
 AT_ONCE = "ended at once: checkpoints that were complete are whole, steps after them are lost"
+TO_CHECKPOINT = "finishing this step and writing a checkpoint (Ctrl-C again to end at once)"
 GRACE = 0.7  # seconds in which the main thread may end by itself, and clean up, before the process is ended without it
 
 
@@ -53,8 +54,9 @@ class StopSignals:
     main thread gets signals; in any other one this does nothing.
     """
 
-    def __init__(self, nothing_to_lose: Callable[[str], Interrupted | None]) -> None:
-        self.nothing_to_lose = nothing_to_lose
+    def __init__(self, nothing_to_lose: Callable[[str], Interrupted | None], finishing: str = TO_CHECKPOINT) -> None:
+        """finishing: what is told of the work that must first come to such a point."""
+        self.nothing_to_lose, self.finishing = nothing_to_lose, finishing
         self.asked: str | None = None
         self._before: dict[int, Any] = {}
         self._count = _Count()
@@ -134,8 +136,8 @@ _entered: list[StopSignals] = []  # the innermost is the last
 
 def _announcement(name: str, arrived: str) -> str:
     if arrived == "first":
-        return f"{name}: finishing this step and writing a checkpoint (Ctrl-C again to end at once)"
-    return f"{name} again: still finishing what was begun. One more ends at once, without a checkpoint of what is not saved yet"
+        return f"{name}: {_entered[-1].finishing if _entered else TO_CHECKPOINT}"
+    return f"{name} again: still finishing what was begun. One more ends at once, without what is not saved yet"
 
 
 def _write(line: str) -> None:

@@ -1,4 +1,4 @@
-"""Every URL of a crawl and what became of it, in SQLite: what is queued, what is in flight, what was stored, and how each site wants to be treated.
+"""Every URL of a crawl and what became of it, in SQLite: what is queued, what is in flight, what was stored, and when each site may be asked.
 
 One process writes, over one connection, in one transaction after another (`commit`); the crawl's lock sees to it. What happens between two commits
 is lost when the process is killed, as if it had not happened: a URL that was in flight then is queued again when the frontier is opened.
@@ -30,7 +30,7 @@ SLOWEST, FASTEST = 6, -4  # a page that never changes is looked at 2^6 times as 
 
 _SCHEMA = """
 CREATE TABLE sites(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, ready_at REAL NOT NULL, failures INTEGER NOT NULL, pages INTEGER NOT NULL,
-  found INTEGER NOT NULL, robots TEXT, robots_at REAL NOT NULL, address TEXT NOT NULL, closed TEXT NOT NULL) STRICT;
+  found INTEGER NOT NULL, closed TEXT NOT NULL) STRICT;
 CREATE TABLE prefixes(id INTEGER PRIMARY KEY, site INTEGER NOT NULL, name TEXT NOT NULL, found INTEGER NOT NULL, pages INTEGER NOT NULL,
   stale INTEGER NOT NULL, closed TEXT NOT NULL, UNIQUE(site, name)) STRICT;
 CREATE TABLE urls(id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, url TEXT NOT NULL, site INTEGER NOT NULL, prefix INTEGER NOT NULL,
@@ -47,6 +47,7 @@ CREATE TABLE facts(name TEXT PRIMARY KEY, value ANY) STRICT;
 INSERT INTO segments VALUES(0, 0, 0, 0, 0);
 """
 _ENTRY = "id, key, url, site, prefix, kind, depth, hops, tries, etag, last_modified, digest, pace, stored, state"
+_RELEASE = f"UPDATE urls SET state = CASE WHEN stored THEN {AGAIN} ELSE {NEW} END WHERE state = {LEASED}"
 _REMEMBERED = 200_000  # keys and prefixes kept in memory, so that a link that stands on every page costs no query
 _DISK = Wording(DATA.error, "another folder with --out", "Pages that were stored are whole.")
 
@@ -74,7 +75,10 @@ class Entry:
 
 @dataclass(slots=True)
 class Site:
-    """A scheme, host and port. `ready_at`: not before this time (seconds since 1970); `failures`: in a row; `robots`: the rules as stored."""
+    """A scheme, host and port. `ready_at`: not before this time (seconds since 1970); `failures`: in a row; `closed`: why nothing more is fetched.
+
+    `new`, `again`: URLs in its two queues; `address`: where its name leads to in this run.
+    """
 
     id: int
     name: str
@@ -82,12 +86,10 @@ class Site:
     failures: int = 0
     pages: int = 0
     found: int = 0
-    robots: str | None = None
-    robots_at: float = 0.0
-    address: str = ""
     closed: str = ""
     new: int = 0
     again: int = 0
+    address: str = ""
 
 
 @dataclass(slots=True)
@@ -131,7 +133,7 @@ class Frontier:
         found = self._named.get(name)
         if found is None:
             found = Site(len(self.sites) + 1, name)
-            self.sql.execute("INSERT INTO sites VALUES(?, ?, 0, 0, 0, 0, NULL, 0, '', '')", (found.id, name))
+            self.sql.execute("INSERT INTO sites VALUES(?, ?, 0, 0, 0, 0, '')", (found.id, name))
             self.sites[found.id] = self._named[name] = found
         return found
 
@@ -236,13 +238,21 @@ class Frontier:
         self.counts[WAITING] += 1
         heapq.heappush(self.waiting, (due, entry.id, entry.site))
 
-    def wake(self, now: float) -> None:
-        """Queues what waited for this time."""
+    def wake(self, now: float) -> list[Site]:
+        """Queues what waited for this time. Returns its sites."""
+        woken = []
         while self.waiting and self.waiting[0][0] <= now:
             _, number, site = heapq.heappop(self.waiting)
             stored = self.sql.execute("SELECT stored FROM urls WHERE id = ?", (number,)).fetchone()[0]
             self.counts[WAITING] -= 1
             self._queue(number, self.sites[site], AGAIN if stored else NEW)
+            woken.append(self.sites[site])
+        return woken
+
+    def moved(self, entry: Entry, url: str) -> None:
+        """A page in flight has another spelling, under which it is to be asked for."""
+        self.sql.execute("UPDATE urls SET url = ?, hops = hops + 1 WHERE id = ?", (url, entry.id))
+        self.release(entry)
 
     def finish(self, entry: Entry, state: int, reason: str, now: float, *, status: int = 0, pace: int = 0) -> None:
         """A URL in flight has come to its end for this time: `state` DONE, FAILED or LEFT_OUT. `pace`: see `due_again`."""
@@ -269,7 +279,9 @@ class Frontier:
         return row and row[0]
 
     def close_site(self, site: Site, reason: str) -> int:
-        """Leaves out what is queued of a site. Returns how many URLs."""
+        """Leaves out what is queued of a site, until `reopen`. Returns how many URLs."""
+        site.closed = reason
+        self.changed(site)
         return self._close("site = ? AND state <= 1", site.id, site, reason)
 
     def close_prefix(self, prefix: Prefix, reason: str) -> int:
@@ -285,6 +297,18 @@ class Frontier:
         self.counts.subtract(gone)
         self.counts[LEFT_OUT] += gone.total()
         return gone.total()
+
+    def reopen(self) -> None:
+        """Queues what was left out because its site did not answer: in another run it may."""
+        for site in self.sites.values():
+            if site.closed:
+                rows = self.sql.execute(f"SELECT id, stored FROM urls WHERE site = ? AND state = {LEFT_OUT} AND reason = ?", (site.id, site.closed))
+                for number, stored in rows.fetchall():
+                    self.counts[LEFT_OUT] -= 1
+                    self.sql.execute("UPDATE urls SET tries = 0 WHERE id = ?", (number,))
+                    self._queue(number, site, AGAIN if stored else NEW)
+                site.closed, site.failures = "", 0
+                self.changed(site)
 
     # -- the next visit -------------------------------------------------------------------------------------------------
 
@@ -308,6 +332,13 @@ class Frontier:
     def fact(self, name: str) -> Any:
         row = self.sql.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return row and row[0]
+
+    def add_seed(self, url: str) -> None:
+        """A page that became a beginning, because a seed redirects to it."""
+        self.set_fact("more seeds", "\n".join((*self.more_seeds(), url)))
+
+    def more_seeds(self) -> list[str]:
+        return (self.fact("more seeds") or "").split()
 
     def set_fact(self, name: str, value: Any) -> None:
         self.sql.execute("INSERT INTO facts VALUES(?, ?) ON CONFLICT(name) DO UPDATE SET value = excluded.value", (name, value))
@@ -337,9 +368,8 @@ class Frontier:
         """Returns when all that was done is on the disk."""
         for each in self._changed.values():
             if isinstance(each, Site):
-                values = (each.ready_at, each.failures, each.pages, each.found, each.robots, each.robots_at, each.address, each.closed, each.id)
-                names = "ready_at = ?, failures = ?, pages = ?, found = ?, robots = ?, robots_at = ?, address = ?, closed = ?"
-                self.sql.execute(f"UPDATE sites SET {names} WHERE id = ?", values)
+                values = (each.ready_at, each.failures, each.pages, each.found, each.closed, each.id)
+                self.sql.execute("UPDATE sites SET ready_at = ?, failures = ?, pages = ?, found = ?, closed = ? WHERE id = ?", values)
             else:
                 row = (each.found, each.pages, each.stale, each.closed, each.id)
                 self.sql.execute("UPDATE prefixes SET found = ?, pages = ?, stale = ?, closed = ? WHERE id = ?", row)
@@ -349,6 +379,12 @@ class Frontier:
             self._prefixes.clear()
         self.sql.execute("COMMIT")
         self.sql.execute("BEGIN IMMEDIATE")
+
+    def end(self) -> None:
+        """The crawl has come to rest: nothing is in flight, and all is on the disk."""
+        self.sql.execute(_RELEASE)
+        self.set_fact("clean", 1)
+        self.commit()
 
     def close(self) -> None:
         """What was not committed is dropped."""
@@ -374,7 +410,7 @@ def explained(path: Path) -> Iterator[None]:
 def open_frontier(path: Path, pause_until: float = 0.0, *, read_only: bool = False) -> Frontier:
     """The frontier of a crawl folder, which is made when there is none. Raises DataError for a file that is none, or is damaged.
 
-    What was in flight when a crawl was killed is queued again. Nobody knows when its site was asked last, so that is not asked before `pause_until`.
+    What was in flight when a crawl was killed is queued again. Nobody knows when its sites were asked last, so none is asked before `pause_until`.
     """
     with explained(path):
         place = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
@@ -398,15 +434,15 @@ def open_frontier(path: Path, pause_until: float = 0.0, *, read_only: bool = Fal
 
 
 def _load(path: Path, sql: sqlite3.Connection, pause_until: float, read_only: bool) -> Frontier:
-    sites = {
-        row[0]: Site(*row) for row in sql.execute("SELECT id, name, ready_at, failures, pages, found, robots, robots_at, address, closed FROM sites")
-    }
+    sites = {row[0]: Site(*row) for row in sql.execute("SELECT id, name, ready_at, failures, pages, found, closed FROM sites")}
     if not read_only:
         if next(iter(sql.execute("PRAGMA quick_check(1)")))[0] != "ok":
             raise sqlite3.DatabaseError("it fails its own check")
-        for (number,) in sql.execute(f"SELECT DISTINCT site FROM urls WHERE state = {LEASED}").fetchall():
-            sites[number].ready_at = max(sites[number].ready_at, pause_until)
-        sql.execute(f"UPDATE urls SET state = CASE WHEN stored THEN {AGAIN} ELSE {NEW} END WHERE state = {LEASED}")
+        if next(sql.execute("SELECT value FROM facts WHERE name = 'clean'"), (0,)) != (1,):
+            for site in sites.values():
+                site.ready_at = max(site.ready_at, pause_until)
+            sql.execute(_RELEASE)
+        sql.execute("INSERT INTO facts VALUES('clean', 0) ON CONFLICT(name) DO UPDATE SET value = 0")
     counts = Counter(dict(sql.execute("SELECT state, COUNT(*) FROM urls GROUP BY state")))
     for number, state, count in sql.execute("SELECT site, state, COUNT(*) FROM urls WHERE state <= 1 GROUP BY site, state"):
         sites[number].new, sites[number].again = (count, sites[number].again) if state == NEW else (sites[number].new, count)

@@ -91,13 +91,22 @@ class Robots:
             return Verdict(False, "robots.txt forbids it")
         return Verdict(True)
 
+    def known(self, url: str) -> Site | None:
+        """What the site of a clean address says; None where it has to be fetched first."""
+        name = origin(url)
+        found = self._sites.get(name)
+        if found is None or time.monotonic() >= found.until:
+            return None
+        self._sites.move_to_end(name)
+        return found
+
     async def site(self, url: str) -> Site:
         """What the site of a clean address says, fetched where it is not known or too old."""
+        found = self.known(url)
+        if found is not None:
+            return found
         name = origin(url)
         known = self._sites.get(name)
-        if known and time.monotonic() < known.until:
-            self._sites.move_to_end(name)
-            return known
         task = self._asked.get(name)
         if task is None:
             task = self._asked[name] = asyncio.create_task(self._fetched(name, known))

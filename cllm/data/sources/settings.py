@@ -42,7 +42,7 @@ class Settings:
     """host, domain or prefix."""
     allow: tuple[str, ...] = ()
     deny: tuple[str, ...] = ()
-    """Regular expressions on URLs."""
+    """Patterns of URLs, as `cllm.data.sources.scope.Patterns` reads them."""
     types: tuple[str, ...] = ()
     """Content types that are stored; empty: those that `cllm prepare` reads."""
     sitemaps: bool = True
@@ -76,7 +76,7 @@ def read_settings(folder: Path) -> Settings | None:
                 raise ValueError(f"{name} is {value!r}")
         read: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return Settings(**read)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} cannot be read: {error}. Put it right, or begin a new crawl with another --out.") from error
 
 

@@ -20,7 +20,6 @@ from zlib import crc32
 FREE = 32  # URLs of a group before it has to wait
 STALE = 30  # pages without anything new, less twice those with, after which a group is closed
 NOVEL = 0.1  # share of a page's text that must be new
-_NUMBERS = re.compile(rb"\d+")
 _BLOCKS = re.compile(rb"[^<>]{24,}(?=<|$)")
 _LARGEST = 1 << 20  # bytes of a page that are looked at
 
@@ -54,11 +53,13 @@ class Novelty:
         whole = saved if saved is not None and len(saved) == 2 * size else bytes(2 * size)
         self._new, self._old = bytearray(whole[:size]), bytearray(whole[size:])
         self._set = int.from_bytes(self._new).bit_count()
+        self.has_changed = False
 
     def of(self, site: int, body: bytes) -> float:
         """The share of a page's text that was not seen on this site, from 0 to 1; its blocks count as seen from now on."""
         total = fresh = 0
-        for block in {each.strip() for each in _BLOCKS.findall(_NUMBERS.sub(b"", body[:_LARGEST]))} - {b""}:
+        self.has_changed = True
+        for block in {each.strip() for each in _BLOCKS.findall(body[:_LARGEST].translate(None, b"0123456789"))} - {b""}:
             total += len(block)
             bit = crc32(block, site) & (self.BITS - 1)
             place, mask = bit >> 3, 1 << (bit & 7)
@@ -72,4 +73,5 @@ class Novelty:
         return fresh / total if total else 1.0
 
     def save(self) -> bytes:
+        self.has_changed = False
         return bytes(self._new + self._old)
