@@ -57,7 +57,7 @@ def word_hashes(*words: str) -> np.ndarray:
 
 
 @jit
-def _slot(table, key):
+def slot(table, key):
     """Where a key stands in a table of 2^k places, or the free place for it. Keys are not 0."""
     mask = np.uint64(len(table) - 1)
     place = (key * _MULTIPLIER >> np.uint64(32)) & mask
@@ -67,7 +67,7 @@ def _slot(table, key):
 
 
 @jit
-def _table_size(entries):
+def table_size(entries):
     size = 16
     while size < 2 * entries:
         size *= 2
@@ -77,14 +77,14 @@ def _table_size(entries):
 @jit
 def _repeats(keys, lengths):
     """How many of the keys that are not 0 stood before, how many characters those have, and the same of all keys."""
-    table = np.zeros(_table_size(len(keys)), np.uint64)
+    table = np.zeros(table_size(len(keys)), np.uint64)
     repeated = repeated_characters = total = characters = 0
     for i in range(len(keys)):
         if keys[i] == np.uint64(0):
             continue
         total += 1
         characters += lengths[i]
-        place = _slot(table, keys[i])
+        place = slot(table, keys[i])
         if table[place] == keys[i]:
             repeated += 1
             repeated_characters += lengths[i]
@@ -114,7 +114,7 @@ def _top(sums, ends, first, last, n, table, counts):
     most = best = 0
     for i in range(first, last - n + 1):
         key = between(sums, i, i + n, base_power) | np.uint64(1)
-        place = _slot(table, key)
+        place = slot(table, key)
         if table[place] != key:
             table[place] = key
             counts[place] = 0
@@ -135,7 +135,7 @@ def _duplicated(sums, ends, first, last, n, table):
     i = first
     while i <= last - n:
         key = between(sums, i, i + n, base_power) | np.uint64(1)
-        place = _slot(table, key)
+        place = slot(table, key)
         if table[place] == key:
             characters += ends[i + n] - ends[i]
             i += n
@@ -156,7 +156,7 @@ def _repetition(hashes, lengths, scale, found):
         return
     sums = prefixes(hashes)
     window = WINDOW * scale
-    size = _table_size(min(num, window))
+    size = table_size(min(num, window))
     table, counts = np.empty(size, np.uint64), np.empty(size, np.int32)
     for first in range(0, num, window):
         last = min(first + window, num)
