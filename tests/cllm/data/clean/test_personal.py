@@ -81,14 +81,12 @@ def test_what_only_looks_like_it_stays(text):
 @given(
     st.lists(
         st.sampled_from([*SECRETS, "a@b.org", " ", "://", "u:p@", "1.2.3.4", "8.8.8.8", "::", "+1 555 123 4567", "x", "\n", "-"]), max_size=8
-    ).map("".join)
+    ).map(" ".join)
 )
 @settings(max_examples=150, deadline=None)
-def test_doing_it_twice_finds_nothing_more(text):
+def test_doing_it_twice_finds_nothing_more_in_words_of_their_own(text):
     once = protect(text, ON)[0]
-    again, counts, _ = protect(once, ON)
-    assert protect(again, ON)[0] == again
-    assert len(again) <= len(once) or counts
+    assert protect(once, ON) == (once, {}, "")
 
 
 HOSTILE = ["a", "a@", "1.", "+1 ", "://a:", "eyJ", "1 ", "0:", "-----BEGIN PRIVATE KEY-----", "sk-", "a.@b."]
