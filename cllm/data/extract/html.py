@@ -25,8 +25,8 @@ _NOT_XML = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
 def read(data: bytes, name: str, options: object = None) -> list[Document]:
     """One document a page, as Markdown, with what its head tells. Raises Unreadable where the page has no text."""
-    page = _decoded(data)
-    root = _tree(page)
+    page = decoded(data)
+    root = tree(page)
     if root is None:
         text, head = _linear(page), Head()
     else:
@@ -43,21 +43,22 @@ def read(data: bytes, name: str, options: object = None) -> list[Document]:
 def article_text(page: str | bytes) -> str:
     """The plain text of a page's article without navigation, comments and advertisements; empty where there is none."""
     if isinstance(page, bytes):
-        page = _decoded(page)
-    root = _tree(page)
+        page = decoded(page)
+    root = tree(page)
     return _linear(page) if root is None else article(root, page, markdown=False)
 
 
-def _decoded(data: bytes) -> str:
+def decoded(data: bytes) -> str:
+    """The characters of a page, in the charset that its mark, its head or its letters tell. Raises Unreadable."""
     if not data.strip(b" \t\r\n\0<>"):
         raise Unreadable("empty: the page has no bytes")
-    decoded = decode(data)
-    if isinstance(decoded, Binary):
-        raise Unreadable(f"unknown type: named as HTML, but {decoded.reason}")
-    return decoded[0]
+    found = decode(data)
+    if isinstance(found, Binary):
+        raise Unreadable(f"unknown type: named as HTML, but {found.reason}")
+    return found[0]
 
 
-def _tree(page: str) -> Any | None:
+def tree(page: str) -> Any | None:
     """The page as a tree of lxml; None where it is too large or too deep for one."""
     from lxml import etree
     from lxml.html import HTMLParser, document_fromstring
