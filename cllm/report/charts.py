@@ -269,3 +269,18 @@ def share_bar(name: str, title: str, parts: Sequence[tuple[str, float]]) -> Html
         x += wide
     said = ", ".join(f"{label} {100 * value / total:.1f} %" for label, value in parts)
     return _described(name, title, said + ".", body, 28)
+
+
+def bars(name: str, title: str, rows: Sequence[tuple[str, float]]) -> Html:
+    """One bar a row, with its label before it and its value behind."""
+    left, tall = 120, 22
+    most = max((value for _, value in rows), default=0) or 1
+    body: list[Html] = []
+    for place, (label, value) in enumerate(rows):
+        y, wide = place * tall, (WIDTH - left - 70) * value / most
+        body.append(_label(label if len(label) <= 18 else label[:16] + "..", left - 6, y + 15, "end", "small"))
+        body.append(
+            element("rect", element("title", f"{label}: {value:,.0f}"), x=left, y=y + 3, width=f"{wide:.1f}", height=tall - 6, class_="fill c0")
+        )
+        body.append(_label(short(value), left + wide + 6, y + 15, "start", "small"))
+    return _described(name, title, ", ".join(f"{label} {value:,.0f}" for label, value in rows) + ".", body, tall * max(len(rows), 1))

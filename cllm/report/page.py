@@ -73,16 +73,18 @@ def run_page(run: RunData) -> str:
         _configuration(run),
         _environment(run),
     ]
-    return _page(f"Training run {run.name}", sections)
+    return whole_page(f"Training run {run.name}", sections)
 
 
 def comparison_page(runs: Sequence[RunData]) -> str:
     """The page that lays several runs side by side."""
-    return _page(f"{len(runs)} training runs compared", [_problems(runs), _results(runs), _curves(runs), _differences(runs)])
+    return whole_page(f"{len(runs)} training runs compared", [_problems(runs), _results(runs), _curves(runs), _differences(runs)])
 
 
-def _page(title: str, sections: Sequence[Html | None]) -> str:
-    made = f"Made by cllm {__version__} on {time.strftime('%Y-%m-%d %H:%M')}. This page is whole: it loads nothing and runs nothing."
+def whole_page(title: str, sections: Sequence[Html | None], dated: bool = True) -> str:
+    """A page of sections. Not dated: the same bytes for the same content."""
+    when = f" on {time.strftime('%Y-%m-%d %H:%M')}" if dated else ""
+    made = f"Made by cllm {__version__}{when}. This page is whole: it loads nothing and runs nothing."
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -97,7 +99,8 @@ def _page(title: str, sections: Sequence[Html | None]) -> str:
     return "<!doctype html>\n" + element("html", head, body, lang="en") + "\n"
 
 
-def _section(title: str, *children: Any) -> Html:
+def section(title: str, *children: Any) -> Html:
+    """A part of a page under its heading."""
     return element("section", element("h2", title), *children)
 
 
@@ -157,9 +160,9 @@ def _curves(runs: Sequence[RunData]) -> Html:
     more = [_curve(100 + place, key, key.replace("_", " "), "", False, runs, scale, x_label) for place, key in enumerate(others)]
     drawn = [figure for figure in figures if figure is not None]
     if not drawn:
-        return _section("Curves", element("p", "There is nothing to draw yet."))
+        return section("Curves", element("p", "There is nothing to draw yet."))
     folded = element("details", element("summary", f"{len(more)} further figures"), element("div", *more, class_="grid-of-two")) if more else None
-    return _section("Curves", element("div", *drawn, class_="grid-of-two"), folded)
+    return section("Curves", element("div", *drawn, class_="grid-of-two"), folded)
 
 
 def _other_fields(run: RunData) -> list[str]:
@@ -237,7 +240,7 @@ def _layers(run: RunData) -> Html | None:
     flags = [(f"{row.step:,}", name, flag) for row in rows for flag in ("exploding", "vanishing") for name in getattr(row, flag)]
     more = f" (the last {MOST_FLAGS} of {len(flags):,})" if len(flags) > MOST_FLAGS else ""
     flagged = table(("step", "parameter", "gradient"), flags[-MOST_FLAGS:], f"Gradients out of line{more}") if flags else None
-    return _section("Layers", element("div", *figures, class_="grid-of-two"), flagged) if figures or flags else None
+    return section("Layers", element("div", *figures, class_="grid-of-two"), flagged) if figures or flags else None
 
 
 def _of_blocks(rows: Sequence[ActivationsRow], part: str) -> Table:
@@ -260,7 +263,7 @@ def _time(run: RunData) -> Html | None:
     rows = [(name, duration(seconds) if seconds >= 1 else f"{seconds:.2f} s", f"{100 * seconds / total:.1f} %") for name, seconds in parts]
     legend = _legend([(name, f"c{place % 6} d0") for place, (name, _) in enumerate(parts)])
     chart = share_bar("time", "Where the time went", parts)
-    return _section("Time", element("figure", chart, element("figcaption", legend)), table(("part", "time", "share"), rows, note, (1, 2)))
+    return section("Time", element("figure", chart, element("figcaption", legend)), table(("part", "time", "share"), rows, note, (1, 2)))
 
 
 def _events(run: RunData) -> Html | None:
@@ -269,14 +272,14 @@ def _events(run: RunData) -> Html | None:
         return None
     rows = [(f"{event.step:,}", event.what.replace("_", " "), event.action, event.details) for event in events[-MOST_EVENTS:]]
     more = f" (the last {MOST_EVENTS} of {len(events):,})" if len(events) > MOST_EVENTS else ""
-    return _section(f"Events{more}", table(("step", "what", "done", "details"), rows, "Steps that went wrong, and what the machine did to the run"))
+    return section(f"Events{more}", table(("step", "what", "done", "details"), rows, "Steps that went wrong, and what the machine did to the run"))
 
 
 def _final(run: RunData) -> Html | None:
     """Every figure of the last evaluation, of the best one where that is another, and of the weights that the run left where they were evaluated
     on their own; then classes of tokens."""
     if not run.evaluations:
-        return _section("Final evaluation", element("p", "This run has not been evaluated."))
+        return section("Final evaluation", element("p", "This run has not been evaluated."))
     last, lowest = run.evaluations[-1], run.best
     best = next((row for row in run.evaluations if lowest and row.step == lowest[0]), last)
     rows: list[EvaluationRow | FinalRow] = [*([last] if best is last else [last, best]), *run.rows(FinalRow)[-1:]]
@@ -286,7 +289,7 @@ def _final(run: RunData) -> Html | None:
     body = [(name.replace("_", " "), *(_precise(getattr(row, name, None)) for row in rows)) for name in names]
     confusion = "Confusion: a row for what was to come, a column for what the model ranked first"
     tables = [_table_of(last.classes, "Classes of tokens"), _table_of(last.confusion, confusion)]
-    return _section("Final evaluation", table(head, body, "On the validation split", range(1, len(head))), *tables)
+    return section("Final evaluation", table(head, body, "On the validation split", range(1, len(head))), *tables)
 
 
 def _precise(value: float | None) -> str:
@@ -327,7 +330,7 @@ def _samples(run: RunData) -> Html | None:
     blocks = [join((element("h3", f"step {each.step:,}"), element("pre", each.text or "(nothing)"))) for each in run.samples[::-1]]
     older = blocks[SHOWN_SAMPLES:]
     folded = element("details", element("summary", f"{len(older):,} earlier samples"), *older) if older else None
-    return _section("Samples", element("p", "What the model wrote while it was trained, the newest first."), *blocks[:SHOWN_SAMPLES], folded)
+    return section("Samples", element("p", "What the model wrote while it was trained, the newest first."), *blocks[:SHOWN_SAMPLES], folded)
 
 
 def _configuration(run: RunData) -> Html | None:
@@ -337,7 +340,7 @@ def _configuration(run: RunData) -> Html | None:
     chosen = [row for row in rows if row[2] not in ("default", "")]
     everything = element("details", element("summary", f"All {len(rows):,} settings"), table(("setting", "value", "source"), rows, "All settings"))
     not_default = table(("setting", "value", "source"), chosen, "What is not a default") if chosen else None
-    return _section("Configuration", not_default, everything)
+    return section("Configuration", not_default, everything)
 
 
 def _setting(value: Any) -> str:
@@ -352,8 +355,8 @@ def _environment(run: RunData) -> Html:
         machine = "; ".join(f"{each.name}, {each.workers} workers, {each.memory_gib:g} GiB" for each in start.devices)
         rows.append((start.started, machine, start.system, ", ".join(f"{name} {version}" for name, version in start.versions.items())))
     if not rows:
-        return _section("Machine and versions", element("p", "This run did not record them."))
-    return _section("Machine and versions", table(("started", "machine", "system", "versions"), rows, "Each start of the run"))
+        return section("Machine and versions", element("p", "This run did not record them."))
+    return section("Machine and versions", table(("started", "machine", "system", "versions"), rows, "Each start of the run"))
 
 
 # -- several runs ----------------------------------------------------------------------------------------------------------------
@@ -374,7 +377,7 @@ def _results(runs: Sequence[RunData]) -> Html:
         ))  # fmt: skip
     head = ("run", "best loss", "at step", "last loss", "bits per byte", "accuracy", "steps", "tokens", "time", "parameters", "faults")
     note = "Losses are comparable between runs with the same tokenizer and validation text; bits per byte between tokenizers too."
-    return _section("Results", table(head, rows, "Best and last validation of each run", range(1, len(head))), element("p", note))
+    return section("Results", table(head, rows, "Best and last validation of each run", range(1, len(head))), element("p", note))
 
 
 def _differences(runs: Sequence[RunData]) -> Html:
@@ -385,5 +388,5 @@ def _differences(runs: Sequence[RunData]) -> Html:
         if any(value != values[0] for value in values):
             rows.append((key, *("not set" if value is None else _setting(value) for value in values)))
     if not rows:
-        return _section("Settings that differ", element("p", "None: all settings are the same."))
-    return _section("Settings that differ", table(("setting", *(run.name for run in runs)), rows, "Only what is not the same in all runs"))
+        return section("Settings that differ", element("p", "None: all settings are the same."))
+    return section("Settings that differ", table(("setting", *(run.name for run in runs)), rows, "Only what is not the same in all runs"))

@@ -65,7 +65,7 @@ def test_every_option_and_argument_is_explained_in_a_sentence(command):
         assert each.help and each.help.rstrip("])")[-1] in ".:0123456789abcdefghijklmnopqrstuvwxyz", each.name
 
 
-@pytest.mark.parametrize("group", [(), ("checkpoint",), ("tokenizer",)])
+@pytest.mark.parametrize("group", [(), ("checkpoint",), ("data",), ("tokenizer",)])
 def test_the_list_of_commands_says_of_each_in_a_whole_sentence_what_it_does(group, monkeypatch, capsys):
     from cllm.cli.app import main
 

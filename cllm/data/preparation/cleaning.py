@@ -1,0 +1,101 @@
+"""Stage 2: what is done to each text on its own.
+
+Boilerplate lines go, the text is normalised, its language is told, rules judge it, and it is signed for the search for duplicates. A document that is
+dropped keeps its row and its text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cllm.data.clean.exact import digest
+from cllm.data.clean.filters import judge
+from cllm.data.clean.languages import language_of
+from cllm.data.clean.near import BANDS, signature
+from cllm.data.clean.normalise import normalise
+from cllm.data.clean.rules import Rules
+from cllm.data.clean.words import LETTERS, Words, split
+from cllm.data.preparation.duplicates import BAND_ROW, EXACT_ROW, OWN, key_of, save
+from cllm.data.preparation.recipe import rules_of
+from cllm.data.preparation.rows import Row, as_json, file_facts, read_rows, writing
+
+
+def clean(place: str, inputs: list[str], changes: Mapping[str, Any], filter: bool, sign: bool, lines: str) -> dict[str, Any]:
+    """Writes PLACE.parquet; PLACE.lengths, the characters of each text as int32, -1 - characters where it is dropped; PLACE.exact and PLACE.bands,
+    what the search for duplicates sorts (see duplicates.py)."""
+    how = rules_of(changes, filter)
+    signatures = _Signatures()
+    lengths: list[int] = []
+    counts: dict[str, int] = {}
+    target = Path(place + ".parquet")
+    with writing(target) as out:
+        for row in read_rows(Path(inputs[0])):
+            if not row["dropped_because"]:
+                words = _cleaned(row, how, counts)
+                if sign and words is not None and not row["dropped_because"]:
+                    signatures.add(int(OWN) | key_of(row["id"]), row["text"], words)
+            lengths.append(-1 - len(row["text"]) if row["dropped_because"] else len(row["text"]))
+            out.add(row)
+    files = {".parquet": file_facts(target), ".lengths": save(Path(place + ".lengths"), np.array(lengths, np.int32)), **signatures.save(place)}
+    return {"files": files, "rows": len(lengths), "signed": signatures.count, "counts": dict(sorted(counts.items()))}
+
+
+def _cleaned(row: Row, rules: Rules, counts: dict[str, int]) -> Words | None:
+    """Cleans and judges a document in place, and adds to `counts` how often each rule of normalising changed something.
+
+    Gives the words of the text, which are cut once for all that needs them; None where no text is left.
+    """
+    is_code = bool(row["code"])
+    row["text"], changed = normalise(row["text"], is_code, rules)
+    for name, times in changed.items():
+        counts[name] = counts.get(name, 0) + times
+    if not row["text"].strip():
+        row["dropped_because"] = "empty (nothing is left of its text)"
+        return None
+    words = split(row["text"])
+    scores: dict[str, Any] = {}
+    if not is_code:
+        row["language"], scores["language"] = language_of(row["text"], int(words.counts[LETTERS]))
+    row["dropped_because"], measured = judge(row["text"], row["language"], is_code, rules, words)
+    row["scores"] = as_json(scores | measured)
+    return words
+
+
+def sign(place: str, inputs: list[str], number: int) -> dict[str, Any]:
+    """Writes PLACE.exact and PLACE.bands of a finished shard of an earlier data set, which has this number."""
+    signatures = _Signatures()
+    for place_in_it, row in enumerate(read_rows(Path(inputs[0]), ("text",))):
+        signatures.add(number << 32 | place_in_it, row["text"], split(row["text"]))
+    return {"files": signatures.save(place), "signed": signatures.count}
+
+
+class _Signatures:
+    """The rows by which documents find their duplicates."""
+
+    def __init__(self) -> None:
+        self._digests: list[tuple[int, int, int]] = []
+        self._bands: list[np.ndarray] = []
+
+    @property
+    def count(self) -> int:
+        return len(self._digests)
+
+    def add(self, key: int, text: str, words: Words) -> None:
+        equal = digest(text)
+        self._digests.append((int.from_bytes(equal[:8], "big"), int.from_bytes(equal[8:], "big"), key))
+        self._bands.append(signature(words))
+
+    def save(self, place: str) -> dict[str, Any]:
+        exact = np.array(self._digests, EXACT_ROW)
+        near = np.zeros(self.count * BANDS, BAND_ROW)
+        if self.count:
+            near["hash"] = np.concatenate(self._bands)
+            near["key"] = np.repeat(exact["key"], BANDS)
+        return {
+            ".exact": save(Path(place + ".exact"), exact[np.lexsort((exact["key"], exact["high"]))]),
+            ".bands": save(Path(place + ".bands"), near[np.lexsort((near["key"], near["hash"]))]),
+        }

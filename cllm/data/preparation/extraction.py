@@ -1,0 +1,99 @@
+"""Stage 1: the files of a piece become rows, one for each document and one for each file that gives none, with the reason."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cllm.data.extract.document import Document, Unreadable
+from cllm.data.extract.members import Member, Refused, members
+from cllm.data.extract.options import Options
+from cllm.data.extract.sandbox import Sandbox
+from cllm.data.preparation.rows import COLUMNS, Row, file_facts, writing
+
+_own = threading.local()  # the sandbox of this thread, which reads one file after the other
+
+
+def extract(place: str, piece: int, source: str, root: str, files: list[str], refused: dict[str, str], options: dict[str, Any]) -> dict[str, Any]:
+    """Writes PLACE.parquet. files: names below `root`, which may be a file itself; refused: those of them that need not be tried, and why."""
+    target = Path(place + ".parquet")
+    how = Options.from_dict(options)
+    sandbox = _sandbox(how)
+    chars = pages = 0
+    with writing(target) as rows:
+        for name in files:
+            found = iter([_refusal(name, refused[name])]) if name in refused else _rows_of(_path(root, name), name, how, sandbox)
+            for row in found:
+                row["id"], row["source"] = f"{piece:08x}{rows.num_rows:08x}", source
+                rows.add(row)
+                chars += len(row["text"])
+                pages += row["kind"] == "html"
+    return {"files": {".parquet": file_facts(target)}, "rows": rows.num_rows, "chars": chars, "pages": pages}
+
+
+def _sandbox(options: Options) -> Sandbox:
+    if getattr(_own, "options", None) != options:
+        if hasattr(_own, "sandbox"):
+            _own.sandbox.close()
+        _own.options, _own.sandbox = options, Sandbox(options)
+    sandbox: Sandbox = _own.sandbox
+    return sandbox
+
+
+def _path(root: str, name: str) -> Path:
+    below = Path(root)
+    return below / name if below.is_dir() else below
+
+
+def _refusal(path: str, reason: str, **more: str) -> Row:
+    return {**dict.fromkeys(COLUMNS, ""), "path": path, "dropped_because": reason, **more}
+
+
+def _rows_of(path: Path, name: str, options: Options, sandbox: Sandbox) -> Iterator[Row]:
+    """The documents of a file or of all that is in it. What cannot be read costs itself, and where an archive breaks off, what is behind."""
+    try:
+        for member in members(path, name, options):
+            if isinstance(member, Refused):
+                yield _refusal(member.name, member.reason)
+            else:
+                yield from _documents(member, sandbox)
+    except OSError as error:
+        yield _refusal(name, f"unreadable ({(error.strerror or str(error)).lower()})")
+
+
+def _documents(member: Member, sandbox: Sandbox) -> Iterator[Row]:
+    about = {"kind": member.kind, "url": member.url, "date": member.date}
+    path = f"{member.name}#{member.part}" if member.part else member.name
+    source: Any = member.source  # its stream has the one method of a file that is used
+    given = False
+    try:
+        for document in sandbox.documents(source, member.name, member.kind, member.content_type):
+            given = True
+            yield _row(document, member, path)
+    except Unreadable as error:
+        yield _refusal(path, str(error), **about)
+    else:
+        if not given:
+            yield _refusal(path, "empty (no text in it)", **about)
+
+
+def _row(document: Document, member: Member, path: str) -> Row:
+    """A document without text says so, as a file that cannot be read does."""
+    return {
+        "text": document.text,
+        "id": "",
+        "url": member.url or document.url,
+        "path": f"{path}#{document.part}" if document.part else path,
+        "title": document.title,
+        "date": document.date or member.date,
+        "language": document.language,
+        "licence": document.licence,
+        "source": "",
+        "kind": member.kind,
+        "code": document.code,
+        "note": document.note,
+        "scores": "",
+        "dropped_because": "" if document.text.strip() else "empty (no text in it)",
+    }

@@ -1,0 +1,323 @@
+"""`cllm prepare`: from sources to shards, as stages of tasks over finished files.
+
+    list -> extract -> lines -> clean -> exact, near -> forest -> verify -> write -> manifest
+
+Each stage is a list of idempotent tasks (see ledger.py); what they work on is in files, and this program only makes the plan: which tasks there are,
+and which files each reads. A document's text is in the files of `extract`, `clean` and the result, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cllm.data.clean.near import BANDS
+from cllm.data.documents.files import Skipped
+from cllm.data.preparation import duplicates, manifest, shards, tally
+from cllm.data.preparation.inputs import Digests, Inputs, Piece, Source, find_sources
+from cllm.data.preparation.ledger import Done, Ledger, Runner, Task, tree
+from cllm.data.preparation.manifest import Prepared, Shard, open_prepared
+from cllm.data.preparation.recipe import LARGE_LOSS, VERSIONS, Recipe, epochs_of, rules_of
+from cllm.data.preparation.rows import arrow, digest_of
+from cllm.files import DATA, write_file
+from cllm.runtime.errors import DataError, UserError
+from cllm.runtime.progress import track
+
+Ask = Callable[[str], bool]
+_ROOM = "cllm.data.preparation"
+
+
+@dataclass
+class _Reference:
+    """A shard of an earlier data set, whose documents win against all of this one."""
+
+    path: Path
+    name: str
+    signed: Done
+
+
+class Preparation:
+    """One run over one folder of results."""
+
+    def __init__(self, sources: Sequence[Source], out: Path, recipe: Recipe, runner: Runner, ask: Ask) -> None:
+        """ask: a question that a large loss raises; True to go on."""
+        self.sources = {source.root: source for source in sources}
+        self.out, self.recipe, self.runner, self.ask = out, recipe, runner, ask
+        self.ledger = Ledger(out)
+        self.inputs = Inputs(self.ledger.folder)
+        self.pieces: list[Piece] = []
+
+    def run(self) -> Prepared:
+        """Raises DataError where there is nothing to prepare, and where a loss was asked about and is not wanted."""
+        arrow()
+        self.inputs.update(self.sources.values(), self.recipe.sizes.piece_bytes, self.recipe.sizes.piece_files)
+        self.pieces = [piece for piece in self.inputs.pieces if piece.source in self.sources]
+        if not self.pieces:
+            raise DataError(f"there are no files in {', '.join(self.sources)}. Give a folder with documents.")
+        extracted = self._extract()
+        cleaned = self._clean(extracted)
+        references = self._references()
+        pairs = self._duplicates(cleaned, references)
+        written = self._write(cleaned, pairs, references)
+        prepared = manifest.finish(self.out, [shard for shard, _ in written], self._summary(written))
+        self.inputs.finish()
+        self._tidy(prepared)
+        return prepared
+
+    # -- texts -------------------------------------------------------------------------------------------------------------------
+
+    def _extract(self) -> list[Done]:
+        digests, tasks = Digests(self.ledger.folder), []
+        try:
+            for piece in track(self.pieces, len(self.pieces), "Looking at the files"):
+                source = self.sources[piece.source]
+                there = [name for name in piece.files if name in source.found or name in source.refused]
+                files = [
+                    [name, digests.of(source.path(name), source.found[name]) if name in source.found else source.refused[name]] for name in there
+                ]
+                refused = {name: source.refused[name] for name in there if name in source.refused}
+                options = dict(self.recipe.extraction)
+                arguments = {
+                    "piece": piece.number, "source": source.name, "root": source.root, "files": there, "refused": refused, "options": options,
+                }  # fmt: skip
+                size = sum(source.found[name].st_size for name in there if name in source.found)
+                tasks.append(Task(piece.number, arguments, [source.name, files, _without_secrets(options)], 1 + size))
+        finally:
+            digests.save()
+        return self._stage("extract", "Reading documents", "extraction:extract", tasks, "bytes")
+
+    def _clean(self, extracted: list[Done]) -> list[Done]:
+        prior = self._boilerplate(extracted)
+        tasks = []
+        for piece, done, lines in zip(self.pieces, extracted, prior):
+            changes = self._changes(self.sources[piece.source])
+            arguments = {
+                "inputs": [done.path(".parquet")], "changes": changes, "filter": self.recipe.filter, "sign": self.recipe.dedup,
+                "lines": lines.path(".lines") if lines else "",
+            }  # fmt: skip
+            depends = [done.digest, rules_of(changes, self.recipe.filter).digest(), self.recipe.dedup, lines.digest if lines else ""]
+            tasks.append(Task(piece.number, arguments, depends, 1 + done.result["chars"]))
+        return self._stage("clean", "Cleaning and filtering", "cleaning:clean", tasks, "bytes")
+
+    def _boilerplate(self, extracted: list[Done]) -> list[Done | None]:
+        """For each piece the counted lines of all pages up to its generation, so that pages that come later change nothing that was prepared."""
+        return [None] * len(extracted)
+
+    def _changes_for_all(self) -> dict[str, Any]:
+        return {name: value for name, value in self.recipe.rules.items() if ":" not in name}
+
+    def _changes(self, source: Source) -> dict[str, Any]:
+        """The rules that are not the default for a source: those given for it come before those given for all."""
+        own = self._changes_for_all()
+        for name, value in self.recipe.rules.items():
+            root, colon, rule = name.rpartition(":")
+            if colon and root in (source.name, source.root):
+                own[rule] = value
+        return own
+
+    # -- duplicates --------------------------------------------------------------------------------------------------------------
+
+    def _references(self) -> list[_Reference]:
+        """The kept documents of earlier data sets, signed."""
+        found = [
+            (prepared, path) for folder in self.recipe.against for prepared in [open_prepared(Path(folder))] for path in prepared.paths(kept=True)
+        ]
+        contents = {prepared.folder / shard.name: shard.content for prepared, _ in found for shard in prepared.shards}
+        tasks = [
+            Task(number, {"inputs": [str(path)], "number": number}, contents[path], path.stat().st_size) for number, (_, path) in enumerate(found)
+        ]
+        signed = self._stage("sign", "Reading earlier data sets", "cleaning:sign", tasks, "bytes")
+        return [_Reference(path, str(path), done) for (_, path), done in zip(found, signed)]
+
+    def _duplicates(self, cleaned: list[Done], references: list[_Reference]) -> Path:
+        """The file of all duplicates, by key."""
+        place = self.ledger.folder / "duplicates.pairs"
+        if not self.recipe.dedup:
+            duplicates.save(place, np.empty(0, duplicates.PAIR))
+            return place
+        signed = [reference.signed for reference in references] + cleaned
+        copies = self._partitions("exact", "Finding equal texts", "duplicates:exact", signed, ".exact", 1)
+        near = self._partitions("near", "Finding similar texts", "duplicates:near", signed, ".bands", BANDS)
+
+        def merge(level: int, groups: list[tuple[int, list[Done]]]) -> list[Done]:
+            tasks = [Task(number, {"inputs": [each.path(".forest") for each in group]}, [each.digest for each in group]) for number, group in groups]
+            name, label = f"forest-{level}", f"Joining similar texts ({level})"
+            return self.ledger.stage(name, label, f"{_ROOM}.duplicates:merge_forests", VERSIONS["forest"], tasks, self.runner)
+
+        forest = tree(merge, near)
+        verified = self._verify(forest, copies, cleaned, references) if forest is not None else []
+        pairs = duplicates.merged([each.path(".pairs") for each in [*copies, *verified]])
+        duplicates.save(place, pairs)
+        self._check_losses(cleaned, pairs)
+        return place
+
+    def _partitions(self, name: str, label: str, function: str, signed: list[Done], ending: str, rows_each: int) -> list[Done]:
+        parts = max(1, -(-sum(done.result["signed"] for done in signed) * rows_each // self.recipe.sizes.partition_rows))
+        inputs, depends = [done.path(ending) for done in signed], [done.files[ending] for done in signed]
+        tasks = [Task(part, {"part": part, "parts": parts, "inputs": inputs}, [part, parts, depends]) for part in range(parts)]
+        return self._stage(name, label, function, tasks)
+
+    def _verify(self, forest: Done, copies: list[Done], cleaned: list[Done], references: list[_Reference]) -> list[Done]:
+        members = duplicates.load(forest.path(".forest"), np.dtype("<u8")).reshape(-1, 2)
+        files = {number: (str(each.path), each.signed.digest) for number, each in enumerate(references)}
+        files |= {1 << 31 | piece.number: (done.path(".parquet"), done.digest) for piece, done in zip(self.pieces, cleaned)}
+        texts = self.ledger.folder / "texts.json"
+        write_file(texts, json.dumps({str(number): path for number, (path, _) in files.items()}).encode(), DATA)
+        threshold = rules_of(self._changes_for_all(), self.recipe.filter).near_threshold
+        tasks = []
+        for number, (first, last) in enumerate(duplicates.ranges(members, self.recipe.sizes.verify_documents)):
+            own = np.array(members[first:last])
+            touched = np.unique(own >> np.uint64(32)).tolist()
+            arguments = {
+                "forest": forest.path(".forest"), "first": first, "last": last, "copies": [each.path(".pairs") for each in copies],
+                "texts": str(texts), "threshold": threshold,
+            }  # fmt: skip
+            depends = [own.tobytes().hex() if len(own) < 8 else digest_of(own.tolist()), [each.digest for each in copies]]
+            tasks.append(Task(number, arguments, [*depends, [files[each][1] for each in touched], threshold], last - first))
+        found = self._stage("verify", "Comparing similar texts", "duplicates:verify", tasks, "documents")
+        self.ledger.tidy("verify", set(range(len(tasks))))
+        return found
+
+    def _check_losses(self, cleaned: list[Done], pairs: np.ndarray) -> None:
+        """Asks where a source would lose more than half of its documents as near duplicates: that is a mistake more often than it is meant."""
+        near = pairs[pairs["similarity"] != duplicates.EXACT]
+        lost, had = dict.fromkeys(self.sources, 0), dict.fromkeys(self.sources, 0)
+        for piece, done in zip(self.pieces, cleaned):
+            had[piece.source] += done.result["signed"]
+            lost[piece.source] += len(shards.pairs_in(near, piece.number, 0, (1 << 32) - 1))
+        for root, count in lost.items():
+            if count >= LARGE_LOSS and 2 * count > had[root]:
+                question = (
+                    f"{self.sources[root].name} would lose {count:,} of its {had[root]:,} documents as near duplicates of others "
+                    f"({100 * count / had[root]:.0f} %)"
+                )
+                if not self.ask(question):
+                    raise DataError(
+                        f"{question}. Look at what repeats in it; to drop them say --allow-loss, to keep them --no-dedup. What was done is kept."
+                    )
+
+    # -- the result --------------------------------------------------------------------------------------------------------------
+
+    def _write(self, cleaned: list[Done], pairs: Path, references: list[_Reference]) -> list[tuple[Shard, dict[str, Any]]]:
+        duplicate = duplicates.load(str(pairs), duplicates.PAIR)
+        chars: dict[int, np.ndarray] = {}
+        totals = dict.fromkeys(self.sources, 0)
+        for piece, done in zip(self.pieces, cleaned):
+            lengths = np.fromfile(done.path(".lengths"), np.int32)
+            own = shards.pairs_in(duplicate, piece.number, 0, len(lengths))
+            rows = (own["key"] & np.uint64(0xFFFFFFFF)).astype(np.int64)
+            lengths[rows] = -1 - lengths[rows]
+            chars[piece.number] = lengths
+            totals[piece.source] += int(lengths[lengths > 0].sum(dtype=np.int64))
+        epochs = epochs_of(self.recipe.mixes, totals)
+        by_piece = {piece.number: (piece, done) for piece, done in zip(self.pieces, cleaned)}
+        tasks: list[Task] = []
+        numbers, shard_chars = {True: 0, False: 0}, self.recipe.sizes.shard_chars
+        for generation in range(max(piece.generation for piece in self.pieces) + 1):
+            pieces = [piece for piece in self.pieces if piece.generation == generation]
+            both: dict[bool, list[tuple[shards.Segment, int]]] = {True: [], False: []}
+            for piece in pieces:
+                lengths = chars[piece.number]
+                times = np.where(lengths >= 0, shards.take_of(shards.keys_of(piece.number, len(lengths)), epochs[piece.source]), 0)
+                all_chars = np.where(lengths >= 0, lengths, -1 - lengths).astype(np.int64)
+                kept, dropped = shards.plan(piece.number, all_chars, times, max(1, shard_chars // 4))
+                both[True] += kept
+                both[False] += dropped
+            for kept_ones, segments in both.items():
+                for group in shards.groups(segments, shard_chars):
+                    name = f"{shards.KEPT if kept_ones else shards.DROPPED}/{numbers[kept_ones]:06d}.parquet"
+                    tasks.append(self._shard(name, len(tasks), group, kept_ones, by_piece, pairs, duplicate, epochs, references))
+                    numbers[kept_ones] += 1
+
+        def intact(task: Task, done: Done) -> bool:
+            place = Path(task.arguments["out"])
+            return place.is_file() and place.stat().st_size == done.result["out"][0]
+
+        written = self._stage("write", "Writing shards", "shards:write", tasks, "documents", intact=intact)
+        self.ledger.tidy("write", set(range(len(tasks))))
+        found = []
+        for task, done in zip(tasks, written):
+            name = str(Path(task.arguments["out"]).relative_to(self.out))
+            size, digest = done.result["out"]
+            found.append((Shard(name, done.result["rows"], size, digest, done.result["content"]), done.result["tally"]))
+        return sorted(found, key=lambda each: (not each[0].is_kept, each[0].name))
+
+    def _shard(
+        self,
+        name: str,
+        number: int,
+        group: list[shards.Segment],
+        kept: bool,
+        by_piece: Mapping[int, tuple[Piece, Done]],
+        pairs: Path,
+        duplicate: np.ndarray,
+        epochs: Mapping[str, float],
+        references: list[_Reference],
+    ) -> Task:
+        sources = [self.sources[by_piece[segment.piece][0].source] for segment in group]
+        own_epochs = {source.name: epochs[source.root] for source in sources}
+        arguments = {
+            "out": str(self.out / name),
+            "segments": [[by_piece[each.piece][1].path(".parquet"), each.piece, each.first, each.last] for each in group],
+            "pairs": str(pairs),
+            "epochs": own_epochs,
+            "reasons": {name: f"not drawn ({name} is taken {share:.4g} times)" for name, share in own_epochs.items()},
+            "earlier": [each.name for each in references],
+            "kept": kept,
+        }
+        own_pairs = [shards.pairs_in(duplicate, each.piece, each.first, each.last).tolist() for each in group]
+        inputs = [[by_piece[each.piece][1].files[".parquet"], each.piece, each.first, each.last] for each in group]
+        depends = [name, inputs, digest_of(own_pairs), own_epochs, arguments["earlier"], kept]
+        return Task(number, arguments, depends, sum(each.last - each.first for each in group))
+
+    def _summary(self, written: list[tuple[Shard, dict[str, Any]]]) -> dict[str, Any]:
+        whole = tally.total([counts for _, counts in written])
+        skipped = Skipped()
+        for source in self.sources.values():
+            skipped.update(source.skipped)
+        return {
+            "recipe": self.recipe.digest(),
+            "sources": {source.name: source.root for source in self.sources.values()},
+            "documents": sum(counts["documents"] for counts in whole["sources"].values()),
+            "kept": sum(counts["kept"] for counts in whole["sources"].values()),
+            "kept_chars": sum(counts["kept_chars"] for counts in whole["sources"].values()),
+            "written_chars": sum(counts["written_chars"] for counts in whole["sources"].values()),
+            "shards": sum(shard.is_kept for shard, _ in written),
+            "files": sum(len(source.found) + len(source.refused) for source in self.sources.values()),
+            "not_looked_at": skipped.to_dict(),
+            "tally": whole,
+        }
+
+    def _tidy(self, prepared: Prepared) -> None:
+        """Shards of an earlier run that are part of the result no longer."""
+        known = {prepared.folder / shard.name for shard in prepared.shards}
+        for kind in (shards.KEPT, shards.DROPPED):
+            for place in sorted((self.out / kind).glob("*.parquet")):
+                if place not in known:
+                    place.unlink()
+
+    def _stage(self, name: str, label: str, function: str, tasks: list[Task], unit: str = "", **more: Any) -> list[Done]:
+        return self.ledger.stage(name, label, f"{_ROOM}.{function}", VERSIONS[name], tasks, self.runner, unit, **more)
+
+
+def prepare(roots: Sequence[str], out: Path, recipe: Recipe, runner: Runner, ask: Ask = lambda question: False) -> Prepared:
+    """Prepares sources into a folder, or goes on with it. Raises UserError for sources that are not there, DataError as `Preparation.run`.
+
+    ask: is asked whether to go on where a source would lose more than half of its documents as near duplicates.
+    """
+    sources = find_sources(roots, out)
+    if any(source.path("").resolve() == out.resolve() for source in sources):
+        raise UserError(f"--out {out} is one of the sources. Choose another folder with --out.")
+    preparation = Ledger(out)
+    with preparation.held():
+        return Preparation(sources, out, recipe, runner, ask).run()
+
+
+def _without_secrets(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as a ledger may remember them: of passwords only the digest."""
+    return {name: digest_of(value) if name == "passwords" else value for name, value in options.items()}

@@ -1,0 +1,46 @@
+"""Tasks for the tests of runners, which workers import by this file's folder."""
+
+import os
+import signal
+from pathlib import Path
+
+from cllm.runtime.errors import DataError
+
+
+def double(place, number):
+    return {"files": {}, "double": 2 * number}
+
+
+def noisy(place, number):
+    print("a library talks on standard output", flush=True)
+    return {"files": {}, "double": 2 * number}
+
+
+def dies_once(place, number):
+    mark = Path(place) / f"died-{number}"
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"files": {}, "double": 2 * number}
+
+
+def dies(place, number):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def raises_data(place, number):
+    raise DataError("the disk of the test is full.")
+
+
+def raises_bug(place, number):
+    raise ZeroDivisionError("a mistake of ours")
+
+
+def writes(place, number, content):
+    Path(place + ".txt").write_text(content)
+    (Path(place).parent / "calls").open("a").write(f"{number}\n")
+    return {"files": {".txt": [len(content), content]}, "number": number}
+
+
+def pid(place, number):
+    return {"files": {}, "pid": os.getpid()}
