@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import resource
 import sys
 from typing import Any
@@ -39,9 +40,13 @@ def limit_cpu(seconds: int) -> None:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process ever held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """The most memory that this process ever held. getrusage would count what its parent held when it started it."""
+    try:
+        with open("/proc/self/status", "rb") as file:
+            found = re.search(rb"^VmHWM:\s*(\d+) kB", file.read(), re.MULTILINE)
+        return int(found[1]) * 1024 if found else 0
+    except OSError:
+        return 0
 
 
 def _limit(kind: int, value: int) -> None:
