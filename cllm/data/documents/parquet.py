@@ -8,7 +8,7 @@ against: it is reported to `malformed` with that reason, as a damaged row of a g
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 EXTENSION = ".parquet"
 MAGIC = b"PAR1"
@@ -39,7 +39,7 @@ def refusal(path: Path) -> str:
 
 
 def rows(
-    path: Path, malformed: Malformed, columns: Sequence[str] | None = None, report: Callable[[int], None] | None = None
+    path: Path | IO[bytes], malformed: Malformed, columns: Sequence[str] | None = None, report: Callable[[int], None] | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(number of the row, counted from 1; column -> value) of each row that was kept, in order. A value that is null is left out.
 
@@ -50,7 +50,8 @@ def rows(
     wanted = None if columns is None else [*columns, DROPPED]
     reasons: set[str] = set()
     with _open(path) as file:
-        total, size, done = max(1, file.metadata.num_rows), path.stat().st_size, 0
+        total, done = max(1, file.metadata.num_rows), 0
+        size = path.stat().st_size if isinstance(path, Path) else 0
         first = 1
         for group in range(file.num_row_groups):
             number = first
@@ -76,7 +77,7 @@ def rows(
                 malformed("row that is damaged, with those after it in its group", str(number))
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path | IO[bytes]) -> Any:
     """Reads pages as they are needed and not the whole of a row group ahead."""
     from pyarrow.parquet import ParquetFile
 

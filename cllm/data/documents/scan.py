@@ -257,7 +257,7 @@ def _scan_records(file: SourceFile, digest: str, reading: Reading) -> FileInfo |
     if not reading.text_field and mostly_conversations(sample):
         return CHATS
     choice = fields.choose(sample, reading.text_field)
-    if file.path.suffix.lower() == ".json" and (not choice.fields or not _are_texts(sample, choice.fields)):
+    if file.path.suffix.lower() == ".json" and (not choice.fields or not are_texts(sample, choice.fields)):
         return _NotRecords(choice.reason or "its texts are a small part of it")
     skipped = Skipped()
     if not sample:
@@ -276,9 +276,9 @@ def _scan_records(file: SourceFile, digest: str, reading: Reading) -> FileInfo |
     return info
 
 
-def _are_texts(sample: list[Any], names: tuple[str, ...]) -> bool:
+def are_texts(sample: list[Any], names: tuple[str, ...]) -> bool:
     """Whether the JSON in a .json file is there for its texts. A program's settings may hold a text as well, and are better learnt as they are."""
-    texts = [text for text in (_text_of(record, names)[1] for record in sample) if text is not None]
+    texts = [text for text in (text_in(record, names)[1] for record in sample) if text is not None]
     if all(isinstance(record, str) for record in sample):
         return sum(map(len, texts)) >= fields.CONVINCING_CHARS * len(texts)
     if len(sample) > 1:
@@ -286,7 +286,7 @@ def _are_texts(sample: list[Any], names: tuple[str, ...]) -> bool:
     return 2 * sum(map(len, texts)) >= sum(len(json.dumps(record, ensure_ascii=False)) for record in sample)
 
 
-def _text_of(record: Any, names: tuple[str, ...]) -> tuple[str, str | None]:
+def text_in(record: Any, names: tuple[str, ...]) -> tuple[str, str | None]:
     """The first of these fields that holds a text, and the text; ("", None) where none does."""
     for name in names:
         text = fields.text_at(record, name)
@@ -302,7 +302,7 @@ def _texts(
     called = " or ".join(quoted(name) for name in names)
     unit = records.unit
     for place, record in records.read(lambda reason, place: skipped.add(reason, f"{file}:{place}"), fields=names):
-        name, text = _text_of(record, names)
+        name, text = text_in(record, names)
         if text is None:
             skipped.add(f"{unit} without a text in {called}", f"{file}:{place}")
         elif not text.strip():
@@ -310,12 +310,12 @@ def _texts(
         else:
             if used is not None:
                 used["" if isinstance(record, str) else name] += 1
-            parts = _parts(text.replace("\r\n", "\n").replace("\r", "\n"), separator)
+            parts = parts_of(text.replace("\r\n", "\n").replace("\r", "\n"), separator)
             for number, part in enumerate(parts, 1):
                 yield (place if len(parts) == 1 else f"{place}.{number}"), part
 
 
-def _parts(text: str, separator: str) -> list[str]:
+def parts_of(text: str, separator: str) -> list[str]:
     """The documents in the text of one record."""
     if separator == AUTO:
         marker = recognise([text]) if any(each in text for each in MARKERS) else ""
