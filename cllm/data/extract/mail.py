@@ -19,6 +19,7 @@ from cllm.runtime.printable import printable
 
 _ATTACHMENTS = 100  # of one message that are read
 _PARTS = 1000
+_SIGNATURES = ("application/pgp-signature", "application/pkcs7-signature", "application/x-pkcs7-signature")
 _LINE = 1 << 20  # bytes of a line of a mail box that are taken together
 _ENVELOPE = re.compile(rb"From \S.*\d\d:\d\d")
 _HEADER_LINE = re.compile(rb"[!-9;-~]+:")
@@ -86,9 +87,9 @@ def _message(data: bytes, options: Options) -> list[Document]:
     if body.strip():
         text = f"# {subject}\n\n{body.strip()}\n" if subject else f"{body.strip()}\n"
         documents.append(Document(text, title=subject, date=date))
-    for label, part in attached[:_ATTACHMENTS]:
+    for number, (label, part) in enumerate(attached[:_ATTACHMENTS], 1):
         try:
-            documents += attachment(label, part, date, options)
+            documents += attachment(label if len(attached) == 1 else label.replace(" ", f" {number} ", 1), part, date, options)
         except Unreadable as error:
             notes.append(f"{label}: {error}")
     if len(attached) > _ATTACHMENTS:
@@ -102,7 +103,7 @@ def _message(data: bytes, options: Options) -> list[Document]:
 
 def attachment(label: str, data: bytes, date: str, options: Options) -> list[Document]:
     """The documents of a file that came with a message. Raises Unreadable."""
-    name = label.partition(" ")[2]
+    name = label.rpartition(" ")[2]
     kind = kind_of(name, data[:HEAD_BYTES])
     if kind not in _READ_ATTACHED:
         raise Unreadable("records or an archive, which are not read inside a message" if kind != "unknown" else "unknown type")
@@ -164,6 +165,8 @@ def _taken_apart(message: Message, options: Options) -> tuple[str, list[tuple[st
         elif part.is_multipart():
             children = [each for each in part.get_payload() if isinstance(each, Message)]
             pending += reversed(_chosen(children) if kind == "multipart/alternative" else children)
+        elif kind in _SIGNATURES:
+            pass
         elif name or part.get_content_disposition() == "attachment" or part.get_content_maintype() != "text":
             if name or part.get_content_disposition() == "attachment":
                 attached.append((f"attachment {name or 'without name'}", _payload(part)))

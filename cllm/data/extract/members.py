@@ -119,7 +119,7 @@ class _Walk:
             else:
                 yield from self.zip(io.BytesIO(self._whole(joined)), name, depth + 1)
         else:
-            yield from self._single(joined, name, kind)
+            yield from self._single(joined, name, kind, depth)
 
     def zip(self, file: IO[bytes], name: str, depth: int, path: Path | None = None) -> Iterator[Member | Refused]:
         """What is in a zip archive, or the document that is packed as one. path: where the archive is a file of the disk."""
@@ -168,8 +168,9 @@ class _Walk:
             kind = kind_of(urlsplit(page.url).path or "/", page.body[:HEAD_BYTES])
             yield Member(name, kind, page.body, page.part, page.url, page.date, page.content_type)
 
-    def _single(self, stream: Head, name: str, kind: str) -> Iterator[Member | Refused]:
-        """A file that is no archive. What can be read as a stream is not held; of what ends in the middle, a stream keeps what came."""
+    def _single(self, stream: Head, name: str, kind: str, depth: int) -> Iterator[Member | Refused]:
+        """A file that is no archive. What can be read as a stream is not held. Of a compressed text that ends in the middle, what came is kept;
+        members of an archive are whole or refused."""
         limit = _HELD_BYTES if kind in STREAMED else self._options.input_bytes
         held: list[bytes] = []
         count = 0
@@ -179,7 +180,7 @@ class _Walk:
                 held.append(piece)
                 count += len(piece)
         except Unreadable as error:
-            if kind not in STREAMED or not held:
+            if kind not in STREAMED or not held or depth > 0:
                 raise
             failure = error
         if count > limit and kind not in STREAMED:

@@ -91,9 +91,9 @@ def _documents(read: Read, names: tuple[str, ...], unit: str, options: Options) 
             count += 1
             yield Document(part, f"{place_word} {place}" if len(parts) == 1 else f"{place_word} {place}.{number}", **told)
     if damaged.total:
-        raise Unreadable(f"damaged ({damaged.brief().removeprefix('left out ')})")
+        raise Unreadable(f"damaged ({'; '.join(damaged.lines()[:3])})")
     if empty.total:
-        raise Unreadable(f"empty ({empty.brief().removeprefix('left out ')})")
+        raise Unreadable(f"empty ({'; '.join(empty.lines()[:3])})")
     if not count:
         raise Unreadable("empty")
 

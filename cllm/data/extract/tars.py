@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from cllm.data.extract.compressed import Readable
 from cllm.data.extract.document import Unreadable
 from cllm.data.extract.options import MEGABYTE, Options
+from cllm.runtime.quantities import counted
 
 _BLOCK = 512
 _HEADER_BYTES = MEGABYTE  # of an extended header; real ones are a few hundred
@@ -111,18 +112,27 @@ def entries(source: Readable, options: Options) -> Iterator[Entry]:
         entry.content.skip()
         Part(source, -size % _BLOCK).skip()
     if damaged:
-        raise Unreadable(f"damaged ({damaged:,} blocks between its members were passed over)")
+        raise Unreadable(f"damaged ({counted(damaged, 'block')} between its members passed over)")
 
 
 def _entry(source: Readable, header: tarfile.TarInfo, told: dict[str, str]) -> Entry:
     """A member with what extended headers say of it. Links and devices have no content, whatever size their header names."""
-    name = told.get("path", header.name).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    name = _readable(told.get("path", header.name))
     size = int(told["size"]) if told.get("size", "").isdecimal() and len(told["size"]) < 20 else header.size
     problem = _SPECIAL.get(header.type, "")
     if any(key.startswith("GNU.sparse.") for key in told):
         problem = _SPECIAL[tarfile.GNUTYPE_SPARSE]
     has_content = header.type not in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, *_FOLDERS)
     return Entry(name, Part(source, size if has_content else 0), problem)
+
+
+def _readable(name: str) -> str:
+    """Names in other charsets than UTF-8 are taken for Latin-1."""
+    raw = name.encode("utf-8", "surrogateescape")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
 
 
 def _header_content(source: Readable, size: int) -> bytes:

@@ -28,13 +28,14 @@ def stream(file: IO[bytes], name: str, options: Options) -> Iterator[Document]:
     separator = _separator(first, options)
     whole = chain([first], chunks)
     texts: Iterable[Iterable[str]] = Splitter(separator, options.separator == AUTO).documents(whole) if separator else [whole]
-    note, number = note_of(charset), 0
+    note, is_empty = note_of(charset), True
     for number, text in enumerate(texts, 1):
         where = f"document {number}" if separator else ""
         for part, piece in _pieces(text, options.document_bytes):
             place = ", ".join(each for each in (where, f"part {part}" if part else "") if each)
+            is_empty = False
             yield Document(piece, place, note=note, licence=licence_of(piece))
-    if not number:
+    if is_empty:
         raise Unreadable("empty")
 
 
