@@ -175,10 +175,16 @@ def check_model(path: str) -> None:
 
 
 def check_text(path: str) -> None:
-    """DataError where no text can be at a path, before anything that takes time."""
-    from cllm.data.pipeline import check_place
+    """DataError where no text can be at a path, as far as the names and sizes of the files tell: quick for any folder, and torch stays out."""
+    from cllm.data.documents.corpus import no_text
+    from cllm.data.documents.files import find
 
-    check_place(path)
+    files, skipped = find(path)
+    if not files:
+        from cllm.data.tokens.dataset import is_packed
+
+        if not is_packed(path):
+            raise DataError(no_text(Path(path), skipped))
 
 
 def load_model(path: str, need_tokenizer: bool = True, weights: str | None = None, device: str = "cpu") -> tuple[Any, Any]:

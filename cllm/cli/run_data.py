@@ -19,7 +19,8 @@ from cllm.runtime import files, progress
 from cllm.runtime.errors import CLLMError, DataError, UserError
 from cllm.runtime.printable import printable
 from cllm.shell import command
-from cllm.train.run_folder import CONFIG, DATA, StoredRun, holds_run, identity, own_tokens, packed_folders, prune_tokens, stored_run
+from cllm.train.run_folder import StoredRun, identity, own_tokens, packed_folders, prune_tokens, stored_run
+from cllm.train.run_place import CONFIG, DATA, holds_run
 
 if TYPE_CHECKING:
     from cllm.config.train import TrainConfig

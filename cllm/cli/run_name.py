@@ -14,7 +14,7 @@ from pathlib import Path
 from cllm.config.toml import read_toml
 from cllm.monitor.guards import RunLock
 from cllm.runtime.errors import CheckpointError, CLLMError
-from cllm.train.run_folder import CONFIG, stored_run
+from cllm.train.run_place import CONFIG, holds_run
 
 RUNS = Path("runs")
 _LONGEST = 80  # bytes of a name: room for a suffix, and for what tools append, within the 255 of a file system
@@ -56,6 +56,10 @@ def take_folder(out: Path | None, data: str, held: ExitStack) -> tuple[Path, Run
 
 def data_of(run: Path) -> str | None:
     """The place of the data that the run in a folder learns from; None where there is no run, or none that can be read."""
+    if not holds_run(run):
+        return None
+    from cllm.train.run_folder import stored_run  # imports torch, which takes seconds
+
     try:
         stored = stored_run(run)
         if stored is not None:

@@ -110,7 +110,7 @@ def find_lr(
     from cllm.runtime.device import resolve
     from cllm.train.finetune import model_place
     from cllm.train.lr_finder import as_rows, draw, find_learning_rate
-    from cllm.train.run_folder import holds_run
+    from cllm.train.run_place import holds_run
 
     device, _ = resolve(config.train.device)
     if model is None:
@@ -139,7 +139,7 @@ def find_lr(
 
 def words_of(flags: Mapping[str, Any], sets: Sequence[str], file: Path | None, out: Path | None, resume: bool) -> list[object]:
     """The words of a `cllm train` command with all that was given but the learning rate, and without --out where that holds a run already."""
-    from cllm.train.run_folder import CONFIG, holds_run
+    from cllm.train.run_place import CONFIG, holds_run
 
     words: list[object] = ["train"]
     if flags.get("data.path"):

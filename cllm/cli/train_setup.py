@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def read_settings(flags: Mapping[str, Any], sets: Sequence[str], file: Path | None, out: Path | None, resume: bool) -> TrainConfig:
     """The settings of the command, with places as absolute paths, so that the run can be continued from any folder."""
-    from cllm.train.run_folder import CONFIG, absolute_places, stored_run, true_sources
+    from cllm.train.run_place import CONFIG, absolute_places
 
     if resume and out is None:
         raise UserError(f"--resume needs --out with the run to continue, as in {command('train', '--resume', '--out', 'runs/demo')}.")
@@ -34,6 +34,8 @@ def read_settings(flags: Mapping[str, Any], sets: Sequence[str], file: Path | No
         raise UserError(f"{out} holds no run to continue (no {CONFIG}). Start one with: {command('train', 'DATA', '--out', out)}")
     config = TrainConfig.from_layers(file=own or file, flags=flags, sets=sets)
     if own is not None:
+        from cllm.train.run_folder import stored_run, true_sources
+
         config = true_sources(config, own, stored_run(own.parent))
     if not config.data.path:
         raise UserError(f"nothing to learn from: give a folder or file of text, as in {command('train', 'books/')}.")
@@ -47,12 +49,13 @@ def check_before_work(config: TrainConfig, out: Path | None) -> None:
     """
     from cllm.cli.options import check_model, check_text
     from cllm.cli.run_name import default_run
-    from cllm.train.finetune import model_place
-    from cllm.train.run_folder import holds_run
+    from cllm.train.run_place import holds_run
 
     run = default_run(config.data.path) if out is None else out
     if not holds_run(run):  # a run has its tokens, and goes on also where the text is gone
         check_text(config.data.path)
+    from cllm.train.finetune import model_place  # imports torch, which takes seconds: after what can be told without it
+
     place = model_place(config, run)
     if place is not None:
         check_model(str(place))

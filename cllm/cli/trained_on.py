@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cllm.checkpoint.place import CHECKPOINTS
 from cllm.cli.run_name import same_place
 from cllm.runtime.errors import CLLMError
-from cllm.train.run_folder import CHECKPOINTS, DATA, StoredRun, identity, own_tokens, stored_run
+from cllm.train.run_folder import StoredRun, identity, own_tokens, stored_run
+from cllm.train.run_place import DATA
 
 if TYPE_CHECKING:
     from cllm.data.documents.scan import Reading

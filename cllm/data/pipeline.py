@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from cllm.data.documents.corpus import Corpus, Segment, describe, load_corpus, no_text, pieces
-from cllm.data.documents.files import find
+from cllm.data.documents.corpus import Corpus, Segment, describe, load_corpus, pieces
 from cllm.data.documents.scan import Reading
 from cllm.data.documents.sides import SplitPlan, plan_split
 from cllm.data.tokens.dataset import FORMAT, VERSION, Dataset, folder_for, is_packed, left_out, read_info, token_words
@@ -36,15 +35,6 @@ _BATCH_PIECES = 1 << 12  # pieces at most
 
 Log = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
-
-
-def check_place(path: str | os.PathLike[str]) -> None:
-    """Raises DataError where nothing at a path can be text, as far as the names and sizes of the files tell: quick for any folder."""
-    if is_packed(path):
-        return
-    files, skipped = find(path)
-    if not files:
-        raise DataError(no_text(Path(path), skipped))
 
 
 def prepare(

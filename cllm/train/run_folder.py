@@ -20,24 +20,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm.checkpoint.folder import STATE, read_manifest, read_state
+from cllm.checkpoint.place import CHECKPOINTS
 from cllm.checkpoint.safetensors import sha256_of
 from cllm.checkpoint.store import CheckpointStore
 from cllm.checkpoint.weights import check_tokenizer
 from cllm.config.schedule import Schedule, lr
 from cllm.config.schema import SETTINGS
 from cllm.config.train import TrainConfig
-from cllm.data.tokens.tokenizer import KINDS
 from cllm.monitor.guards import BestLoss
 from cllm.runtime import files
 from cllm.runtime.errors import CheckpointError, DataError, UserError
-from cllm.runtime.printable import printable
 from cllm.shell import command
+from cllm.train.run_place import DATA, PLACES
 
 if TYPE_CHECKING:
     from cllm.data import Dataset, TokenSplit
 
-CONFIG, CHECKPOINTS, DATA = "config.toml", "checkpoints", "data"
-_PLACES = ("data.path", "finetune.start_from", "data.tokenizer")  # settings that are, or may be, places on the disk
 _END = ("train.steps", "train.epochs", "train.patience")  # settings that only say where a run ends
 
 
@@ -96,11 +94,6 @@ def stored_run(out: Path) -> StoredRun | None:
     return None
 
 
-def holds_run(out: Path) -> bool:
-    """Whether a run lives in this folder, trained or only begun."""
-    return (out / CONFIG).is_file() or (out / CHECKPOINTS).is_dir()
-
-
 def true_sources(config: TrainConfig, file: Path, stored: StoredRun | None) -> TrainConfig:
     """The settings read from a run's own config.toml, which lists all of them, each with the source that it had when the run began.
 
@@ -114,20 +107,6 @@ def true_sources(config: TrainConfig, file: Path, stored: StoredRun | None) -> T
         if not source or source.startswith("file "):  # also of a run that an older version resumed
             source = "default" if value == SETTINGS[key].default else config.sources[key]
         config = config.replace(source, **{key: value})
-    return config
-
-
-def absolute_places(config: TrainConfig) -> TrainConfig:
-    """The settings with their places as absolute paths, so that the run can be continued from any folder.
-
-    A relative place that does not exist is left alone where it comes from a file: a run of an older version may have begun in another folder.
-    """
-    for key in _PLACES:
-        value, named = config[key], key == "data.path" and config.sources[key] == "DATA"
-        if value and value not in KINDS and (named or os.path.exists(value)):
-            if any(0xD800 <= ord(each) < 0xE000 for each in os.path.abspath(value)):
-                raise UserError(f"{printable(value)}: the name is not UTF-8, so no configuration file can hold it. Rename it, or give a link to it.")
-            config = config.replace(config.sources[key], **{key: os.path.abspath(value)})
     return config
 
 
@@ -206,7 +185,7 @@ def go_on(
     there = stored.config
     asked = _steps_asked_for(config, there)
     config = config.adopt(there)
-    for key in _PLACES:
+    for key in PLACES:
         if config[key] and there[key] and os.path.abspath(config[key]) == os.path.abspath(there[key]):
             config = config.replace(config.sources[key], **{key: there[key]})
     sentence = problem = None

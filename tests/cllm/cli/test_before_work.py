@@ -109,8 +109,9 @@ def test_a_wrong_name_is_answered_before_a_large_library_is_imported():
         ["evaluate", "nowhere", "x"],
         ["export", "nowhere", "--to", "hf", "--out", "x"],
         ["checkpoint", "inspect", "nowhere"],
+        ["train", "nowhere"],
     ]
     script = "import sys\nsys.modules['torch'] = None\nfrom cllm.cli.app import main\n"
     script += f"for words in {commands}:\n    try: main(words)\n    except SystemExit: pass\n"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert ran.stderr.count("error: nowhere does not exist.") == len(commands) and ran.stderr.count("\n") == len(commands), ran.stderr
+    assert ran.stderr.count("nowhere does not exist.") == len(commands) and ran.stderr.count("\n") == len(commands), ran.stderr
