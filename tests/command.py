@@ -1,11 +1,17 @@
 """The command as a user types it: a subprocess, its exit status, what it prints where."""
 
+import functools
 import json
 import os
+import select
+import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,14 +60,73 @@ def lines(path: Path) -> int:
 
 
 def cllm(*arguments: object, cwd: Path | None = None, stdin: str = "", timeout: float = PATIENCE, **variables: str) -> Ran:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}  # no user has that one
+    """Runs the command to its end. In a process forked from one with the libraries imported, or in one of its own where the test sets variables."""
+    server = _server()
+    environment = _environment() | variables
+    if server is None or environment != server.environment:
+        command = [sys.executable, "-m", "cllm", *map(str, arguments)]
+        done = subprocess.run(command, cwd=cwd, env=environment, input=stdin, capture_output=True, text=True, timeout=timeout)
+        ran = Ran(done.returncode, done.stdout, done.stderr)
+    else:
+        ran = server.run([*map(str, arguments)], cwd or Path.cwd(), stdin, timeout)
+    assert "Traceback" not in ran.err, ran.err
+    return ran
+
+
+def _environment() -> dict[str, str]:
+    ours = ("TRITON_INTERPRET", "PYTEST_CURRENT_TEST")  # no user has these
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # as in an activated environment
-    environment |= variables
-    done = subprocess.run(
-        [sys.executable, "-m", "cllm", *map(str, arguments)], cwd=cwd, env=environment, input=stdin, capture_output=True, text=True, timeout=timeout
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return Ran(done.returncode, done.stdout, done.stderr)
+    return environment
+
+
+class _Server:
+    """A running `command_server.py`, for commands with the environment that it was started with."""
+
+    def __init__(self) -> None:
+        self.environment = _environment()
+        self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        script = Path(__file__).with_name("command_server.py")
+        with theirs:
+            subprocess.Popen([sys.executable, script, str(theirs.fileno())], env=self.environment, pass_fds=[theirs.fileno()])
+
+    def run(self, arguments: list[str], folder: Path, stdin: str, timeout: float) -> Ran:
+        typed = json.dumps({"arguments": arguments, "folder": str(folder)}).encode()
+        pipes = [os.pipe() for _ in range(4)]  # standard input, output and error; what the server reports: the process, then its exit status
+        (their_in, our_in), (our_out, their_out), (our_err, their_err), (report, their_report) = pipes
+        socket.send_fds(self._requests, [typed], [their_in, their_out, their_err, their_report])
+        for file in (their_in, their_out, their_err, their_report):
+            os.close(file)
+        with ThreadPoolExecutor(3) as threads:
+            threads.submit(_write, our_in, stdin)
+            out, err = (threads.submit(_read, file) for file in (our_out, our_err))
+            process = int.from_bytes(os.read(report, 4), "little")
+            try:
+                if not select.select([report], [], [], timeout)[0]:
+                    raise subprocess.TimeoutExpired(["cllm", *arguments], timeout)
+                status = int.from_bytes(os.read(report, 4), "little", signed=True)
+            except BaseException:
+                os.kill(process, signal.SIGKILL)
+                raise
+            finally:
+                os.close(report)
+            return Ran(status, out.result(), err.result())
+
+
+def _write(file: int, text: str) -> None:
+    with suppress(BrokenPipeError), open(file, "w") as stream:
+        stream.write(text)
+
+
+def _read(file: int) -> str:
+    with open(file) as stream:
+        return stream.read()
+
+
+@functools.cache
+def _server() -> _Server | None:
+    """One for each process of tests; None where processes cannot be forked or files not be sent to another process."""
+    return _Server() if hasattr(os, "fork") and hasattr(socket, "send_fds") else None
 
 
 TINY = ("--embed-dim", 32, "--num-layers", 1, "--num-heads", 2, "--seq-len", 32, "--batch-size", 4, "--vocab-size", 320, "--threads", 2)

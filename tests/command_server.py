@@ -1,0 +1,69 @@
+"""A process that has imported the libraries already and forks for each command: a command in it costs what the command does, not 2 s of imports.
+
+Run by `command.py`, which sends a request for each command: what was typed, the folder, and the four files of the new process. Nothing of CLLM is
+imported before the fork, and no library has started a thread by then, so what a command imports, and in which order, is as in a process of its own.
+"""
+
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+
+
+def import_libraries() -> None:
+    import numba  # noqa: F401
+    import rich.console
+    import rich.progress  # noqa: F401
+    import safetensors  # noqa: F401
+    import tokenizers  # noqa: F401
+    import torch.nn.functional  # noqa: F401
+    import typer  # noqa: F401
+
+
+def serve(requests: socket.socket) -> None:
+    """Forks for every request, and returns in the new process; ends when nobody can ask any more."""
+    while True:
+        message, files, _, _ = socket.recv_fds(requests, 1 << 20, 4)
+        if not message:
+            sys.exit()
+        if os.fork() == 0:
+            break
+        for file in files:
+            os.close(file)
+        os.wait()
+    requests.close()
+    # This process waits for the command, so that the server can go on; it is waited for at once, and its child afterwards belongs to init.
+    report = files[3]
+    if os.fork():
+        os._exit(0)
+    command = os.fork()
+    if command:
+        for file in files[:3]:
+            os.close(file)
+        for standard in range(3):
+            os.close(standard)
+        os.write(report, command.to_bytes(4, "little"))
+        _, status = os.waitpid(command, 0)
+        os.write(report, os.waitstatus_to_exitcode(status).to_bytes(4, "little", signed=True))
+        os._exit(0)
+    os.close(report)
+    for standard, file in enumerate(files[:3]):
+        os.dup2(file, standard)
+        os.close(file)
+    sys.stdin, sys.stdout = open(0), open(1, "w")  # noqa: SIM115 - as Python opens them, for the life of the process
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
+    typed = json.loads(message)
+    os.chdir(typed["folder"])
+    sys.argv = ["cllm", *typed["arguments"]]
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C that ends the tests ends this process when its socket closes
+    del sys.path[0]  # the folder of this file, which no command sees
+    import_libraries()
+    serve(socket.socket(fileno=int(sys.argv[1])))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.path.insert(0, os.getcwd())  # as `python -m` has it
+    runpy.run_module("cllm", run_name="__main__", alter_sys=True)
