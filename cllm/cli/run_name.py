@@ -23,7 +23,7 @@ _PATIENCE = 2.0  # seconds until a process that has just taken a folder has writ
 
 def default_run(data: str) -> Path:
     """The folder below runs/ for the run that learns from `data`: the one that it has already, or a free one."""
-    named, own = RUNS / _name(data), RUNS / f"{_name(data)}-{_suffix(data)}"
+    named, own = RUNS / name_of(data), RUNS / f"{name_of(data)}-{_suffix(data)}"
     older = RUNS / (re.sub(r"[^A-Za-z0-9._-]+", "-", Path(os.path.abspath(data)).stem).strip("-.") or "run")  # of older versions
     for each in (own, named, older):
         if _belongs(each, data):
@@ -83,7 +83,7 @@ def _belongs(run: Path, data: str) -> bool:
     return place is not None and same_place(place, data)
 
 
-def _name(data: str) -> str:
+def name_of(data: str) -> str:
     """A readable name of letters (of any script), digits and . _ - that is safe as a folder and after a command."""
     path = Path(os.path.abspath(data))
     plain = unicodedata.normalize("NFC", path.name if path.is_dir() else path.stem)

@@ -1,7 +1,7 @@
 """`cllm train`: from a folder of text to a trained model. Each part is one call; what they say on the way is for the person who waits."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +13,8 @@ from cllm.cli import train_looks
 from cllm.cli.console import Console, open_console
 from cllm.cli.interrupt import stopping_with
 from cllm.cli.options import Json, examples, option, text_option, with_settings
-from cllm.cli.train_setup import by_first, check_before_work, model_to_start_from, new_model, read_settings, with_data
+from cllm.cli.train_setup import check_before_work, read_settings
+from cllm.config.follow import FOLLOW, FollowSettings
 from cllm.config.schema import SETTINGS, full_key
 from cllm.config.train import TrainConfig
 from cllm.monitor.stop_signals import BEFORE_TRAINING
@@ -22,7 +23,6 @@ from cllm.shell import command
 
 if TYPE_CHECKING:
     from cllm.distributed.world import World
-    from cllm.monitor.guards import RunLock
 
 # The settings that most users change; --set reaches all of them.
 FLAGS = {full_key(name): SETTINGS[full_key(name)] for name in (
@@ -42,9 +42,10 @@ app = typer.Typer()
         "cllm train books/ --set optim.beta2=0.99",
         "cllm train --resume --out runs/books",
         "cllm train chats.jsonl --from runs/books --lora-rank 8",
+        "cllm train notes/ --follow --out runs/notes",
     )
 )
-@with_settings(FLAGS)
+@with_settings(FLAGS | FOLLOW)
 def train(
     data: Annotated[
         str | None, typer.Argument(metavar="DATA", help="Folder or file of text, source code, JSON, CSV or chats, or a packed token folder.")
@@ -58,6 +59,15 @@ def train(
     find_lr: Annotated[
         bool, typer.Option("--find-lr", help="Try rising learning rates for 100 steps and print and plot the losses, without a run.")
     ] = False,
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--follow",
+            help="Go on learning while DATA grows: in rounds, each kept only where new text becomes easier and old text hardly harder. DATA may "
+            "be the folder of a crawl.",
+        ),
+    ] = False,
+    once: Annotated[bool, typer.Option("--once", help="With --follow: end when there is nothing new instead of waiting for it.")] = False,
     set_: Annotated[
         list[str] | None, text_option("--set", "Any other setting, as in optim.beta2=0.99. Can be given several times.", metavar="SECTION.KEY=VALUE")
     ] = None,
@@ -66,10 +76,42 @@ def train(
 ) -> None:
     """Train a model on text, source code or chats. DATA is read, a tokenizer is trained, the text is packed into tokens and the model is trained on
     them. Each step is cached, and the same command continues a run that was interrupted."""
+    following = {key: settings.pop(key) for key in FOLLOW}
     flags = {"data.path": data, **settings}
     console = open_console(as_json, needs_reader=False)
+    if follow:
+        _follow(console, flags, set_ or [], config, out, following, once=once, excluded=(resume, plan, find_lr))
+        return
+    unused = [FOLLOW[key].option for key, value in following.items() if value is not None] + ["--once"] * once
+    if unused:
+        raise UserError(f"{unused[0]} belongs to --follow. Give both, or neither.")
     with stopping_with("interrupted; nothing was trained" if plan or find_lr else BEFORE_TRAINING):
         train_run(console, flags=flags, sets=set_ or [], file=config, out=out, resume=resume, plan_only=plan, find_lr=find_lr)
+
+
+def _follow(
+    console: Console,
+    flags: Mapping[str, Any],
+    sets: Sequence[str],
+    file: Path | None,
+    out: Path | None,
+    following: Mapping[str, str | None],
+    *,
+    once: bool,
+    excluded: tuple[bool, ...],
+) -> None:
+    from cllm.cli.follow import WAITING, follow
+    from cllm.cli.options import read_settings as read_given
+
+    if any(excluded):
+        raise UserError("--follow excludes --resume (the same command goes on by itself), --plan and --find-lr. Leave them out.")
+    if distributed.launched():
+        raise UserError("--follow works in one process. Run it without torchrun.")
+    given = read_given(FOLLOW, following)
+    config = read_settings(flags, sets, file, out, resume=False)
+    check_before_work(config, out)
+    with stopping_with(WAITING), runtime.use(threads=config.train.threads):
+        follow(console, config, FollowSettings(**{key.partition(".")[2]: value for key, value in given.items()}), out, once)
 
 
 def train_run(
@@ -112,62 +154,26 @@ def _session(config: TrainConfig) -> "AbstractContextManager[World | None]":
 
 
 def _train(config: TrainConfig, out: Path | None, console: Console, world: "World | None", *, resume: bool) -> None:
-    """Trains in the folder `out`, or in that of the data; compared with the run that is there before anything is written."""
-    from cllm.cli.run_data import check_same_data, data_of_new_run, data_of_run
-    from cllm.cli.run_name import take_folder
-    from cllm.train.finetune import adapt
-    from cllm.train.run_folder import go_on, how_to_train_longer, stored_run
+    """Trains, then shows a sample and the next commands; only the first of several processes does that."""
+    from cllm.cli.training import train_in
     from cllm.train.samples import sample_text
-    from cllm.train.trainer import Trainer
 
-    with ExitStack() as held:
-        lock: RunLock | None = None  # held by the first process
-
-        def take() -> Path:
-            nonlocal lock
-            run, lock = take_folder(out, config.data.path, held)
-            there = stored_run(run)
-            if there is not None:
-                check_same_data(there, config, console)
-            return run
-
-        run = by_first(world, take)
-        stored = stored_run(run)
-        model, tokenizer, config = model_to_start_from(config, run)
-        if stored is not None:
-            sizes = config.model_config(stored.vocab_size) if model is None else model.config
-            resolved = config.resolve(sizes, stored.data["train"]["tokens"])
-            go_on(resolved, stored, stored.data, stored.tokenizer_hash, new_end=resume)  # raises where this is another run
-        elif resume:
-            console.print(f"{run} was stopped before its first checkpoint and starts from the beginning")
-
-        def tokens() -> Path:
-            assert lock is not None
-            return (data_of_new_run(config, run, lock, console, tokenizer) if stored is None else data_of_run(stored, config, console)).folder
-
-        folder = by_first(world, tokens)
-        dataset, sizes, config = with_data(config, None if model is None else model.config, folder, console, world)
-        if stored is not None and stored.finished and config.train.steps == stored.config.train.steps:
-            console.print(f"{run} is finished: all {stored.step:,} steps are done. {how_to_train_longer(stored)}")
-        if model is None:
-            model = new_model(sizes, config, world)
-        model = adapt(config, model, dataset.tokenizer, run)
-        trainer = Trainer(model, dataset, config, out=run, tokenizer=dataset.tokenizer, lock=lock)
-        result = trainer.fit(resume=True if resume and stored is not None else "auto")
-        trained = trainer.whole_model()
-        if trained is None:
-            return
-        with stopping_with(f"interrupted while a sample was written; the run in {run} is complete"):
-            sample = sample_text(trained, dataset.tokenizer, dataset.train)
+    trained = train_in(out, config, console, world, resume=resume)
+    if trained is None:
+        return
+    run, result, dataset = trained.run, trained.result, trained.dataset
+    with stopping_with(f"interrupted while a sample was written; the run in {run} is complete"):
+        sample = sample_text(trained.model, dataset.tokenizer, dataset.train)
     console.print(f"\nA sample, starting from nothing:\n\n{_shown(sample)}\n")
     if result.validation is not None:
         console.print(f"Validation: {result.validation}")
     if result.stopped_early and result.resumed_from == result.step:
         longer = command("train", "--resume", "--out", run, "--patience", "MORE")
         console.print(f"It had stopped early after step {result.step:,}. To train it longer: {longer}")
-    console.print(f"The model is in {run} ({model.config.num_parameters():,} parameters). Next:")
+    parameters = trained.model.config.num_parameters()
+    console.print(f"The model is in {run} ({parameters:,} parameters). Next:")
     console.print(_next_commands(run, chats=dataset.info.get("kind") == "chat"))
-    console.result({**result.to_dict(), "parameters": model.config.num_parameters(), "sample": sample})
+    console.result({**result.to_dict(), "parameters": parameters, "sample": sample})
 
 
 def _next_commands(run: Path, chats: bool) -> str:

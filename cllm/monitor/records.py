@@ -233,6 +233,40 @@ class MachineRow(Row):
     """How long it took."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RoundRow(Record):
+    """A row of rounds.jsonl: one round of a training that follows text which grows. Losses are in nats per token of text that is never learnt."""
+
+    round: int
+    """Number of the round, from 1."""
+    documents: int
+    """New documents that it learnt from."""
+    bytes: int
+    """Their size as JSON lines, in bytes."""
+    held_out: int
+    """New documents that were held out."""
+    replayed_bytes: int
+    """Bytes of earlier rounds that it learnt from again."""
+    sources: dict[str, int]
+    """New documents by file or top folder, the twenty largest."""
+    accepted: bool
+    """Whether the round was kept; one that was not is undone, and the next begins where this one did."""
+    reason: str
+    """Why, in words."""
+    steps: int
+    """Updates of the round."""
+    old_before: float | None = None
+    """Loss of the text that earlier rounds held out, before the round; left out where there was none."""
+    old_after: float | None = None
+    """The same after the round."""
+    new_before: float | None = None
+    """Loss of the text that this round holds out, before the round; left out in the first."""
+    new_after: float | None = None
+    """The same after the round."""
+    seconds: float = measured(0.0)
+    """Seconds from the beginning of the round to its end, over the last start."""
+
+
 ROWS: dict[str, type[Row]] = {each.kind: each for each in (TrainRow, EvaluationRow, FinalRow, LayersRow, ActivationsRow, FaultRow, MachineRow)}
 TIME_FIELDS = frozenset(each.name for row in ROWS.values() for each in dataclasses.fields(row) if each.metadata.get("measured"))
 

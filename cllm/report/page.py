@@ -11,11 +11,13 @@ from typing import Any
 
 from cllm._version import __version__
 from cllm.files import Wording, write_file
-from cllm.monitor.records import ActivationsRow, EvaluationRow, FinalRow, LayersRow, TrainRow
+from cllm.monitor.records import ActivationsRow, EvaluationRow, FinalRow, LayersRow, RoundRow, TrainRow
+from cllm.monitor.rounds import MODEL, read_rounds
 from cllm.report.charts import Series, heat_map, line_chart, share_bar, short, smoothed
 from cllm.report.layers import Table, as_table, layer_values
 from cllm.report.markup import Html, element, join, table
 from cllm.report.reading import RunData, read_run, read_runs
+from cllm.report.rounds import rounds_section
 from cllm.report.style import STYLE
 from cllm.report.timing import time_split
 from cllm.runtime.errors import OutputError, UserError
@@ -48,20 +50,23 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
     """
     if not folders:
         raise UserError(f"no run is named. Give the folder of one, as in {command('report', 'runs/demo')}.")
-    runs = [read_run(folders[0])] if len(folders) == 1 else read_runs(folders)
+    rounds = read_rounds(Path(folders[0])) if len(folders) == 1 else []
+    # Of a training in rounds, the run is that of the last round that was kept.
+    runs = [read_run(Path(folders[0], MODEL) if rounds else folders[0], Path(folders[0]).resolve().name)] if len(folders) == 1 else read_runs(folders)
     default = "report.html" if len(runs) == 1 else "comparison.html"
-    place = Path(out) if out is not None else runs[0].folder / default
+    place = Path(out) if out is not None else (Path(folders[0]) if rounds else runs[0].folder) / default
     place = place / default if place.is_dir() else place
     if not place.parent.is_dir():
         raise UserError(f"there is no folder {place.parent} to write {place.name} into. Create it, or choose another with --out.")
-    write_file(place, (run_page(runs[0]) if len(runs) == 1 else comparison_page(runs)).encode("utf-8"), REPORT)
+    write_file(place, (run_page(runs[0], rounds) if len(runs) == 1 else comparison_page(runs)).encode("utf-8"), REPORT)
     return place, runs
 
 
-def run_page(run: RunData) -> str:
-    """The page of one run."""
+def run_page(run: RunData, rounds: Sequence[RoundRow] = ()) -> str:
+    """The page of one run, and of the rounds that led to it."""
     sections = [
         _problems([run]),
+        rounds_section(rounds),
         _tiles(run),
         _curves([run]),
         _layers(run),

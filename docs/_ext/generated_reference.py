@@ -130,7 +130,7 @@ def metrics_page() -> str:
         "One JSON object on each line. `kind` says which of the following it is; a reader must pass over kinds and keys that it does not know.",
         "",
     ]
-    for kind, record in records.ROWS.items():
+    for kind, record in (*records.ROWS.items(), ("rounds.jsonl", records.RoundRow)):
         helps = schema.field_docs(record)
         hints = typing.get_type_hints(record)
         lines += [f"## {kind}", "", cell((record.__doc__ or "").strip()), "", "| key | type | meaning |", "|---|---|---|"]
