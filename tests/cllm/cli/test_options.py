@@ -14,13 +14,14 @@ from commands import COMMANDS, options
 from cllm import Model, ModelConfig, save
 from cllm.cli.evaluate import GROUPINGS
 from cllm.cli.options import load_model
+from cllm.config.follow import FOLLOW
 from cllm.config.sampling import SAMPLING, Sampling
 from cllm.config.schema import SETTINGS
 from cllm.evaluate import documents
 from cllm.runtime import gpu
 
 FLAGS = {
-    "train": """--out --config --resume --plan --find-lr --set --json --from --lora-rank --tokenizer --device --threads --precision --preset
+    "train": """--out --config --resume --plan --find-lr --follow --once --replay --tolerance --round-bytes --look-every --keep-text --set --json --from --lora-rank --tokenizer --device --threads --precision --preset
         --vocab-size --embed-dim --num-layers --num-heads --num-kv-heads --ffn-dim --seq-len --batch-size --grad-accum --steps --epochs
         --learning-rate --min-lr --warmup --schedule --seed --checkpoint-every --keep --eval-every --patience --sample-every --on-nonfinite
         --overfit-one-batch""",
@@ -36,7 +37,7 @@ def test_the_flags_of_commands_are_frozen(command):
     assert set(options(command)) == set(FLAGS[command].split())
 
 
-@pytest.mark.parametrize(("command", "settings", "others"), [("train", SETTINGS, 7), ("generate", SAMPLING, 13), ("chat", SAMPLING, 7)])
+@pytest.mark.parametrize(("command", "settings", "others"), [("train", SETTINGS | FOLLOW, 9), ("generate", SAMPLING, 13), ("chat", SAMPLING, 7)])
 def test_the_help_of_a_flag_is_the_help_of_its_setting(command, settings, others):
     declared = {each.option: each for each in settings.values()}
     made = {
