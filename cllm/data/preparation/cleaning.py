@@ -8,26 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from cllm.data.clean import decontaminate
 from cllm.data.clean.exact import digest
 from cllm.data.clean.filters import judge
 from cllm.data.clean.languages import language_of
+from cllm.data.clean.lines import drop_policy_lines
 from cllm.data.clean.near import BANDS, signature
 from cllm.data.clean.normalise import normalise
+from cllm.data.clean.personal import protect
+from cllm.data.clean.quality import Quality
 from cllm.data.clean.rules import Rules
 from cllm.data.clean.words import LETTERS, Words, split
+from cllm.data.preparation.boilerplate import Boilerplate, site_of
 from cllm.data.preparation.duplicates import BAND_ROW, EXACT_ROW, OWN, key_of, save
+from cllm.data.preparation.examples import grams_at, score_at
 from cllm.data.preparation.recipe import rules_of
 from cllm.data.preparation.rows import Row, as_json, file_facts, read_rows, writing
 
 
-def clean(place: str, inputs: list[str], changes: Mapping[str, Any], filter: bool, sign: bool, lines: str) -> dict[str, Any]:
+def clean(
+    place: str, inputs: list[str], changes: Mapping[str, Any], filter: bool, sign: bool, lines: list[str], evaluation: list[str], score: list[str]
+) -> dict[str, Any]:
     """Writes PLACE.parquet; PLACE.lengths, the characters of each text as int32, -1 - characters where it is dropped; PLACE.exact and PLACE.bands,
-    what the search for duplicates sorts (see duplicates.py)."""
-    how = rules_of(changes, filter)
+    what the search for duplicates sorts (see duplicates.py).
+
+    lines: the counted lines of web pages. evaluation, score: place and digest of what `examples` has made, or nothing.
+    """
+    how = _How(rules_of(changes, filter), Boilerplate(lines), grams_at(*evaluation) if evaluation else None, score_at(*score) if score else None)
     signatures = _Signatures()
     lengths: list[int] = []
     counts: dict[str, int] = {}
@@ -44,25 +55,70 @@ def clean(place: str, inputs: list[str], changes: Mapping[str, Any], filter: boo
     return {"files": files, "rows": len(lengths), "signed": signatures.count, "counts": dict(sorted(counts.items()))}
 
 
-def _cleaned(row: Row, rules: Rules, counts: dict[str, int]) -> Words | None:
-    """Cleans and judges a document in place, and adds to `counts` how often each rule of normalising changed something.
+class _How(NamedTuple):
+    """What documents are cleaned and judged by."""
+
+    rules: Rules
+    boilerplate: Boilerplate
+    evaluation: decontaminate.Grams | None
+    quality: Quality | None
+
+
+def _cleaned(row: Row, how: _How, counts: dict[str, int]) -> Words | None:
+    """Cleans and judges a document in place, and adds to `counts` how often each rule of cleaning changed something.
 
     Gives the words of the text, which are cut once for all that needs them; None where no text is left.
     """
-    is_code = bool(row["code"])
-    row["text"], changed = normalise(row["text"], is_code, rules)
-    for name, times in changed.items():
-        counts[name] = counts.get(name, 0) + times
-    if not row["text"].strip():
+
+    def count(name: str, times: int) -> None:
+        if times:
+            counts[name] = counts.get(name, 0) + times
+
+    text, rules, is_code, site = row["text"], how.rules, bool(row["code"]), site_of(row)
+    if site:
+        text, lines = how.boilerplate.without(text, site, rules)
+        count("boilerplate_lines", lines)
+        if rules.c4_policy_lines:
+            text, lines = drop_policy_lines(text)
+            count("c4_policy_lines", lines)
+    text, changed = normalise(text, is_code, rules)
+    text, found, secret = protect(text, rules)
+    for name, times in (changed | found).items():
+        count(name, times)
+    row["text"] = text
+    if not text.strip():
         row["dropped_because"] = "empty (nothing is left of its text)"
         return None
-    words = split(row["text"])
+    words = split(text)
     scores: dict[str, Any] = {}
     if not is_code:
-        row["language"], scores["language"] = language_of(row["text"], int(words.counts[LETTERS]))
-    row["dropped_because"], measured = judge(row["text"], row["language"], is_code, rules, words)
-    row["scores"] = as_json(scores | measured)
+        row["language"], scores["language"] = language_of(text, int(words.counts[LETTERS]))
+    reason, measured = judge(text, row["language"], is_code, rules, words)
+    scores |= measured
+    if how.quality is not None:
+        scores["quality"] = how.quality.score(words)
+    row["scores"] = as_json(scores)
+    row["dropped_because"] = (
+        secret
+        or ("" if is_code else _other_language(row["language"], scores["language"], rules))
+        or reason
+        or ("" if how.evaluation is None else decontaminate.judge(words, how.evaluation, rules))
+        or _unlike(scores.get("quality"), rules)
+    )
     return words
+
+
+def _other_language(language: str, probability: float, rules: Rules) -> str:
+    """Why a document is dropped where languages were chosen."""
+    if not rules.languages or (language in rules.languages and probability >= (rules.min_language_probability or 0.0)):
+        return ""
+    return f"languages: it is in {language} with a probability of {probability:.2f}, and wanted is {', '.join(rules.languages)}"
+
+
+def _unlike(score: float | None, rules: Rules) -> str:
+    if score is None or rules.min_quality is None or score >= rules.min_quality:
+        return ""
+    return f"min_quality: {score:.2f}, less than {rules.min_quality:.2f}"
 
 
 def sign(place: str, inputs: list[str], number: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from cllm.data.clean.lines import COUNT
 from cllm.data.clean.near import BANDS
 from cllm.data.documents.files import Skipped
 from cllm.data.preparation import duplicates, manifest, shards, tally
@@ -30,6 +31,7 @@ from cllm.runtime.progress import track
 
 Ask = Callable[[str], bool]
 _ROOM = "cllm.data.preparation"
+_LINE_BYTES = COUNT.itemsize
 
 
 @dataclass
@@ -55,6 +57,7 @@ class Preparation:
     def run(self) -> Prepared:
         """Raises DataError where there is nothing to prepare, and where a loss was asked about and is not wanted."""
         arrow()
+        self._check()
         self.inputs.update(self.sources.values(), self.recipe.sizes.piece_bytes, self.recipe.sizes.piece_files)
         self.pieces = [piece for piece in self.inputs.pieces if piece.source in self.sources]
         if not self.pieces:
@@ -68,6 +71,19 @@ class Preparation:
         self.inputs.finish()
         self._tidy(prepared)
         return prepared
+
+    def _check(self) -> None:
+        """UserError for a rule or a source that there is not, DataError for data sets that are none, before anything that takes time."""
+        for source in self.sources.values():
+            rules_of(self._changes(source), self.recipe.filter)
+        for name in self.recipe.rules:
+            root = name.rpartition(":")[0]
+            if root and root not in {each for source in self.sources.values() for each in (source.name, source.root)}:
+                names = ", ".join(source.name for source in self.sources.values())
+                raise UserError(f"--rule {name}: there is no source {root!r}. The sources are {names}.")
+        for folder in self.recipe.against:
+            open_prepared(Path(folder))
+        find_sources([*self.recipe.exclude, *([self.recipe.like] if self.recipe.like else [])], self.out)
 
     # -- texts -------------------------------------------------------------------------------------------------------------------
 
@@ -92,21 +108,60 @@ class Preparation:
         return self._stage("extract", "Reading documents", "extraction:extract", tasks, "bytes")
 
     def _clean(self, extracted: list[Done]) -> list[Done]:
-        prior = self._boilerplate(extracted)
+        lines, evaluation, score = self._boilerplate(extracted), self._evaluation(), self._score(extracted)
         tasks = []
-        for piece, done, lines in zip(self.pieces, extracted, prior):
-            changes = self._changes(self.sources[piece.source])
+        for piece, done in zip(self.pieces, extracted):
+            changes, counted = self._changes(self.sources[piece.source]), lines[piece.generation] if done.result["pages"] else []
             arguments = {
                 "inputs": [done.path(".parquet")], "changes": changes, "filter": self.recipe.filter, "sign": self.recipe.dedup,
-                "lines": lines.path(".lines") if lines else "",
+                "lines": [each.path(".lines") for each in counted], "evaluation": _place(evaluation), "score": _place(score),
             }  # fmt: skip
-            depends = [done.digest, rules_of(changes, self.recipe.filter).digest(), self.recipe.dedup, lines.digest if lines else ""]
+            beside = [each.digest if each else "" for each in (evaluation, score)]
+            rules = rules_of(changes, self.recipe.filter).digest()
+            depends = [done.digest, rules, self.recipe.dedup, [each.digest for each in counted], beside]
             tasks.append(Task(piece.number, arguments, depends, 1 + done.result["chars"]))
         return self._stage("clean", "Cleaning and filtering", "cleaning:clean", tasks, "bytes")
 
-    def _boilerplate(self, extracted: list[Done]) -> list[Done | None]:
-        """For each piece the counted lines of all pages up to its generation, so that pages that come later change nothing that was prepared."""
-        return [None] * len(extracted)
+    def _boilerplate(self, extracted: list[Done]) -> dict[int, list[Done]]:
+        """For each generation the counted lines of all pages up to it, in parts, so that pages that come later change nothing that was prepared."""
+        own = [(piece, done) for piece, done in zip(self.pieces, extracted) if done.result["pages"]]
+        tasks = [Task(piece.number, {"inputs": [done.path(".parquet")]}, done.digest, 1 + done.result["chars"]) for piece, done in own]
+        counted = self._stage("lines", "Counting the lines of pages", "boilerplate:count", tasks, "bytes")
+        rules = [rules_of(self._changes(source), self.recipe.filter) for source in self.sources.values()]
+        least = min((each.boilerplate_min_pages for each in rules if each.boilerplate_min_pages is not None), default=0)
+        found: dict[int, list[Done]] = {}
+        for generation in sorted({piece.generation for piece, _ in own}) if least else []:
+            here = [done for (piece, _), done in zip(own, counted) if piece.generation <= generation]
+            parts = self._parts(sum(done.files[".lines"][0] for done in here) // _LINE_BYTES)
+            inputs, depends = [done.path(".lines") for done in here], [done.digest for done in here]
+            merges = [
+                Task(part, {"part": part, "parts": parts, "inputs": inputs, "least": least}, [part, parts, depends, least]) for part in range(parts)
+            ]
+            name, label = f"sites-{generation}", "Finding lines that pages repeat"
+            found[generation] = self.ledger.stage(name, label, f"{_ROOM}.boilerplate:merge", VERSIONS["lines"], merges, self.runner)
+        return {piece.generation: found.get(piece.generation, []) for piece in self.pieces}
+
+    def _evaluation(self) -> Done | None:
+        """The runs of words of the text for evaluation."""
+        if not self.recipe.exclude:
+            return None
+        task = Task(0, {"inputs": list(self.recipe.exclude)}, self._contents(self.recipe.exclude))
+        return self._stage("evaluation", "Reading text for evaluation", "examples:evaluation", [task])[0]
+
+    def _score(self, extracted: list[Done]) -> Done | None:
+        """The score of quality that the user's examples teach."""
+        if not self.recipe.like:
+            return None
+        arguments = {"like": self.recipe.like, "inputs": [done.path(".parquet") for done in extracted]}
+        task = Task(0, arguments, [self._contents([self.recipe.like]), [done.digest for done in extracted]])
+        return self._stage("score", "Learning from the examples", "examples:score", [task])[0]
+
+    def _contents(self, places: Sequence[str]) -> list[str]:
+        """The digests of all files at these places."""
+        digests = Digests(self.ledger.folder)
+        found = [digests.of(source.path(name), status) for source in find_sources(places, self.out) for name, status in sorted(source.found.items())]
+        digests.save()
+        return found
 
     def _changes_for_all(self) -> dict[str, Any]:
         return {name: value for name, value in self.recipe.rules.items() if ":" not in name}
@@ -157,10 +212,14 @@ class Preparation:
         return place
 
     def _partitions(self, name: str, label: str, function: str, signed: list[Done], ending: str, rows_each: int) -> list[Done]:
-        parts = max(1, -(-sum(done.result["signed"] for done in signed) * rows_each // self.recipe.sizes.partition_rows))
+        parts = self._parts(sum(done.result["signed"] for done in signed) * rows_each)
         inputs, depends = [done.path(ending) for done in signed], [done.files[ending] for done in signed]
         tasks = [Task(part, {"part": part, "parts": parts, "inputs": inputs}, [part, parts, depends]) for part in range(parts)]
         return self._stage(name, label, function, tasks)
+
+    def _parts(self, rows: int) -> int:
+        """Into how many parts so many rows are cut."""
+        return max(1, -(-rows // self.recipe.sizes.partition_rows))
 
     def _verify(self, forest: Done, copies: list[Done], cleaned: list[Done], references: list[_Reference]) -> list[Done]:
         members = duplicates.load(forest.path(".forest"), np.dtype("<u8")).reshape(-1, 2)
@@ -316,6 +375,11 @@ def prepare(roots: Sequence[str], out: Path, recipe: Recipe, runner: Runner, ask
     preparation = Ledger(out)
     with preparation.held():
         return Preparation(sources, out, recipe, runner, ask).run()
+
+
+def _place(done: Done | None) -> list[str]:
+    """Where a task's files are, and their digest."""
+    return [] if done is None else [done.place, done.digest]
 
 
 def _without_secrets(options: Mapping[str, Any]) -> dict[str, Any]:
