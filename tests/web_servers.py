@@ -9,6 +9,7 @@ with Web() as web:
 from __future__ import annotations
 
 import asyncio
+import ssl
 import threading
 import time
 from collections import Counter
@@ -100,11 +101,11 @@ class Web:
         self._thread.join()
         self._loop.close()
 
-    def site(self, handler: Handler, address: str = "", port: int = 0) -> Site:
+    def site(self, handler: Handler, address: str = "", port: int = 0, encrypted: ssl.SSLContext | None = None) -> Site:
         """One more server; by itself it gets the next free address from 127.0.0.2 on."""
         address = address or f"127.0.0.{2 + len(self.sites)}"
         site = Site(address, 0)
-        server = asyncio.run_coroutine_threadsafe(self._start(site, handler, port), self._loop).result()
+        server = asyncio.run_coroutine_threadsafe(self._start(site, handler, port, encrypted), self._loop).result()
         site.port = server.sockets[0].getsockname()[1]
         self.sites.append(site)
         return site
@@ -114,7 +115,7 @@ class Web:
         """For `--allow-private`: the servers that may be reached."""
         return [f"{site.address}:{site.port}" for site in self.sites]
 
-    async def _start(self, site: Site, handler: Handler, port: int) -> asyncio.Server:
+    async def _start(self, site: Site, handler: Handler, port: int, encrypted: ssl.SSLContext | None) -> asyncio.Server:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             task = asyncio.current_task()
             assert task
@@ -129,7 +130,7 @@ class Web:
                 self._tasks.discard(task)
                 writer.close()
 
-        server = await asyncio.start_server(serve, site.address, port)
+        server = await asyncio.start_server(serve, site.address, port, ssl=encrypted)
         self._servers.append(server)
         return server
 

@@ -38,6 +38,7 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_FIELD = 32 << 10  # bytes of one header; some policies of real sites are longer than the usual 8 KiB
 _ENCODED = re.compile(r"[!-~]{1,500}")
 _DNS_THREADS = 32
+_BROTLI = (1, 2, 1)  # CVE-2026-111497
 
 DOCUMENTS = (
     "text/*", "application/xhtml+xml", "application/xml", "application/rss+xml", "application/atom+xml", "application/json", "application/ld+json",
@@ -102,7 +103,7 @@ class Fetched:
 
     @property
     def not_modified(self) -> bool:
-        return self.status == 304
+        return self.status == 304 and not self.problem
 
     def header(self, name: str) -> str:
         """The values of a header, joined by commas; empty where there is none."""
@@ -151,10 +152,14 @@ class Fetcher:
     async def __aenter__(self) -> Fetcher:
         try:
             import aiohttp
-            import brotli  # noqa: F401
+            import brotli
             import zstandard  # noqa: F401
         except ImportError as error:
             raise DataError(f"crawling needs {error.name}, which is not installed. Install it with: pip install 'cllm[data]'") from error
+        if tuple(map(int, re.findall(r"\d+", brotli.__version__)[:3])) < _BROTLI:
+            raise DataError(
+                f"brotli {brotli.__version__} is installed; servers can run code through versions before 1.2.1. Update it with: pip install -U brotli"
+            )
         if self._resolver is None:
             # A name server that hangs keeps a thread for minutes; a pool of its own keeps the others going.
             self._threads = ThreadPoolExecutor(_DNS_THREADS, "dns")

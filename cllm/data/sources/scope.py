@@ -142,13 +142,15 @@ _PAST = 1990  # nobody kept a calendar on the web before
 def trap(url: str, this_year: int | None = None) -> str:
     """Why a clean address looks like one of an endless series; empty where it does not. For links that were found, not for seeds."""
     _, _, path, query = parts(url)
-    if path.count("/") > MAX_SEGMENTS:
+    slashes = path.count("/")
+    if slashes > MAX_SEGMENTS:
         return f"its path has more than {MAX_SEGMENTS} parts"
-    if _CYCLE.search(path):
+    if slashes >= 3 and _CYCLE.search(path):
         return "its path repeats itself"
-    segments = [segment for segment in path.split("/") if segment]
-    if len(segments) - len(set(segments)) >= 4:
-        return "its path repeats itself"
+    if slashes >= 5:
+        segments = [segment for segment in path.split("/") if segment]
+        if len(segments) - len(set(segments)) >= 4:
+            return "its path repeats itself"
     if query:
         names = [pair.partition("=")[0] for pair in query.split("&")]
         if len(names) > MAX_PARAMETERS:

@@ -90,7 +90,7 @@ def test_the_query_is_written_in_the_charset_of_the_page():
     assert clean("/?ä", PAGE, "no such charset") == "https://example.org/?%C3%A4"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.text(max_size=60)
     | st.lists(st.sampled_from(["http:", "//", "/", ".", "..", "%2e", "@", ":", "\\", "?", "#", "[", "]", "1", "0x", "a"])).map("".join)
