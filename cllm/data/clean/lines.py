@@ -15,7 +15,7 @@ import numpy as np
 
 from cllm.data.clean import words as parts
 from cllm.data.clean.rules import Rules
-from cllm.data.clean.words import Words
+from cllm.data.clean.words import Words, distinct
 
 COUNT = np.dtype([("key", np.uint64), ("pages", np.uint32)])
 
@@ -31,7 +31,7 @@ _POLICY = re.compile(
 def line_keys(text: str, site: str = "", words: Words | None = None) -> np.ndarray:
     """(K,) uint64, ascending: the different lines of a page, for its site. `words`: those of the text, where they were cut already."""
     keys = _keys(text, site, parts.split(text) if words is None else words)
-    return np.unique(keys[keys != 0])
+    return distinct(keys[keys != 0])
 
 
 def count(pages: Iterable[np.ndarray]) -> np.ndarray:

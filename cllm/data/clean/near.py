@@ -23,12 +23,13 @@ import numpy as np
 from cllm.data.clean import words as parts
 from cllm.data.clean.compiling import jit
 from cllm.data.clean.components import edges, groups
-from cllm.data.clean.words import Words, mixed, ngrams
+from cllm.data.clean.words import Words, distinct, mixed, ngrams
 from cllm.runtime.errors import DataError
 
 SHINGLE = 5  # words
 BANDS, ROWS = 20, 6
 MOST_COMPARISONS = 32  # of a document with kept ones of its group, those that share most bands first
+_MOST_OF_A_KEY = 64  # kept documents that are remembered for it: a key of more is that of a template, and true pairs share others besides
 _SEED = 42
 _RENSA = 2  # ALGORITHM_VERSION of its signatures
 VERSION = f"words {parts.VERSION}, rensa {_RENSA}, {BANDS} x {ROWS}"  # of the keys: part of a recipe's digest
@@ -44,17 +45,21 @@ def signature(words: Words) -> np.ndarray:
 
     Raises DataError where rensa is missing or makes other signatures than the ones we store.
     """
-    hashes = ngrams(words.hashes, SHINGLE)
+    return bands_of(ngrams(words.hashes, SHINGLE))
+
+
+def bands_of(hashes: np.ndarray, num_bands: int = BANDS, num_rows: int = ROWS) -> np.ndarray:
+    """(num_bands,) uint64: the keys of a set of hashes, (M,) uint64 in any order; all 0 where there are none. Raises as `signature` does."""
     if not len(hashes):
-        return np.zeros(BANDS, np.uint64)
+        return np.zeros(num_bands, np.uint64)
     offsets = np.array([0, len(hashes)], np.uint64)
-    rows = _rensa().digest_matrix_from_flat_token_hashes(hashes, offsets, BANDS * ROWS, _SEED).to_rows()
-    return _bands(np.array(rows[0], np.uint64), BANDS)
+    rows = _rensa().digest_matrix_from_flat_token_hashes(hashes, offsets, num_bands * num_rows, _SEED).to_rows()
+    return _bands(np.array(rows[0], np.uint64), num_bands)
 
 
 def shingles(words: Words) -> np.ndarray:
     """(U,) uint64, ascending: hashes of the different 5-grams of a document's words."""
-    return np.unique(ngrams(words.hashes, SHINGLE))
+    return distinct(ngrams(words.hashes, SHINGLE))
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
@@ -85,7 +90,8 @@ def verify(documents: np.ndarray, bands: np.ndarray, shingles_of: Callable[[int]
                     break
         if document not in dropped:
             for key in keys:
-                kept.setdefault(key, []).append(document)
+                if len(same := kept.setdefault(key, [])) < _MOST_OF_A_KEY:
+                    same.append(document)
     return dropped
 
 

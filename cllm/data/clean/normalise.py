@@ -21,10 +21,12 @@ _COLOURS = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 # make a line look other than it is; code points that are no characters. Joiners stay: Persian, the scripts of India and emoji are spelt with them.
 _INVISIBLE = "\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u2060-\u2064\u206a-\u206f\ufeff\ufff9-\ufffb\ufffe\uffff"
 _DIRECTIONS = "\u200e\u200f\u202a-\u202e\u2066-\u2069"
+_HALVES, _ENDS, _WIDE = "\ud800-\udfff", "\r\x0b\x0c\x85\u2028\u2029", "\xa0\u1680\u2000-\u200a\u202f\u205f\u3000"
 _CONTROL = re.compile(f"[{_INVISIBLE}{_DIRECTIONS}]+")
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
-_SPACES = re.compile("[\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
+_SURROGATE = re.compile(f"[{_HALVES}]")
+_LINE_ENDS = re.compile(f"\r\n?|[{_ENDS}]")
+_SPACES = re.compile(f"[{_WIDE}]")
+_UNUSUAL = re.compile(f"[{_INVISIBLE}{_DIRECTIONS}{_HALVES}{_ENDS}{_WIDE}]")
 _TRAILING = re.compile(r"[ \t]+$", re.MULTILINE)
 _BLANK_LINES = re.compile(r"\n{3,}")
 _ORDINARY = bytes(range(32, 127)) + b"\t\n"
@@ -45,20 +47,22 @@ def normalise(text: str, is_code: bool, rules: Rules) -> tuple[str, dict[str, in
             counts[rule] = counts.get(rule, 0) + times
 
     plain = text.isascii()
-    if not plain:
-        apply("surrogates", functools.partial(_SURROGATE.subn, "\ufffd"))  # half a character, which no file can hold
-        if rules.mojibake and not is_code:
+    if not plain and not is_code:
+        if rules.mojibake:
             apply("mojibake", _repaired)
-        if rules.unicode_form and not is_code and not unicodedata.is_normalized("NFC", text):
+        if rules.unicode_form and not unicodedata.is_normalized("NFC", text):
             text, counts["unicode_form"] = unicodedata.normalize("NFC", text), 1
-    if rules.white_space and (not plain or "\r" in text or "\x0b" in text or "\x0c" in text):
-        apply("white_space", functools.partial(_LINE_ENDS.subn, "\n"))
-    if rules.control_characters and (not plain or text.encode().translate(None, _ORDINARY)):
-        apply("control_characters", functools.partial(_COLOURS.subn, ""))
-        apply("control_characters", functools.partial(_CONTROL.subn, ""))
+    # Most texts hold nothing unusual, which one look tells.
+    if text.encode().translate(None, _ORDINARY) if plain else _UNUSUAL.search(text):
+        apply("surrogates", functools.partial(_SURROGATE.subn, "\ufffd"))  # half a character, which no file can hold
+        if rules.white_space:
+            apply("white_space", functools.partial(_LINE_ENDS.subn, "\n"))
+            if not is_code:
+                apply("white_space", functools.partial(_SPACES.subn, " "))
+        if rules.control_characters:
+            apply("control_characters", functools.partial(_COLOURS.subn, ""))
+            apply("control_characters", functools.partial(_CONTROL.subn, ""))
     if rules.white_space:
-        if not plain and not is_code:
-            apply("white_space", functools.partial(_SPACES.subn, " "))
         if " \n" in text or "\t\n" in text or text.endswith((" ", "\t")):
             apply("white_space", functools.partial(_TRAILING.subn, ""))
         if "\n\n\n" in text and not is_code:

@@ -101,6 +101,14 @@ def ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
     return _ngrams(hashes, n)
 
 
+def distinct(keys: np.ndarray) -> np.ndarray:
+    """(U,) uint64, ascending: the keys, each once. Several times as fast as numpy.unique for a few hundred."""
+    keys = np.sort(keys)
+    new = np.ones(len(keys), bool)
+    np.not_equal(keys[1:], keys[:-1], out=new[1:])
+    return keys[new]
+
+
 @jit
 def mixed(h):
     """A uint64 of which every bit depends on every bit of `h`."""

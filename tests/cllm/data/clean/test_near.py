@@ -52,7 +52,7 @@ def planted(num_originals, copies, seed=1, edits=0.4):
 
 
 def test_planted_duplicates_are_found_and_nothing_else():
-    texts = planted(250, 3)
+    texts = planted(150, 3)
     cut = [split(text) for text, _ in texts]
     dropped = deduplicate(np.stack([signature(words) for words in cut]), lambda i: shingles(cut[i]), 0.8)
     for copy, (kept, how_similar) in dropped.items():
@@ -63,7 +63,7 @@ def test_planted_duplicates_are_found_and_nothing_else():
         alike.setdefault(original, []).append(i)
     near_pairs = [(a, b) for same in alike.values() for a, b in combinations(same, 2) if similarity(texts[a][0], texts[b][0]) > 0.85]
     missed = [(a, b) for a, b in near_pairs if a not in dropped and b not in dropped]
-    assert len(near_pairs) > 150
+    assert len(near_pairs) > 100
     assert len(missed) <= 0.01 * len(near_pairs)
 
 
@@ -128,8 +128,17 @@ def test_a_large_group_costs_a_bounded_number_of_comparisons():
         loaded.append(i)
         return np.arange(i * 1000, i * 1000 + 10, dtype=np.uint64)
 
-    near.verify(np.arange(500), np.ones((500, BANDS), np.uint64), load, 0.8)
-    assert len(loaded) == 500
+    near.verify(np.arange(300), np.ones((300, BANDS), np.uint64), load, 0.8)
+    assert len(loaded) == 300
+
+
+def test_a_pair_in_a_crowd_is_found_by_what_it_shares_besides():
+    """300 pages have the key of their template; the last one repeats the one before."""
+    bands = np.arange(1, 301 * BANDS + 1, dtype=np.uint64).reshape(301, BANDS)
+    bands[:, 0] = 1
+    bands[300, 1:] = bands[299, 1:]
+    sets = [np.arange(i * 1000, i * 1000 + 10, dtype=np.uint64) for i in range(300)]
+    assert deduplicate(bands, lambda i: sets[min(i, 299)], 0.8) == {300: (299, 1.0)}
 
 
 PAIRS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=40)
@@ -148,7 +157,7 @@ def as_array(pairs):
 
 
 @given(PAIRS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_components_are_those_of_plain_python(pairs):
     assert roots(31, as_array(pairs)).tolist() == slow_roots(31, pairs)
     found = groups(31, as_array(pairs))
