@@ -11,7 +11,7 @@ import typer
 from cllm.cli.console import Console, open_console, readable, table
 from cllm.cli.options import examples, option, text_argument, text_option
 from cllm.files import DATA, check_writable
-from cllm.runtime.errors import UserError
+from cllm.runtime.errors import DataError, UserError
 from cllm.runtime.progress import Progress, duration, say
 from cllm.shell import command
 
@@ -157,6 +157,9 @@ def _crawl(out: Path, settings: Settings, guard: Any, console: Console) -> None:
     if not is_done:
         console.result({"event": "paused", "out": str(out), **summary.to_json()})
         raise Interrupted(f"paused with {summary.queued + summary.waiting:,} URLs to go; the same command goes on")
+    if not summary.pages:
+        reasons = [*summary.failed, *summary.left_out, *summary.not_queued]
+        raise DataError(f"no page was stored{': ' + reasons[0] if reasons else ''}. Run the same command again once that is put right.")
     more = summary.queued + summary.waiting
     if more:
         console.print(f"--max-pages is reached; {more:,} URLs are still queued. A larger --max-pages goes on with them.")

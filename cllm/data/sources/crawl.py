@@ -107,7 +107,8 @@ class Crawl:
     def _begin(self) -> None:
         """Queues the seeds, what is due again, and what did not answer the last time."""
         now = time.time()
-        self.frontier.reopen()
+        self.frontier.reopen(self.settings.max_per_site)
+        self.frontier.reach(self.settings.depth)
         self.num_due = self.frontier.due_again(now, self.settings.revisit)
         for seed in self.settings.seeds:
             url = urls.clean(seed)

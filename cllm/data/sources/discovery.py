@@ -11,7 +11,7 @@ from cllm.data.sources.scope import Patterns, Scope, trap
 from cllm.data.sources.settings import Settings
 from cllm.data.sources.traps import prefix_name, surplus
 
-OFF_SCOPE, TOO_DEEP = "outside of --scope", "deeper than --depth"
+OFF_SCOPE = "outside of --scope"
 
 
 @lru_cache(1 << 16)
@@ -39,8 +39,8 @@ class Discovery:
         """
         key = key_of(url)
         if self._frontier.is_known(key):
-            return None
-        reason = self._refusal(url, depth, first)
+            return self._frontier.not_so_deep(key, depth) if depth <= self._depth else None
+        reason = self._refusal(url, first)
         if reason:
             self._frontier.skip(key, reason)
             return None
@@ -49,16 +49,17 @@ class Discovery:
         if site.closed or prefix.closed:
             self._frontier.skip(key, site.closed or prefix.closed)
             return None
+        if depth > self._depth and not first:
+            self._frontier.leave_out(url, key, site, prefix, kind=kind, depth=depth, hops=hops)
+            return None
         wait = 0 if first or kind != PAGE else surplus(prefix.found)
         rank = -8 + kind if kind != PAGE else 8 * (depth + wait) + ("?" in url)
         self._frontier.add(url, key, site, prefix, kind=kind, depth=depth, hops=hops, rank=rank)
         return site
 
-    def _refusal(self, url: str, depth: int, first: bool) -> str:
+    def _refusal(self, url: str, first: bool) -> str:
         if not self._scope.covers(url):
             return OFF_SCOPE
         if first:
             return ""
-        if depth > self._depth:
-            return TOO_DEEP
         return self._patterns.refusal(url) or trap(url)

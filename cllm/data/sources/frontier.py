@@ -24,6 +24,7 @@ from cllm.runtime.errors import DataError
 # States of a URL. The first two are queues; a leased one is in flight; a waiting one is tried again at `due`.
 AGAIN, NEW, LEASED, WAITING, DONE, FAILED, LEFT_OUT = range(7)
 PAGE, SITEMAP, FEED = range(3)  # kinds of a URL
+TOO_DEEP = "deeper than --depth"
 FORMAT = 1  # of the database
 DAY = 86400.0
 SLOWEST, FASTEST = 6, -4  # a page that never changes is looked at 2^6 times as rarely as a new one, one that always does 2^4 times as often
@@ -116,6 +117,7 @@ class Frontier:
     """URLs of each state."""
     pages: int = 0
     """URLs of which something is stored."""
+    num_too_deep: int = 0
     waiting: list[tuple[float, int, int]] = field(default_factory=list)
     """A heap of (due, id, site) of what is tried again."""
 
@@ -192,6 +194,36 @@ class Frontier:
         self.counts[NEW] += 1
         self.changed(site)
         self.changed(prefix)
+
+    def leave_out(self, url: str, key: bytes, site: Site, prefix: Prefix, *, kind: int, depth: int, hops: int) -> None:
+        """Keeps a URL that is too deep, for the case that it is found on a shorter way, or the limit is raised."""
+        self.sql.execute(
+            "INSERT INTO urls(key, url, site, prefix, kind, depth, hops, rank, state, reason) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (key, url, site.id, prefix.id, kind, depth, hops, 8 * depth, LEFT_OUT, TOO_DEEP),
+        )
+        self.counts[LEFT_OUT] += 1
+        self.num_too_deep += 1
+        self._know(key)
+
+    def not_so_deep(self, key: bytes, depth: int) -> Site | None:
+        """Queues a URL that was too deep and is found on a shorter way. Returns its site, None where that is not the case."""
+        row = (
+            self.num_too_deep
+            and self.sql.execute(f"SELECT id, site FROM urls WHERE key = ? AND state = {LEFT_OUT} AND reason = ?", (key, TOO_DEEP)).fetchone()
+        )
+        if not row:
+            return None
+        self.sql.execute("UPDATE urls SET depth = ?, rank = ?, reason = '' WHERE id = ?", (depth, 8 * depth, row[0]))
+        self.counts[LEFT_OUT] -= 1
+        self.num_too_deep -= 1
+        self._queue(row[0], self.sites[row[1]], NEW)
+        return self.sites[row[1]]
+
+    def reach(self, depth: int) -> None:
+        """Queues what was too deep and is not with this limit."""
+        query = f"SELECT key, depth FROM urls WHERE state = {LEFT_OUT} AND reason = ? AND depth <= ?"
+        for key, found in self.sql.execute(query, (TOO_DEEP, depth)).fetchall():
+            self.not_so_deep(key, found)
 
     def skip(self, key: bytes, reason: str) -> None:
         """Counts a URL that is not followed and of which nothing else is kept."""
@@ -298,10 +330,10 @@ class Frontier:
         self.counts[LEFT_OUT] += gone.total()
         return gone.total()
 
-    def reopen(self) -> None:
-        """Queues what was left out because its site did not answer: in another run it may."""
+    def reopen(self, max_per_site: int) -> None:
+        """Queues what was left out because its site did not answer: in another run it may. Or because it had given enough, where more is allowed."""
         for site in self.sites.values():
-            if site.closed:
+            if site.closed and site.pages < max_per_site:
                 rows = self.sql.execute(f"SELECT id, stored FROM urls WHERE site = ? AND state = {LEFT_OUT} AND reason = ?", (site.id, site.closed))
                 for number, stored in rows.fetchall():
                     self.counts[LEFT_OUT] -= 1
@@ -449,4 +481,5 @@ def _load(path: Path, sql: sqlite3.Connection, pause_until: float, read_only: bo
     waiting = sql.execute(f"SELECT due, id, site FROM urls WHERE state = {WAITING}").fetchall()
     heapq.heapify(waiting)
     pages = sql.execute("SELECT COUNT(*) FROM urls WHERE stored > 0").fetchone()[0]
-    return Frontier(path, sql, sites, counts, pages, waiting)
+    (deep,) = sql.execute(f"SELECT COUNT(*) FROM urls WHERE state = {LEFT_OUT} AND reason = ?", (TOO_DEEP,)).fetchone()
+    return Frontier(path, sql, sites, counts, pages, deep, waiting)

@@ -62,17 +62,18 @@ class Outcomes:
         self._frontier.finish(entry, state, reason, now, status=status, pace=min(SLOWEST, pace))
 
     def _failed(self, site: Site, entry: Entry, answer: Fetched, now: float) -> float:
-        site.failures += 1
-        self._frontier.changed(site)
-        pause = back_off(self._settings.delay, site.failures, answer.retry_after)
+        """A failure that may pass. No answer at all, or one that asks for a pause, concerns the whole site; any other only its page."""
+        concerns_all = answer.status in (0, 429, 503) or answer.retry_after is not None
+        if concerns_all:
+            site.failures += 1
+            self._frontier.changed(site)
+        pause = back_off(self._settings.delay, site.failures if concerns_all else entry.tries + 1, answer.retry_after)
         if entry.tries >= self._settings.retries:
             self._finish(entry, FAILED, answer.problem, now, status=answer.status, pace=1)
         else:
             self._frontier.retry(entry, now + pause, answer.problem, answer.status)
         if site.failures >= UNREACHABLE:
             self._frontier.close_site(site, NO_ANSWER)
-        # Of one page that is slow or broken, the others know nothing; a site that refuses, or several failures in a row, concern all.
-        concerns_all = answer.status in (429, 503) or answer.retry_after is not None or not answer.status or site.failures > 2
         return pause if concerns_all else 0.0
 
     def _redirected(self, entry: Entry, answer: Fetched, now: float) -> None:

@@ -11,8 +11,11 @@ from typing import Any
 from cllm.data.sources.frontier import AGAIN, DONE, FAILED, LEASED, LEFT_OUT, NEW, PAGE, WAITING, Frontier, explained, open_frontier
 from cllm.data.sources.settings import DATABASE, Settings, read_settings
 
-# What such reasons go on with (an address, a name, a year) differs from URL to URL.
-_DETAIL = re.compile(r"(its answer is not HTTP|the connection broke|no connection|its certificate is not valid|refused|a calendar|it redirects)\b")
+# Reasons that go on with what differs from URL to URL (an address, a name, a year), and how they are told together.
+_TOGETHER = (
+    (re.compile(r"(its answer is not HTTP|the connection broke|no connection|its certificate is not valid|refused|a calendar)\b"), ""),
+    (re.compile(r"it redirects to (?!itself)"), "it redirects to where nothing may be fetched"),
+)
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ def _reasons(frontier: Frontier, query: str) -> dict[str, int]:
     """Counts by reason, the most frequent first; what differs only in its details is one reason."""
     counts: Counter[str] = Counter()
     for reason, count in frontier.sql.execute(query):
-        found = _DETAIL.match(reason)
-        counts[found[1] if found else reason] += count
+        found = next((words or match[1] for each, words in _TOGETHER if (match := each.match(reason))), reason)
+        counts[found] += count
     return dict(sorted(counts.items(), key=lambda each: (-each[1], each[0])))
 
 

@@ -20,7 +20,7 @@ from zlib import crc32
 FREE = 32  # URLs of a group before it has to wait
 STALE = 30  # pages without anything new, less twice those with, after which a group is closed
 NOVEL = 0.1  # share of a page's text that must be new
-_BLOCKS = re.compile(rb"[^<>]{24,}(?=<|$)")
+_SHORTEST = 24  # bytes of a block that counts
 _LARGEST = 1 << 20  # bytes of a page that are looked at
 
 
@@ -59,7 +59,10 @@ class Novelty:
         """The share of a page's text that was not seen on this site, from 0 to 1; its blocks count as seen from now on."""
         total = fresh = 0
         self.has_changed = True
-        for block in {each.strip() for each in _BLOCKS.findall(body[:_LARGEST].translate(None, b"0123456789"))} - {b""}:
+        pieces = body[:_LARGEST].translate(None, b"0123456789").split(b"<")  # a tag, and the text behind it
+        for block in {each.rpartition(b">")[2].strip() for each in pieces}:
+            if len(block) < _SHORTEST:
+                continue
             total += len(block)
             bit = crc32(block, site) & (self.BITS - 1)
             place, mask = bit >> 3, 1 << (bit & 7)

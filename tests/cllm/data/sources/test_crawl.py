@@ -195,6 +195,26 @@ def test_an_address_that_is_not_allowed_is_not_reached_by_link_or_redirect(tmp_p
         assert secret.asked == [] and stored(folder) == ["/"]
 
 
+def test_a_larger_depth_goes_on_and_a_shorter_way_counts(tmp_path):
+    pages = {"/": page("/1", "/map"), "/map": page(text="map"), **{f"/{i}": page(f"/{i + 1}", text=words(i)) for i in range(1, 9)}}
+    with LocalSite(pages) as site:
+        summary = crawl(site, tmp_path / "out", depth=2)
+        assert set(stored(tmp_path / "out")) == {"/", "/map", "/1", "/2"} and summary.left_out["deeper than --depth"] == 1
+        assert crawl(site, tmp_path / "out", depth=4).pages == 6
+        pages["/map"] = page("/5", text="now it names a page that was too deep")
+        summary = crawl(site, tmp_path / "out", depth=4, revisit=0.0)
+        assert set(stored(tmp_path / "out")) == {"/", "/map", *(f"/{i}" for i in range(1, 8))} and summary.left_out["deeper than --depth"] == 1
+        assert site.count("/8") == 0
+
+
+def test_a_crawl_that_stores_nothing_says_why(tmp_path):
+    with LocalSite({"/robots.txt": lambda request: web.Response(text="User-agent: *\nDisallow: /")}) as site:
+        done = cllm("crawl", f"{site.url}/", "--allow-private", "127.0.0.1", "--delay", 0, "--out", tmp_path / "out")
+        assert done.status == 1 and "no page was stored: robots.txt forbids it" in done.err
+        done = cllm("crawl", f"{site.url}/", "--delay", 0, "--out", tmp_path / "other", "--retries", 0)
+        assert done.status == 1 and "is not a public address" in done.err + done.out, done
+
+
 # -- how it asks ---------------------------------------------------------------------------------------------------------------
 
 

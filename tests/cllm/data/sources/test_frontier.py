@@ -5,12 +5,14 @@ import os
 import random
 import subprocess
 import sys
+import time
 
 import pytest
 
 from cllm.data.sources import frontier as states
 from cllm.data.sources.frontier import AGAIN, DAY, DONE, FAILED, LEFT_OUT, NEW, PAGE, open_frontier
 from cllm.data.sources.politeness import Schedule, back_off, pause_of
+from cllm.data.sources.traps import FREE, Novelty, prefix_name, surplus
 from cllm.runtime.errors import DataError
 
 HOST = "http://a.example"
@@ -200,3 +202,29 @@ def test_backing_off_doubles_to_a_limit_and_honours_what_the_server_asks():
     waits = [back_off(1.0, failures, None) for failures in range(1, 30)]
     assert waits[:3] == [2.0, 4.0, 8.0] and waits == sorted(waits) and waits[-1] == 600.0
     assert back_off(1.0, 1, 120.0) == 120.0 and back_off(1.0, 1, 1e12) == 6 * 3600.0
+
+
+# -- traps ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_page_is_new_by_the_share_of_its_text_that_was_not_seen_numbers_apart():
+    text = [f"<p>{'abcdefghij'[i] * 30} and so 7 on</p>" for i in range(10)]
+    novelty = Novelty()
+    assert novelty.of(1, "".join(text[:8]).encode()) == 1.0
+    assert novelty.of(1, "".join(text).encode()) == pytest.approx(0.2, abs=0.01)
+    assert novelty.of(2, "".join(text).encode()) == 1.0
+    again = Novelty(novelty.save())
+    assert again.of(1, "".join(text).replace("so 7 on", "so 2031 on").encode()) == 0.0
+
+
+@pytest.mark.parametrize("body", [b"<a " + b"x=1 " * 200_000 + b">", b"<" * 500_000, b">" * 500_000, b"a" * 500_000, b"<p>" * 200_000])
+def test_no_page_makes_the_search_for_what_is_new_slow(body):
+    before = time.process_time()
+    Novelty().of(1, body)
+    assert time.process_time() - before < 20.0  # a search that is not linear takes minutes
+
+
+def test_urls_that_begin_alike_are_one_group_and_wait_the_longer_the_more_there_are():
+    assert prefix_name("http://a/calendar/2031/05/03?view=day") == "/calendar/#?" and prefix_name("http://a/") == "/"
+    waits = [surplus(found) for found in range(2000)]
+    assert waits[:FREE] == [0] * FREE and waits == sorted(waits) and waits[-1] == 6
