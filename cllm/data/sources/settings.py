@@ -15,7 +15,7 @@ from typing import Any
 from cllm.files import DATA, reported, write_file
 from cllm.runtime.errors import DataError, UserError
 
-SETTINGS, DATABASE, PAGES, LOCK = "crawl.json", "crawl.sqlite", "pages", "crawl.lock"
+SETTINGS, DATABASE, PAGES, LOCK = "crawl.json", "crawl.sqlite", "pages", "crawl.sqlite.lock"
 _FORMAT = 1
 
 
