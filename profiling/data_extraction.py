@@ -20,6 +20,7 @@ from pathlib import Path
 
 from cllm.data.extract import html
 from cllm.data.extract.markdown import names
+from cllm.data.extract.options import Options
 
 _WORD = re.compile(r"[^\W_]+")
 _ELSEWHERE = re.compile(
@@ -141,7 +142,7 @@ def main() -> None:
                 continue
             data = page.read_bytes()
             start = time.process_time()
-            found = words(html.read(data, page.name)[0].text)
+            found = words(html.read(data, page.name, Options())[0].text)
             seconds += time.process_time() - start
             common = sum((true & found).values())
             scores.append((common / sum(true.values()), common / max(1, sum(found.values())), str(page)))

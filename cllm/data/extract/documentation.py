@@ -24,7 +24,7 @@ _MARKS = (  # of generators that do not name themselves
     "//div[@class='navheader' and .//a[@accesskey='n']]",
     "//table[@class='head']//td[contains(@class, 'head-ltitle')]",
 )
-_MAIN = (  # the first of these that holds words is the main part
+_MAIN = (  # the first of these that holds enough is the main part
     "//*[@role='main']//*[@itemprop='articleBody']",
     "//article[@role='main']",
     "//*[contains(@class, 'theme-doc-markdown')]",
@@ -35,6 +35,7 @@ _MAIN = (  # the first of these that holds words is the main part
     "//div[@class='body' or @id='content' or @id='main-content' or @class='contents' or @id='doc-content' or @id='contents']",
     "//article",
 )
+_LEAST = 0.15  # of the letters on the page, that its main part holds: pages of little text have long menus
 _ASIDE_TAGS = frozenset(("nav", "footer"))
 _ASIDE_ROLES = frozenset(("navigation", "contentinfo", "search", "banner"))
 # Numbers of sections, and notes that a generator puts on every entry, are no more part of the text than navigation is.
@@ -51,11 +52,13 @@ def main_part(root: Any) -> Any | None:
     """The element of a documentation page that holds all but its navigation; None where the page is no documentation."""
     if not (_GENERATORS.search(_generator(root)) or any(root.xpath(mark) for mark in _MARKS) or _is_reference(root)):
         return None
+    body = root.find("body")
+    enough = _LEAST * _letters(body) if body is not None else 0
     for place in _MAIN:
         for element in root.xpath(place):
-            if len(" ".join(element.itertext()).split()) >= 5:
+            if _letters(element) > enough:
                 return element
-    return root.find("body")
+    return body
 
 
 def is_aside(element: Any) -> bool:

@@ -31,7 +31,7 @@ def read(data: bytes, name: str, options: Options) -> list[Document]:
             continue
         part = posixpath.normpath(posixpath.join(folder, unquote((item.get("href") or "").partition("#")[0])))
         try:
-            if text := _chapter(package.read(part)):
+            if text := _chapter(package.read(part), options):
                 chapters.append(text)
         except Unreadable:
             missing += 1
@@ -69,8 +69,8 @@ def _book(package: Package) -> str:
     raise Unreadable("damaged: the book does not name its chapters")
 
 
-def _chapter(content: bytes) -> str:
-    page = decoded(content)
+def _chapter(content: bytes, options: Options) -> str:
+    page = decoded(content, options)
     root = tree(page)
     if root is None:
         return strip_tags(page)

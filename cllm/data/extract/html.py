@@ -9,11 +9,13 @@ from typing import Any
 
 from cllm.data.documents.charset import Binary, decode
 from cllm.data.extract.article import article
+from cllm.data.extract.decoding import declared, refusal
 from cllm.data.extract.document import Document, Unreadable
 from cllm.data.extract.documentation import is_aside, main_part
 from cllm.data.extract.html_head import Head, head_of
 from cllm.data.extract.html_strip import strip_tags
 from cllm.data.extract.markdown import to_markdown
+from cllm.data.extract.options import Options
 
 _LARGEST_TREE = 4_000_000  # characters
 _MOST_TAGS = 60_000
@@ -23,9 +25,9 @@ _NESTING = re.compile(r"<(/?)(?:div|span|table|t[rd]|[uod]l|dd|section|article|b
 _NOT_XML = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
 
-def read(data: bytes, name: str, options: object = None) -> list[Document]:
+def read(data: bytes, name: str, options: Options) -> list[Document]:
     """One document a page, as Markdown, with what its head tells. Raises Unreadable where the page has no text."""
-    page = decoded(data)
+    page = decoded(data, options)
     root = tree(page)
     if root is None:
         text, head = _linear(page), Head()
@@ -43,18 +45,18 @@ def read(data: bytes, name: str, options: object = None) -> list[Document]:
 def article_text(page: str | bytes) -> str:
     """The plain text of a page's article without navigation, comments and advertisements; empty where there is none."""
     if isinstance(page, bytes):
-        page = decoded(page)
+        page = decoded(page, Options())
     root = tree(page)
     return _linear(page) if root is None else article(root, page, markdown=False)
 
 
-def decoded(data: bytes) -> str:
-    """The characters of a page, in the charset that its mark, its head or its letters tell. Raises Unreadable."""
+def decoded(data: bytes, options: Options) -> str:
+    """The characters of a page, in the charset that its mark, its server, its head or its letters tell. Raises Unreadable."""
     if not data.strip(b" \t\r\n\0<>"):
         raise Unreadable("empty: the page has no bytes")
-    found = decode(data)
+    found = decode(data, declared(options))
     if isinstance(found, Binary):
-        raise Unreadable(f"unknown type: named as HTML, but {found.reason}")
+        raise Unreadable(refusal(found))
     return found[0]
 
 

@@ -13,6 +13,7 @@ _DATE_NAMES = (  # in this order; the day on which something was first published
 )  # fmt: skip
 _DATE = re.compile(r"(?<!\d)((?:19|20)\d\d)[-/.](0[1-9]|1[0-2])(?:[-/.](0[1-9]|[12]\d|3[01]))?(?!\d)")
 _SPACE = re.compile(r"\s+")
+_SITE = re.compile(r"\s+[|\u2013\u2014\u00bb\u00b7:-]\s+")
 _LARGEST_JSON = 1_000_000
 
 
@@ -34,6 +35,15 @@ def head_of(root: Any) -> Head:
             named.setdefault(name, content)
     linked = list(json_ld(root))
     return Head(_title(root, named), _date(root, named, linked), _language(root, named), _licence(root, named), _canonical(root, named))
+
+
+def titles_of(root: Any) -> list[str]:
+    """Everything that a page may be called, with and without the name of its site."""
+    told = [_text(title) for title in root.iter("title")][:1]
+    told += [meta.get("content") or "" for meta in root.iter("meta") if meta.get("property") in ("og:title", "twitter:title")]
+    headings = [_text(heading) for heading in root.iter("h1")]
+    told += [heading for heading in headings if len(headings) == 1 or any(heading in title for title in told)]
+    return told + [part for title in told for part in _SITE.split(title)[:1]]
 
 
 def json_ld(root: Any) -> Iterator[dict]:

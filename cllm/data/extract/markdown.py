@@ -93,7 +93,8 @@ class _Writer:
             text = " ".join(self._flat(element).split())
             return [f"{'#' * HEADINGS[tag]} {text}"] if text else []
         if tag in _PREFORMATTED:
-            return self._code(element)
+            inner = list(element.iterchildren("pre"))  # which trafilatura writes around the code of a page
+            return [block for code in inner or [element] for block in self._code(code)]
         if tag in ("ul", "ol", "menu", "dir"):
             return self._list(element)
         if tag == "dl":

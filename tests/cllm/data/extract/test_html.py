@@ -1,5 +1,6 @@
 """Pages of HTML become the text that their reader came for, with structure as Markdown and what the head tells."""
 
+import json
 import time
 
 import pytest
@@ -10,6 +11,9 @@ pytest.importorskip("resiliparse", reason="needs cllm[data]")
 
 from cllm.data.extract import html
 from cllm.data.extract.document import Unreadable
+from cllm.data.extract.options import Options
+
+OPTIONS = Options()
 
 # ruff: noqa: E501 - pages are written as they come
 SPHINX = """<!DOCTYPE html><html lang="en-GB"><head><meta name="generator" content="Docutils 0.19"><title>pump — Pumps &#8212; Manual</title>
@@ -30,7 +34,7 @@ SPHINX = """<!DOCTYPE html><html lang="en-GB"><head><meta name="generator" conte
 
 
 def test_documentation_keeps_all_structure_and_no_navigation() -> None:
-    (document,) = html.read(SPHINX.encode(), "pump.html", None)
+    (document,) = html.read(SPHINX.encode(), "pump.html", OPTIONS)
     assert (document.title, document.language, document.url) == ("pump — Pumps — Manual", "en", "https://example.org/pump.html")
     assert document.licence == "https://creativecommons.org/licenses/by/4.0/"
     assert document.text == (
@@ -66,7 +70,7 @@ def test_article_without_navigation_comments_and_related_pages() -> None:
     text = html.article_text(ARTICLE)
     assert all(paragraph in text for paragraph in PARAGRAPHS)
     assert not any(words in text for words in ("Sports", "Mayor resigns", "never liked", "All rights reserved"))
-    (document,) = html.read(ARTICLE.encode(), "mill.html", None)
+    (document,) = html.read(ARTICLE.encode(), "mill.html", OPTIONS)
     assert all(paragraph in document.text for paragraph in PARAGRAPHS)
     assert (document.title, document.date, document.language) == ("The mill turns again", "2024-05-17", "de")
 
@@ -75,7 +79,7 @@ def test_charset_that_the_page_declares() -> None:
     text = ARTICLE.replace("<title>", '<meta charset="windows-1251"><title>').replace(
         PARAGRAPHS[0], "Старая мельница на краю деревни пустовала одиннадцать лет. " * 4
     )
-    assert "Старая мельница" in html.read(text.encode("cp1251"), "a.html", None)[0].text
+    assert "Старая мельница" in html.read(text.encode("cp1251"), "a.html", OPTIONS)[0].text
 
 
 @pytest.mark.parametrize(
@@ -83,7 +87,7 @@ def test_charset_that_the_page_declares() -> None:
 )
 def test_pages_without_text_say_so(data: bytes) -> None:
     with pytest.raises(Unreadable, match=r"^empty"):
-        html.read(data, "empty.html", None)
+        html.read(data, "empty.html", OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +107,38 @@ def test_pages_without_text_say_so(data: bytes) -> None:
 )
 def test_hostile_pages_take_bounded_time(body: str) -> None:
     start = time.process_time()
-    (document,) = html.read(page(body).encode(), "hostile.html", None)
+    (document,) = html.read(page(body).encode(), "hostile.html", OPTIONS)
     assert time.process_time() - start < 30  # the deadline of a document; without the checks before parsing some of these take minutes
     assert "deep text" in document.text
+
+
+def test_headline_stamps_and_invitations_are_no_part_of_the_article() -> None:
+    around = "<h1>The mill turns again</h1><p>By Anna Schmidt</p><p>Published 17 May 2024, 8:00 am</p>"
+    body = around + "".join(f"<p>{text}</p>" for text in PARAGRAPHS) + "<p>Read more: Mayor resigns</p><p>Share this on Facebook</p>"
+    assert html.article_text(page(f"<article>{body}</article>")).split("\n") == PARAGRAPHS
+    assert html.read(page(f"<article>{body}</article>").encode(), "a.html", OPTIONS)[0].text.split("\n\n") == PARAGRAPHS
+
+
+def test_article_that_only_a_script_would_show_comes_from_its_description() -> None:
+    told = " ".join(PARAGRAPHS)
+    described = json.dumps({"@graph": [{"@type": "NewsArticle", "articleBody": told}]})
+    script = f'<script type="application/ld+json">{described}</script>'
+    shown = "".join(f"<span>{text} </span>" for text in PARAGRAPHS)
+    links = "".join(f'<li><a href="/{number}">Another story of the valley, number {number}</a></li>' for number in range(40))
+    assert html.article_text(page(f"<ul>{links}</ul><div>{shown}</div>", script)).split() == told.split()
+
+
+def test_charset_that_the_server_said() -> None:
+    text = ARTICLE.replace(PARAGRAPHS[0], "Старая мельница на краю деревни пустовала одиннадцать лет. " * 4)
+    told = Options(content_type="text/html; charset=koi8-r")
+    assert "Старая мельница" in html.read(text.encode("koi8-r", "replace"), "a.html", told)[0].text
+
+
+def test_markdown_of_articles_keeps_structure() -> None:
+    body = f"<p>{PARAGRAPHS[0]}</p><h2>Bread</h2><ul><li>rye from the old oven</li><li>wheat</li></ul><p>{PARAGRAPHS[1]}</p>"
+    body += "<pre><code>for loaf in oven:\n    sell(loaf)</code></pre>" + f"<p>{PARAGRAPHS[2]}</p>"
+    (document,) = html.read(page(f"<article>{body}</article>").encode(), "a.html", OPTIONS)
+    assert document.text == (
+        f"{PARAGRAPHS[0]}\n\n## Bread\n\n- rye from the old oven\n- wheat\n\n{PARAGRAPHS[1]}\n\n"
+        f"```\nfor loaf in oven:\n    sell(loaf)\n```\n\n{PARAGRAPHS[2]}"
+    )
