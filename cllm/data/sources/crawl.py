@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,7 @@ class Crawl:
         self._parked: dict[int, Site] = {}  # sites with nothing but new pages, of which there are enough
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
+        self._threads = ThreadPoolExecutor(8, "names")  # a name server that hangs must not hold up the end
         self._reserved = 0  # requests in flight that may bring a new page
         self._failure: BaseException | None = None
         self._recent: deque[tuple[float, int]] = deque(maxlen=50)
@@ -102,6 +105,7 @@ class Crawl:
                 is_done = await self._loop(writing)
             finally:
                 await self._end(writing)
+                self._threads.shutdown(wait=False, cancel_futures=True)
         return is_done
 
     def _begin(self) -> None:
@@ -142,7 +146,8 @@ class Crawl:
                 told = now
                 self._tell(self.figures())
             next_time = self._schedule.next_time()
-            if not self._tasks and next_time is None and not self.frontier.waiting and not self._writer.is_busy:
+            is_waiting = self.frontier.waiting and self._room() > 0
+            if not self._tasks and next_time is None and not is_waiting and not self._writer.is_busy:
                 return True
             is_free = next_time is not None and self._schedule.in_flight < CONNECTIONS
             await self._wait(min(_PATIENCE, max(0.0, next_time - now)) if is_free and next_time is not None else _PATIENCE)
@@ -201,7 +206,7 @@ class Crawl:
         except ValueError:
             try:
                 async with asyncio.timeout(self.settings.timeout):
-                    found = await asyncio.get_running_loop().getaddrinfo(name, None)
+                    found = await asyncio.get_running_loop().run_in_executor(self._threads, socket.getaddrinfo, name, None)
                 site.address = min(str(each[4][0]) for each in found)
             except (OSError, UnicodeError):  # the request will say what is the matter
                 site.address = name

@@ -72,7 +72,12 @@ class Schedule:
             if max(slot.ready_at, slot.queue[0][0]) > now:
                 self._offer(address, slot)
                 continue
-            _, number = heapq.heappop(slot.queue)
+            known, number = slot.queue[0]
+            if self._sites[number].ready_at > known:  # it was put off after it had been queued
+                heapq.heapreplace(slot.queue, (self._sites[number].ready_at, number))
+                self._offer(address, slot)
+                continue
+            heapq.heappop(slot.queue)
             slot.members.discard(number)
             slot.is_busy = True
             self.in_flight += 1

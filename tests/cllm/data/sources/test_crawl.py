@@ -250,6 +250,14 @@ def test_a_server_that_is_busy_is_asked_again_when_it_says_and_at_most_four_time
     assert summary.failed == {"status 503": 1} and summary.pages == 2
 
 
+def test_enough_pages_end_a_crawl_that_has_something_to_try_again_much_later(tmp_path):
+    pages = {"/": page("/later", *(f"/{i}" for i in range(9))), **{f"/{i}": page(text=words(i)) for i in range(9)}}
+    with LocalSite(pages | {"/later": lambda request: web.Response(status=500)}) as site:
+        # One failure of one page does not hold up the others, and is not waited for.
+        summary = crawl(site, tmp_path / "out", max_pages=10, retries=3)
+    assert summary.pages == 10 and summary.waiting + summary.failed.get("status 500", 0) <= 1
+
+
 def test_a_robots_txt_that_cannot_be_read_closes_the_site_until_the_next_run(tmp_path, monkeypatch):
     monkeypatch.setattr(politeness, "SHORTEST_BACK_OFF", 0.02)
     broken = [True]

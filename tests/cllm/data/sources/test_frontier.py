@@ -192,6 +192,17 @@ def test_a_site_that_backs_off_does_not_hold_up_another_at_its_address(frontier)
     assert schedule.pop(999.0) is None and schedule.pop(1000.0) is a
 
 
+def test_a_site_that_is_put_off_while_it_is_queued_is_not_asked_before(frontier):
+    (a,) = sites(frontier, ["1.1.1.1"])
+    schedule = Schedule()
+    schedule.push(a)
+    assert schedule.pop(0.0) is a
+    schedule.push(a)  # a link to it was found meanwhile
+    a.ready_at = 500.0
+    schedule.done(a, 2.0)
+    assert schedule.pop(499.0) is None and schedule.next_time() == 500.0 and schedule.pop(500.0) is a
+
+
 def test_the_pause_is_never_shorter_than_the_delay_and_the_same_for_a_url():
     pauses = [pause_of(2.0, key(str(i))) for i in range(200)]
     assert all(2.0 <= each <= 3.0 for each in pauses) and len(set(pauses)) > 190
