@@ -21,33 +21,40 @@ def kind_of(batch: Batch) -> Kind:
     return batch.tokens.shape, batch.cu_seqlens is not None
 
 
-class DeviceBatch:
-    """The tensors of a microbatch at fixed addresses of the device, behind buffers of the host's pinned memory.
+def for_device(batch: Batch, model: Model, device: torch.device) -> Batch:
+    """The batch as it goes to a device: packed documents with the position of each token, and with bounds that empty documents fill up to B * T + 1,
+    so that every batch of a shape has the same number of them; for a GPU in pinned memory. May be called in any thread. UserError where the bounds
+    do not fit the tokens or the model's context."""
+    tokens, targets, bounds, documents, positions = batch.to("cpu")
+    if bounds is not None and positions is None:
+        positions = model.document_positions(bounds, tokens.numel())
+        bounds = torch.cat((bounds, bounds.new_full((tokens.numel() + 1 - bounds.numel(),), tokens.numel())))
+    ready = Batch(tokens, targets, bounds, documents, positions)
+    if device.type != "cuda":
+        return ready
+    with torch.cuda.device(device):  # pinned memory belongs to a context, which only this GPU is to have
+        return ready.map(torch.Tensor.pin_memory)
 
-    `device` holds tokens and targets, (B, T) int64. With packed documents also their bounds, (B * T + 1,) int32, filled up by empty documents so
-    that every batch has the same shape, and the position of each token in its document, (B * T,) int64.
+
+class DeviceBatch:
+    """The tensors of a microbatch at fixed addresses of the device.
+
+    `device` holds tokens and targets, (B, T) int64. With packed documents also their bounds, (B * T + 1,) int32, and the position of each token in
+    its document, (B * T,) int64.
     """
 
     def __init__(self, kind: Kind, device: torch.device) -> None:
         self.kind = kind
         shape, packed = kind
-        self.host = [torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.int64)]
+        self.device = [torch.empty(shape, dtype=torch.int64, device=device) for _ in range(2)]
         if packed:
-            self.host += [torch.empty(shape.numel() + 1, dtype=torch.int32), torch.empty(shape.numel(), dtype=torch.int64)]
-        if device.type == "cuda":
-            self.host = [each.pin_memory() for each in self.host]
-        self.device = [torch.empty_like(each, device=device) for each in self.host]
+            self.device.append(torch.empty(shape.numel() + 1, dtype=torch.int32, device=device))
+            self.device.append(torch.empty(shape.numel(), dtype=torch.int64, device=device))
 
-    def fill(self, batch: Batch, model: Model) -> None:
-        """Copies a microbatch to the device without waiting for the copies to end."""
-        self.host[0].copy_(batch.tokens)
-        self.host[1].copy_(batch.targets)
-        if batch.cu_seqlens is not None:
-            bounds, count = batch.cu_seqlens, batch.cu_seqlens.numel()
-            self.host[2][:count].copy_(bounds)
-            self.host[2][count:].fill_(batch.tokens.numel())
-            self.host[3].copy_(model.document_positions(bounds, batch.tokens.numel()))
-        for there, here in zip(self.device, self.host):
+    def fill(self, batch: Batch) -> None:
+        """Copies what `for_device` made to the device, without waiting for the copies to end."""
+        parts = batch.tokens, batch.targets, batch.cu_seqlens, batch.positions
+        for there, here in zip(self.device, (each for each in parts if each is not None), strict=True):
             there.copy_(here, non_blocking=True)
 
     def empty_copy(self) -> DeviceBatch:
@@ -84,7 +91,7 @@ class Staging:
                     tensor.record_stream(self._stream)
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             for there, each in zip(store, microbatches):
-                there.fill(each, self._model)
+                there.fill(for_device(each, self._model, self._device))
         self.ahead = (microbatches, store)
 
     def arrived(self, microbatches: Sequence[Batch]) -> list[DeviceBatch]:

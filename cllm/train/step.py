@@ -219,6 +219,7 @@ class TrainStep:
             here.targets,
             divisor=float(num_targets),
             cu_seqlens=here.cu_seqlens,
+            positions=here.positions,
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
         )

@@ -42,6 +42,7 @@ from cllm.train.evaluations import Evaluations, Measured
 from cllm.train.faults import ROLLBACKS, Fault, FaultError, NonFiniteError, advice
 from cllm.train.run_folder import StoredRun, go_on, identity
 from cllm.train.samples import sample_text
+from cllm.train.staging import for_device
 from cllm.train.state import RunState
 from cllm.train.update_data import UpdateData
 
@@ -82,7 +83,8 @@ class Trainer:
         self._share, self._sharding = divide(self.config, self._world)
         _check_fit(model, dataset, self.config, self.tokenizer)
         self.state = RunState.first(self.config)
-        self.data = UpdateData(dataset.train, self.config, self.state.faults, self._share)
+        ready = partial(for_device, model=model, device=self.device) if self.device.type == "cuda" else None
+        self.data = UpdateData(dataset.train, self.config, self.state.faults, self._share, ready)
         self._seconds_before = 0.0  # training time of the lives of this run before this one
         self._resumed_from: int | None = None
         self._former_end: int | None = None  # the last step of a run that was finished and is now trained longer
@@ -116,7 +118,7 @@ class Trainer:
             with self._out_of_memory():
                 self._open(resume)
             with self._metrics:
-                with self._out_of_memory(), self._checkpoints, self._saving_when_stopped():
+                with self._out_of_memory(), self.data, self._checkpoints, self._saving_when_stopped():
                     self._train()
                 result = self._result()
                 self._report.finish(result)

@@ -422,4 +422,11 @@ def install() -> Any:
     torch._has_compatible_shallow_copy_type = lambda a, b: not isinstance(a, OnGPU) and not isinstance(b, OnGPU) and compatible(a, b)
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") makes a tensor of the host and then moves it
     Devices().__enter__()
+    work = threading.Thread.run
+
+    def with_devices(thread: threading.Thread) -> None:
+        with Devices():  # a mode belongs to a thread
+            work(thread)
+
+    threading.Thread.run = with_devices  # type: ignore[method-assign]
     return about

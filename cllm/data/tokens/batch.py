@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -19,12 +19,14 @@ class Batch(NamedTuple):
     cu_seqlens: (n + 1,) int32, the boundaries of the documents in the B * T tokens laid end to end, from 0 to B * T; attention does not cross
         them. None: every row is one document.
     documents: the numbers of the documents in the batch, ascending; `split.document_name` gives their names.
+    positions: (B * T,) int64, the place of each token in its document, where it is known already; the bounds are then right.
     """
 
     tokens: torch.Tensor
     targets: torch.Tensor
     cu_seqlens: torch.Tensor | None = None
     documents: Sequence[int] = ()
+    positions: torch.Tensor | None = None
 
     @property
     def num_targets(self) -> int:
@@ -33,8 +35,12 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`; tensors that are there already are not copied."""
-        cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
-        return Batch(self.tokens.to(device), self.targets.to(device), cu_seqlens, self.documents)
+        return self.map(lambda each: each.to(device))
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """The batch with each of its tensors changed."""
+        cu_seqlens, positions = (None if each is None else change(each) for each in (self.cu_seqlens, self.positions))
+        return Batch(change(self.tokens), change(self.targets), cu_seqlens, self.documents, positions)
 
 
 class TrainingBatches(Protocol):
