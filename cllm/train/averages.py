@@ -32,6 +32,14 @@ class Ema:
             for name, average in self.weights.items():
                 average.mul_(decay).add_(self.parameters[name] * (1 - decay))
 
+    def update_where(self, updated: torch.Tensor, num_updates: torch.Tensor) -> None:
+        """The same, with the same bits, where the host does not know whether there was an update: `updated`, a scalar bool, and `num_updates`, a
+        scalar float64, lie on the device. Where there was none nothing changes, whatever the weights hold."""
+        decay = ((1 + num_updates) / (10 + num_updates)).clamp(max=self.decay)
+        with torch.no_grad():
+            for name, average in self.weights.items():
+                average.copy_(torch.where(updated, (average * decay).add_(self.parameters[name] * (1 - decay)), average))
+
 
 @contextmanager
 def swapped(parameters: Mapping[str, torch.nn.Parameter], weights: Mapping[str, torch.Tensor] | None) -> Iterator[None]:

@@ -112,6 +112,7 @@ class TrainStep:
             model,
             self.optimizer,
             precision,
+            self.ema,
             allowed=self.uses_graphs,
             grad_clip=grad_clip,
             label_smoothing=label_smoothing,
@@ -169,9 +170,7 @@ class TrainStep:
     ) -> StepResult:
         """`run` without the noise scale: as CUDA graphs, or operation by operation."""
         if self._graphs is not None:
-            result = self._graphs.run(microbatches, rate, beat, ahead, before_update)
-            self._average(result.updated)
-            return result
+            return self._graphs.run(microbatches, rate, beat, ahead, before_update)
         loss, num_targets = self.accumulate(microbatches, beat)
         if before_update is not None:
             before_update()
@@ -184,7 +183,8 @@ class TrainStep:
             updates = self.optimizer.num_updates
             found = self._update(rate)
             updated = self.optimizer.num_updates > updates
-        self._average(updated)
+        if self.ema is not None and updated:
+            self.ema.update(self.optimizer.num_updates)
         self.optimizer.zero_grad()
         self.seconds["optimizer"] = time.perf_counter() - began
         return StepResult(loss, found.norm, found.largest, found.num_nonfinite, num_targets, rate, updated)
@@ -227,10 +227,6 @@ class TrainStep:
     def _update(self, learning_rate: float) -> GradientStatistics:
         """Clips the gradients and updates the parameters; the statistics are those before clipping."""
         return self.optimizer.update(learning_rate, self.grad_clip)
-
-    def _average(self, updated: bool) -> None:
-        if self.ema is not None and updated:
-            self.ema.update(self.optimizer.num_updates)
 
     def _trained(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
         """The tensors that the optimizer updates, by name."""

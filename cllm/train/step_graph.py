@@ -26,6 +26,7 @@ from cllm.train.staging import DeviceBatch, Staging
 
 if TYPE_CHECKING:
     from cllm.model.model import Model
+    from cllm.train.averages import Ema
 
 FIRST_LOSS_SCALE = 65536.0  # fp16: halved when a gradient overflows, doubled after GROWTH_INTERVAL good steps (Micikevicius et al. 2018)
 GROWTH_INTERVAL = 2000.0
@@ -42,14 +43,15 @@ def check_device(device_type: str, precision: str, *, graphs: bool) -> None:
 
 
 def graph_step(
-    model: Model, optimizer: Optimizer, precision: str, *, allowed: bool, grad_clip: float, label_smoothing: float, z_loss: float
+    model: Model, optimizer: Optimizer, precision: str, ema: Ema | None, *, allowed: bool, grad_clip: float, label_smoothing: float, z_loss: float
 ) -> DeviceStep | None:
     """The step as CUDA graphs, where the model lies on a GPU and the kind of step allows it; otherwise None. UserError as in `check_device`."""
     device_type = model.embedding_weight.device.type
     check_device(device_type, precision, graphs=allowed)
     if device_type != "cuda" or not allowed:
         return None
-    return DeviceStep(model, optimizer, grad_clip=grad_clip, label_smoothing=label_smoothing, z_loss=z_loss, loss_scaling=precision == "fp16")
+    options = {"grad_clip": grad_clip, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    return DeviceStep(model, optimizer, ema, **options, loss_scaling=precision == "fp16")
 
 
 class _Accumulation(NamedTuple):
@@ -60,7 +62,7 @@ class _Accumulation(NamedTuple):
 
 
 class DeviceStep:
-    """What `TrainStep.run` does on a GPU, with AdamW on its fused kernels and any other optimizer by itself.
+    """What `TrainStep.run` does on a GPU, with AdamW on its fused kernels and any other optimizer by itself, and with the average of the weights.
 
     graphs: records the parts of the step. With None the same operations run one by one, on any device that has the Triton kernels.
     """
@@ -69,6 +71,7 @@ class DeviceStep:
         self,
         model: Model,
         optimizer: Optimizer,
+        ema: Ema | None = None,
         *,
         grad_clip: float,
         label_smoothing: float,
@@ -78,7 +81,7 @@ class DeviceStep:
     ) -> None:
         from cllm.kernels.triton.adamw import Fused
 
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self.ema = model, optimizer, ema
         self.grad_clip, self.label_smoothing, self.z_loss = grad_clip, label_smoothing, z_loss
         self.device = model.embedding_weight.device
         self._parameters = list(optimizer.parameters.values())
@@ -167,6 +170,8 @@ class DeviceStep:
                 torch._foreach_mul_(self._gradients, 1.0 / scale)
             found = self.optimizer.update(learning_rate, self.grad_clip)
         updated = self.optimizer.num_updates > int(updates)
+        if self.ema is not None and updated:
+            self.ema.update(self.optimizer.num_updates)
         rescaled = False
         if self._scales:  # as AdamW's kernels do it
             good = good + 1.0 if updated else 0.0
@@ -216,11 +221,14 @@ class DeviceStep:
         self._loss += (loss.detach() * self._hyper[8]).to(self._loss.dtype)
 
     def _update(self) -> None:
-        """Makes AdamW's update from the gradients."""
+        """Makes AdamW's update from the gradients, and takes the new weights into their average."""
         assert self._fused is not None
+        before = self._state[0].clone()  # updates made so far
         # A loss that is not finite becomes a factor of NaN for the gradients, and AdamW skips the update.
         self._hyper[5:6].copy_(torch.where(torch.isfinite(self._loss), self._one, self._nan))
         self._fused.run(self._gradients, self._hyper[:8], self._state, self._stats)
+        if self.ema is not None:
+            self.ema.update_where(self._state[0] > before, self._state[0])
 
     def _accumulation(self, like: DeviceBatch) -> _Accumulation:
         """What computes microbatches of the kind of `like`, captured when the first one comes. The graph holds also for nothing but the dtype,

@@ -42,8 +42,8 @@ def run(monkeypatch, graphs, dataset, out, steps=4, spoil=None, **values):
     """What is left of a run whose step is a `DeviceStep`, as on a GPU."""
     made = []
 
-    def graph_step(model, optimizer, precision, *, allowed, **options):
-        made.append(DeviceStep(model, optimizer, **options, loss_scaling=precision == "fp16", graphs=graphs))
+    def graph_step(model, optimizer, precision, ema, *, allowed, **options):
+        made.append(DeviceStep(model, optimizer, ema, **options, loss_scaling=precision == "fp16", graphs=graphs))
         return made[-1]
 
     monkeypatch.setattr("cllm.train.step.graph_step", graph_step)

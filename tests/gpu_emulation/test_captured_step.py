@@ -15,6 +15,7 @@ from gpu_emulation.memory import Memory
 
 from cllm import Model, ModelConfig, TrainStep, runtime
 from cllm.data import IGNORE, Batch
+from cllm.train.averages import Ema
 from cllm.train.step_graph import DeviceStep
 
 pytestmark = pytest.mark.usefixtures("as_on_a_gpu")
@@ -50,7 +51,7 @@ class Pair:
         step = TrainStep(model, learning_rate=1e-2, **options)
         model.compute_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         step._graphs = DeviceStep(
-            model, step.optimizer, grad_clip=step.grad_clip, label_smoothing=step.label_smoothing, z_loss=step.z_loss,
+            model, step.optimizer, step.ema, grad_clip=step.grad_clip, label_smoothing=step.label_smoothing, z_loss=step.z_loss,
             loss_scaling=precision == "fp16", graphs=graphs,
         )  # fmt: skip
         step._state._graphs = step._graphs
@@ -229,6 +230,26 @@ def test_a_checkpoint_restored_between_two_replays_is_what_the_graphs_go_on_from
     for step, state in zip(pair.steps, states):
         step.load_state_dict(state)
     assert pair.run(microbatches(1)) == first
+    pair.check()
+
+
+def test_the_average_of_the_weights_is_part_of_the_graph_and_knows_updates_that_were_left_out():
+    pair = Pair(ema=0.9)
+    step = pair.steps[0]
+    average, expected = step.ema, Ema(step.optimizer.parameters, 0.9)
+    for number in range(3):
+        if number == 1:
+            kept = step.model.backbone.norm.weight.detach().clone()
+            for each in pair.steps:
+                each.model.backbone.norm.weight.detach()[1] = float("inf")
+        found = [each.run(microbatches(number, count=1), 1e-2) for each in pair.steps]
+        assert all(each.updated == (number != 1) for each in found)
+        for each in pair.steps if number == 1 else ():
+            each.model.backbone.norm.weight.detach().copy_(kept)
+        if number != 1:
+            expected.update(step.optimizer.num_updates)
+        for name, weights in average.weights.items():
+            assert torch.equal(weights, expected.weights[name]), name
     pair.check()
 
 
