@@ -50,8 +50,8 @@ def graph_step(
     check_device(device_type, precision, graphs=allowed)
     if device_type != "cuda" or not allowed:
         return None
-    options = {"grad_clip": grad_clip, "label_smoothing": label_smoothing, "z_loss": z_loss}
-    return DeviceStep(model, optimizer, ema, **options, loss_scaling=precision == "fp16")
+    scaled = precision == "fp16"
+    return DeviceStep(model, optimizer, ema, grad_clip=grad_clip, label_smoothing=label_smoothing, z_loss=z_loss, loss_scaling=scaled)
 
 
 class _Accumulation(NamedTuple):
