@@ -2,7 +2,8 @@
 
     OUT/sources.json, sources.bin      what each file holds                         depends on the files' sizes, times and inodes
         tokenizer.json, training.json  the tokenizer that was trained, and on what  depends on the training documents and its settings
-        tokens/                        the packed data set (see dataset.py)         depends on all documents, the split and the tokenizer
+        tokens/                        the packed data set (see dataset.py)         depends on all documents, the split and the tokenizer;
+                                       (with segments.json, see packing.py)         what earlier ones hold of unchanged files is copied
         tokens-DIGEST/                 instead, where those of other text are kept  (`keep_others`, as in the folder of a run)
 
 Memory stays bounded: text is read, tokenized and written in pieces, whatever the size of the files.
@@ -11,27 +12,23 @@ Memory stays bounded: text is read, tokenized and written in pieces, whatever th
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from cllm.data.documents.corpus import Corpus, Segment, describe, load_corpus, pieces
+from cllm.data.documents.corpus import Corpus, describe, load_corpus
 from cllm.data.documents.scan import Reading
 from cllm.data.documents.sides import SplitPlan, plan_split
+from cllm.data.packing import Earlier, pack
 from cllm.data.tokens.dataset import FORMAT, VERSION, Dataset, folder_for, is_packed, left_out, read_info, token_words
-from cllm.data.tokens.shards import ShardWriter
 from cllm.data.tokens.tokenizer import KINDS, SAMPLE_BYTES, Tokenizer, train_on
 from cllm.files import DATA, new_folder, write_file
 from cllm.runtime.errors import DataError, UserError
 from cllm.runtime.progress import ByteProgress
-from cllm.runtime.quantities import size
+from cllm.runtime.quantities import counted, size
 
 PACK_VERSION = 1
-_BATCH_CHARS = 1 << 21  # characters of text that are tokenized together, and
-_BATCH_PIECES = 1 << 12  # pieces at most
 
 Log = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -170,60 +167,11 @@ def _packed(
         "num_documents": len(corpus.rows),
         "skipped": corpus.skipped.to_dict(),
     }
+    earlier = Earlier.find(out, corpus, plan, tokenizer)
     with new_folder(folder, DATA) as temporary:
-        writers = []
-        for name in ("train", "val"):
-            (temporary / name).mkdir()
-            writers.append(ShardWriter(temporary / name, tokenizer.vocab_size, tokenizer.hash, tokenizer.eot_id))
-        try:
-            _pack(corpus.segments(plan, bar.step("Packing tokens", corpus.num_bytes)), tokenizer, writers)
-            for writer in writers:
-                writer.close()
-        except BaseException:
-            for writer in writers:
-                writer.abandon()
-            raise
+        copied = pack(corpus, plan, tokenizer, temporary, earlier, bar.step("Packing tokens", corpus.num_bytes))
         tokenizer.save(temporary / "tokenizer.json")
         write_file(temporary / "dataset.json", json.dumps(info, indent=1).encode("utf-8"), DATA)
     dataset = Dataset.open(folder, tokenizer.hash)
-    return dataset, ("tokens", "done", token_words(dataset.train, dataset.val))
-
-
-def _pack(segments: Iterator[Segment], tokenizer: Tokenizer, writers: list[ShardWriter]) -> None:
-    """Tokenize and write all segments; each ends with the end-of-text token where the tokenizer has one."""
-    end = np.array([] if tokenizer.eot_id is None else [tokenizer.eot_id], dtype=np.int64)
-    waiting: list[tuple[Segment, str, bool]] = []  # piece of a segment, and whether it is its last
-    num_waiting = 0  # characters in it
-    sizes = [0, 0]  # characters and bytes of the segment so far
-
-    def put(segment: Segment, piece: str, last: bool) -> None:
-        nonlocal num_waiting
-        waiting.append((segment, piece, last))
-        num_waiting += len(piece)
-        if num_waiting >= _BATCH_CHARS or len(waiting) >= _BATCH_PIECES:
-            flush()
-
-    def flush() -> None:
-        nonlocal num_waiting
-        encoded = tokenizer.encode_arrays([piece for _, piece, _ in waiting])
-        for (segment, piece, last), ids in zip(waiting, encoded):
-            writer = writers[segment.side]
-            writer.append(ids)
-            sizes[0] += len(piece)
-            sizes[1] += len(piece.encode("utf-8"))
-            if last:
-                writer.append(end)
-                writer.end_document(segment.name, *sizes)
-                sizes[:] = 0, 0
-        waiting.clear()
-        num_waiting = 0
-
-    for segment in segments:
-        previous = None  # a piece is put when it is known whether another follows; an empty segment has none
-        for piece in pieces(segment.chunks):
-            if previous is not None:
-                put(segment, previous, False)
-            previous = piece
-        if previous is not None:
-            put(segment, previous, True)
-    flush()
+    words = token_words(dataset.train, dataset.val)
+    return dataset, ("tokens", "done", f"{words}; those of {counted(copied, 'unchanged file')} were copied" if copied else words)

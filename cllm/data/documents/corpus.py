@@ -70,25 +70,29 @@ class Corpus:
 
     def segments(self, plan: SplitPlan, report: Report | None = None) -> Iterator[Segment]:
         """The text of all documents, in order; DataError when a file is not any more what it was when it was measured."""
-        number = 0
+        first = 0
         for file, info in self.files:
-            documents = 0
-            for document in read(file, info):
-                if number >= len(self.rows):
-                    break
-                row = self.rows[number]
-                cursor = _Cursor(document.chunks, report)
-                if plan.sides is None:
-                    cut = plan.cut(int(row["chars"]))
-                    yield Segment(TRAIN, document.name, int(row["key"]), cursor.take(cut))
-                    yield Segment(VAL, document.name, int(row["key"]), cursor.take(None))
-                else:
-                    yield Segment(int(plan.sides[number]), document.name, int(row["key"]), cursor.take(None))
-                cursor.check(int(row["chars"]), file.path)
-                number += 1
-                documents += 1
-            if documents != len(info.rows):
+            yield from self.segments_of(file, info, first, plan, report)
+            first += len(info.rows)
+
+    def segments_of(self, file: SourceFile, info: FileInfo, first: int, plan: SplitPlan, report: Report | None = None) -> Iterator[Segment]:
+        """The same of one file, whose first document is number `first` of all."""
+        number = 0
+        for document in read(file, info):
+            if number >= len(info.rows):
                 raise _changed(file.path)
+            row = info.rows[number]
+            cursor = _Cursor(document.chunks, report)
+            if plan.sides is None:
+                cut = plan.cut(int(row["chars"]))
+                yield Segment(TRAIN, document.name, int(row["key"]), cursor.take(cut))
+                yield Segment(VAL, document.name, int(row["key"]), cursor.take(None))
+            else:
+                yield Segment(int(plan.sides[first + number]), document.name, int(row["key"]), cursor.take(None))
+            cursor.check(int(row["chars"]), file.path)
+            number += 1
+        if number != len(info.rows):
+            raise _changed(file.path)
 
 
 class _Cursor:

@@ -13,6 +13,7 @@ A folder appears whole or not at all (`cllm.files.new_folder`). The sizes are ch
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from cllm.runtime.errors import DataError
 FORMAT = "cllm-tokens"
 VERSION = 1
 SHARD_TOKENS = 1 << 27
+_TOGETHER = 1 << 18  # tokens that are counted and written together, at least
 _AGAIN = "Pack the data again (`cllm pack`)."
 
 
@@ -69,6 +71,8 @@ class ShardWriter:
         self._names = _HashedFile(folder / "documents.jsonl")
         self._offsets = _HashedFile(folder / "offsets.bin")
         self._offsets.write(np.zeros(1, dtype="<i8").tobytes())
+        self._waiting: list[np.ndarray] = []  # tokens that are not written yet
+        self._num_waiting = 0
         self._last_end = 0
         self.num_tokens = self.num_documents = self.num_bytes = self.num_chars = 0
 
@@ -76,6 +80,19 @@ class ShardWriter:
         """Adds tokens (n,) to the document that is being written."""
         if not len(ids):
             return
+        self._waiting.append(ids)
+        self._num_waiting += len(ids)
+        self.num_tokens += len(ids)
+        if self._num_waiting >= _TOGETHER:
+            self._write()
+
+    def _write(self) -> None:
+        """Counts and writes what waits: many small documents together, because to count has a price for each token of the vocabulary."""
+        if not self._waiting:
+            return
+        ids = np.concatenate(self._waiting)
+        self._waiting.clear()
+        self._num_waiting = 0
         self._counts += np.bincount(ids, minlength=len(self._counts))  # fails for a token outside the vocabulary
         written = 0
         while written < len(ids):
@@ -87,7 +104,6 @@ class ShardWriter:
             written += len(part)
             if len(part) == room:
                 self._close_shard()
-        self.num_tokens += len(ids)
 
     def end_document(self, name: str, num_chars: int, num_bytes: int) -> None:
         """Makes what was appended since the last document a document of its own. `num_chars` and `num_bytes` (in UTF-8) are the sizes of its text
@@ -96,13 +112,14 @@ class ShardWriter:
             return
         self._last_end = self.num_tokens
         self._names.write((json.dumps(name) + "\n").encode("ascii"))
-        self._offsets.write(np.array([self.num_tokens], dtype="<i8").tobytes())
+        self._offsets.write(self.num_tokens.to_bytes(8, "little"))
         self.num_documents += 1
         self.num_chars += num_chars
         self.num_bytes += num_bytes
 
     def close(self) -> None:
         """Completes all files. index.json is written last and makes the folder valid."""
+        self._write()
         if self._shard is not None:
             self._close_shard()
         counts = _HashedFile(self.folder / "counts.bin")
@@ -238,8 +255,13 @@ class PackedTokens:
 
     def document_names(self) -> list[str]:
         """The names of all documents, in order."""
+        return list(self.iter_names())
+
+    def iter_names(self) -> Iterator[str]:
+        """The names of all documents, one after the other as they are read from the file."""
         with open(self.folder / self._names_file.name, "rb") as file:
-            return [str(json.loads(line)) for line in file]
+            for line in file:
+                yield str(json.loads(line))
 
     def token_counts(self) -> np.ndarray:
         """(vocab_size,) int64: how often each token occurs."""
