@@ -71,7 +71,7 @@ def _identity(info: FileInfo) -> list[Any]:
     return [info.digest, json.dumps([SCAN_VERSION, *info.how()])]
 
 
-def _checksum(rows: "hashlib._Hash", files: list[list[Any]]) -> str:
+def _checksum(rows: Any, files: list[list[Any]]) -> str:
     """Of the whole record; `rows` has taken in segments.bin."""
     rows.update(json.dumps(files).encode("utf-8"))
     return rows.hexdigest()
