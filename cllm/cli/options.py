@@ -98,7 +98,7 @@ Threads = Annotated[
     ),
 ]
 Checkpoint = Annotated[str, argument("CKPT", "A run, a checkpoint folder, a .cllm file or a Hugging Face folder.")]
-TOKENIZER = "A tokenizer.json, or the run, .cllm file or Hugging Face folder that holds one."
+TOKENIZER = "A tokenizer.json or .tiktoken file, or the run, .cllm file or Hugging Face folder that holds one."
 TokenizerPlace = Annotated[Path, argument("TOKENIZER", TOKENIZER, Path)]
 Text = Annotated[str, argument("DATA", "Folder or file of text, JSON, CSV or Parquet.")]
 Weights = Annotated[

@@ -54,6 +54,7 @@ def prepare_data(config: TrainConfig, folder: Path, console: Console, tokenizer:
         folder,
         tokenizer=tokenizer or settings.tokenizer,
         vocab_size=settings.vocab_size,
+        sample_bytes=1_000_000 * settings.tokenizer_sample,
         val_fraction=settings.val_fraction,
         exclude=exclude,
         reading=reading,

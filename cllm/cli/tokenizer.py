@@ -13,6 +13,7 @@ from cllm.cli.options import (
     Json,
     Text,
     TokenizerPlace,
+    argument,
     check_text,
     examples,
     load_tokenizer,
@@ -27,6 +28,7 @@ from cllm.config.setting import shortened
 from cllm.files import DATA, check_writable
 from cllm.runtime.errors import UserError
 
+SAMPLE = {"tokenizer_sample": SETTINGS["data.tokenizer_sample"]}
 PACKING = {name: SETTINGS[f"data.{name}"] for name in ("val_fraction",)}
 
 app = typer.Typer()
@@ -70,14 +72,19 @@ def _dataset_summary(dataset: Any) -> dict[str, Any]:
 
 
 @group.command("train", epilog=examples("cllm tokenizer train books/ --vocab-size 8192 --out tokenizer.json"))
-@with_settings(READING)
+@with_settings(READING | SAMPLE)
 def train(
     data: Text,
     out: Annotated[Path, option("--out", Path, "The tokenizer.json to write.")] = Path("tokenizer.json"),
     vocab_size: Annotated[
-        int, option("--vocab-size", int, "Size of the vocabulary in tokens, for --kind bpe.", at_least=257, at_most=MAX_VOCAB, example=4096)
+        int, option("--vocab-size", int, "Size of the vocabulary in tokens, except for --kind char.", at_least=257, at_most=MAX_VOCAB, example=4096)
     ] = 4096,
-    kind: Annotated[str, option("--kind", str, "Byte-level BPE (bpe), or one token for each character (char).", choices=("bpe", "char"))] = "bpe",
+    kind: Annotated[
+        str,
+        option(
+            "--kind", str, "BPE, WordPiece or Unigram over bytes, or one token for each character.", choices=("bpe", "wordpiece", "unigram", "char")
+        ),
+    ] = "bpe",
     as_json: Json = False,
     **settings: Any,
 ) -> None:
@@ -90,10 +97,47 @@ def train(
     check_writable(out, DATA)
     from cllm.data.tokens.tokenizer import train_tokenizer
 
-    tokenizer = train_tokenizer(data, vocab_size, kind, reading=reading, log=console.print)
+    sample_bytes = 1_000_000 * read_settings(SAMPLE, settings)["tokenizer_sample"]
+    tokenizer = train_tokenizer(data, vocab_size, kind, sample_bytes=sample_bytes, reading=reading, log=console.print)
     tokenizer.save(out)
     console.print(f"wrote {out}: {tokenizer.vocab_size:,} tokens, {tokenizer.hash[:12]}")
     console.result({"out": str(out), "vocab_size": tokenizer.vocab_size, "kind": kind, "hash": tokenizer.hash})
+
+
+@group.command("import", epilog=examples("cllm tokenizer import ranks.tiktoken --encoding cl100k --out tokenizer.json"))
+def import_(
+    file: Annotated[Path, argument("FILE", "A file of tiktoken's ranks, or a tokenizer.json or the Hugging Face folder that holds one.", Path)],
+    out: Annotated[Path, option("--out", Path, "The tokenizer.json to write.")] = Path("tokenizer.json"),
+    encoding: Annotated[
+        str | None,
+        option(
+            "--encoding",
+            str,
+            "How tiktoken splits text into words with these ranks. [default: told by the name of the file]",
+            optional=True,
+            choices=("r50k", "p50k", "cl100k", "o200k"),
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a tokenizer.json of a tokenizer from elsewhere: the same ids for the same text. Says where text does not come back exactly."""
+    console = open_console(as_json)
+    out = out / "tokenizer.json" if out.is_dir() else out
+    if out.is_file() and file.exists() and os.path.samefile(out, file):
+        raise UserError(f"--out {out} is the file itself. Choose another one.")
+    check_writable(out, DATA)
+    if encoding is None:
+        tokenizer = load_tokenizer(file)
+    else:
+        from cllm.data.tokens.tiktoken import from_tiktoken
+        from cllm.data.tokens.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer(from_tiktoken(file, encoding))
+    tokenizer.save(out)
+    console.print(f"wrote {out}: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {tokenizer.hash[:12]}")
+    if tokenizer.losses:
+        console.print(f"text does not come back from it exactly: {'; '.join(tokenizer.losses)}")
+    console.result({"out": str(out), "kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "hash": tokenizer.hash, "losses": tokenizer.losses})
 
 
 @group.command("encode", epilog=examples("cllm tokenizer encode runs/demo 'def main():'"))

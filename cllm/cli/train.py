@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 # The settings that most users change; --set reaches all of them.
 FLAGS = {full_key(name): SETTINGS[full_key(name)] for name in (
-    "start_from", "lora_rank", "tokenizer", "device", "threads", "precision", "preset", "vocab_size", "embed_dim", "num_layers", "num_heads",
-    "num_kv_heads", "ffn_dim", "seq_len", "batch_size", "grad_accum", "steps", "epochs", "learning_rate", "min_lr", "warmup", "schedule", "seed",
-    "checkpoint_every", "keep", "eval_every", "patience", "sample_every", "on_nonfinite", "overfit_one_batch",
+    "start_from", "lora_rank", "tokenizer", "tokenizer_sample", "device", "threads", "precision", "preset", "vocab_size", "embed_dim", "num_layers",
+    "num_heads", "num_kv_heads", "ffn_dim", "seq_len", "batch_size", "grad_accum", "steps", "epochs", "learning_rate", "min_lr", "warmup",
+    "schedule", "seed", "checkpoint_every", "keep", "eval_every", "patience", "sample_every", "on_nonfinite", "overfit_one_batch",
 )}  # fmt: skip
 
 app = typer.Typer()

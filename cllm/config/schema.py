@@ -30,10 +30,18 @@ OPTIMIZERS = ("adamw", "muon", "lion", "schedule_free")
 @dataclass(frozen=True)
 class DataSection:
     path: str = setting("", "Text to learn from: a folder, a file, or a folder of packed tokens.", path=True, result=False)
-    tokenizer: str = setting("bpe", "Tokenizer: bpe or char, which is trained on the data, or the path of a tokenizer.json.", path=True)
-    vocab_size: int | None = setting(
-        None, "Size of a new BPE vocabulary in tokens. Default: chosen by the amount of text.", at_least=257, at_most=MAX_VOCAB, example=4096
+    tokenizer: str = setting(
+        "bpe",
+        "Tokenizer: bpe, wordpiece, unigram or char, which is trained on the data, or the path of a tokenizer.json or .tiktoken file.",
+        path=True,
     )
+    vocab_size: int | None = setting(
+        None, "Size of a new vocabulary in tokens. Default: chosen by the amount of text.", at_least=257, at_most=MAX_VOCAB, example=4096
+    )
+    tokenizer_sample: int = setting(
+        1000, "Megabytes of text that a tokenizer learns from at most. Of more text, pieces from all of it are drawn, always the same.",
+        at_least=1, at_most=2000, example=200,
+    )  # fmt: skip
     val_fraction: float | None = setting(
         None, "Share of the text that is kept for validation, in whole documents. Default: a tenth of up to 10 MB of text, 1 MB of up"
         " to 100 MB, one hundredth of more, and never more than 8 MB (about 2 million tokens).", at_least=0.0, below=1.0, example=0.1,

@@ -51,8 +51,8 @@ def prepare(
 ) -> Dataset:
     """The packed data set of a folder, file or JSONL of text; of a packed folder, itself. What `out_dir` already holds is used again.
 
-    tokenizer: "bpe" (None) or "char" trains one; a Tokenizer or the path of a tokenizer.json is used as it is.
-    vocab_size: of a new BPE tokenizer; None chooses by the amount of text (`default_vocab_size`).
+    tokenizer: "bpe" (None), "wordpiece", "unigram" or "char" trains one; a Tokenizer or the path of a tokenizer.json is used as it is.
+    vocab_size: of a new tokenizer, except "char"; None chooses by the amount of text (`default_vocab_size`).
     val_fraction: the share of the text for validation; None takes a tenth of small texts and less of large ones (`default_val_fraction`).
     exclude: places below `path` that are not data; out_dir never is.
     keep_others: never replaces packed tokens of other text, another split or another tokenizer; each get a folder of their own in out_dir.
@@ -78,6 +78,8 @@ def prepare(
             )
         chosen, step = _tokenizer(corpus, plan, out, given or str(tokenizer or "bpe"), vocab_size, pre_tokenizer, sample_bytes, bar)
         tell(f"tokenizer: {step[2]} ({step[1]})")
+        if chosen.losses:
+            tell(f"  text does not come back from this tokenizer exactly: {'; '.join(chosen.losses)}")
         dataset, packed = _packed(corpus, plan, out, chosen, bar, keep_others)
         bar.end()
         tell(f"tokens: {packed[2]} ({packed[1]})")
@@ -100,8 +102,8 @@ def _given_tokenizer(tokenizer: str | os.PathLike[str] | Tokenizer | None) -> To
         return tokenizer
     if isinstance(tokenizer, str) and tokenizer in KINDS:
         return None
-    if isinstance(tokenizer, str) and not os.path.exists(tokenizer) and os.sep not in tokenizer and not tokenizer.endswith(".json"):
-        raise UserError(f'tokenizer must be {", ".join(KINDS)} or the path of a tokenizer.json, got "{tokenizer}".')
+    if isinstance(tokenizer, str) and not os.path.exists(tokenizer) and os.sep not in tokenizer and not tokenizer.endswith((".json", ".tiktoken")):
+        raise UserError(f'tokenizer must be {", ".join(KINDS)} or the path of a tokenizer.json or a .tiktoken file, got "{tokenizer}".')
     return Tokenizer.load(tokenizer)
 
 
@@ -122,8 +124,8 @@ def _tokenizer(
     if isinstance(wanted, Tokenizer):
         return wanted, ("tokenizer", "given", f"{wanted.kind}, {wanted.vocab_size:,} tokens")
     kind = wanted
-    settings = [PACK_VERSION, kind, vocab_size, pre_tokenizer, sample_bytes] if kind == "bpe" else [PACK_VERSION, kind]
-    learned_from = _digest(settings, corpus.digest(), [plan.method, plan.val_fraction] if kind == "bpe" else [])
+    settings = [PACK_VERSION, kind, vocab_size, pre_tokenizer, sample_bytes] if kind != "char" else [PACK_VERSION, kind]
+    learned_from = _digest(settings, corpus.digest(), [plan.method, plan.val_fraction] if kind != "char" else [])
     try:
         record = json.loads((out / "training.json").read_text("utf-8"))
         if record["key"] == learned_from:

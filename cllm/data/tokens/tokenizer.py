@@ -1,10 +1,12 @@
-"""Text to token ids and back: byte-level BPE trained on your own text, or one id per character.
+"""Text to token ids and back: byte-level BPE, WordPiece or Unigram trained on your own text, or one id per character.
 
-Both kinds are kept as a Hugging Face `tokenizer.json`, so that transformers reads the same file. The BPE uses the pre-tokenizer pattern
-of GPT-2 (or of Llama 3) unchanged, because llama.cpp accepts only the patterns that it knows.
+All kinds are kept as a Hugging Face `tokenizer.json`, so that transformers reads the same file. The BPE uses the pre-tokenizer pattern
+of GPT-2 (or of Llama 3) unchanged, because llama.cpp accepts only the patterns that it knows. A tokenizer.json made elsewhere can be used as well,
+and so can tiktoken's files of ranks (tiktoken.py).
 
 `bpe`   ids 0..15 are special (0 is <|endoftext|>, the end of every document), then 256 bytes, then merges; any text can be encoded and
         comes back unchanged. The vocabulary is a multiple of 64: what training leaves free is filled with reserved tokens at the end.
+`wordpiece`, `unigram`   the same, with other rules for what stands behind the bytes (wordpiece.py, unigram.py).
 `char`  ids are the characters of the data in code point order, as in nanoGPT; special tokens, if asked for, come after them, so that one
         file of text gives exactly as many ids as it has characters. Other characters cannot be encoded: that is an error that names them.
 
@@ -26,21 +28,25 @@ import numpy as np
 from cllm.data.documents.corpus import Corpus, TextSample, measure, pieces, stream_texts
 from cllm.data.documents.scan import Reading
 from cllm.data.documents.sides import TRAIN, VAL, SplitPlan, plan_split
+from cllm.data.tokens.exactness import losses
 from cllm.data.tokens.vocabulary import (
     CHARACTER_PATTERN,
     END_OF_TEXT,
     byte_level_bytes,
     default_vocab_size,
+    inner_bytes,
     learn_bpe,
     learn_characters,
     sentence_piece_bytes,
+    word_piece_bytes,
 )
 from cllm.files import DATA, foreign, read_named, reason, write_file
 from cllm.runtime.errors import DataError, UserError
 from cllm.runtime.progress import ByteProgress
 
-KINDS = ("bpe", "char")
+KINDS = ("bpe", "wordpiece", "unigram", "char")
 SAMPLE_BYTES = 1_000_000_000  # the trainer of the tokenizers library counts pairs in 32 bits; more text than this can overflow them
+UNIGRAM_SAMPLE_BYTES = 100_000_000  # more changes little, and each round of learning passes over all words many times
 SETTINGS = "tokenizer_config.json"
 
 # Names of the end of a document in tokenizers trained elsewhere, most specific first.
@@ -55,7 +61,7 @@ class Tokenizer:
         if not isinstance(model, dict) or "vocab" not in model:
             raise DataError("This is not a tokenizer: a Hugging Face tokenizer.json with a model and its vocabulary was expected.")
         self._content = content
-        self.kind: str = "char" if _is_char(content) else "bpe"
+        self.kind: str = "char" if _is_char(content) else str(model.get("type") or "BPE").lower()
         added = content.get("added_tokens") or []
         self.special_tokens: dict[str, int] = {t["content"]: int(t["id"]) for t in added if t.get("special")}
         if isinstance(model["vocab"], dict):
@@ -97,8 +103,8 @@ class Tokenizer:
         if kind == "char":
             return cls(learn_characters(stream, tuple(specials or ())))
         if specials is not None:
-            raise UserError('The special tokens of a "bpe" tokenizer have fixed ids; `specials` is for kind="char".')
-        return cls(learn_bpe(stream, vocab_size, pre_tokenizer))
+            raise UserError(f'The special tokens of a "{kind}" tokenizer have fixed ids; `specials` is for kind="char".')
+        return cls(_learner(kind)(stream, vocab_size, pre_tokenizer))
 
     def with_end(self, name: str) -> "Tokenizer":
         """The same tokenizer with this token as the end of a text."""
@@ -123,8 +129,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """The tokenizer in a tokenizer.json, or in a folder that holds one; DataError when there is none."""
+        """The tokenizer in a tokenizer.json, in a folder that holds one, or in a file of tiktoken's ranks (`from_tiktoken`); DataError when there is
+        none."""
         file = Path(path)
+        if file.suffix == ".tiktoken" and file.is_file():
+            from cllm.data.tokens.tiktoken import from_tiktoken
+
+            return cls(from_tiktoken(file))
         if file.is_dir():
             file = file / "tokenizer.json"
         if what := foreign(file):
@@ -275,6 +286,11 @@ class Tokenizer:
             "coverage": 1.0 - unknown / chars if chars else 1.0,
         }
 
+    @cached_property
+    def losses(self) -> list[str]:
+        """Why a text may not come back from its tokens as it was, in words; nothing where it always does, as from every tokenizer trained here."""
+        return losses(self._content)
+
     # -- tables, made on first use ----------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -296,7 +312,10 @@ class Tokenizer:
     @cached_property
     def _bytes(self) -> list[bytes]:
         added = {t["content"] for t in self._content.get("added_tokens") or []}
-        read = str.encode if self.kind == "char" else byte_level_bytes if _uses_byte_level(self._content) else sentence_piece_bytes
+        byte_level = _uses_byte_level(self._content)
+        read = str.encode if self.kind == "char" else byte_level_bytes if byte_level else sentence_piece_bytes
+        if self.kind == "wordpiece":
+            read = inner_bytes if byte_level else word_piece_bytes
         table = [b""] * self.vocab_size
         for token, i in self._ids.items():
             table[i] = token.encode("utf-8") if token in added else read(token)
@@ -362,9 +381,12 @@ def train_tokenizer(
 def train_on(
     corpus: Corpus, plan: SplitPlan, kind: str, vocab_size: int | None, pre_tokenizer: str, sample_bytes: int, bar: ByteProgress
 ) -> tuple[Tokenizer, TextSample]:
-    """A tokenizer, and what of the text it learned from. BPE learns from the training documents, or from a sample of their pieces where they are
-    more than `sample_bytes`; a character tokenizer takes the characters of all text, validation included, because it could not encode others."""
+    """A tokenizer, and what of the text it learned from: the training documents, or a sample of their pieces where they are more than `sample_bytes`
+    (of Unigram, more than 100 MB). A character tokenizer takes the characters of all text, validation included, because it could not encode
+    others."""
     sides = (TRAIN, VAL) if kind == "char" else (TRAIN,)
+    if kind == "unigram":
+        sample_bytes = min(sample_bytes, UNIGRAM_SAMPLE_BYTES)
     of_bytes = corpus.num_bytes if kind == "char" else plan.train_bytes(corpus.rows)
     sample = TextSample(0, of_bytes, 0, 1.0 if kind == "char" else min(1.0, sample_bytes / max(of_bytes, 1)))
 
@@ -421,6 +443,19 @@ def _name(token: Any) -> str | None:
     """A token given as text or, by older versions, as an object with its content."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
+
+
+def _learner(kind: str) -> Callable[[Iterator[str], int, str], dict[str, Any]]:
+    """What learns the vocabulary of a kind."""
+    if kind == "wordpiece":
+        from cllm.data.tokens.wordpiece import learn_wordpiece
+
+        return learn_wordpiece
+    if kind == "unigram":
+        from cllm.data.tokens.unigram import learn_unigram  # numba is imported only where one is trained
+
+        return learn_unigram
+    return learn_bpe
 
 
 def _is_char(content: dict[str, Any]) -> bool:

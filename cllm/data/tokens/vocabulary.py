@@ -3,6 +3,7 @@
 What is learned is given as the content of a Hugging Face tokenizer.json.
 """
 
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ END_OF_TEXT = "<|endoftext|>"
 NAMED_SPECIALS = (END_OF_TEXT, "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
 BPE_SPECIALS = (*NAMED_SPECIALS, *(f"<|reserved_{i}|>" for i in range(len(NAMED_SPECIALS), 16)))
 VOCAB_MULTIPLE = 64  # the output layer's rows come in whole tiles
-MIN_BPE_VOCAB = 320  # 16 special tokens and 256 bytes, rounded up to the multiple
 
 # Verbatim from Llama 3 (known to llama.cpp as "llama-bpe"); the one of GPT-2 is built into the ByteLevel pre-tokenizer.
 LLAMA_BPE_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -36,9 +36,18 @@ def default_vocab_size(num_bytes: int) -> int:
     return int(2 ** min(15, max(9, round(float(np.log2(target))))))
 
 
-def _added_token(token_id: int, content: str) -> dict[str, Any]:
+def added_token(token_id: int, content: str) -> dict[str, Any]:
+    """A special token as a tokenizer.json lists it."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {"id": token_id, "content": content, **flags}
+
+
+def byte_level_steps(pattern: str | None) -> dict[str, Any]:
+    """A pre-tokenizer that splits text into words by a pattern (None: GPT-2's) and writes their bytes in GPT-2's printable stand-ins."""
+    if pattern is None:
+        return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]}
 
 
 def learn_characters(stream: Iterator[str], specials: tuple[str, ...]) -> dict[str, Any]:
@@ -53,7 +62,7 @@ def learn_characters(stream: Iterator[str], specials: tuple[str, ...]) -> dict[s
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added_token(len(characters) + i, name) for i, name in enumerate(specials)],
+        "added_tokens": [added_token(len(characters) + i, name) for i, name in enumerate(specials)],
         "normalizer": None,
         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": CHARACTER_PATTERN}, "behavior": "Isolated", "invert": False},
         "post_processor": None,
@@ -62,15 +71,35 @@ def learn_characters(stream: Iterator[str], specials: tuple[str, ...]) -> dict[s
     }
 
 
+def pattern_of(pre_tokenizer: str) -> str | None:
+    """The pattern that splits text into words, None for the one of GPT-2; UserError for an unknown name."""
+    if pre_tokenizer not in PRE_TOKENIZERS:
+        raise UserError(f'pre_tokenizer must be one of {", ".join(PRE_TOKENIZERS)}, got "{pre_tokenizer}".')
+    return LLAMA_BPE_PATTERN if pre_tokenizer == "llama-bpe" else None
+
+
+def check_vocab_size(vocab_size: int, needed: int) -> None:
+    """UserError for a vocabulary without room for the special tokens and the `needed` entries that are always there."""
+    if vocab_size < len(BPE_SPECIALS) + needed:
+        least, what = round_up(len(BPE_SPECIALS) + needed), "256 bytes" if needed == 256 else "256 bytes in two forms"
+        raise UserError(f"vocab_size must be at least {least} for {what} and {len(BPE_SPECIALS)} special tokens, got {vocab_size}.")
+
+
+def fill_up(content: dict[str, Any]) -> dict[str, Any]:
+    """The same tokenizer with reserved tokens behind its last one, up to a multiple of 64."""
+    model = content["model"]
+    size = len(model["vocab"])
+    added = [added_token(i, f"<|reserved_{len(BPE_SPECIALS) + i - size}|>") for i in range(size, round_up(size))]
+    return content | {"added_tokens": [*content["added_tokens"], *added]}
+
+
 def learn_bpe(stream: Iterator[str], vocab_size: int, pre_tokenizer: str) -> dict[str, Any]:
     """Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019). The vocabulary is rounded up to a multiple of 64.
 
     Raises UserError for an unknown pre-tokenizer or a vocabulary too small for the bytes.
     """
-    if pre_tokenizer not in PRE_TOKENIZERS:
-        raise UserError(f'pre_tokenizer must be one of {", ".join(PRE_TOKENIZERS)}, got "{pre_tokenizer}".')
-    if vocab_size < len(BPE_SPECIALS) + 256:
-        raise UserError(f"vocab_size must be at least {MIN_BPE_VOCAB} for 256 bytes and {len(BPE_SPECIALS)} special tokens, got {vocab_size}.")
+    pattern_of(pre_tokenizer)
+    check_vocab_size(vocab_size, 256)
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
 
@@ -82,7 +111,7 @@ def learn_bpe(stream: Iterator[str], vocab_size: int, pre_tokenizer: str) -> dic
         backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=_round_up(vocab_size),
+        vocab_size=round_up(vocab_size),
         min_frequency=2,
         special_tokens=list(BPE_SPECIALS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -90,7 +119,7 @@ def learn_bpe(stream: Iterator[str], vocab_size: int, pre_tokenizer: str) -> dic
     )
     backend.train_from_iterator((part for text in stream for part in without_long_runs(text)), trainer)
     size = backend.get_vocab_size()
-    backend.add_special_tokens([f"<|reserved_{i}|>" for i in range(len(BPE_SPECIALS), len(BPE_SPECIALS) + _round_up(size) - size)])
+    backend.add_special_tokens([f"<|reserved_{i}|>" for i in range(len(BPE_SPECIALS), len(BPE_SPECIALS) + round_up(size) - size)])
     return json.loads(backend.to_str())
 
 
@@ -105,18 +134,20 @@ def without_long_runs(text: str) -> Iterator[str]:
         yield text[start:]
 
 
-def _round_up(size: int) -> int:
+def round_up(size: int) -> int:
+    """The next multiple of 64."""
     return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+@functools.cache
+def byte_level_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-ins for the 256 bytes (Radford et al. 2019, `bytes_to_unicode`)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-_BYTE_OF = _byte_level_alphabet()
+_BYTE_OF = byte_level_alphabet()
 _CHARACTER_OF = {byte: character for character, byte in _BYTE_OF.items()}
 
 
@@ -132,8 +163,18 @@ def byte_level_bytes(token: str) -> bytes:
     return token.encode("utf-8")
 
 
+def inner_bytes(token: str) -> bytes:
+    """The bytes of an entry of a WordPiece model over bytes: ## only says that it goes on inside a word."""
+    return byte_level_bytes(token.removeprefix("##"))
+
+
 def sentence_piece_bytes(token: str) -> bytes:
     """The bytes of an entry of a SentencePiece model: <0x0A> is a byte, U+2581 a blank."""
     if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
         return bytes([int(token[3:5], 16)])
     return token.replace("\u2581", " ").encode("utf-8")
+
+
+def word_piece_bytes(token: str) -> bytes:
+    """The bytes of an entry of a WordPiece model of whole characters, as BERT's: a blank stands before an entry that begins a word."""
+    return (token[2:] if token.startswith("##") else f" {token}").encode("utf-8")

@@ -151,7 +151,7 @@ def test_wrong_input_is_explained(bpe, tmp_path):
         Tokenizer.load(tmp_path / "missing.json")
     with pytest.raises(UserError, match="at least 320"):
         Tokenizer.train(["text"], 100)
-    with pytest.raises(UserError, match="bpe, char"):
+    with pytest.raises(UserError, match="bpe, wordpiece, unigram, char"):
         Tokenizer.train(["text"], kind="word")
     with pytest.raises(UserError, match="outside the vocabulary"):
         bpe.decode([bpe.vocab_size])
