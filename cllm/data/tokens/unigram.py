@@ -65,7 +65,7 @@ def _words(stream: Iterator[str], pattern: str | None) -> _Words:
     from tokenizers import Regex, pre_tokenizers
 
     if pattern is None:
-        split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        split: pre_tokenizers.PreTokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     else:
         parts = [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         split = pre_tokenizers.Sequence(parts)
@@ -178,7 +178,7 @@ def _learn(words: _Words, wanted: int) -> tuple[list[bytes], np.ndarray]:
 
 
 @njit(cache=True)
-def _expect(edges: np.ndarray, starts: np.ndarray, counts: np.ndarray, scores: np.ndarray, expected: np.ndarray) -> None:  # type: ignore[misc]
+def _expect(edges: np.ndarray, starts: np.ndarray, counts: np.ndarray, scores: np.ndarray, expected: np.ndarray) -> None:
     """Adds to `expected` (entries,) how often each entry is used, by the probabilities of all ways to write each word."""
     forward, backward = np.empty(_WORD + 1), np.empty(_WORD + 1)
     for word in range(len(counts)):
@@ -206,7 +206,7 @@ def _expect(edges: np.ndarray, starts: np.ndarray, counts: np.ndarray, scores: n
 
 
 @njit(cache=True)
-def _log_sum(a: float, b: float) -> float:  # type: ignore[misc]
+def _log_sum(a: float, b: float) -> float:
     """log(exp(a) + exp(b)); a may be -inf."""
     if a < b:
         a, b = b, a
@@ -214,7 +214,7 @@ def _log_sum(a: float, b: float) -> float:  # type: ignore[misc]
 
 
 @njit(cache=True)
-def _losses(edges: np.ndarray, places: np.ndarray, lengths: np.ndarray, scores: np.ndarray, expected: np.ndarray, losses: np.ndarray) -> None:  # type: ignore[misc]
+def _losses(edges: np.ndarray, places: np.ndarray, lengths: np.ndarray, scores: np.ndarray, expected: np.ndarray, losses: np.ndarray) -> None:
     """Writes to `losses` (entries,) what the text loses without each entry: its expected number, times how much likelier it is than the best other
     way to write it."""
     best = np.empty(_PIECE + 1)
