@@ -1,6 +1,7 @@
 """`cllm tokenizer` and `cllm pack`: text to tokens."""
 
 import os
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,9 @@ from cllm.cli.options import (
 from cllm.config.schema import MAX_VOCAB, SETTINGS
 from cllm.config.setting import shortened
 from cllm.files import DATA, check_writable
-from cllm.runtime.errors import UserError
+from cllm.runtime.errors import DataError, UserError
+from cllm.runtime.printable import printable
+from cllm.runtime.quantities import size
 
 SAMPLE = {"tokenizer_sample": SETTINGS["data.tokenizer_sample"]}
 PACKING = {name: SETTINGS[f"data.{name}"] for name in ("val_fraction",)}
@@ -178,12 +181,42 @@ def stats(
     as_json: Json = False,
     **settings: Any,
 ) -> None:
-    """Measure how well a tokenizer fits a text. Prints bytes and characters per token, and the share of the vocabulary that is used."""
+    """Measure how well a tokenizer fits a text: bytes in a token, tokens in a word (fertility) for each language, which tokens are never used, and
+    whether the text comes back as it was."""
     console = open_console(as_json)
     reading = reading_of(settings)
     check_text(data)
-    from cllm.data import stream_texts
+    from cllm.data.documents.corpus import measure, pieces
+    from cllm.data.documents.sides import plan_split
+    from cllm.data.tokens.statistics import Fit
+    from cllm.runtime.progress import ByteProgress
 
-    stats = load_tokenizer(tokenizer).stats(stream_texts(data, reading=reading, log=console.print))
-    console.print(table([(key.replace("_", " "), readable(value)) for key, value in stats.items()]))
-    console.result(stats)
+    fit = Fit(load_tokenizer(tokenizer))
+    with ByteProgress(None) as bar:
+        corpus = measure(data, bar, console.print, reading)
+        for segment in corpus.segments(plan_split(corpus.rows, 0.0), bar.step("Measuring", corpus.num_bytes)):
+            parts = pieces(segment.chunks)
+            first = next(parts, "")
+            fit.add(chain([first], parts), _language(first))
+    result = fit.result()
+    plain = {key: value for key, value in result.items() if not isinstance(value, list | dict)}
+    console.print(table([(key.replace("_", " "), readable(value)) for key, value in plain.items()]))
+    if len(result["languages"]) > 1:
+        console.print("of each language: bytes, bytes in a token, tokens in a word")
+        rows = result["languages"].items()
+        console.print(table([(code, size(each["bytes"]), f"{each['bytes_per_token']:.2f}", f"{each['tokens_per_word']:.2f}") for code, each in rows]))
+    if result["unused"]:
+        console.print(f"never used, for example: {' '.join(printable(repr(each)) for each in result['unused'])}")
+    if result["losses"]:
+        console.print(f"text does not come back exactly: {'; '.join(result['losses'])}")
+    console.result(result)
+
+
+def _language(text: str) -> str:
+    """Its code, where the library that tells languages is installed."""
+    from cllm.data.clean.languages import language_of
+
+    try:
+        return language_of(text)[0]
+    except DataError:
+        return "all"

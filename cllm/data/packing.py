@@ -28,7 +28,7 @@ from cllm.runtime.errors import DataError
 VERSION = 1
 SEGMENT = np.dtype([("side", "<i8"), ("chars", "<i8"), ("bytes", "<i8"), ("tokens", "<i8")])
 _BATCH_CHARS = 1 << 21  # characters of text that are tokenized together, and
-_BATCH_PIECES = 1 << 12  # pieces at most
+_BATCH_PIECES = 1 << 15  # pieces at most
 
 
 def pack(corpus: Corpus, plan: SplitPlan, tokenizer: Tokenizer, folder: Path, earlier: "Earlier | None", report: Report) -> int:

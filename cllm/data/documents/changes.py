@@ -45,7 +45,7 @@ def texts_of(memory: Path) -> set[tuple[str, ...]]:
 
 def _differs(file: SourceFile, entry: dict[str, Any] | None, reading: Reading) -> bool:
     """Whether a file holds other text than its entry says; without an entry, or with one that says why it was left out, any text at all."""
-    if entry is not None and entry["stamp"] == [str(file.path.resolve()), file.size, *file.stamp]:
+    if entry is not None and entry["stamp"] == [file.real, file.size, *file.stamp]:
         return False
     if entry is None or "digest" not in entry:
         return not isinstance(scan(file, reading=reading), str)

@@ -140,7 +140,7 @@ def load_corpus(
     """
     files, skipped = find(path, exclude)
     last = _recall(memory, reading)
-    stamps = {file.name: [str(file.path.resolve()), file.size, *file.stamp] for file in files}
+    stamps = {file.name: [file.real, file.size, *file.stamp] for file in files}
     known = {file.name: last[file.name] for file in files if file.name in last and last[file.name].stamp == stamps[file.name]}
     unread = [file for file in files if file.name not in known]
     report = _counter(progress, "Reading files", sum(file.size for file in unread))

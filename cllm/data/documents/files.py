@@ -108,6 +108,7 @@ class SourceFile(NamedTuple):
     name: str
     size: int
     stamp: tuple[int, int, int]  # mtime_ns, ctime_ns, inode: unchanged means that the content need not be read again
+    real: str  # where it is without any link on the way
 
 
 def find(root: str | os.PathLike[str], exclude: Iterable[str | os.PathLike[str]] = ()) -> tuple[list[SourceFile], Skipped]:
@@ -124,7 +125,7 @@ def find(root: str | os.PathLike[str], exclude: Iterable[str | os.PathLike[str]]
         what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         raise DataError(f"{base} {what}. Give a folder of text, a text file, a JSON, CSV or Parquet file or a packed token folder.") from None
     if stat.S_ISREG(status.st_mode):
-        return [_source(base, base.name, status)], skipped
+        return [_source(base, base.name, status, os.path.realpath(base))], skipped
     if not stat.S_ISDIR(status.st_mode):
         raise DataError(
             f"{base} is neither a file nor a folder. Give a folder of text, a text file, a JSON, CSV or Parquet file or a packed token folder."
@@ -144,10 +145,12 @@ def find(root: str | os.PathLike[str], exclude: Iterable[str | os.PathLike[str]]
         except OSError:
             skipped.add("unreadable folder", prefix or str(folder))
             continue
+        real_folder = os.path.realpath(folder)
         for entry in entries:
             name = prefix + entry.name
             path = Path(entry.path)
-            if excluded and os.path.realpath(path) in excluded:
+            real = os.path.realpath(path) if entry.is_symlink() else os.path.join(real_folder, entry.name)
+            if real in excluded:
                 continue
             try:
                 status = entry.stat()
@@ -167,7 +170,7 @@ def find(root: str | os.PathLike[str], exclude: Iterable[str | os.PathLike[str]]
             if reason:
                 skipped.add(reason, name)
             else:
-                files.append(_source(path, name, status))
+                files.append(_source(path, name, status, real))
     return sorted(files, key=lambda file: file.name), skipped
 
 
@@ -185,8 +188,8 @@ def _beside_prepared(name: str, is_folder: bool) -> bool:
     return name.startswith((".", "_")) or (name in _PREPARED_WORK if is_folder else not name.lower().endswith(".parquet"))
 
 
-def _source(path: Path, name: str, status: os.stat_result) -> SourceFile:
-    return SourceFile(path, name, status.st_size, (status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
+def _source(path: Path, name: str, status: os.stat_result, real: str) -> SourceFile:
+    return SourceFile(path, name, status.st_size, (status.st_mtime_ns, status.st_ctime_ns, status.st_ino), real)
 
 
 def _skip_folder(path: Path, visited: set[tuple[int, int]], identity: tuple[int, int]) -> str | None:

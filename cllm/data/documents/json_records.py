@@ -160,6 +160,9 @@ def _holds_records(text: str, begin: int) -> bool:
 
 def _read_lines(chunks: Iterable[str], malformed: Malformed) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(tables.lines_of(chunks), 1):
+        if tables.is_cut(line):
+            malformed(f"record of more than {tables.LINE_CHARS >> 20} million characters", str(number))
+            continue
         end, count = _after_gap(line, 0), 0
         while end < len(line):
             try:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+LINE_CHARS = 1 << 27  # a longer line is passed over: it would have to be held whole
 FIELD_CHARS = 1 << 26  # a longer field is taken to be one whose quote is not closed
 _NO_DELIMITER = "\x1f"  # for a table of one column
 _SNIFFED_ROWS = 200
@@ -49,18 +50,27 @@ class Dialect:
 
 
 def lines_of(chunks: Iterable[str]) -> Iterator[str]:
-    """Lines with their newline, whatever the chunks they come in."""
+    """Lines with their newline, whatever the chunks they come in. Of one longer than LINE_CHARS, its beginning, which is longer as well: `is_cut`."""
     parts: list[str] = []
+    size = 0
     for chunk in chunks:
         *whole, rest = chunk.split("\n")
         for line in whole:
-            parts.append(line)
+            if size <= LINE_CHARS:
+                parts.append(line)
             yield "".join(parts) + "\n"
             parts.clear()
-        if rest:
+            size = 0
+        if rest and size <= LINE_CHARS:
             parts.append(rest)
+            size += len(rest)
     if parts:
         yield "".join(parts)
+
+
+def is_cut(line: str) -> bool:
+    """Whether `lines_of` may have left out the end of a line."""
+    return len(line) > LINE_CHARS
 
 
 def dialect_of(head: str, complete: bool) -> Dialect:
@@ -209,6 +219,9 @@ def rows(chunks: Iterable[str], dialect: Dialect, malformed: Malformed) -> Itera
         if len(lines.row) > 1 and (len(row) != width or not _is_closed(dialect, lines.row)):
             malformed("row with a quote that is not closed", place)
             lines.give_back()
+            continue
+        if any(map(is_cut, lines.row)):
+            malformed(f"row of more than {LINE_CHARS >> 20} million characters", place)
             continue
         if row and is_first:
             is_first = False

@@ -85,6 +85,14 @@ def check_vocab_size(vocab_size: int, needed: int) -> None:
         raise UserError(f"vocab_size must be at least {least} for {what} and {len(BPE_SPECIALS)} special tokens, got {vocab_size}.")
 
 
+def splits_into_words(content: dict[str, Any]) -> bool:
+    """Whether the first step of this tokenizer.json splits text by GPT-2's pattern, and leaves every word as it is."""
+    step = content.get("pre_tokenizer") or {}
+    first = step["pretokenizers"][0] if step.get("type") == "Sequence" and step.get("pretokenizers") else step
+    split = first.get("type") == "ByteLevel" and first.get("use_regex", True) and not first.get("add_prefix_space")
+    return bool(split) and not content["model"].get("dropout")
+
+
 def fill_up(content: dict[str, Any]) -> dict[str, Any]:
     """The same tokenizer with reserved tokens behind its last one, up to a multiple of 64."""
     model = content["model"]

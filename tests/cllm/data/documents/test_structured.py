@@ -203,3 +203,29 @@ def test_a_record_beyond_the_first_thousand_may_have_its_text_in_the_other_usual
     found, said = load(tmp_path / "a.jsonl", tmp_path / "out")
     assert len(found) == 1001 and found["a.jsonl:1001"] == "the last"
     assert "a.jsonl: 1,001 records, text from field 'text' or 'content'" in said
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_line_without_end_is_passed_over_and_never_held(name, tmp_path, monkeypatch):
+    from cllm.data.documents import tables
+
+    monkeypatch.setattr(tables, "LINE_CHARS", 1 << 21)
+    longest = 0
+    real = tables.is_cut
+
+    def watched(line):
+        nonlocal longest
+        longest = max(longest, len(line))
+        return real(line)
+
+    monkeypatch.setattr(tables, "is_cut", watched)
+    texts = [f"a short text, number {n} of four, with enough words in it" for n in range(4)]
+    with open(tmp_path / name, "w") as file:
+        for number, text in enumerate(["text,id"] * (name == "a.csv") + texts):
+            if number == 2:
+                begin, end = ('{"text": "', '"}\n') if name == "a.jsonl" else ("", ",x\n")
+                file.write(begin + "endless " * (1 << 20) + end)
+            file.write(f"{text if text == 'text,id' else json.dumps({'text': text}) if name == 'a.jsonl' else chr(34) + text + chr(34) + ',1'}\n")
+    found, said = load(tmp_path / name, tmp_path / "out")
+    assert list(found.values()) == texts and longest < 4 << 20
+    assert any("of more than 2 million characters" in line for line in said)
