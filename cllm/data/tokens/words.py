@@ -154,7 +154,7 @@ def _split(points: np.ndarray, kinds: np.ndarray, bounds: np.ndarray, ends: np.n
 
 
 @jit
-def _find(points, starts, ends, hashes, found, table, slots, own_points, own_ends):  # type: ignore[no-untyped-def]
+def _find(points, starts, ends, hashes, found, table, slots, own_points, own_ends):
     """Writes the hash of each word, and its number where it is remembered, otherwise -1."""
     for word in range(len(starts)):
         start, end = starts[word], ends[word]
@@ -181,7 +181,7 @@ def _find(points, starts, ends, hashes, found, table, slots, own_points, own_end
 
 
 @jit
-def _insert(value, number, table, slots):  # type: ignore[no-untyped-def]
+def _insert(value, number, table, slots):
     slot = np.int64(value & np.uint64(_SLOTS - 1))
     while slots[slot] >= 0:
         slot = (slot + 1) & (_SLOTS - 1)
@@ -190,7 +190,7 @@ def _insert(value, number, table, slots):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _gather(found, ids, id_ends, out):  # type: ignore[no-untyped-def]
+def _gather(found, ids, id_ends, out):
     """Writes the ids of the words one after the other."""
     place = 0
     for word in found:
