@@ -123,7 +123,8 @@ def import_(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a tokenizer.json of a tokenizer from elsewhere: the same ids for the same text. Says where text does not come back exactly."""
+    """Take over a tokenizer from elsewhere. Writes a tokenizer.json with the same ids for the same text, and says where text does not come back
+    exactly."""
     console = open_console(as_json)
     out = out / "tokenizer.json" if out.is_dir() else out
     if out.is_file() and file.exists() and os.path.samefile(out, file):
@@ -181,8 +182,8 @@ def stats(
     as_json: Json = False,
     **settings: Any,
 ) -> None:
-    """Measure how well a tokenizer fits a text: bytes in a token, tokens in a word (fertility) for each language, which tokens are never used, and
-    whether the text comes back as it was."""
+    """Measure how well a tokenizer fits a text. Prints bytes in a token and tokens in a word (fertility), of each language and of all, which tokens are
+    never used, and whether the text comes back as it was."""
     console = open_console(as_json)
     reading = reading_of(settings)
     check_text(data)
