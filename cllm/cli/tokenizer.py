@@ -182,8 +182,8 @@ def stats(
     as_json: Json = False,
     **settings: Any,
 ) -> None:
-    """Measure how well a tokenizer fits a text. Prints bytes in a token and tokens in a word (fertility), of each language and of all, which tokens are
-    never used, and whether the text comes back as it was."""
+    """Measure how well a tokenizer fits a text. Prints bytes in a token and tokens in a word (fertility), of each language and of all, which tokens
+    are never used, and whether the text comes back as it was."""
     console = open_console(as_json)
     reading = reading_of(settings)
     check_text(data)

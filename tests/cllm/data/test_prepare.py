@@ -229,7 +229,7 @@ def test_a_given_tokenizer_is_used_and_checked(folder, dataset, tmp_path):
         Dataset.open(dataset.folder, tokenizer_hash=other.hash)
     with pytest.raises(DataError, match="packed with another tokenizer"):
         prepare(dataset.folder, tmp_path / "b", other)
-    with pytest.raises(UserError, match="bpe, char or the path"):
+    with pytest.raises(UserError, match="bpe, wordpiece, unigram, char or the path"):
         prepare(folder, tmp_path / "c", "words")
 
 
