@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import mailbox
+import struct
 import tarfile
 import zipfile
 from email.message import EmailMessage
@@ -165,6 +166,7 @@ def samples(folder):
         "letter.rtf": RTF,
         "mail.eml": message().as_bytes(),
         "mail.mbox": mail_box(folder),
+        "mail.msg": outlook_message("The mill", PROSE * 3, [("notes.txt", b"attached words")]),
         "rows.jsonl": lines(),
         "rows.csv": table().encode(),
         "rows.parquet": parquet(),
@@ -173,3 +175,142 @@ def samples(folder):
         "pack.tar.gz": tape("w:gz"),
         "prose.txt.gz": gzip.compress((PROSE * 5).encode()),
     }
+
+
+PAGE = f"""<!DOCTYPE html><html lang="en"><head><title>Mills</title><meta charset="utf-8"></head><body><nav><a href="/">home</a></nav><main>
+<h1>Mills</h1>
+<p>{PROSE}</p><ul><li>one</li><li>two</li></ul><table><tr><th>A</th><th>B</th></tr><tr><td>1</td><td>2</td></tr></table><pre>x = 1</pre>
+<p>{PROSE * 3}</p></main></body></html>"""
+_OPEN_DOCUMENT = """<?xml version="1.0"?><office:document-content xmlns:office="urn:oasis:names:tc:opendocument:xmlns:office:1.0"
+xmlns:text="urn:oasis:names:tc:opendocument:xmlns:text:1.0"><office:body><office:text><text:h text:outline-level="1">Mills</text:h>
+<text:p>The mill stood at the river.</text:p></office:text></office:body></office:document-content>"""
+
+
+def packed(parts):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as package:
+        for name, content in parts.items():
+            package.writestr(name, content)
+    return file.getvalue()
+
+
+def pdf():
+    """A page of text, written by hand."""
+    drawn = b"BT /F1 12 Tf 72 720 Td (The mill stood at the river, said the miller.) Tj 0 -20 Td (He laughed and went home.) Tj ET"
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>",
+        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(drawn), drawn),
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    content, places = b"%PDF-1.4\n", []
+    for number, each in enumerate(objects, 1):
+        places.append(len(content))
+        content += b"%d 0 obj\n%s\nendobj\n" % (number, each)
+    table = b"xref\n0 6\n0000000000 65535 f \n" + b"".join(b"%010d 00000 n \n" % place for place in places)
+    return content + table + b"trailer << /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % len(content)
+
+
+def office_samples():
+    """The same for the documents that office programs write, pages and pictures."""
+    import docx
+    import openpyxl
+    import pptx
+    from PIL import Image
+
+    letter = docx.Document()
+    letter.add_heading("Mills", 1)
+    letter.add_paragraph(PROSE)
+    show = pptx.Presentation()
+    show.slides.add_slide(show.slide_layouts[1]).shapes.title.text = "Mills"
+    book = openpyxl.Workbook()
+    book.active.append(["item", "price"])
+    book.active.append(["mill", 3.5])
+    picture = Image.new("RGB", (64, 32), "white")
+    made = {"letter.docx": letter, "show.pptx": show, "prices.xlsx": book}
+    files = {name: io.BytesIO() for name in (*made, "picture.png")}
+    for name, thing in made.items():
+        thing.save(files[name])
+    picture.save(files["picture.png"], "PNG")
+    container = '<container xmlns="urn:oasis:names:tc:opendocument:xmlns:container"><rootfiles><rootfile full-path="c.opf"/></rootfiles></container>'
+    spine = (
+        '<package xmlns="http://www.idpf.org/2007/opf"><metadata/><manifest><item id="a" href="a.xhtml" media-type="application/xhtml+xml"/>'
+        '</manifest><spine><itemref idref="a"/></spine></package>'
+    )
+    page = f'<html xmlns="http://www.w3.org/1999/xhtml"><head><title>t</title></head><body><h1>First</h1><p>{PROSE}</p></body></html>'
+    return {
+        **{name: file.getvalue() for name, file in files.items()},
+        "page.html": PAGE.encode(),
+        "page.pdf": pdf(),
+        "letter.odt": packed({"mimetype": "application/vnd.oasis.opendocument.text", "content.xml": _OPEN_DOCUMENT}),
+        "book.epub": packed({"mimetype": "application/epub+zip", "META-INF/container.xml": container, "c.opf": spine, "a.xhtml": page}),
+    }
+
+
+def outlook_message(subject, body, attachments=()):
+    """A message as Outlook saves it ([MS-OXMSG]), in a compound file ([MS-CFB]) whose streams are all in its small sectors."""
+    text = struct.Struct("<IIQ")
+
+    def properties(head, names):
+        return bytes(head) + b"".join(text.pack(name << 16 | 0x1F, 6, 0) for name in names)
+
+    def string(name, value):
+        return f"__substg1.0_{name:04X}001F", value.encode("utf-16-le")
+
+    sent = struct.pack("<IIQ", 0x0039_0040, 6, 133_604_000_000_000_000)  # 2024-05-16, in steps of 100 ns since 1601
+    top = [("__properties_version1.0", properties(32, (0x37, 0x1000)) + sent), string(0x37, subject), string(0x1000, body)]
+    entries = [(name, content, -1) for name, content in top]
+    for number, (name, content) in enumerate(attachments):
+        folder = len(entries)
+        method = struct.pack("<IIQ", 0x3705_0003, 6, 1)
+        parts = [
+            ("__properties_version1.0", properties(8, (0x3707,)) + method + struct.pack("<IIQ", 0x3701_0102, 6, len(content))),
+            string(0x3707, name),
+            ("__substg1.0_37010102", content),
+        ]
+        entries.append((f"__attach_version1.0_#{number:08X}", None, -1))
+        entries += [(part, value, folder) for part, value in parts]
+    return _compound_file(entries)
+
+
+def _compound_file(entries):
+    """entries: (name, content or None for a storage, number of the storage around or -1), in the order of the directory behind its root."""
+    small, chain, starts = b"", [], []
+    for _, content, _ in entries:
+        starts.append(len(small) // 64 if content else 0xFFFFFFFE)
+        if content:
+            count = -(-len(content) // 64)
+            chain += [*range(len(chain) + 1, len(chain) + count), 0xFFFFFFFE]
+            small += content.ljust(64 * count, b"\0")
+    children = {around: [number for number, entry in enumerate(entries) if entry[2] == around] for around in (-1, *range(len(entries)))}
+
+    def entry(name, kind, child, after, start, size):
+        raw = name.encode("utf-16-le")
+        links = struct.pack("<III", 0xFFFFFFFF, after, child)
+        return raw.ljust(64, b"\0") + struct.pack("<HBB", len(raw) + 2, kind, 1) + links + bytes(36) + struct.pack("<IQ", start, size)
+
+    def first(around):
+        return children[around][0] + 1 if children[around] else 0xFFFFFFFF
+
+    small = small.ljust(-(-len(small) // 512) * 512, b"\0")
+    directory = entry("Root Entry", 5, first(-1), 0xFFFFFFFF, 0, len(chain) * 64)
+    for number, (name, content, around) in enumerate(entries):
+        later = [each for each in children[around] if each > number]
+        after = later[0] + 1 if later else 0xFFFFFFFF
+        kind, child = (1, first(number)) if content is None else (2, 0xFFFFFFFF)
+        directory += entry(name, kind, child, after, starts[number], len(content or b""))
+    directory = directory.ljust(-(-len(directory) // 512) * 512, b"\0")
+    table = b"".join(struct.pack("<I", each) for each in chain)
+    table = table.ljust(-(-len(table) // 512) * 512, b"\xff")
+    runs = [len(small) // 512, len(directory) // 512, len(table) // 512]
+    sectors = []
+    for count in runs:
+        sectors += [*range(len(sectors) + 1, len(sectors) + count), 0xFFFFFFFE]
+    places = [0, runs[0], runs[0] + runs[1], sum(runs)]
+    sectors.append(0xFFFFFFFD)
+    assert len(sectors) <= 128
+    fat = b"".join(struct.pack("<I", each) for each in sectors).ljust(512, b"\xff")
+    head = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(16) + struct.pack("<HHHHH6x", 0x3E, 3, 0xFFFE, 9, 6)
+    head += struct.pack("<IIIIIIIII", 0, 1, places[1], 0, 4096, places[2], runs[2], 0xFFFFFFFE, 0) + struct.pack("<I", places[3])
+    return head.ljust(512, b"\xff") + small + directory + table + fat

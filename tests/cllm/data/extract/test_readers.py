@@ -26,7 +26,8 @@ def refusal(sandbox, content, name):
 
 KINDS = {
     "prose.txt": "text", "prose16.txt": "text", "latin.txt": "text", "main.py": "code", "book.ipynb": "notebook", "paper.tex": "latex",
-    "film.srt": "subtitles", "film.vtt": "subtitles", "letter.rtf": "rtf", "mail.eml": "email", "mail.mbox": "mbox", "rows.jsonl": "records",
+    "film.srt": "subtitles", "film.vtt": "subtitles", "letter.rtf": "rtf", "mail.eml": "email", "mail.mbox": "mbox", "mail.msg": "msg",
+    "rows.jsonl": "records",
     "rows.csv": "records", "rows.parquet": "records", "pack.zip": "zip", "pack.tar": "tar", "pack.tar.gz": "gz", "prose.txt.gz": "gz",
 }  # fmt: skip
 TOLD_BY_NAME = {"main.py", "rows.csv", "book.ipynb"}
@@ -174,6 +175,13 @@ def test_an_attachment_that_cannot_be_read_is_a_note(sandbox):
 def test_a_mail_box_gives_a_document_for_each_message(sandbox, tmp_path):
     documents = sandbox.read(files.mail_box(tmp_path), "box")
     assert [document.part for document in documents] == [f"message {n}{rest}" for n in (1, 2, 3) for rest in ("", ", attachment notes.txt")]
+
+
+def test_a_message_of_outlook_and_its_attachments(sandbox):
+    pytest.importorskip("oxmsg", reason="reads Outlook's messages")
+    body, attached = sandbox.read(files.outlook_message("Gr\u00fc\u00dfe", files.PROSE * 3, [("notes.txt", b"attached words")]), "a.msg")
+    assert body.text == f"# Gr\u00fc\u00dfe\n\n{files.PROSE * 3}" and body.date.startswith("2024-05-1")
+    assert (attached.text, attached.part) == ("attached words", "attachment notes.txt")
 
 
 def test_a_thousand_nested_parts_are_damage(sandbox):
