@@ -32,9 +32,9 @@ class Site:
     port: int
     hits: list[Hit] = field(default_factory=list)
     connections: int = 0
-    now: int = 0
+    active: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = field(default_factory=list, repr=False)
     most_at_once: int = 0
-    """Requests that were being answered at one time."""
+    """Requests that were being answered at one time, to clients that were still there."""
 
     def url(self, path: str = "/") -> str:
         return f"http://{self.address}:{self.port}{path}"
@@ -140,12 +140,18 @@ class Web:
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
         exchange = Exchange(site, request.split(" ")[1], headers, writer)
         site.hits.append(Hit(exchange.path, headers, time.monotonic()))
-        site.now += 1
-        site.most_at_once = max(site.most_at_once, site.now)
+        peer = reader, writer
+        site.active.append(peer)
+        site.most_at_once = max(site.most_at_once, sum(not _gone(*each) for each in site.active))
+        answer = asyncio.ensure_future(handler(exchange))
         try:
-            await handler(exchange)
+            while not answer.done() and not _gone(*peer):
+                await asyncio.wait({answer}, timeout=0.02)
+            if answer.done():
+                answer.result()
         finally:
-            site.now -= 1
+            answer.cancel()
+            site.active.remove(peer)
         return exchange.keep
 
     async def _stop(self) -> None:
@@ -154,3 +160,7 @@ class Web:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _gone(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    return reader.at_eof() or writer.transport.is_closing()
