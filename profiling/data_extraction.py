@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 from cllm.data.extract import html
@@ -128,7 +129,8 @@ def main() -> None:
     parser.add_argument("--worst", type=int, default=0)
     parser.add_argument("--write", type=Path)
     arguments = parser.parse_args()
-    result: dict = {"machine": platform.processor() or platform.machine(), "python": platform.python_version()}
+    libraries = {library: version(library) for library in ("trafilatura", "resiliparse", "lxml")}
+    result: dict = {"machine": platform.machine(), "interpreter": platform.python_version(), "libraries": libraries}
     result["commit"] = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     for collection in ("python", "linux"):
         entries = [(page, source) for kind, page, source in pages(arguments.folder) if kind == collection]
