@@ -42,7 +42,7 @@ def follow(console: Console, config: TrainConfig, settings: FollowSettings, out:
     reading = Reading.of(config.data.text_field, config.data.separator, config.data.encoding)
     with RunLock(out):
         rounds = Rounds(out, config.data.path)
-        waiting = False
+        waiting, told = False, ""
         while True:
             now = rounds.begun()
             if now is None:
@@ -53,7 +53,9 @@ def follow(console: Console, config: TrainConfig, settings: FollowSettings, out:
                     except DataError as error:
                         if once and not rounds.rows:
                             raise
-                        console.print(f"no round yet: {error}")
+                        if str(error) != told:
+                            told = str(error)
+                            console.print(f"no round yet: {told}")
                     if now is None and once:
                         break
                     if now is None:
@@ -73,9 +75,14 @@ def follow(console: Console, config: TrainConfig, settings: FollowSettings, out:
     console.result({"out": str(out), "rounds": [row.to_dict() for row in rounds.rows], "model": str(out / MODEL) if kept else None})
 
 
+def is_crawl(data: str) -> bool:
+    """Whether the data are the folder of a crawl."""
+    return (Path(data) / "crawl.sqlite").is_file()
+
+
 def source_of(data: str, out: Path) -> Path:
     """Where the text is: the data themselves, or, of the folder of a crawl, the documents that are extracted from its finished pages."""
-    if not (Path(data) / "crawl.sqlite").is_file():
+    if not is_crawl(data):
         return Path(data)
     from cllm.data.preparation.plan import prepare
     from cllm.data.preparation.recipe import Recipe

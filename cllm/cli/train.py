@@ -100,7 +100,7 @@ def _follow(
     once: bool,
     excluded: tuple[bool, ...],
 ) -> None:
-    from cllm.cli.follow import WAITING, follow
+    from cllm.cli.follow import WAITING, follow, is_crawl
     from cllm.cli.options import read_settings as read_given
 
     if any(excluded):
@@ -109,7 +109,7 @@ def _follow(
         raise UserError("--follow works in one process. Run it without torchrun.")
     given = read_given(FOLLOW, following)
     config = read_settings(flags, sets, file, out, resume=False)
-    check_before_work(config, out)
+    check_before_work(config, out, text=not is_crawl(config.data.path))
     with stopping_with(WAITING), runtime.use(threads=config.train.threads):
         follow(console, config, FollowSettings(**{key.partition(".")[2]: value for key, value in given.items()}), out, once)
 

@@ -42,17 +42,17 @@ def read_settings(flags: Mapping[str, Any], sets: Sequence[str], file: Path | No
     return absolute_places(config)
 
 
-def check_before_work(config: TrainConfig, out: Path | None) -> None:
+def check_before_work(config: TrainConfig, out: Path | None, *, text: bool = True) -> None:
     """Refuses what can be refused at once: places that hold nothing, sizes that no model has, settings that exclude each other.
 
-    After this the text is read and packed, which takes minutes for much of it, and only then is the machine measured and a model built.
+    text: whether the data are text already, which the pages of a crawl are not. After this the text is read and packed, which takes minutes for much of it, and only then is the machine measured and a model built.
     """
     from cllm.cli.options import check_model, check_text
     from cllm.cli.run_name import default_run
     from cllm.train.run_place import holds_run
 
     run = default_run(config.data.path) if out is None else out
-    if not holds_run(run):  # a run has its tokens, and goes on also where the text is gone
+    if text and not holds_run(run):  # a run has its tokens, and goes on also where the text is gone
         check_text(config.data.path)
     from cllm.train.finetune import model_place  # imports torch, which takes seconds: after what can be told without it
 
