@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cllm.cli.console import Console, open_console, readable, table
+from cllm.cli.crawl_training import training_beside
 from cllm.cli.options import examples, option, text_argument, text_option
 from cllm.files import DATA, check_writable
 from cllm.runtime.errors import DataError, UserError
@@ -78,6 +79,9 @@ def crawl(
         list[str] | None,
         text_option("--allow-private", "Address of this machine or network to reach. Repeatable; not stored.", "ADDRESS"),
     ] = None,
+    train: Annotated[
+        Path | None, option("--train", Path, "Run that learns the pages as they come, in rounds. For its settings use cllm train --follow.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON lines on stdout, the result last.")] = False,
 ) -> None:
     """Crawl web sites. Obeys robots.txt, asks one site for one page at a time, and keeps pages as WARC. The same command goes on after a pause or a
@@ -121,7 +125,7 @@ def crawl(
         raise UserError(f"{out} holds no crawl yet, so say where to begin. Example: cllm crawl https://example.org/ --out {out}")
     if before is None and out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} holds other files and no crawl. Choose a new folder with --out.")
-    with CrawlLock(out):
+    with CrawlLock(out), training_beside(out, train, console):
         write_settings(out, settings)
         for change in changes:
             say(f"{change}.")
