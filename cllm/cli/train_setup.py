@@ -45,7 +45,8 @@ def read_settings(flags: Mapping[str, Any], sets: Sequence[str], file: Path | No
 def check_before_work(config: TrainConfig, out: Path | None, *, text: bool = True) -> None:
     """Refuses what can be refused at once: places that hold nothing, sizes that no model has, settings that exclude each other.
 
-    text: whether the data are text already, which the pages of a crawl are not. After this the text is read and packed, which takes minutes for much of it, and only then is the machine measured and a model built.
+    After this the text is read and packed, which takes minutes for much of it, and only then is the machine measured and a model built.
+    text: whether the data are text already, which the pages of a crawl are not.
     """
     from cllm.cli.options import check_model, check_text
     from cllm.cli.run_name import default_run
