@@ -4,12 +4,14 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from command import PATIENCE, TINY
+from growing_site import Site, articles
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -23,20 +25,40 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines() if line.strip()]
 
 
-def test_the_commands_of_the_readme_run_one_after_the_other(text, tmp_path):
-    """In a folder with books/ and more-text/; the model is made small and the text short."""
+@pytest.fixture
+def site():
+    with Site() as site:
+        site.published = 5
+        yield site
+
+
+def test_the_commands_of_the_readme_run_one_after_the_other(text, site, tmp_path):
+    """In a folder with books/, more-text/ and the like; the model is made small, the text short, and the web a server of this machine."""
     (tmp_path / "books").symlink_to(text)
     (tmp_path / "more-text").symlink_to(text / "json")
+    for name in ("papers", "notes"):
+        (tmp_path / name).mkdir()
+        for number, paragraphs in enumerate(articles()[-8:]):
+            (tmp_path / name / f"{number}.txt").write_text("\n\n".join(paragraphs))
+    shutil.make_archive(str(tmp_path / "archive"), "zip", tmp_path / "papers")
     small = (*map(str, TINY), "--steps", "5")
+    with_data = importlib.util.find_spec("aiohttp") and importlib.util.find_spec("pyarrow")  # of the extra [data], which make setup installs
     ran = []
     for words in commands():
+        if not with_data and ({"crawl", "prepare", "corpus/"} & set(words)):
+            continue
         if words[0] not in ("cllm", "torchrun"):
             continue
         if words[0] == "torchrun":
             words = ["torch.distributed.run", *words[1:]]
         if "gguf" in words and importlib.util.find_spec("gguf") is None:
             continue  # of the extra [export], which make setup installs
-        begins = "train" in words and "books/" in words
+        if words[1] == "crawl":
+            words = [f"http://{site.address}/" if each.startswith("https:") else each for each in words]
+            words += ["--allow-private", site.address, "--delay", "0"]
+        if "--follow" in words:
+            words = [*words, "--once", "--round-bytes", "1000"]
+        begins = "train" in words and {"books/", "corpus/", "notes/"} & set(words)
         short = ("--batch-size", 4, "--threads", 2, "--steps", 3)  # a model to start from has its sizes and vocabulary
         extra = small if begins else short if "--from" in words else ("--max-tokens", "8") if words[1] == "generate" else ()
         done = subprocess.run([sys.executable, "-m", *words, *map(str, extra)], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
