@@ -9,12 +9,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def articles():
-    """Prose of about 3,000 characters each, from this project's own notes."""
+    """Prose of about 1,500 characters each, from this project's own notes."""
     paragraphs = [each for each in (ROOT / "profiling" / "NOTES.md").read_text("utf-8").split("\n") if len(each) > 80 and "|" not in each]
     found, now = [], []
     for paragraph in paragraphs:
         now.append(paragraph)
-        if sum(map(len, now)) > 3000:
+        if sum(map(len, now)) > 1500:
             found.append(now)
             now = []
     return found

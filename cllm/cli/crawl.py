@@ -14,6 +14,7 @@ from cllm.cli.options import examples, option, text_argument, text_option
 from cllm.files import DATA, check_writable
 from cllm.runtime.errors import DataError, UserError
 from cllm.runtime.progress import Progress, duration, say
+from cllm.runtime.quantities import counted, size
 from cllm.shell import command
 
 if TYPE_CHECKING:
@@ -198,7 +199,9 @@ class _Told:
 
 def _lines(summary: Summary) -> list[str]:
     doubles = f", {summary.duplicates:,} of them with the bytes of another" if summary.duplicates else ""
-    lines = [f"{summary.pages:,} pages{doubles}, of {summary.sites:,} sites, in {summary.segments:,} files of {summary.bytes / 1e6:,.1f} MB"]
+    lines = [
+        f"{counted(summary.pages, 'page')}{doubles}, of {counted(summary.sites, 'site')}, in {counted(summary.segments, 'file')} of {size(summary.bytes)}"
+    ]
     for title, reasons in (("failed", summary.failed), ("left out", summary.left_out), ("links not followed", summary.not_queued)):
         if reasons:
             lines.append(f"{title}: {sum(reasons.values()):,}")
