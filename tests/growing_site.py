@@ -9,12 +9,14 @@ ROOT = Path(__file__).parents[1]
 
 
 def articles():
-    """Prose of about 1,500 characters each, from this project's own notes."""
-    paragraphs = [each for each in (ROOT / "profiling" / "NOTES.md").read_text("utf-8").split("\n") if len(each) > 80 and "|" not in each]
+    """Prose of about 1,000 characters each, from this project's own notes."""
     found, now = [], []
-    for paragraph in paragraphs:
-        now.append(paragraph)
-        if sum(map(len, now)) > 1500:
+    notes = [ROOT / "profiling" / "NOTES.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    for paragraph in "\n".join(each.read_text("utf-8") for each in notes if "generated" not in each.parts).split("\n"):
+        words = paragraph.split()
+        if len(words) > 12 and sum(any(each.isalpha() for each in word) for word in words) > 0.85 * len(words):
+            now.append(paragraph)
+        if sum(map(len, now)) > 1000:
             found.append(now)
             now = []
     return found
@@ -25,6 +27,7 @@ class Site:
 
     def __init__(self):
         self.articles, self.published = articles(), 0
+        assert len(self.articles) > 20
         site = self
 
         class Handler(BaseHTTPRequestHandler):

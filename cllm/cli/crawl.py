@@ -199,9 +199,8 @@ class _Told:
 
 def _lines(summary: Summary) -> list[str]:
     doubles = f", {summary.duplicates:,} of them with the bytes of another" if summary.duplicates else ""
-    lines = [
-        f"{counted(summary.pages, 'page')}{doubles}, of {counted(summary.sites, 'site')}, in {counted(summary.segments, 'file')} of {size(summary.bytes)}"
-    ]
+    stored = f"in {counted(summary.segments, 'file')} of {size(summary.bytes)}"
+    lines = [f"{counted(summary.pages, 'page')}{doubles}, of {counted(summary.sites, 'site')}, {stored}"]
     for title, reasons in (("failed", summary.failed), ("left out", summary.left_out), ("links not followed", summary.not_queued)):
         if reasons:
             lines.append(f"{title}: {sum(reasons.values()):,}")

@@ -107,7 +107,7 @@ def _go_round(console: Console, config: TrainConfig, settings: FollowSettings, r
     previous = rounds.previous()
     console.print(
         f"\nround {now.number}: {counted(now.documents, 'new document')}, {size(now.bytes)}, {size(now.replayed_bytes)} replayed, "
-        f"{counted(now.held_out, 'document')} held out"
+        f"{now.held_out:,} held out"
     )
     trained = train_in(now.run, round_config(config, now, previous), console)
     assert trained is not None

@@ -240,11 +240,11 @@ class RoundRow(Record):
     round: int
     """Number of the round, from 1."""
     documents: int
-    """New documents that it learnt from."""
+    """New documents."""
     bytes: int
-    """Their size as JSON lines, in bytes."""
+    """What it learnt of them, as JSON lines, in bytes."""
     held_out: int
-    """New documents that were held out."""
+    """How many of them were held out, or their ends where there are few."""
     replayed_bytes: int
     """Bytes of earlier rounds that it learnt from again."""
     sources: dict[str, int]

@@ -46,7 +46,7 @@ _SHOWN_SOURCES = 20
 
 @dataclass(frozen=True)
 class Round:
-    """A round that has begun. `folder` holds its documents; the numbers count those that it learns from, holds out and replays."""
+    """A round that has begun. `folder` holds its documents; `held_out` of them, or their ends, are never learnt; `bytes` are."""
 
     number: int
     folder: Path
@@ -212,6 +212,7 @@ def _write_new(chosen: tuple[Corpus, np.ndarray], folder: Path) -> dict[str, Any
         sides[wanted] = plan.sides
     counts: dict[str, Any] = {"documents": 0, "bytes": 0, "held_out": 0}
     sources: dict[str, int] = {}
+    last = -1
     for name in ("text", "held_out"):
         (folder / name).mkdir()
     with open(folder / "text" / "new.jsonl", "wb") as new, open(folder / "held_out" / "held_out.jsonl", "wb") as held_out:
@@ -220,10 +221,13 @@ def _write_new(chosen: tuple[Corpus, np.ndarray], folder: Path) -> dict[str, Any
                 continue
             line = json.dumps({"text": text, "name": name}, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
             (held_out if side == VAL else new).write(line)
-            counts["held_out" if side == VAL else "documents"] += 1
+            counts["held_out"] += side == VAL
             counts["bytes"] += len(line) if side == TRAIN else 0
-            source = name.partition("/")[0]
-            sources[source] = sources.get(source, 0) + 1
+            if index != last:  # not the second part of a document that is cut
+                last = index
+                counts["documents"] += 1
+                source = name.partition("/")[0]
+                sources[source] = sources.get(source, 0) + 1
     most = sorted(sources.items(), key=lambda each: (-each[1], each[0]))[:_SHOWN_SOURCES]
     return {**counts, "sources": dict(most)}
 

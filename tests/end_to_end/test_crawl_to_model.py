@@ -11,6 +11,11 @@ SETTINGS = ("--embed-dim", 32, "--num-layers", 1, "--num-heads", 2, "--seq-len",
             "--steps", 10, "--round-bytes", 1000, "--set", "log.tensorboard=false")  # fmt: skip
 
 
+def kept(folder):
+    """Documents that the rules for web pages let through."""
+    return cllm("data", "stats", folder / "run" / "documents", "--json").json["kept"]
+
+
 def test_a_site_that_grows_is_crawled_and_learnt_in_rounds(tmp_path):
     crawl = ("crawl", "--out", tmp_path / "site", "--delay", 0, "--revisit", 0)
     train = ("train", tmp_path / "site", "--follow", "--once", "--out", tmp_path / "run", *SETTINGS, "--json")
@@ -21,7 +26,7 @@ def test_a_site_that_grows_is_crawled_and_learnt_in_rounds(tmp_path):
         first = cllm(*train)
         assert first.status == 0, first.err
         (row,) = first.json["rounds"]
-        assert row["documents"] + row["held_out"] == 8, "the index is no text"
+        assert row["documents"] == kept(tmp_path) <= 8, "the index is no text"
 
         site.published = 14
         again = cllm(*crawl, "--allow-private", site.address)
@@ -29,8 +34,6 @@ def test_a_site_that_grows_is_crawled_and_learnt_in_rounds(tmp_path):
         second = cllm(*train)
         assert second.status == 0, second.err
         assert second.json["rounds"][0] == row
-        assert second.json["rounds"][1]["documents"] + second.json["rounds"][1]["held_out"] == 6
-    prepared = cllm("data", "show", tmp_path / "run" / "documents")
-    assert prepared.status == 0 and "14" in prepared.out
+        assert second.json["rounds"][1]["documents"] == kept(tmp_path) - row["documents"] > 0
     written = cllm("generate", tmp_path / "run" / "model", "--prompt", "The", "--max-tokens", 4)
     assert written.status == 0
