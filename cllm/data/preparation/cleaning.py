@@ -92,7 +92,7 @@ def _cleaned(row: Row, how: _How, counts: dict[str, int]) -> Words | None:
     words = split(text)
     scores: dict[str, Any] = {}
     if not is_code:
-        row["language"], scores["language"] = language_of(text, int(words.counts[LETTERS]))
+        row["language"], scores["language"] = language_of(text, int(words.counts[LETTERS]) + words.ideographs)
     reason, measured = judge(text, row["language"], is_code, rules, words)
     scores |= measured
     if how.quality is not None:

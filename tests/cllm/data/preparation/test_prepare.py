@@ -37,6 +37,16 @@ def rows(prepared, kept=None):
     return [row for place in prepared.paths(kept) for row in read_rows(place)]
 
 
+def test_a_short_chinese_text_is_long_enough_to_tell_its_language(tmp_path):
+    (tmp_path / "texts").mkdir()
+    text = "子曰：学而时习之，不亦说乎？有朋自远方来，不亦乐乎？人不知而不愠，不亦君子乎？有子曰：其为人也孝弟，而好犯上者，鲜矣；不好犯上，而好作乱者，未之有也。"  # noqa: E501, RUF001
+    (tmp_path / "texts" / "analects.txt").write_text(
+        text + "君子务本，本立而道生。孝弟也者，其为仁之本与！子曰：巧言令色，鲜矣仁。吾日三省吾身。" + text  # noqa: RUF001
+    )
+    (row,) = rows(run([tmp_path / "texts"], tmp_path / "out"))
+    assert row["language"] == "zh"
+
+
 def test_every_document_has_a_row_and_training_reads_the_kept_ones(folder, tmp_path):
     (folder / "8-copy.txt").write_text("\n" + prose(0).replace(" ", "  "))
     (folder / "9-near.txt").write_text(edited(prose(1), 1, 0.01))
