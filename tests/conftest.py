@@ -18,4 +18,4 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="the compile lint of every dtype and GPU takes minutes of all cores: --slow"))
+                item.add_marker(pytest.mark.skip(reason="takes minutes of all cores: --slow"))

@@ -91,7 +91,7 @@ class Command:
 BEFORE = {
     "reading": "cllm.data.pipeline:load_corpus",
     "learning a vocabulary": "cllm.data.pipeline:train_on",
-    "packing": "cllm.data.pipeline:_pack",
+    "packing": "cllm.data.pipeline:pack",
     "compiling the first step": "cllm.model.model/Model:loss",
 }
 
