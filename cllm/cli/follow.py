@@ -69,7 +69,10 @@ def follow(console: Console, config: TrainConfig, settings: FollowSettings, out:
             rounds.end(row, settings.keep_text)
             console.print(_told(row))
     kept = sum(row.accepted for row in rounds.rows)
-    console.print(f"{counted(len(rounds.rows), 'round')}, {kept} kept: {out / ROWS}")
+    if rounds.new_bytes:
+        console.print(f"{size(rounds.new_bytes)} of new text wait for more: a round begins with {size(settings.round_bytes)} (--round-bytes)")
+    if rounds.rows:
+        console.print(f"{counted(len(rounds.rows), 'round')}, {kept} kept: {out / ROWS}")
     if kept:
         console.print(f"The model is in {out / MODEL}. Next:\n  {command('generate', out / MODEL, '--prompt', 'The ')}\n  {command('report', out)}")
     console.result({"out": str(out), "rounds": [row.to_dict() for row in rounds.rows], "model": str(out / MODEL) if kept else None})

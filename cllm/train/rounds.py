@@ -83,6 +83,7 @@ class Rounds:
         else:
             write_file(about, json.dumps({"data": data}).encode("utf-8"), RUN)
         self.rows = read_rounds(out)
+        self.new_bytes = 0  # of text that no round has seen, at the last look
         self.tidy()
 
     # -- beginning a round ---------------------------------------------------------------------------------------------------
@@ -98,7 +99,8 @@ class Rounds:
         """Draws the next round from the documents at `source` that no round has seen; None where they are fewer than `round_bytes`."""
         corpus = load_corpus(source, self.out / "sources", [self.out], progress, reading)
         new = self._new(corpus.rows["key"])
-        if int(corpus.rows["bytes"][new].sum()) < settings.round_bytes:
+        self.new_bytes = int(corpus.rows["bytes"][new].sum())
+        if self.new_bytes < settings.round_bytes:
             return None
         number = len(self.rows) + 1
         with new_folder(self._folder(number), RUN) as folder:

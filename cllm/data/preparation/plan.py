@@ -297,7 +297,7 @@ class Preparation:
             place = Path(task.arguments["out"])
             return place.is_file() and place.stat().st_size == done.result["out"][0]
 
-        written = self._stage("write", "Writing shards", "shards:write", tasks, "documents", intact=intact)
+        written = self._stage("write", "Writing shards", "shards:write", tasks, intact=intact)
         self.ledger.tidy("write", set(range(len(tasks))))
         found = []
         for task, done in zip(tasks, written):
