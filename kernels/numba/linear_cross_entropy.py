@@ -218,12 +218,19 @@ def _row_blocks(rows: int, vocabulary: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def launched_workers(planned: int, shapes: Shapes, dtype: torch.dtype, **options: Any) -> int:
-    """How many of the planned workers the forward pass uses."""
+def launched_workers(planned: int, shapes: Shapes, dtype: torch.dtype, gradients: bool = False, **options: Any) -> int:
+    """How many of the planned workers the forward pass uses, with the products of the gradients where these are made in it."""
     (*rows, embed), (vocabulary, _) = shapes
     blocks = _row_blocks(math.prod(rows), vocabulary)
-    products = (product.launched_workers(planned, block.stop - block.start, embed, vocabulary, dtype, len(blocks) > 1) for block in blocks)
-    return max([at_most(planned, blocks[0].stop), *products]) if blocks else 1
+    several = len(blocks) > 1
+    most = at_most(planned, blocks[0].stop) if blocks else 1
+    for block in blocks:
+        length = block.stop - block.start
+        products = [(length, embed, vocabulary, several)]
+        if gradients:
+            products += [(length, vocabulary, embed, several), (vocabulary, length, embed, False)]
+        most = max(most, *(product.launched_workers(planned, m, k, n, dtype, packed) for m, k, n, packed in products))
+    return most
 
 
 class _Pass:

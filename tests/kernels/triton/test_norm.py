@@ -147,8 +147,8 @@ def test_no_rows_and_no_columns():
 def test_softmax_of_every_tile(num_columns, dtype):
     x, dy = _draw(3, num_columns, dtype=dtype, scale=3.0), _draw(3, num_columns, dtype=dtype, seed=1)
     x[1, : num_columns // 2] = float("-inf")
-    y = plain_softmax.forward(x)
-    _close([softmax.forward(x), softmax.backward(dy, y)], [y, plain_softmax.backward(dy, y)], dtype)
+    y = plain_softmax.forward(x.double()).to(dtype)  # float32 sums of a long row differ between processors by more than is allowed here
+    _close([softmax.forward(x), softmax.backward(dy, y)], [y, plain_softmax.backward(dy.double(), y.double()).to(dtype)], dtype)
 
 
 def test_long_softmax_rows_of_infinities_and_nan_are_those_of_torch():
