@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = """
 cllm                                     the public names, each loaded when it is first asked for
 cllm.cli                                 the commands: what a person types and what is printed
+cllm.serve                               text for many clients over HTTP
 cllm.report                              one HTML page about finished or running runs
 cllm.train                               the training loop, one step of it, faults, fine-tuning
 cllm.train.optimizers                    the update rules
