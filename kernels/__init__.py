@@ -17,6 +17,7 @@ from cllm.kernels.linear_cross_entropy import LossStats, linear_cross_entropy
 from cllm.kernels.matmul import matmul
 from cllm.kernels.norm import layer_norm, rms_norm
 from cllm.kernels.operations import OPERATIONS
+from cllm.kernels.paged_attention import paged_attention
 from cllm.kernels.rotary import rotary
 from cllm.kernels.softmax import softmax
 
@@ -35,6 +36,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "matmul",
+    "paged_attention",
     "rms_norm",
     "rotary",
     "softmax",

@@ -56,7 +56,12 @@ class Backend:
         """Whether the kernels can serve `op` on these shapes, and why or why not. No tensor exists yet, and nothing heavy is imported."""
         if self.dtypes is not None and dtype not in self.dtypes:
             return False, f"its kernels compute {', '.join(self.dtypes)}, not {dtype}"
-        if op in ("attention", "cached_attention") and self.max_head_dim is not None and shapes and shapes[0][-1] > self.max_head_dim:
+        if (
+            op in ("attention", "cached_attention", "paged_attention")
+            and self.max_head_dim is not None
+            and shapes
+            and shapes[0][-1] > self.max_head_dim
+        ):
             return False, f"head size {shapes[0][-1]} is larger than {self.max_head_dim}"
         if not self.has(OPERATIONS[op].file):
             return False, f"it has no kernel for {op}"

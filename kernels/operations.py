@@ -14,6 +14,9 @@ from cllm.runtime.errors import UserError
 
 Shapes = tuple[tuple[int, ...], ...]
 
+PAGE = 128
+"""Tokens of a page of keys and values. The CPU kernels walk over blocks of as many keys, so that a block never lies in two pages."""
+
 
 class Operation(NamedTuple):
     file: str
@@ -45,6 +48,12 @@ def visible_pairs(num_queries: Any, num_keys: Any, causal: bool, window: int | N
     return pairs - (triangular(num_keys - window) - triangular(before - window) if window else 0)
 
 
+def first_page(num_keys: Any, num_queries: Any, window: int) -> Any:
+    """The first page of a sequence (ints), or of several (integer arrays), that one of its last `num_queries` positions sees; window 0: none."""
+    first = (num_keys - num_queries - window + 1) // PAGE
+    return first * (first > 0) * bool(window)
+
+
 def _attention(
     shapes: Shapes, itemsize: int, *, causal: bool = False, window: int | None = None, pairs: int | None = None, backward: bool = False
 ) -> float:
@@ -59,6 +68,12 @@ def _cached_attention(shapes: Shapes, itemsize: int) -> float:
     """All keys and values of the cache are read, once; the host does not know how many of them are seen."""
     _, (batch, num_places, num_kv_heads, head_dim) = shapes
     return 2.0 * batch * num_places * num_kv_heads * head_dim * itemsize
+
+
+def _paged_attention(shapes: Shapes, itemsize: int, *, pairs: int | None = None) -> float:
+    """Two products of each query with each key that it sees. Without `pairs` one query sees each place of the pool: decoding that fills it."""
+    (_, num_heads, head_dim), (num_pages, page, _, _) = shapes
+    return 4.0 * num_heads * head_dim * (num_pages * page if pairs is None else pairs)
 
 
 def _matmul(shapes: Shapes, itemsize: int) -> float:
@@ -129,6 +144,7 @@ OPERATIONS = {
     "cached_attention": Operation(
         "cached_attention", "q (B, 1, H, D) and keys (B, S, Hkv, D)", _cached_attention, ((1, 1, 12, 64), (1, 1024, 12, 64))
     ),
+    "paged_attention": Operation("paged_attention", "q (N, H, D) and keys (P, 128, Hkv, D)", _paged_attention, ((16, 12, 64), (128, 128, 12, 64))),
     "feed_forward": Operation("feed_forward", "x (..., E) and w_up (F, E)", _feed_forward, ((1024, 768), (3072, 768))),
     "rms_norm": Operation("norm", "x (..., E)", _norm, ((1024, 768),)),
     "layer_norm": Operation("norm", "x (..., E)", _norm, ((1024, 768),)),

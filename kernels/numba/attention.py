@@ -205,14 +205,13 @@ def _pack_block(p, b, token, kv, rows, target, width, spare):
 def _pack(p, f, task, worker):
     """One key block of one key-value head, for all the query tiles that will read it."""
     segment = at.find_segment(p[OWN.pack_segments], p[P.num_segments], task, SEGMENT.tasks)
-    num_keys, width = int64_at(segment, SEGMENT.num_keys), at.padded_dim(p[P.dim])
-    blocks = (num_keys + KEYS - 1) // KEYS
+    num_keys, width, first = int64_at(segment, SEGMENT.num_keys), at.padded_dim(p[P.dim]), int64_at(segment, SEGMENT.first_block)
+    blocks = (num_keys + KEYS - 1) // KEYS - first
     local = task - int64_at(segment, SEGMENT.tasks)
-    key, kv = (local % blocks) * KEYS, local // blocks
+    block, kv = first + local % blocks, local // blocks
     target = p[P.packed] + task * (2 * KEYS * width * WORD)
     spare = p[P.scratch] + worker * p[P.scratch_size]
-    token = int64_at(segment, SEGMENT.start) + key
-    _pack_block(p, int64_at(segment, SEGMENT.batch), token, kv, min(KEYS, num_keys - key), target, width, spare)
+    _pack_block(p, int64_at(segment, SEGMENT.batch), at.first_token(segment, block), kv, min(KEYS, num_keys - block * KEYS), target, width, spare)
 
 
 @jit
@@ -220,10 +219,10 @@ def _block_of_keys(p, segment, kv, block, valid, own_block):
     """Where a block of keys lies packed: for all tiles, or now for this one."""
     width, num_keys = at.padded_dim(p[P.dim]), int64_at(segment, SEGMENT.num_keys)
     size = 2 * KEYS * width * WORD
-    if p[P.packed] != 0:
-        return p[P.packed] + (int64_at(segment, SEGMENT.blocks) + kv * ((num_keys + KEYS - 1) // KEYS) + block) * size
-    token = int64_at(segment, SEGMENT.start) + block * KEYS
-    _pack_block(p, int64_at(segment, SEGMENT.batch), token, kv, valid, own_block, width, own_block + size)
+    if p[P.packed] != 0 and int64_at(segment, SEGMENT.blocks) >= 0:
+        first = int64_at(segment, SEGMENT.first_block)
+        return p[P.packed] + (int64_at(segment, SEGMENT.blocks) + kv * ((num_keys + KEYS - 1) // KEYS - first) + block - first) * size
+    _pack_block(p, int64_at(segment, SEGMENT.batch), at.first_token(segment, block), kv, valid, own_block, width, own_block + size)
     return own_block
 
 
@@ -325,61 +324,71 @@ def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 _pack_kernel, _forward_kernel = Kernel(_pack), Kernel(_forward, dealt=True)
 
 
-class _Grid(NamedTuple):
+class Grid(NamedTuple):
     """The tasks of one call."""
 
-    table: np.ndarray  # segments; TASKS counts tiles of queries
-    pack_table: np.ndarray  # the same; TASKS counts blocks of keys
+    table: np.ndarray  # segments; TASKS counts tiles of queries, BLOCKS is -1 where one tile reads a block of keys and packs it itself
+    pack_table: np.ndarray  # the same; TASKS counts blocks of keys to be packed for all tiles
     tasks: int
     blocks: int
 
 
-def _grid(table: np.ndarray, heads: int, kv_heads: int) -> _Grid:
+def grid_of(table: np.ndarray, heads: int, kv_heads: int) -> Grid:
+    """Fills TASKS and BLOCKS of a table of segments."""
     queries, num_keys, group = table[:, SEGMENT.queries], table[:, SEGMENT.num_keys], heads // kv_heads
-    pack_table, num_blocks = table.copy(), kv_heads * -(-num_keys // KEYS)
+    tile_queries = np.clip(queries, 1, ROWS)
+    tiles = -(-group // np.minimum(group, ROWS // tile_queries)) * -(-queries // tile_queries)  # that read each block of keys
+    num_blocks = kv_heads * (-(-num_keys // KEYS) - table[:, SEGMENT.first_block]) * (tiles > 1)
+    pack_table = table.copy()
     blocks = at.count(pack_table, SEGMENT.tasks, num_blocks)
     at.count(table, SEGMENT.blocks, num_blocks)
-    tile_queries = np.clip(queries, 1, ROWS)
-    parts = -(-group // np.minimum(group, ROWS // tile_queries))
-    tasks = at.count(table, SEGMENT.tasks, kv_heads * parts * -(-queries // tile_queries))
-    return _Grid(table, pack_table, tasks, blocks)
+    table[tiles <= 1, SEGMENT.blocks] = -1
+    return Grid(table, pack_table, at.count(table, SEGMENT.tasks, kv_heads * tiles), blocks)
 
 
 @lru_cache(maxsize=256)
-def _dense_grid(batch: int, queries: int, num_keys: int, heads: int, kv_heads: int) -> _Grid:
-    return _grid(at.dense(batch, queries, num_keys), heads, kv_heads)
+def dense_grid(batch: int, queries: int, num_keys: int, heads: int, kv_heads: int) -> Grid:
+    return grid_of(at.dense(batch, queries, num_keys), heads, kv_heads)
 
 
 def launched_workers(planned: int, shapes: Shapes, dtype: torch.dtype, **options: Any) -> int:
     """How many of the planned workers the forward pass uses."""
     (batch, queries, heads, dim), (_, num_keys, kv_heads, _) = shapes if len(shapes) == 2 else (*shapes, *shapes)
-    return at_most(planned, _dense_grid(batch, queries, num_keys, heads, kv_heads).tasks) if dim else 1
+    return at_most(planned, dense_grid(batch, queries, num_keys, heads, kv_heads).tasks) if dim else 1
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int, softcap: float, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """q (B, T, H, D), k and v (B, S, Hkv, D), any strides -> output (B, T, H, D) and log-sum-exp (B, H, T) float32."""
-    shapes, dtype = (tuple(q.shape), tuple(k.shape)), q.dtype
-    batch, tokens, heads, dim = q.shape
-    kv_heads = k.shape[2]
+    shapes, dtype, kv_heads = (tuple(q.shape), tuple(k.shape)), q.dtype, k.shape[2]
+    batch, tokens, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=dtype)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32)
     if not out.numel():
         return out, lse
     q, k, v = at.strided(q), at.strided(k), at.strided(v)
     if cu_seqlens is None:
-        grid = _dense_grid(batch, tokens, k.shape[1], heads, kv_heads)
+        grid = dense_grid(batch, tokens, k.shape[1], heads, kv_heads)
         planned = num_workers("attention", shapes, dtype, causal=causal, window=window)
     else:
-        grid = _grid(at.documents(cu_seqlens), heads, kv_heads)
+        grid = grid_of(at.documents(cu_seqlens), heads, kv_heads)
         planned = num_workers("attention", shapes, dtype, pairs=at.visible_pairs(grid.table, causal, window))
-    workers = at_most(planned, grid.tasks)
+    launch(grid, planned, q, k, v, out, lse, causal=causal, window=window, scale=scale, softcap=softcap)
+    return out, lse
+
+
+def launch(
+    grid: Grid, planned: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, window: int, scale: float,
+    softcap: float = 0.0,
+) -> None:  # fmt: skip
+    """The forward pass of a grid into `out` and `lse`, with at most the planned workers; q, k and v have unit stride in D."""
+    dim, workers = q.shape[3], at_most(planned, grid.tasks)
     block_size, size = KEYS * (-(-dim // W) * W) * WORD, work_bytes(dim)
     owner, address = scratch("attention", size * workers)
-    tiles = int(dtype == torch.bfloat16 and scale > 0 and bf16_kernel() == TILES_KERNEL)
+    tiles = int(q.dtype == torch.bfloat16 and scale > 0 and bf16_kernel() == TILES_KERNEL)
     packed = 0
-    if grid.tasks > kv_heads * len(grid.table):  # several tiles read each block
+    if grid.blocks:
         packed_owner, packed = scratch("attention keys", 2 * block_size * grid.blocks)
     arguments = (
         *at.shared(q, k, v, out, lse, causal=causal, window=window, segments=grid.table, scratch=address, scratch_size=size, packed=packed),
@@ -391,4 +400,3 @@ def forward(
     del owner
     if packed:
         del packed_owner
-    return out, lse

@@ -18,7 +18,7 @@ from torch import Tensor
 from cllm.kernels import operations
 from cllm.kernels.numba import llvm
 from cllm.kernels.numba.fields import fields
-from cllm.kernels.numba.launch import inline, int64_at, is_half, jit, load, store
+from cllm.kernels.numba.launch import inline, int32_at, int64_at, is_half, jit, load, store
 from cllm.kernels.numba.llvm import F32, FEATURES, I8, I64, VF, VI, const, intrinsic, splat
 from cllm.kernels.numba.pack import BF16_WIDENED, F32_AS_IS, pack_strip
 from cllm.kernels.numba.simd import W, vec, vmul, vset, vzero
@@ -68,11 +68,13 @@ class _Segment(NamedTuple):
     """A row of the table of segments, int64."""
 
     batch: int
-    start: int  # its first token
+    start: int  # its first query, and without pages its first key
     queries: int
     num_keys: int
     tasks: int  # how many tasks belong to the segments before
     blocks: int  # how many blocks of keys, or of queries, belong to the segments before
+    pages: int = 0  # address of int32 numbers of the pages where its blocks of keys lie; 0: they lie one after the other
+    first_block: int = 0  # the first block of keys that one of its queries sees
 
 
 P, _shared = fields(_Shared)
@@ -255,6 +257,13 @@ def find_segment(segments, num_segments, task, field):
         else:
             high = middle - 1
     return segments + low * SEGMENT_BYTES
+
+
+@inline
+def first_token(segment, block):
+    """Where a block of a segment's keys begins, counted in tokens of its batch entry, or of the pool of pages."""
+    pages = int64_at(segment, SEGMENT.pages)
+    return int32_at(pages, block) * KEYS if pages != 0 else int64_at(segment, SEGMENT.start) + block * KEYS
 
 
 @inline

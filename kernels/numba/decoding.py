@@ -254,7 +254,7 @@ class Decoder:
     def _attention(self, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, heads: int, kv_heads: int) -> None:
         dim = self.stack.head_dim
         q4 = q.view(self.batch, 1, heads, dim)
-        grid = attention._grid(at.dense(self.batch, 1, 1), heads, kv_heads)
+        grid = attention.grid_of(at.dense(self.batch, 1, 1), heads, kv_heads)
         size = attention.work_bytes(dim)
         if not self.attention_scratch:
             self.attention_scratch = self._aligned(size * self.workers)

@@ -61,6 +61,17 @@ def int64_at(tc, address, i):
 
 
 @intrinsic
+def int32_at(tc, address, i):
+    """The i-th int32 at an address, as int64."""
+
+    def codegen(ctx, bld, sig, args):
+        word = ir.IntType(32)
+        return bld.sext(bld.load(bld.gep(bld.inttoptr(args[0], word.as_pointer()), [args[1]]), align=4), I64)
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
 def float32_at(tc, address, i):
     """The i-th float32 at an address."""
 

@@ -57,9 +57,18 @@ def _cached_attention(shapes, dtype):
     kernels.cached_attention(q, keys, keys, torch.ones(len(q), dtype=torch.int64))
 
 
+def _paged_attention(shapes, dtype):
+    """Each query is of a sequence of its own, and together they see as many keys as the pool has places."""
+    q, keys = (torch.zeros(shape, dtype=dtype) for shape in shapes)
+    rows, per_row = len(q), len(keys) // len(q)
+    pages = torch.arange(len(keys), dtype=torch.int32).view(rows, per_row)
+    kernels.paged_attention(q, keys, keys, pages, torch.full((rows,), per_row * keys.shape[1]), torch.ones(rows, dtype=torch.int64))
+
+
 CALLS = {
     "attention": _attention,
     "cached_attention": _cached_attention,
+    "paged_attention": _paged_attention,
     "feed_forward": _feed_forward,
     "rms_norm": _norm("rms_norm"),
     "layer_norm": _norm("layer_norm"),
@@ -83,6 +92,9 @@ CASES = [
     ("attention", ((3, 1, 8, 64), (3, 700, 8, 64)), {}),
     ("attention", ((2, 0, 4, 32), (2, 7, 4, 32)), {}),
     ("cached_attention", ((3, 1, 8, 64), (3, 700, 2, 64)), {}),
+    ("paged_attention", ((3, 8, 64), (6, 128, 2, 64)), {}),
+    ("paged_attention", ((1, 66, 64), (2, 128, 1, 64)), {}),
+    ("paged_attention", ((1, 2, 16), (1, 128, 1, 16)), {}),
     ("softmax", ((64, 400),), {}),
     ("softmax", ((1, 200_000),), {}),  # one row is one task
     ("softmax", ((7, 13, 5),), {}),
@@ -158,7 +170,7 @@ def test_the_work_of_a_gradient_is_more_than_that_of_the_operation():
     for op, operation in OPERATIONS.items():
         forward = operation.work(operation.example, 4)
         assert forward > 0 and math.isfinite(forward)
-        if op not in ("cached_attention", "matmul", "quantized", "adamw", "linear_cross_entropy"):
+        if op not in ("cached_attention", "paged_attention", "matmul", "quantized", "adamw", "linear_cross_entropy"):
             assert operation.work(operation.example, 4, backward=True) >= forward, op
 
 
