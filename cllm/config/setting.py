@@ -122,10 +122,12 @@ def setting(default: Any, help: str, **more: Any) -> Any:
 
 
 def settings_of(schema: type) -> dict[str, Setting]:
-    """The settings that a dataclass declares, by name, in their order."""
+    """The settings that a dataclass declares, by name, in their order. A field that is none (it has no text, as a mapping) is left out."""
     hints = typing.get_type_hints(schema)
     found = {}
     for each in dataclasses.fields(schema):
+        if "setting" not in each.metadata:
+            continue
         hint = hints[each.name]
         accepted = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
         kinds = tuple(kind for kind in accepted if kind is not type(None))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cllm import runtime
+from cllm.config.sampling import SAMPLING
 from cllm.data.tokens.batch import IGNORE
 from cllm.generate.decoding import generate
 from cllm.runtime.errors import DataError, UserError
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from cllm.model.model import Model
 
 MAX_GEN_TOKENS = 256  # the harness's default
-_SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
+_SAMPLING = tuple(name for name in SAMPLING if name != "temperature")
 
 
 @register_model("cllm")

@@ -21,7 +21,7 @@ from torch import Tensor
 from cllm.config.sampling import Sampling
 from cllm.generate.continuation import Continuation
 from cllm.generate.device_decoding import DeviceDecoding
-from cllm.generate.sampling import sample
+from cllm.generate.sampling import check_bias, sample
 from cllm.model.cache import KVCache
 from cllm.model.model import Model
 from cllm.runtime.errors import UserError
@@ -80,8 +80,9 @@ def generate(
 ) -> list[Generation]:
     """`samples` continuations of `prompt` (text or token ids), decoded together.
 
-    `sampling` are the settings of `cllm.config.sampling.Sampling`: temperature, top_k, top_p, min_p and repetition_penalty. A prompt longer than
-    the model's context is refused, or with `truncate_prompt` only its end is seen. `on_piece(sample, text)` is called as text becomes certain.
+    `sampling` are the settings of `cllm.config.sampling.Sampling`: temperature, top_k, top_p, min_p, typical_p, the penalties and logit_bias. A
+    prompt longer than the model's context is refused, or with `truncate_prompt` only its end is seen. `on_piece(sample, text)` is called as text
+    becomes certain.
 
     Raises UserError for wrong settings, an empty prompt, or a tokenizer with more tokens than the model.
     """
@@ -140,6 +141,7 @@ class _Run:
                 f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {model.config.vocab_size}: "
                 "they do not belong together. Use the tokenizer that the model was trained with."
             )
+        check_bias(sampling, tokenizer.vocab_size)
         self.model = model
         self.sampling = sampling
         self.max_tokens = max_tokens
@@ -214,7 +216,7 @@ class _HostDecoding:
         tokens = []
         for row, logits in enumerate(self._next_logits()[:, : self.vocab_size].float().cpu()):
             history = self.prompt + active[row].tokens if self.sampling.repetition_penalty != 1.0 else ()
-            tokens.append(sample(logits, history, self.sampling, active[row].generator))
+            tokens.append(sample(logits, history, self.sampling, active[row].generator, active[row].tokens))
             self.windows[row].append(tokens[-1])
         return tokens
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cllm.config.sampling import Sampling
 from cllm.generate.continuation import Continuation
-from cllm.generate.sampling import NOT_FINITE, sample_rows
+from cllm.generate.sampling import NOT_FINITE, dense_bias, sample_rows
 from cllm.model.cache import DeviceCache
 from cllm.runtime.cuda_graphs import Body, CudaGraphs
 from cllm.runtime.errors import CLLMError
@@ -44,6 +44,12 @@ class DeviceDecoding:
         if sampling.repetition_penalty != 1.0:
             self._seen = torch.zeros((samples, vocab_size), dtype=torch.bool, device=device)
             self._seen[:, torch.tensor(sorted(set(prompt)), device=device)] = True
+        self._counts: Tensor | None = None  # how often each token was generated
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            self._counts = torch.zeros((samples, vocab_size), dtype=torch.int32, device=device)
+            self._ones = torch.ones((samples, 1), dtype=torch.int32, device=device)
+        bias = dense_bias(sampling, vocab_size)
+        self._bias = None if bias is None else bias.to(device)
         # All rows are the prompt: it is computed once.
         self._cache = model.make_cache(1, min(model.config.max_seq_len, len(prompt) + max_tokens))
         self._prefilled: Tensor | None = self._prefill(self._windows[:1]).expand(samples, -1)  # logits that the next tokens are chosen from
@@ -96,14 +102,17 @@ class DeviceDecoding:
         self._choose(self._model.decode(self._tokens.clamp(min=0), self._cached))
 
     def _choose(self, logits: Tensor) -> None:
-        self._tokens.copy_(sample_rows(logits[:, : self._vocab_size].float(), self._sampling, self._uniforms, self._seen))
+        known = logits[:, : self._vocab_size].float()
+        self._tokens.copy_(sample_rows(known, self._sampling, self._uniforms, self._seen, self._counts, self._bias))
         if self._seen is not None:
             self._seen.scatter_(1, self._tokens.clamp(min=0).unsqueeze(1), True)
+        if self._counts is not None:
+            self._counts.scatter_add_(1, self._tokens.clamp(min=0).unsqueeze(1), self._ones)
 
     def _recorded(self) -> Body:
         """`_decode` as a graph. What runs before the recording changes the state, which is put back; the keys that it stores lie behind all rows'
         lengths, where they are written again before they are seen."""
-        changing = [self._tokens, self._cached.lengths, *(() if self._seen is None else (self._seen,))]
+        changing = [self._tokens, self._cached.lengths, *(each for each in (self._seen, self._counts) if each is not None)]
         before = [each.clone() for each in changing]
         step = CudaGraphs(self._device).capture(self._decode)
         for each, value in zip(changing, before):

@@ -178,7 +178,7 @@ def use_the_model(folder):
     with runtime.use(backend="torch"):
         theirs = evaluate(here, dataset.val, 16, 4)
     assert math.isclose(ours.loss, theirs.loss, rel_tol=1e-5) and ours.num_targets == theirs.num_targets
-    all_filters = {"temperature": 0.9, "top_k": 8, "top_p": 0.9, "min_p": 0.01}
+    all_filters = {"temperature": 0.9, "top_k": 8, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.95, "frequency_penalty": 0.5, "logit_bias": {1: -3.0}}
     for sampling in ({"temperature": 0.0}, all_filters, {"temperature": 0.8, "repetition_penalty": 1.2}):
         texts = []
         for model, settings in ((there, {}), (here, {"backend": "torch"})):

@@ -48,10 +48,15 @@ CALLS = {
     "filtered": {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "max_tokens": 30, "samples": 2, "seed": 1},
     "penalised": {"temperature": 0, "repetition_penalty": 1.5, "max_tokens": 30},
     "penalised and sampled": {"temperature": 1.0, "repetition_penalty": 1.3, "max_tokens": 25, "samples": 2},
+    "all settings": {
+        "temperature": 1.2, "top_k": 50, "typical_p": 0.9, "repetition_penalty": 1.1, "presence_penalty": 0.4, "frequency_penalty": 0.7,
+        "logit_bias": {3: 2.5, 9: -100.0}, "max_tokens": 25, "samples": 2,
+    },
+    "penalised counts": {"temperature": 0, "frequency_penalty": 1.5, "presence_penalty": -0.5, "max_tokens": 30},
     "beyond the context": {"temperature": 1.0, "max_tokens": 75, "samples": 2, "seed": 3},
     "ends at different times": {"temperature": 1.5, "max_tokens": 60, "samples": 5, "seed": 2, "stop": ("A", "BC")},
     "too few for a graph": {"temperature": 1.0, "max_tokens": 4},
-}
+}  # fmt: skip
 
 
 @pytest.fixture

@@ -27,8 +27,9 @@ FLAGS = {
         --learning-rate --min-lr --warmup --schedule --seed --checkpoint-every --keep --eval-every --patience --sample-every --on-nonfinite
         --overfit-one-batch""",
     "generate": """--prompt --prompt-file --encoding --max-tokens --stop --seed --samples --no-cache --stream --weights --device --threads --json
-        --temperature --top-k --top-p --min-p --repetition-penalty""",
-    "chat": "--system --max-tokens --seed --weights --device --threads --json --temperature --top-k --top-p --min-p --repetition-penalty",
+        --temperature --top-k --top-p --min-p --typical-p --repetition-penalty --presence-penalty --frequency-penalty""",
+    "chat": """--system --max-tokens --seed --weights --device --threads --json
+        --temperature --top-k --top-p --min-p --typical-p --repetition-penalty --presence-penalty --frequency-penalty""",
 }
 
 
@@ -58,7 +59,7 @@ def test_a_flag_is_named_like_its_setting(key):
 
 def test_what_is_named_here_and_in_the_library_is_the_same():
     assert GROUPINGS == documents.GROUPINGS
-    assert list(inspect.signature(Sampling).parameters) == list(SAMPLING)
+    assert list(inspect.signature(Sampling).parameters) == [*SAMPLING, "logit_bias"]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
