@@ -55,19 +55,27 @@ class Continuation:
 
     def add(self, token: int, eot: int | None, max_tokens: int) -> str:
         """Takes the next token; returns the text that became certain and sets finish_reason when this was the last."""
-        piece = ""
         if token == eot:
-            self.finish_reason = "end"
-        else:
-            self.tokens.append(token)
-            piece = self.stop.push(self.decoder.push(token))
-            if not self.stop.stopped and len(self.tokens) == max_tokens:
-                self.finish_reason = "length"
-        if self.finish_reason:
-            piece += self.stop.push(self.decoder.finish())
-            if not self.stop.stopped:
-                piece += self.stop.flush()
+            return self.end("end")
+        piece = self.take(token)
         if self.stop.stopped:
-            self.finish_reason = "stop"
+            return piece + self.end("stop")
+        return piece + self.end("length") if len(self.tokens) == max_tokens else piece
+
+    def take(self, token: int) -> str:
+        """Takes the next token; returns the text that became certain. `stop.stopped` says afterwards whether a stop string appeared."""
+        self.tokens.append(token)
+        piece = self.stop.push(self.decoder.push(token))
+        self.text += piece
+        return piece
+
+    def end(self, reason: str) -> str:
+        """There are no more tokens; returns what was held back. finish_reason is "stop" where a stop string appears only now."""
+        piece = ""
+        if not self.stop.stopped:
+            piece = self.stop.push(self.decoder.finish())
+        if not self.stop.stopped:
+            piece += self.stop.flush()
+        self.finish_reason = "stop" if self.stop.stopped else reason
         self.text += piece
         return piece

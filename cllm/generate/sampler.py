@@ -136,11 +136,18 @@ class Sampler:
         return draw_at(filtered(torch.from_numpy(x), sampling), number)
 
     def _likelihoods(self, row: np.ndarray, token: int) -> tuple[float | None, list[tuple[int, float]]]:
-        if self._logprobs is None:
-            return None, []
-        x = row.astype(np.float64)
-        total = log_of_sum(x)
-        return float(x[token] - total), [(int(each), float(x[each] - total)) for each in likeliest(x, self._logprobs)]
+        return (None, []) if self._logprobs is None else _likelihoods(row, token, self._logprobs)
+
+
+def score(logits: Tensor, token: int, num_top: int) -> Chosen:
+    """How likely a token that stands in the text already is, for logits (V,) where it was to be chosen; beside it the `num_top` likeliest."""
+    return Chosen(token, *_likelihoods(logits.detach().float().numpy(), token, num_top))
+
+
+def _likelihoods(row: np.ndarray, token: int, num_top: int) -> tuple[float, list[tuple[int, float]]]:
+    x = row.astype(np.float64)
+    total = log_of_sum(x)
+    return float(x[token] - total), [(int(each), float(x[each] - total)) for each in likeliest(x, num_top)]
 
 
 class _Occurrences:

@@ -21,6 +21,7 @@ from cllm.kernels.quantization import Quantized, quantize
 from cllm.kernels.quantized import quantized_feed_forward, quantized_matmul
 from cllm.kernels.stack import Layer, Linear, Norm
 from cllm.model.cache import DeviceCache, KVCache
+from cllm.model.pages import PageBatch
 
 
 class Context:
@@ -31,7 +32,7 @@ class Context:
         positions: Tensor | None,
         rotary_tables: tuple[Tensor, Tensor] | None,
         cu_seqlens: Tensor | None,
-        cache: KVCache | DeviceCache | None,
+        cache: KVCache | DeviceCache | PageBatch | None,
         window: int | None,
         recompute: str = "none",
         tied: bool = False,

@@ -13,7 +13,7 @@ kernels round the weights as they read them. Names, shapes and layouts of the pa
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,7 @@ from cllm.kernels.quantized import quantized_matmul
 from cllm.kernels.stack import Decoder, Linear, Stack
 from cllm.model.cache import DeviceCache, KVCache
 from cllm.model.layers import Context, GPT2Backbone, LlamaBackbone, Weights
+from cllm.model.pages import PageBatch, PagePool, Part
 from cllm.model.rope import rotary_tables
 from cllm.runtime.errors import UserError
 
@@ -198,6 +199,26 @@ class Model(nn.Module):
         cache.advance()
         return self._capped(self._logits(x))[:, 0]
 
+    @torch.no_grad()
+    def step(self, pool: PagePool, parts: Sequence[Part]) -> Tensor:
+        """The newest tokens of some sequences into their pages -> logits (W, V) of the wanted ones, part after part.
+
+        Each row has the bits that it has alone, in one part or in several, on any number of workers (on a CPU). Raises UserError for a position
+        outside the model's context.
+        """
+        longest = max(part.start + len(part.tokens) for part in parts)
+        if longest > self.config.max_seq_len:
+            raise UserError(f"{longest} tokens are longer than the model's context of {self.config.max_seq_len} (max_seq_len).")
+        batch = PageBatch(pool, parts)
+        tables = self.rotary_tables(pool.device) if self.config.position == "rotary" else None
+        context = Context(batch.positions, tables, None, batch, self.config.window_or_none)
+        x = self.backbone(batch.tokens.unsqueeze(0), context, self.compute_dtype)[0]
+        return self._capped(self._logits(x[batch.wanted]))
+
+    def make_pool(self, num_pages: int) -> PagePool:
+        """Pages for the keys and values of many sequences (`step`)."""
+        return PagePool(self.config, num_pages, self.compute_dtype, self.embedding_weight.device)
+
     def _logits(self, x: Tensor) -> Tensor:
         """The last hidden state (B, T, E) -> (B, T, V), not capped."""
         if self._int8_output is None:
@@ -269,6 +290,10 @@ class Model(nn.Module):
         if device not in self._rotary_tables:
             self._rotary_tables[device] = rotary_tables(self.config, device)
         return self._rotary_tables[device]
+
+    def forget_positions(self) -> None:
+        """After a change of the config: the tables of positions are made anew."""
+        self._rotary_tables.clear()
 
     def document_positions(self, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
         """cu_seqlens (n + 1,) -> the place of each token in its own document, (num_tokens,) int64."""

@@ -1,0 +1,443 @@
+"""Continuous batching: requests join and leave at every step, and each gets the tokens that it would get alone.
+
+    engine = Engine(model, vocab_size=tokenizer.vocab_size)
+    engine.submit(Request(prompt, max_tokens=100, on_token=..., on_finish=...))
+    while engine.step():
+        pass
+
+A step takes the newest token of every running sequence, with guesses of the next ones, and beside them a part of the prompts that are still to be
+read, so that a long prompt stalls nobody (Agrawal et al. 2023, SARATHI, arXiv 2308.16369). Keys and values lie in pages whose number is fixed at
+the start. A sequence is admitted when the pages of its longest possible answer are free, so that nothing that runs is ever put back.
+
+`submit`, `cancel` and `stats` may be called from any thread; `step` from one at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from cllm.config.sampling import Sampling
+from cllm.generate.drafts import Drafts
+from cllm.generate.prefixes import Prefixes
+from cllm.generate.sampler import Chosen, Sampler, score
+from cllm.model.pages import PAGE, Part, page_bytes, pages_for
+from cllm.runtime.errors import CLLMError, UserError
+
+if TYPE_CHECKING:
+    from cllm.generate.constraint import Constraint
+    from cllm.model.model import Model
+
+BUSY_CHUNK = 32  # tokens of prompts in a step beside running answers: more of them would make those wait
+_DEFAULT = Sampling()
+_RATE_OVER = 32  # finished answers that the rate is measured over
+
+
+class QueueFull(CLLMError):
+    """As many requests wait as the engine lets wait."""
+
+    def __init__(self, most: int, retry_after: float) -> None:
+        super().__init__(f"{most} requests are waiting already. Try again in {retry_after:.0f} s.")
+        self.retry_after = retry_after
+
+
+def _go_on(sample: int, chosen: Chosen) -> bool:
+    return True
+
+
+def _ignore(*_: object) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Request:
+    """What somebody asks for: tokens in, `samples` continuations out. The callbacks run in the engine's thread and must not wait."""
+
+    prompt: Sequence[int]
+    """At least one token."""
+    max_tokens: int
+    sampling: Sampling = _DEFAULT
+    seed: int = 0
+    """With the same seed sample i has the same tokens, however many samples there are and whatever else runs."""
+    samples: int = 1
+    end_tokens: frozenset[int] = frozenset()
+    """Tokens that end a sample and belong to none."""
+    min_tokens: int = 0
+    """No end token is chosen before so many others."""
+    logprobs: int | None = None
+    """Log-probabilities of the chosen token and of so many of the likeliest; None: of none."""
+    prompt_logprobs: bool = False
+    """Also of the prompt's own tokens but the first, to `on_prompt_token`."""
+    constraint: Callable[[], Constraint] | None = None
+    """Makes what restricts one sample."""
+    slide: bool = False
+    """Whether a sample whose text outgrows the model's context goes on, seeing the last half of the context; else it ends there."""
+    speculate: bool = True
+    """Whether tokens are guessed ahead. They are the same either way."""
+    client: str = ""
+    """Clients take turns."""
+    deadline: float | None = None
+    """`time.monotonic()` at which what is unfinished ends."""
+    on_token: Callable[[int, Chosen], bool] = _go_on
+    """(sample, token) -> whether to go on; without, the sample ends with "stop"."""
+    on_prompt_token: Callable[[Chosen], None] = _ignore
+    on_finish: Callable[[int, str], None] = _ignore
+    """(sample, reason), once for each sample: "length", "stop", "end", "cancelled", "deadline" or "error: ..."."""
+
+
+@dataclass
+class Ticket:
+    """A request on its way, for `Engine.cancel`."""
+
+    request: Request
+    rows: list[_Row] = field(default_factory=list)
+    cancelled: bool = False
+
+    @property
+    def finished(self) -> bool:
+        return all(row.finish_reason for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What an engine does and did."""
+
+    running: int
+    waiting: int
+    pages_used: int
+    """By running sequences and kept beginnings."""
+    pages_total: int
+    steps: int
+    tokens_in: int
+    """Prompt tokens that were computed."""
+    tokens_out: int
+    prefix_hits: int
+    """Prompt tokens that lay in pages already."""
+    guessed: int
+    guessed_right: int
+
+
+class _Row:
+    """One sample of a request."""
+
+    def __init__(self, ticket: Ticket, index: int, vocab_size: int, most_pages: int) -> None:
+        request = ticket.request
+        self.ticket, self.request, self.index, self.most_pages = ticket, request, index, most_pages
+        self.context = list(request.prompt)  # what the model sees
+        self.stored = 0  # of these, how many lie in pages
+        self.pages: list[int] = []
+        self.produced = 0
+        self.scored = 1  # tokens of the prompt whose log-probability was told or is not asked for
+        self.finish_reason = ""
+        self.drafts = Drafts() if request.speculate else None
+        self.guesses: list[int] = []
+        self.sampler = Sampler(
+            request.sampling, prompt=request.prompt, vocab_size=vocab_size, seed=request.seed, index=index, end_tokens=request.end_tokens,
+            min_tokens=request.min_tokens, logprobs=request.logprobs, constraint=None if request.constraint is None else request.constraint(),
+        )  # fmt: skip
+
+    @property
+    def pending(self) -> int:
+        return len(self.context) - self.stored
+
+
+class Engine:
+    """Continuations for many requests at once, of one model.
+
+    vocab_size: the tokenizer's. memory: bytes for keys and values, by default what `most_rows` answers of full length take, at most a quarter of
+    the free memory. most_rows: the most samples that run at once. chunk: the most prompt tokens in a step while no answer is being written.
+    most_waiting: the most samples that wait. Raises UserError where the memory does not hold one page.
+    """
+
+    def __init__(
+        self, model: Model, *, vocab_size: int, memory: int | None = None, most_rows: int = 64, chunk: int = 256, most_waiting: int = 256
+    ) -> None:
+        self.model, self.vocab_size = model, vocab_size
+        self.most_rows, self.chunk, self.most_waiting = most_rows, chunk, most_waiting
+        self.limit = model.config.max_seq_len
+        size = page_bytes(model.config, model.compute_dtype)
+        if memory is None:
+            memory = min(most_rows * pages_for(self.limit) * size, max(size * pages_for(self.limit), _free_memory(model) // 4))
+        if memory < size:
+            raise UserError(f"{memory:,} bytes for keys and values do not hold one page of {PAGE} tokens, which takes {size:,} bytes.")
+        self.pool = model.make_pool(memory // size)
+        self.prefixes = Prefixes(self.pool)
+        self._running: list[_Row] = []
+        self._waiting: dict[str, deque[_Row]] = {}  # by client; the one whose turn it is first
+        self._calls: deque[Callable[[], None]] = deque()
+        self._lock = threading.Lock()
+        self._work = threading.Event()
+        self._finished_at: deque[float] = deque(maxlen=_RATE_OVER)
+        self._steps = self._tokens_in = self._tokens_out = self._prefix_hits = self._guessed = self._guessed_right = 0
+
+    # -- from any thread -----------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Ticket:
+        """Puts a request into the queue. UserError where it can never be served, QueueFull where too many wait."""
+        if not request.prompt:
+            raise UserError("the prompt is empty. Give at least one token.")
+        if not all(0 <= token < self.vocab_size for token in request.prompt):
+            raise UserError(f"the prompt holds token ids outside 0 to {self.vocab_size - 1}.")
+        if len(request.prompt) > self.limit:
+            raise UserError(f"the prompt has {len(request.prompt)} tokens, the model's context holds {self.limit}. Shorten it.")
+        if request.max_tokens < 1 or request.samples < 1:
+            raise UserError(f"max_tokens and samples must be at least 1, got {request.max_tokens} and {request.samples}.")
+        pages = pages_for(min(self.limit, len(request.prompt) + request.max_tokens))
+        if pages > self.pool.num_pages:
+            raise UserError(
+                f"the prompt and {request.max_tokens} tokens more need {pages} pages of keys and values, the memory for them holds "
+                f"{self.pool.num_pages}. Ask for fewer tokens, or start with more memory."
+            )
+        ticket = Ticket(request)
+        ticket.rows = [_Row(ticket, index, self.vocab_size, pages) for index in range(request.samples)]
+        with self._lock:
+            waiting = self._num_waiting()
+            if waiting + request.samples > max(self.most_waiting, request.samples):
+                raise QueueFull(waiting, self._retry_after(waiting))
+            self._waiting.setdefault(request.client, deque()).extend(ticket.rows)
+        self._work.set()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Ends what is unfinished of a request before the next step."""
+        ticket.cancelled = True
+        self._work.set()
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Runs a function in the engine's thread before the next step: the model serves one thread at a time."""
+        self._calls.append(function)
+        self._work.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Sleeps until there is work, at most so long; whether there is."""
+        return self._work.wait(seconds)
+
+    def stats(self) -> Stats:
+        with self._lock:
+            waiting = self._num_waiting()
+        return Stats(
+            len(self._running), waiting, self.pool.num_pages - self.pool.num_free, self.pool.num_pages, self._steps, self._tokens_in,
+            self._tokens_out, self._prefix_hits, self._guessed, self._guessed_right,
+        )  # fmt: skip
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """One step of everything that runs; False where there was nothing to do."""
+        self._work.clear()
+        while self._calls:
+            self._calls.popleft()()
+        self._end_what_is_over()
+        self._admit()
+        if not self._running:
+            return False
+        self._work.set()
+        rows, parts = self._parts()
+        try:
+            logits = self.model.step(self.pool, parts)
+        except Exception as error:
+            for row in rows:
+                self._finish(row, f"error: {error}")
+            return True
+        self._steps += 1
+        self._use(rows, parts, logits)
+        return True
+
+    def _end_what_is_over(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            waiting = [row for rows in self._waiting.values() for row in rows]
+        for row in (*self._running, *waiting):
+            if row.ticket.cancelled:
+                self._finish(row, "cancelled")
+            elif row.request.deadline is not None and now >= row.request.deadline:
+                self._finish(row, "deadline")
+
+    def _parts(self) -> tuple[list[_Row], list[Part]]:
+        """What every running row adds to this step: answers one token and guesses, prompts some of what is left of them, the first come first."""
+        writing = sum(row.pending == 1 for row in self._running)
+        room = min(self.chunk, BUSY_CHUNK) if writing else self.chunk
+        rows, parts = [], []
+        for row in self._running:
+            row.guesses = []
+            if row.pending == 1:
+                count, guesses = 1, self._guesses(row)
+            else:
+                count, guesses = min(row.pending, room), []
+                room -= count
+            if not count:
+                continue
+            row.guesses = guesses
+            end = row.stored + count
+            tokens = row.context[row.stored : end] + guesses
+            wanted = 1 + len(guesses) if end == len(row.context) else 0
+            if row.scored < end and row.request.prompt_logprobs:
+                wanted = len(tokens)
+            while len(row.pages) < pages_for(end + len(guesses)):
+                row.pages.append(self._take_page())
+            rows.append(row)
+            parts.append(Part(tokens, row.stored, row.pages, wanted))
+        return rows, parts
+
+    def _guesses(self, row: _Row) -> list[int]:
+        if row.drafts is None or not row.produced:
+            return []
+        # The last token of an answer is never stored, and nothing is stored behind the context or the row's pages.
+        room = min(row.request.max_tokens - row.produced - 1, self.limit - len(row.context))
+        return row.drafts.guess(row.context, room)
+
+    def _use(self, rows: Sequence[_Row], parts: Sequence[Part], logits: torch.Tensor) -> None:
+        """Chooses tokens from the logits of a step; what was guessed right is stored already."""
+        logits = logits[:, : self.vocab_size].cpu()
+        at = 0
+        for row, part in zip(rows, parts):
+            own = logits[at : at + part.wanted]
+            at += part.wanted
+            given = len(part.tokens) - len(row.guesses)
+            row.stored += given
+            if not row.produced:
+                self._tokens_in += given
+            if row.request.prompt_logprobs:
+                self._score_prompt(row, part, own)
+            if row.stored < len(row.context):
+                continue
+            if not row.produced:
+                self.prefixes.add(row.context, row.pages)
+            right = 0
+            for place, each in enumerate(own[len(own) - len(row.guesses) - 1 :]):
+                token = self._choose(row, each)
+                if row.finish_reason or place == len(row.guesses) or token != row.guesses[place]:
+                    break
+                right += 1
+                row.stored += 1
+            if row.drafts is not None:
+                row.drafts.learn(len(row.guesses), right)
+            self._guessed += len(row.guesses)
+            self._guessed_right += right
+            if not row.finish_reason and len(row.context) > self.limit:
+                self._slide(row)
+
+    def _choose(self, row: _Row, logits: torch.Tensor) -> int:
+        """The next token of a row, told to whoever asked for it. -1 where none can be chosen."""
+        try:
+            chosen = row.sampler.choose(logits)
+            row.produced += 1
+            self._tokens_out += 1
+            if chosen.token in row.request.end_tokens:
+                self._finish(row, "end")
+                return chosen.token
+            row.context.append(chosen.token)
+            if not row.request.on_token(row.index, chosen):
+                self._finish(row, "stop")
+            elif row.produced == row.request.max_tokens or (len(row.context) > self.limit and not row.request.slide):
+                self._finish(row, "length")
+            return chosen.token
+        except Exception as error:
+            self._finish(row, f"error: {error}")
+            return -1
+
+    def _score_prompt(self, row: _Row, part: Part, logits: torch.Tensor) -> None:
+        for place in range(part.wanted):
+            token = part.start + len(part.tokens) - part.wanted + place + 1
+            if row.scored == token < len(row.request.prompt):
+                row.scored += 1
+                if row.index == 0:
+                    row.request.on_prompt_token(score(logits[place], row.request.prompt[token], row.request.logprobs or 0))
+
+    def _slide(self, row: _Row) -> None:
+        """The text has outgrown the context: the row goes on as if its last half were the prompt, positions and pages anew."""
+        for page in row.pages:
+            self.pool.release(page)
+        row.pages, row.stored = [], 0
+        row.context = row.context[-max(1, self.limit // 2) :]
+        row.drafts = Drafts() if row.request.speculate else None
+
+    # -- the queue and the pages ---------------------------------------------------------------------------------------
+
+    def _num_waiting(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def _retry_after(self, waiting: int) -> float:
+        """Seconds until a place is likely to be free, by the rate at which answers ended."""
+        if len(self._finished_at) < 2:
+            return 1.0
+        rate = (len(self._finished_at) - 1) / max(1e-3, time.monotonic() - self._finished_at[0])
+        return min(60.0, max(1.0, (waiting + len(self._running) - self.most_rows + 1) / rate))
+
+    def _admit(self) -> None:
+        """Lets waiting rows run while rows and pages last, the clients in turn. Whose turn it is waits until it fits, so that nobody starves."""
+        while len(self._running) < self.most_rows:
+            with self._lock:
+                client = next((name for name, rows in self._waiting.items() if self._may_begin(rows[0])), None)
+                row = None if client is None else self._waiting[client][0]
+            if row is None or client is None or not self._reserve(row):
+                return
+            self._running.append(row)
+            with self._lock:
+                rows = self._waiting.pop(client)
+                rows.remove(row)
+                if rows:
+                    self._waiting[client] = rows  # behind the others
+
+    def _may_begin(self, row: _Row) -> bool:
+        """The prompt of several samples is computed by the first of them; the others find it in its pages."""
+        first = row.ticket.rows[0]
+        return row is first or bool(first.produced or first.finish_reason)
+
+    def _reserve(self, row: _Row) -> bool:
+        """Whether all pages that the row may ever need are there; then it has those of the beginning that others computed."""
+        prompt = row.request.prompt
+        reuse = not (row.request.prompt_logprobs and row.index == 0)
+        pages, source, copied = self.prefixes.find(prompt[:-1] if reuse else ())  # the last token is computed again, for its logits
+        needed = row.most_pages - len(pages) + sum(each.most_pages - len(each.pages) for each in self._running)
+        if needed > self.pool.num_free + (0 if needed <= self.pool.num_free else self.prefixes.num_evictable()):
+            for page in pages:
+                self.pool.release(page)
+            return False
+        row.pages, row.stored = pages, len(pages) * PAGE
+        if source is not None and self.pool.num_free:
+            row.pages.append(self.pool.take())
+            self.pool.copy(source, row.pages[-1], copied)
+            row.stored += copied
+        self._prefix_hits += row.stored
+        return True
+
+    def _take_page(self) -> int:
+        if not self.pool.num_free:
+            self.prefixes.evict(max(1, self.pool.num_pages // 64))
+        return self.pool.take()
+
+    def _finish(self, row: _Row, reason: str) -> None:
+        """Ends a row: its pages stay as long as nobody needs them, for whoever begins with the same text."""
+        row.finish_reason = reason
+        if row in self._running:
+            self._running.remove(row)
+            if row.stored and not reason.startswith("error"):
+                self.prefixes.add(row.context[: row.stored], row.pages)
+            for page in row.pages:
+                self.pool.release(page)
+            row.pages = []
+            self._finished_at.append(time.monotonic())
+        else:
+            with self._lock:
+                rows = self._waiting.get(row.request.client, deque())
+                if row in rows:
+                    rows.remove(row)
+                if not rows:
+                    self._waiting.pop(row.request.client, None)
+        try:
+            row.request.on_finish(row.index, reason)
+        except Exception:  # whoever asked is gone; the others go on
+            pass
+
+
+def _free_memory(model: Model) -> int:
+    from cllm.runtime.device import free_memory
+
+    return free_memory(model.embedding_weight.device)

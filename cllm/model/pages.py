@@ -1,0 +1,140 @@
+"""Keys and values of many sequences in pages, and one step of the model over tokens of any of them.
+
+A sequence has a list of pages (Kwon et al. 2023, PagedAttention, arXiv 2309.06180); token p lies in page p // PAGE, at place p % PAGE. Full pages
+may be shared. A step takes tokens of any sequences side by side as one batch of N tokens: newest tokens, drafts, parts of prompts. Every kernel
+gives a row the same bits whatever rows lie beside it, so that each token's logits are those that it would have alone.
+
+N tokens, R sequences, M pages of the longest one, W tokens whose logits are wanted, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cllm import kernels
+from cllm.kernels.paged_attention import PAGE
+from cllm.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from cllm.config.model import ModelConfig
+
+__all__ = ["PAGE", "PageBatch", "PagePool", "Part", "page_bytes", "pages_for"]
+
+
+def pages_for(num_tokens: int) -> int:
+    """Pages that hold so many tokens."""
+    return -(-num_tokens // PAGE)
+
+
+def page_bytes(config: "ModelConfig", dtype: torch.dtype) -> int:
+    """Bytes that one page takes in all layers together, keys and values."""
+    return 2 * config.num_layers * PAGE * config.kv_heads * config.head_size * dtype.itemsize
+
+
+class PagePool:
+    """The pages of all layers, and which of them are free. A page is held by whoever took it and by everyone who `hold`s it besides."""
+
+    def __init__(self, config: "ModelConfig", num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
+        if num_pages < 1:
+            raise UserError(f"a pool needs at least one page, got {num_pages}.")
+        shape = (num_pages, PAGE, config.kv_heads, config.head_size)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.num_pages = num_pages
+        self.device = device
+        self.decoder: Any = None  # what the model prepared to decode into these pages, and for which settings
+        self._holders = [0] * num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def take(self) -> int:
+        """A free page, held once. IndexError where there is none."""
+        page = self._free.pop()
+        self._holders[page] = 1
+        return page
+
+    def hold(self, page: int) -> None:
+        """One holder more."""
+        self._holders[page] += 1
+
+    def release(self, page: int) -> None:
+        """One holder less; without any the page is free."""
+        self._holders[page] -= 1
+        if not self._holders[page]:
+            self._free.append(page)
+
+    def holders(self, page: int) -> int:
+        return self._holders[page]
+
+    def copy(self, source: int, target: int, num_tokens: int) -> None:
+        """The first `num_tokens` places of a page into another."""
+        for layer in (*self.keys, *self.values):
+            layer[target, :num_tokens] = layer[source, :num_tokens]
+
+
+class Part(NamedTuple):
+    """The newest tokens of one sequence in a step."""
+
+    tokens: Sequence[int]
+    """At least one; their keys and values are stored."""
+    start: int
+    """How many tokens of the sequence lie in its pages already; the position of the first new one."""
+    pages: Sequence[int]
+    """With room for all of them."""
+    wanted: int
+    """For how many of the last tokens logits are wanted, from 0 on."""
+
+
+class PageBatch:
+    """The parts of one step as tensors on the device of a pool. For `Context` it is the cache: `attend` stores the new keys and sees all."""
+
+    def __init__(self, pool: PagePool, parts: Sequence[Part]) -> None:
+        # Plain lists: a step of one token has no time for a dozen calls of a tensor library.
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        wanted: list[int] = []
+        owners: list[int] = []
+        for number, part in enumerate(parts):
+            tokens += part.tokens
+            end = part.start + len(part.tokens)
+            positions += range(part.start, end)
+            slots += [part.pages[place // PAGE] * PAGE + place % PAGE for place in range(part.start, end)]
+            wanted += range(len(tokens) - part.wanted, len(tokens))
+            owners += [number] * len(part.tokens)
+        most = max(pages_for(part.start + len(part.tokens)) for part in parts)
+        self.pool = pool
+        self._parts, self._owners, self._device = parts, owners, pool.device
+        self._pages = [[*part.pages[:most], *([0] * (most - len(part.pages)))] for part in parts]
+        self.wants_all = len(wanted) == len(tokens)
+        self.tokens = self._tensor(tokens)  # (N,) int64
+        self.positions = self._tensor(positions)  # (N,) int64, each in its sequence
+        self.slots = self._tensor(slots)  # (N,) int64, among all places of the pool
+        self.wanted = self._tensor(wanted)  # (W,) int64, among the N tokens
+
+    def _tensor(self, values: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(self._device, non_blocking=True)
+
+    @cached_property
+    def _table(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Pages (R, M) int32, lengths (R,) int64 with the new tokens, and how many these are (R,) int64."""
+        counts = [len(part.tokens) for part in self._parts]
+        lengths = [part.start + count for part, count in zip(self._parts, counts)]
+        return self._tensor(self._pages, torch.int32), self._tensor(lengths), self._tensor(counts)
+
+    def pages_of_tokens(self) -> Tensor:
+        """The pages of each token's sequence, (N, M) int32."""
+        return self._tensor([self._pages[owner] for owner in self._owners], torch.int32)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """q (1, N, H, D), k and v (1, N, H_kv, D) of the new tokens -> (1, N, H, D) over all tokens of each one's sequence so far."""
+        keys, values = self.pool.keys[layer], self.pool.values[layer]
+        keys.view(-1, *keys.shape[2:]).index_copy_(0, self.slots, k[0])
+        values.view(-1, *values.shape[2:]).index_copy_(0, self.slots, v[0])
+        return kernels.paged_attention(q[0], keys, values, *self._table, window=window)[None]

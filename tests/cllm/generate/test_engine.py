@@ -1,0 +1,370 @@
+"""The engine: whoever else is asking, in whatever pieces and at whatever time, an answer has the tokens that it has alone."""
+
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cllm import Model, ModelConfig, runtime
+from cllm.config.sampling import Sampling
+from cllm.generate.decoding import generate
+from cllm.generate.engine import Engine, QueueFull, Request
+from cllm.model.pages import PAGE, page_bytes, pages_for
+from cllm.runtime.errors import UserError
+
+V = 61
+LLAMA = dict(vocab_size=V, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48, max_seq_len=400, norm="rms")  # noqa: C408
+CONFIGS = {
+    "llama": LLAMA,
+    "gpt2": LLAMA | dict(num_kv_heads=4, norm="layer", position="learned", activation="gelu_tanh", bias=True, tie_embeddings=True),  # noqa: C408
+}
+
+
+def make(name="llama", dtype=torch.float32, **more):
+    """A model whose next tokens are neither all the same nor unpredictable."""
+    model = Model(ModelConfig(**CONFIGS[name] | more), seed=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(6)
+    model.compute_dtype = dtype
+    return model
+
+
+MODELS = {(name, dtype): make(name, dtype) for name in CONFIGS for dtype in (torch.float32, torch.bfloat16)}
+
+
+class Asked:
+    """A request, and what it gets."""
+
+    def __init__(self, prompt, max_tokens=12, *, stop_after=None, **options):
+        self.samples = options.get("samples", 1)
+        self.tokens = [[] for _ in range(self.samples)]
+        self.chosen = [[] for _ in range(self.samples)]
+        self.of_prompt = []
+        self.reasons = {}
+        self.stop_after = stop_after
+        self.request = Request(prompt, max_tokens, on_token=self.on_token, on_finish=self.on_finish, on_prompt_token=self.of_prompt.append, **options)
+
+    def on_token(self, sample, chosen):
+        self.tokens[sample].append(chosen.token)
+        self.chosen[sample].append(chosen)
+        return len(self.tokens[sample]) != self.stop_after
+
+    def on_finish(self, sample, reason):
+        assert sample not in self.reasons, "a sample ends once"
+        self.reasons[sample] = reason
+
+
+def engine_of(model, pages=40, **options):
+    return Engine(model, vocab_size=V, memory=pages * page_bytes(model.config, model.compute_dtype), **options)
+
+
+def run(engine):
+    steps = 0
+    while engine.step():
+        steps += 1
+        assert steps < 20_000
+    stats = engine.stats()
+    assert stats.running == stats.waiting == 0
+    engine.prefixes.clear()
+    assert engine.pool.num_free == engine.pool.num_pages, "every page came back"
+
+
+def alone(model, request):
+    """The tokens of a request that nothing is beside: one sample after the other, the prompt in one part, no guesses."""
+    options = {name: getattr(request, name) for name in ("sampling", "seed", "samples", "end_tokens", "slide", "logprobs")}
+    asked = Asked(request.prompt, request.max_tokens, **options, speculate=False)
+    engine = engine_of(model, most_rows=1, chunk=1000)
+    engine.submit(asked.request)
+    run(engine)
+    return asked
+
+
+def reference(model, prompt, count):
+    """Greedy tokens by computing everything again each time."""
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            tokens.append(int(model(torch.tensor([tokens[-model.config.max_seq_len :]]), last_only=True)[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("key", MODELS, ids=str)
+def test_greedy_tokens_are_those_of_the_model_run_on_the_whole_text(key):
+    model = MODELS[key]
+    prompt = torch.randint(V, (150,), generator=torch.Generator().manual_seed(1)).tolist()
+    asked = Asked(prompt, 30, sampling=Sampling(temperature=0))
+    engine = engine_of(model, chunk=64)
+    engine.submit(asked.request)
+    run(engine)
+    assert asked.tokens[0] == reference(model, prompt, 30) and asked.reasons == {0: "length"}
+
+
+SYSTEM = torch.randint(V, (300,), generator=torch.Generator().manual_seed(2)).tolist()
+
+
+@st.composite
+def requests(draw):
+    begin = SYSTEM[: draw(st.sampled_from([0, 0, 40, PAGE, 140, 2 * PAGE, 290]))]
+    own = draw(st.lists(st.integers(0, V - 1), min_size=1, max_size=12))
+    sampling = Sampling(
+        temperature=draw(st.sampled_from([0.0, 0.7, 1.3])), top_k=draw(st.sampled_from([None, 5])), top_p=draw(st.sampled_from([None, 0.8])),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.2])),
+    )  # fmt: skip
+    return dict(  # noqa: C408
+        prompt=begin + own, max_tokens=draw(st.integers(1, 20)), sampling=sampling, seed=draw(st.integers(0, 5)),
+        samples=draw(st.sampled_from([1, 1, 1, 3])), end_tokens=frozenset(draw(st.sampled_from([(), (7, 8)]))),
+        client=draw(st.sampled_from(["a", "b", "c"])), speculate=draw(st.booleans()),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("key", MODELS, ids=str)
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_an_answer_is_the_same_whoever_else_asks_and_when(key, data):
+    model = MODELS[key]
+    wanted = [Asked(**each) for each in data.draw(st.lists(requests(), min_size=1, max_size=6))]
+    arrivals = data.draw(st.lists(st.integers(0, 8), min_size=len(wanted), max_size=len(wanted)))
+    engine = engine_of(model, pages=data.draw(st.integers(5, 20)), most_rows=data.draw(st.sampled_from([2, 5, 64])),
+                       chunk=data.draw(st.sampled_from([7, 32, 256])))  # fmt: skip
+    with runtime.use(threads=data.draw(st.sampled_from([1, 2, 5]))):
+        pending = sorted(zip(arrivals, range(len(wanted))))
+        for step in range(9):
+            for _, number in [each for each in pending if each[0] == step]:
+                engine.submit(wanted[number].request)
+            engine.step()
+        run(engine)
+    for asked in wanted:
+        expected = alone(model, asked.request)
+        assert asked.tokens == expected.tokens
+        assert set(asked.reasons) == set(range(asked.samples)) and set(asked.reasons.values()) <= {"length", "end"}
+
+
+def test_log_probabilities_are_the_same_too_and_those_of_the_prompt_are_told():
+    model = MODELS["llama", torch.float32]
+    prompt = SYSTEM[:170]
+    asked = Asked(prompt, 10, logprobs=3, prompt_logprobs=True, sampling=Sampling(temperature=1.0), seed=4)
+    engine = engine_of(model, chunk=33)
+    others = [Asked(SYSTEM[:n], 20, seed=n) for n in (10, 150, 290)]
+    for each in (others[0], others[1], asked, others[2]):
+        engine.submit(each.request)
+        engine.step()
+    run(engine)
+    assert asked.chosen == alone(model, asked.request).chosen
+    with torch.no_grad():
+        expected = torch.log_softmax(model(torch.tensor([prompt]))[0].double(), -1)
+    assert len(asked.of_prompt) == len(prompt) - 1
+    for place, chosen in enumerate(asked.of_prompt):
+        assert chosen.token == prompt[place + 1]
+        assert chosen.logprob == pytest.approx(float(expected[place, prompt[place + 1]]), abs=1e-5)
+        assert [token for token, _ in chosen.top] == expected[place].sort(descending=True, stable=True).indices[:3].tolist()
+
+
+def test_what_stands_in_pages_already_is_not_computed_again():
+    engine = engine_of(MODELS["llama", torch.float32])
+    first, second, third = Asked(SYSTEM[:290] + [1], 5), Asked(SYSTEM[:290] + [2, 3], 5), Asked(SYSTEM[:20], 5)
+    engine.submit(first.request)
+    while engine.step():
+        pass
+    assert engine.stats().tokens_in == 291
+    for each in (second, third):
+        engine.submit(each.request)
+    while engine.step():
+        pass
+    assert engine.stats().tokens_in == 291 + 2 + 1 and engine.stats().prefix_hits == 290 + 19
+    run(engine)
+
+
+def test_several_samples_compute_their_prompt_once():
+    engine = engine_of(MODELS["llama", torch.float32])
+    asked = Asked(SYSTEM[:200], 6, samples=4, seed=9)
+    engine.submit(asked.request)
+    while engine.step():
+        pass
+    assert engine.stats().tokens_in == 200 + 3 * 1
+    assert len({tuple(each) for each in asked.tokens}) > 1
+    run(engine)
+
+
+def test_guesses_save_steps_where_a_text_repeats_itself():
+    model = MODELS["llama", torch.float32]
+    pattern = [3, 14, 15, 9, 2, 6, 5, 35, 8] * 12
+    steps = {}
+    for speculate in (False, True):
+        asked = Asked(pattern, 120, sampling=Sampling(temperature=0), speculate=speculate)
+        engine = engine_of(model)
+        engine.submit(asked.request)
+        run(engine)
+        steps[speculate] = engine.stats().steps
+        assert asked.tokens[0] == reference(model, pattern, 120)
+    assert steps[False] == 120 and steps[True] < 60  # greedy text of a small model falls into a loop
+
+
+def test_a_text_longer_than_the_context_ends_or_goes_on_with_half_of_it():
+    model = MODELS["gpt2", torch.float32]
+    limit, prompt = model.config.max_seq_len, SYSTEM[:290]
+    ends, slides = Asked(prompt, 300), Asked(prompt, 300, slide=True)
+    engine = engine_of(model)
+    for each in (ends, slides):
+        engine.submit(each.request)
+    run(engine)
+    assert ends.reasons == {0: "length"} and len(ends.tokens[0]) == limit - len(prompt) + 1
+    assert slides.reasons == {0: "length"} and len(slides.tokens[0]) == 300 and slides.tokens[0][: len(ends.tokens[0])] == ends.tokens[0]
+    assert slides.tokens == alone(model, slides.request).tokens
+
+
+def test_rows_and_pages_bound_what_runs_and_nobody_starves():
+    model = MODELS["llama", torch.float32]
+    engine = engine_of(model, pages=4, most_rows=8)
+    asked = [Asked(SYSTEM[n : n + 140], 30, client=f"{n % 3}") for n in range(9)]
+    for each in asked:
+        engine.submit(each.request)
+    most = 0
+    while engine.step():
+        most = max(most, engine.stats().running)
+        assert engine.stats().pages_used <= 4
+    assert most == 2, "two answers of two pages each fit into four"
+    assert all(each.reasons == {0: "length"} for each in asked)
+    run(engine)
+
+
+def test_clients_take_turns():
+    engine = engine_of(MODELS["llama", torch.float32], most_rows=1)
+    order = []
+
+    def asking(name):
+        return Request([1, 2], 3, client=name, on_finish=lambda _, reason: order.append(name))
+
+    for name in ("many", "many", "many", "few", "other"):
+        engine.submit(asking(name))
+    run(engine)
+    assert order == ["many", "few", "other", "many", "many"]
+
+
+def test_what_can_never_be_served_is_refused_with_the_reason():
+    model = MODELS["llama", torch.float32]
+    engine = engine_of(model, pages=2, most_waiting=2)
+    for request, words in (
+        (Request([], 1), "prompt is empty"),
+        (Request([V], 1), r"outside 0 to 60"),
+        (Request([1] * 401, 1), "has 401 tokens, the model's context holds 400"),
+        (Request([1], 0), "at least 1, got 0 and 1"),
+        (Request([1] * 200, 100), "need 3 pages of keys and values, the memory for them holds 2"),
+    ):
+        with pytest.raises(UserError, match=words):
+            engine.submit(request)
+    with pytest.raises(UserError, match="do not hold one page of 128 tokens"):
+        Engine(model, vocab_size=V, memory=1000)
+    asked = [Asked([1], 2) for _ in range(2)]
+    for each in asked:
+        engine.submit(each.request)
+    with pytest.raises(QueueFull, match=r"2 requests are waiting already\. Try again in") as refused:
+        engine.submit(Request([1], 2))
+    assert 1 <= refused.value.retry_after <= 60
+    run(engine)
+    assert all(each.reasons == {0: "length"} for each in asked)
+
+
+@pytest.mark.parametrize("when", ["waiting", "in the prompt", "in the answer"])
+def test_who_leaves_frees_the_row_and_its_pages_before_the_next_step(when):
+    model = MODELS["llama", torch.float32]
+    engine = engine_of(model, most_rows=1, chunk=50)
+    leaving, staying = Asked(SYSTEM[:200], 50, samples=2), Asked(SYSTEM[:30], 5)
+    if when == "waiting":
+        engine.submit(staying.request)
+        engine.step()
+    ticket = engine.submit(leaving.request)
+    for _ in range({"waiting": 1, "in the prompt": 2, "in the answer": 9}[when]):
+        engine.step()
+    if when != "waiting":
+        engine.submit(staying.request)
+    engine.cancel(ticket)
+    told = len(leaving.tokens[0])
+    assert (told > 0) == (when == "in the answer")
+    engine.step()
+    assert leaving.reasons == {0: "cancelled", 1: "cancelled"} and ticket.finished and len(leaving.tokens[0]) == told
+    run(engine)
+    assert staying.tokens == alone(model, staying.request).tokens
+
+
+def test_a_deadline_a_stop_and_a_broken_listener_end_one_answer_and_no_other():
+    model = MODELS["llama", torch.float32]
+    engine = engine_of(model)
+    late = Asked(SYSTEM[:30], 300, deadline=time.monotonic() + 0.05)
+    stopped = Asked(SYSTEM[:40], 100, stop_after=4)
+    fine = Asked(SYSTEM[:50], 20)
+    broken = replace(Asked(SYSTEM[:60], 20).request, on_token=lambda *_: 1 / 0, on_finish=lambda *_: 1 / 0)
+    for each in (late.request, stopped.request, broken, fine.request):
+        engine.submit(each)
+    while late.reasons == {}:
+        engine.step()
+        time.sleep(0.01)
+    run(engine)
+    assert late.reasons == {0: "deadline"} and stopped.reasons == {0: "stop"} and len(stopped.tokens[0]) == 4
+    assert fine.tokens == alone(model, fine.request).tokens
+
+
+def test_damaged_weights_end_with_an_error_that_says_so():
+    model = make()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    engine, asked = engine_of(model), Asked([1, 2, 3], 5)
+    engine.submit(asked.request)
+    run(engine)
+    assert "logits are not finite" in asked.reasons[0]
+
+
+def test_requests_from_many_threads_meet_one_that_steps():
+    model = MODELS["llama", torch.float32]
+    engine = engine_of(model, pages=60)
+    asked = [Asked(SYSTEM[n : n + 20], 10, seed=n, client=str(n % 4)) for n in range(24)]
+    threads = [threading.Thread(target=lambda each=each: engine.submit(each.request)) for each in asked]
+    for each in threads:
+        each.start()
+    end = time.monotonic() + 120
+    while any(not each.reasons for each in asked) and time.monotonic() < end:
+        if not engine.step():
+            engine.wait(0.05)
+    for each in threads:
+        each.join()
+    run(engine)
+    assert all(each.tokens == alone(model, each.request).tokens for each in asked)
+
+
+def test_generate_gives_what_the_engine_gives():
+    class Letters:
+        vocab_size, eot_id = V, 0
+
+        def encode(self, text):
+            return [ord(each) % V for each in text]
+
+        def decode(self, tokens):
+            return "".join(chr(65 + token) for token in tokens)
+
+        def stream_decoder(self):
+            outer = self
+
+            class Decoder:
+                def push(self, token):
+                    return outer.decode([token])
+
+                def finish(self):
+                    return ""
+
+            return Decoder()
+
+    model = MODELS["llama", torch.float32]
+    found = generate(model, Letters(), "Hello", max_tokens=20, samples=3, seed=5, temperature=1.0)
+    again = generate(model, Letters(), "Hello", max_tokens=20, samples=3, seed=5, temperature=1.0, use_cache=False)
+    assert [each.tokens for each in found] == [each.tokens for each in again]
+    assert [each.text for each in found] == [each.text for each in again]
+    assert [each.finish_reason for each in found] == [each.finish_reason for each in again]
+
+
+def test_pages_for_counts_whole_pages():
+    assert [pages_for(n) for n in (1, PAGE, PAGE + 1)] == [1, 1, 2]
