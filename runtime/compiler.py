@@ -1,30 +1,24 @@
 """Prepares numba before its first use: where compiled kernels are kept, what they are compiled for, and a word to the user while they are.
 
-The name of the cache folder is a digest of all that a compiled kernel depends on: the CPU's features, the versions of numba and llvmlite, and the
-sources and environment variables that the kernels registered. A kernel compiled for another machine, by another compiler or from another source
-is never loaded. numba writes each entry beside and renames it, and compiles anew what it cannot read; processes may start together.
+Each registered folder of sources has a cache folder of its own, whose name is a digest of all that its compiled kernels depend on: the CPU's
+features, the versions of numba and llvmlite, the sources in the folder and the environment variables that they read. A kernel compiled for another
+machine, by another compiler or from another source is never loaded. `runtime/kernel_cache.py` says how processes share these folders.
 """
 
-import hashlib
-import io
 import os
 import re
 import sys
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Iterable
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cllm.runtime import heap, tuning
+from cllm.runtime import heap, kernel_cache, tuning
 from cllm.runtime.errors import BackendError
 
-DIGEST_BYTES = 32
-
-_folders: set[Path] = set()
-_variables: set[str] = set()
+_folders: dict[Path, set[str]] = {}  # registered sources, and the environment variables that they read
 _ready = False
 _lock = threading.Lock()
 
@@ -33,10 +27,10 @@ def register_kernels(folder: str | Path, variables: Iterable[str] = ()) -> None:
     """Makes known where sources of numba kernels lie, and which environment variables they read: their cache depends on both.
 
     numba itself watches only the file of the function that it loads, not those of the functions that it calls. Call before the kernels are
-    imported.
+    imported. What other folders register does not change where the kernels of this one are kept: otherwise a command that reads text before it
+    trains would compile again what one that only trains has compiled.
     """
-    _folders.add(Path(folder))
-    _variables.update(variables)
+    _folders.setdefault(Path(folder), set()).update(variables)
     kernel_cache_key.cache_clear()
     if _ready:
         _choose({"CACHE_DIR": _cache_folder()})
@@ -85,22 +79,35 @@ def _version(name: str) -> str:
         return "absent"
 
 
-@lru_cache(maxsize=1)
-def kernel_cache_key() -> str:
-    """A digest of all that a compiled kernel depends on."""
+@cache
+def kernel_cache_key(folder: Path | None = None) -> str:
+    """A digest of all that a compiled kernel of a registered folder depends on; without a folder, of all of them."""
+    folders = sorted(_folders) if folder is None else [folder]
+    variables = set().union(*(_folders[each] for each in folders))
     return tuning.digest(
-        *(path.read_text("utf-8") for folder in sorted(_folders) for path in sorted(folder.glob("*.py"))),
+        *(path.read_text("utf-8") for each in folders for path in sorted(each.glob("*.py"))),
         sorted(cpu_features()),
         sys.version_info[:2],
         _version("numba"),
         _version("llvmlite"),
         _version("numpy"),
-        *((name, os.environ.get(name, "")) for name in sorted(_variables)),
+        *((name, os.environ.get(name, "")) for name in sorted(variables)),
     )
 
 
-def _cache_folder() -> str:
-    return str(tuning.cache_dir() / f"numba-{kernel_cache_key()}")
+def _cache_folder(folder: Path | None = None) -> str:
+    return str(tuning.cache_dir() / f"numba-{kernel_cache_key(folder)}")
+
+
+def _folder_of(source: str) -> str | None:
+    """The cache folder for what a file of sources defines; None where nobody registered it, or where the user chose a folder for all kernels."""
+    folder = Path(source).parent
+    return _cache_folder(folder) if folder in _folders and _is_ours(os.environ.get("NUMBA_CACHE_DIR")) else None
+
+
+def _is_ours(chosen: str | None) -> bool:
+    """Whether a cache folder is no choice of the user's: there is none, or a parent process handed it down, perhaps with other settings."""
+    return not chosen or re.fullmatch("numba-[0-9a-f]{16}", os.path.basename(chosen)) is not None
 
 
 def numba_setup() -> None:
@@ -132,7 +139,7 @@ def _set_up() -> None:
         settings["CPU_NAME"] = llvm.get_host_cpu_name()
     heap.keep_freed_memory()
     _choose(settings)
-    _seal_cache()
+    kernel_cache.prepare(_folder_of)
     _announce_compilation()
 
 
@@ -140,8 +147,7 @@ def _choose(settings: dict[str, Any]) -> None:
     """Puts numba's settings in force, also where numba was imported before; what the user chose in the environment stands."""
     for name, value in settings.items():
         chosen = os.environ.get(f"NUMBA_{name}")
-        # A cache folder of ours is no choice of the user's: a parent process handed it down, perhaps with other settings.
-        if chosen and not re.fullmatch("numba-[0-9a-f]{16}", os.path.basename(chosen)):
+        if not _is_ours(chosen):
             continue
         os.environ[f"NUMBA_{name}"] = " ".join(value) if isinstance(value, list) else value
     import numba
@@ -149,42 +155,6 @@ def _choose(settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         if os.environ[f"NUMBA_{name}"] == (" ".join(value) if isinstance(value, list) else value):
             setattr(numba.config, name, value)
-
-
-def _seal_cache() -> None:
-    """A damaged file of numba's cache is compiled again; without this it ends the program, or runs.
-
-    Each file ends with the SHA-256 of what comes before, looked at before numba unpickles anything. numba itself ignores what follows.
-    """
-    from numba.core import caching
-
-    files = caching.IndexDataCacheFile
-    load_index, load_data, open_for_write = files._load_index, files._load_data, files._open_for_write
-
-    def intact(path: str) -> bool:
-        try:
-            content = Path(path).read_bytes()
-        except OSError:
-            return False
-        return hashlib.sha256(content[:-DIGEST_BYTES]).digest() == content[-DIGEST_BYTES:]
-
-    def load_intact_index(self: Any) -> Any:
-        return load_index(self) if intact(self._index_path) else {}
-
-    def load_intact_data(self: Any, name: str) -> Any:
-        if not intact(self._data_path(name)):
-            raise OSError(f"{name} is damaged")  # which numba takes for a missing file
-        return load_data(self, name)
-
-    @contextmanager
-    def open_sealed(self: Any, path: str) -> Iterator[io.BytesIO]:
-        with open_for_write(self, path) as file:
-            content = io.BytesIO()
-            yield content
-            file.write(content.getvalue() + hashlib.sha256(content.getvalue()).digest())
-
-    for name, method in {"_load_index": load_intact_index, "_load_data": load_intact_data, "_open_for_write": open_sealed}.items():
-        setattr(files, name, method)
 
 
 def _announce_compilation() -> None:

@@ -14,8 +14,7 @@ KERNELS = Path(__file__).parents[2] / "kernels" / "numba"
 
 @pytest.fixture
 def nothing_registered(monkeypatch):
-    monkeypatch.setattr(compiler, "_folders", set())
-    monkeypatch.setattr(compiler, "_variables", set())
+    monkeypatch.setattr(compiler, "_folders", {})
     monkeypatch.setattr(compiler, "_ready", False)
     compiler.kernel_cache_key.cache_clear()
     yield
@@ -42,7 +41,7 @@ def _variables_read(path: Path) -> set[str]:
 def test_the_kernels_register_every_variable_that_they_read():
     read = set().union(*map(_variables_read, KERNELS.glob("*.py")))
     assert read == set(numba_kernels.VARIABLES) and "CLLM_BF16_KERNEL" in read
-    assert read <= compiler._variables and KERNELS.resolve() in {folder.resolve() for folder in compiler._folders}
+    assert {folder.resolve(): variables for folder, variables in compiler._folders.items()}[KERNELS.resolve()] == read
 
 
 def test_the_key_changes_with_every_variable_that_the_kernels_registered(nothing_registered, monkeypatch):
@@ -66,6 +65,26 @@ def test_the_key_changes_with_the_sources(nothing_registered, tmp_path):
     registered = _key()
     (tmp_path / "a.py").write_text("x = 2")
     assert len({before, registered, _key()}) == 3
+
+
+def test_other_folders_do_not_change_where_the_kernels_of_a_folder_are_kept(nothing_registered, tmp_path, monkeypatch):
+    """A command that reads text before it trains uses the kernels that one that only trains has compiled."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "")
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+        (folder / "kernel.py").write_text(f"x = {folder.name!r}")
+    assert compiler._folder_of(str(first / "kernel.py")) is None
+    compiler.register_kernels(first, ["CLLM_FIRST"])
+    alone = compiler._folder_of(str(first / "kernel.py"))
+    compiler.register_kernels(second, ["CLLM_SECOND"])
+    monkeypatch.setenv("CLLM_SECOND", "1")
+    assert compiler._folder_of(str(first / "kernel.py")) == alone != compiler._folder_of(str(second / "kernel.py"))
+    compiler.kernel_cache_key.cache_clear()
+    monkeypatch.setenv("CLLM_FIRST", "1")
+    assert compiler._folder_of(str(first / "kernel.py")) != alone
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "mine"))
+    assert compiler._folder_of(str(first / "kernel.py")) is None
 
 
 def test_kernels_registered_after_numba_was_prepared_get_a_folder_of_their_own(nothing_registered, tmp_path, monkeypatch):
