@@ -37,6 +37,7 @@ app = typer.Typer()
     epilog=examples(
         "cllm generate runs/demo --prompt 'def '",
         "cllm generate runs/demo --prompt-file start.txt --temperature 0 --max-tokens 500",
+        "cllm generate runs/demo --prompt 'Name and age: ' --json-schema person.json",
     )
 )
 @with_settings(SAMPLING)
@@ -49,6 +50,9 @@ def generate(
     stop: Annotated[list[str] | None, option("--stop", str, "Text at which to stop. Can be given several times.")] = None,
     seed: Seed = 0,
     samples: Annotated[int, option("--samples", int, "Number of continuations.", at_least=1, at_most=10_000)] = 1,
+    json_schema: Annotated[Path | None, option("--json-schema", Path, "File with a JSON schema: the text is JSON that fits it.")] = None,
+    regex: Annotated[str | None, text_option("--regex", "Regular expression that the whole text matches.")] = None,
+    grammar: Annotated[Path | None, option("--grammar", Path, "File with a grammar (llguidance's Lark) that the text follows.")] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute every token from scratch, as a check. Slow.")] = False,
     stream: Annotated[bool, typer.Option(help="Print the text while it is generated.")] = True,
     weights: Weights = None,
@@ -65,13 +69,17 @@ def generate(
         prompt = read_text(prompt_file, encoding)
     assert prompt is not None
     options = {"max_tokens": max_tokens, "stop": tuple(stop or ()), "seed": seed, "use_cache": not no_cache, **read_settings(SAMPLING, settings)}
+    form = _form(json_schema, regex, grammar)
     check_model(checkpoint)
     from cllm import runtime
+    from cllm.generate.constraint import compile_constraint
     from cllm.generate.decoding import generate as run
     from cllm.generate.decoding import stream as run_stream
 
     with runtime.use(threads=threads):
         model, tokenizer = load_model(checkpoint, weights=weights, device=device)
+        if form is not None:
+            options["constraint"] = compile_constraint(tokenizer, *form)
         if stream and samples == 1 and not as_json:
             pieces = run_stream(model, tokenizer, prompt, **options)  # checks all of it, before the prompt is shown
             for piece in chain((prompt,), pieces, ("\n",)):
@@ -93,3 +101,18 @@ def generate(
             "tokens_per_second": round(first.tokens_per_second, 2),
         }
     )
+
+
+def _form(json_schema: Path | None, regex: str | None, grammar: Path | None) -> tuple[str, str] | None:
+    """What the text must keep to, as `compile_constraint` takes it. UserError where more than one is given, or llguidance is missing."""
+    given = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
+    found = [(kind, value) for kind, value in given.items() if value is not None]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise UserError("give only one of --json-schema, --regex and --grammar.")
+    from cllm.generate.constraint import check_installed
+
+    check_installed()
+    ((kind, value),) = found
+    return kind, read_text(value, "auto") if isinstance(value, Path) else value

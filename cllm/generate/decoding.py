@@ -12,16 +12,16 @@ on seeing its last half context (positions start anew, so the cache is filled ag
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cllm.config.sampling import Sampling
+from cllm.generate.constraint import Constraint
 from cllm.generate.continuation import Continuation
 from cllm.generate.device_decoding import DeviceDecoding
-from cllm.generate.sampling import check_bias, sample
+from cllm.generate.sampler import Sampler
 from cllm.model.cache import KVCache
 from cllm.model.model import Model
 from cllm.runtime.errors import UserError
@@ -76,17 +76,18 @@ def generate(
     use_cache: bool = True,
     truncate_prompt: bool = False,
     on_piece: Callable[[int, str], None] | None = None,
+    constraint: Callable[[], Constraint] | None = None,
     **sampling: Any,
 ) -> list[Generation]:
     """`samples` continuations of `prompt` (text or token ids), decoded together.
 
     `sampling` are the settings of `cllm.config.sampling.Sampling`: temperature, top_k, top_p, min_p, typical_p, the penalties and logit_bias. A
     prompt longer than the model's context is refused, or with `truncate_prompt` only its end is seen. `on_piece(sample, text)` is called as text
-    becomes certain.
+    becomes certain. `constraint` makes what each sample must keep to (`cllm.generate.constraint.compile_constraint`).
 
     Raises UserError for wrong settings, an empty prompt, or a tokenizer with more tokens than the model.
     """
-    run = _Run(model, tokenizer, prompt, max_tokens, Sampling(**sampling), stop, seed, samples, use_cache, truncate_prompt)
+    run = _Run(model, tokenizer, prompt, max_tokens, Sampling(**sampling), stop, seed, samples, use_cache, truncate_prompt, constraint)
     for index, piece in run.pieces():
         if on_piece is not None:
             on_piece(index, piece)
@@ -103,6 +104,7 @@ def stream(
     seed: int = 0,
     use_cache: bool = True,
     truncate_prompt: bool = False,
+    constraint: Callable[[], Constraint] | None = None,
     **sampling: Any,
 ) -> Iterator[str]:
     """The text of `generate(..., samples=1)` piece by piece, as soon as it is certain: whole characters, never a part
@@ -110,7 +112,7 @@ def stream(
 
     Wrong settings raise at the call, not at the first piece.
     """
-    run = _Run(model, tokenizer, prompt, max_tokens, Sampling(**sampling), stop, seed, 1, use_cache, truncate_prompt)
+    run = _Run(model, tokenizer, prompt, max_tokens, Sampling(**sampling), stop, seed, 1, use_cache, truncate_prompt, constraint)
     return (piece for _, piece in run.pieces())
 
 
@@ -130,6 +132,7 @@ class _Run:
         samples: int,
         use_cache: bool,
         truncate_prompt: bool,
+        constraint: Callable[[], Constraint] | None,
     ) -> None:
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if "" in stop:
@@ -141,7 +144,6 @@ class _Run:
                 f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {model.config.vocab_size}: "
                 "they do not belong together. Use the tokenizer that the model was trained with."
             )
-        check_bias(sampling, tokenizer.vocab_size)
         self.model = model
         self.sampling = sampling
         self.max_tokens = max_tokens
@@ -150,6 +152,14 @@ class _Run:
         self.eot = tokenizer.eot_id
         self.prompt = self._prompt_tokens(tokenizer, prompt, truncate_prompt)
         self.continuations = [Continuation(index, seed, tokenizer, stop) for index in range(samples)]
+        self.constraints = None if constraint is None else [constraint() for _ in range(samples)]
+        self.samplers = [
+            Sampler(
+                sampling, prompt=self.prompt, vocab_size=self.vocab_size, seed=seed, index=index,
+                constraint=None if self.constraints is None else self.constraints[index],
+            )
+            for index in range(samples)
+        ]  # fmt: skip
 
     def _prompt_tokens(self, tokenizer: Any, prompt: str | Sequence[int], truncate: bool) -> list[int]:
         tokens = list(tokenizer.encode(prompt)) if isinstance(prompt, str) else [int(token) for token in prompt]
@@ -175,6 +185,8 @@ class _Run:
         while active:
             for continuation, token in zip(active, state.next_tokens(active), strict=True):
                 piece = continuation.add(token, self.eot, self.max_tokens)
+                if self.constraints is not None and self.constraints[continuation.index].finished and not continuation.finish_reason:
+                    piece += continuation.end("end")  # nothing can follow, so the model need not be asked
                 if continuation.finish_reason:
                     continuation.seconds = time.perf_counter() - started
                 if piece:
@@ -190,8 +202,9 @@ class _Run:
         return Generation(continuation.text, tokens, continuation.finish_reason, len(self.prompt), seconds, rate)
 
     def _state(self) -> "_HostDecoding | DeviceDecoding":
-        kind = DeviceDecoding if self.use_cache and _computes_on_a_gpu(self.model) else partial(_HostDecoding, use_cache=self.use_cache)
-        return kind(self.model, self.prompt, len(self.continuations), self.max_tokens, self.sampling, self.vocab_size)
+        if self.use_cache and self.constraints is None and _computes_on_a_gpu(self.model):
+            return DeviceDecoding(self.model, self.prompt, len(self.continuations), self.max_tokens, self.sampling, self.vocab_size)
+        return _HostDecoding(self.model, self.prompt, self.samplers, self.max_tokens, self.use_cache)
 
 
 def _computes_on_a_gpu(model: Model) -> bool:
@@ -201,11 +214,9 @@ def _computes_on_a_gpu(model: Model) -> bool:
 class _HostDecoding:
     """Decoding in which the host chooses the tokens: what the model sees of each sample (equally many tokens), and the cache of it."""
 
-    def __init__(
-        self, model: Model, prompt: list[int], samples: int, max_tokens: int, sampling: Sampling, vocab_size: int, *, use_cache: bool
-    ) -> None:
-        self.model, self.prompt, self.sampling, self.vocab_size = model, prompt, sampling, vocab_size
-        self.windows = [list(prompt) for _ in range(samples)]
+    def __init__(self, model: Model, prompt: list[int], samplers: list[Sampler], max_tokens: int, use_cache: bool) -> None:
+        self.model, self.samplers = model, samplers
+        self.windows = [list(prompt) for _ in samplers]
         self.capacity = min(model.config.max_seq_len, len(prompt) + max_tokens)
         self.use_cache = use_cache
         self.cache: KVCache | None = None
@@ -214,9 +225,8 @@ class _HostDecoding:
     def next_tokens(self, active: Sequence[Continuation]) -> list[int]:
         """One token for each unfinished sample."""
         tokens = []
-        for row, logits in enumerate(self._next_logits()[:, : self.vocab_size].float().cpu()):
-            history = self.prompt + active[row].tokens if self.sampling.repetition_penalty != 1.0 else ()
-            tokens.append(sample(logits, history, self.sampling, active[row].generator, active[row].tokens))
+        for row, logits in enumerate(self._next_logits().float().cpu()):
+            tokens.append(self.samplers[active[row].index].choose(logits).token)
             self.windows[row].append(tokens[-1])
         return tokens
 

@@ -6,7 +6,7 @@ Greedy choices and draws are those of `cllm.generate.sampling`, token for token;
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from cllm.generate.compiled_draw import UNDECIDED, draw_token, likeliest, log_of
 from cllm.generate.sampling import NOT_FINITE, check_bias, draw_at, filtered, uniform
 from cllm.runtime.errors import CLLMError, UserError
 
+if TYPE_CHECKING:
+    from cllm.generate.constraint import Constraint
+
 
 class Chosen(NamedTuple):
     """A token, with log-probabilities in nats of the model's own distribution (before bias, penalties, temperature and filters)."""
@@ -26,19 +29,6 @@ class Chosen(NamedTuple):
     """Of the token; None where no log-probabilities were asked for."""
     top: list[tuple[int, float]]
     """The likeliest tokens with theirs, the likeliest first, ties by id."""
-
-
-class Constraint(Protocol):
-    """What a continuation may say, token by token."""
-
-    finished: bool
-    """Whether nothing but an end token can follow."""
-
-    def mask(self) -> np.ndarray:
-        """(vocab_size,) bool: the tokens that may come next. At least one may, an end token where the text is complete."""
-
-    def advance(self, token: int) -> None:
-        """Takes the token that was chosen, one that `mask` allows."""
 
 
 class Sampler:
