@@ -1,8 +1,8 @@
 """Weights as int8 with a float32 scale for every SCALE_BLOCK elements of a row: 8.5 bits each, for generation.
 
-Symmetric, to nearest: w = q * s with s = max |w| / 127 over the block, q in -127 .. 127 (the blocks of GGUF's q8_0 are half as long). Where
-the CPU multiplies int8 tiles, bfloat16 activations become integers of 16 bits, scaled by their largest in each block of K, and the products of
-a block are summed exactly; elsewhere a product has the bits of the product with the dequantised weights.
+Symmetric, to nearest: w = q * s with s = max |w| / 127 over the block, q in -127 .. 127 (the blocks of GGUF's q8_0 are half as long). On a CPU,
+bfloat16 activations become integers of 16 bits, scaled by their largest in each block of K, and the products of a block are summed exactly, with
+the same bits on every processor. Elsewhere, and for float32, it is the product with the dequantised weights.
 
 N outputs, K inputs.
 """
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cllm.kernels.strips import STRIP, by_rows, by_strips
 from cllm.runtime.errors import UserError
 
 SCALE_BLOCK = 64  # elements of one scale
-STRIP = 16  # rows that kernels take together
 
 
 @dataclass(frozen=True)
@@ -39,24 +39,14 @@ class Quantized:
         if begin % STRIP == 0:
             strips = slice(begin // STRIP, -(-end // STRIP))
             return Quantized(self.values[strips], self.scales[strips], shape)
-        values = _by_strips(_by_rows(self.values.permute(0, 3, 1, 2, 4))[begin:end]).unflatten(2, (-1, SCALE_BLOCK // 4, 4))
-        scales = _by_strips(_by_rows(self.scales.transpose(1, 2))[begin:end])
+        values = by_strips(by_rows(self.values.permute(0, 3, 1, 2, 4))[begin:end]).unflatten(2, (-1, SCALE_BLOCK // 4, 4))
+        scales = by_strips(by_rows(self.scales.transpose(1, 2))[begin:end])
         return Quantized(values.permute(0, 2, 3, 1, 4).contiguous(), scales.transpose(1, 2).contiguous(), shape)
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
+    def dense(self, dtype: torch.dtype) -> Tensor:
         """(N, K) in `dtype`, each q * s rounded once."""
         wide = self.values.permute(0, 3, 1, 2, 4).flatten(3).float() * self.scales.transpose(1, 2)[..., None]
-        return _by_rows(wide)[: self.shape[0], : self.shape[1]].to(dtype)
-
-
-def _by_rows(strips: Tensor) -> Tensor:
-    """(strips, STRIP, ...) -> (rows, elements)."""
-    return strips.flatten(2).flatten(0, 1)
-
-
-def _by_strips(rows: Tensor) -> Tensor:
-    """(rows, elements) -> (strips, STRIP, elements), padded with 0."""
-    return torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % STRIP)).unflatten(0, (-1, STRIP))
+        return by_rows(wide)[: self.shape[0], : self.shape[1]].to(dtype)
 
 
 def quantize(weight: Tensor) -> Quantized:
@@ -64,7 +54,7 @@ def quantize(weight: Tensor) -> Quantized:
     if weight.dim() != 2 or not weight.is_floating_point():
         raise UserError(f"quantize: expected a floating-point matrix (N, K), got {tuple(weight.shape)} of {weight.dtype}.")
     rows, depth = weight.shape
-    wide = _by_strips(torch.nn.functional.pad(weight.detach().float(), (0, -depth % SCALE_BLOCK))).unflatten(2, (-1, SCALE_BLOCK))
+    wide = by_strips(torch.nn.functional.pad(weight.detach().float(), (0, -depth % SCALE_BLOCK))).unflatten(2, (-1, SCALE_BLOCK))
     scales = wide.abs().amax(dim=3) / 127.0  # (strips, STRIP, blocks)
     if not bool(scales.isfinite().all()):
         raise UserError("quantize: the weights hold NaN or infinity, which int8 cannot. Train or load them again.")

@@ -9,19 +9,23 @@ from typing import NamedTuple
 from torch import Tensor
 
 from cllm.kernels.quantization import Quantized
+from cllm.kernels.strips import Strips
+
+Packed = Strips | Quantized  # a matrix (N, K) packed for inference
+Weight = Tensor | Packed
 
 
 class Linear(NamedTuple):
-    """x @ weight.T + bias. weight (N, K), any strides or int8; bias (N,) or None."""
+    """x @ weight.T + bias. weight (N, K), a tensor of any strides or packed; bias (N,) or None."""
 
-    weight: Tensor | Quantized
+    weight: Weight
     bias: Tensor | None = None
 
     def split(self, parts: int) -> "list[Linear]":
         """Equal parts of the outputs."""
         count = self.weight.shape[0] // parts
         cut = [(i * count, (i + 1) * count) for i in range(parts)]
-        weights = (self.weight.rows(*each) if isinstance(self.weight, Quantized) else self.weight[slice(*each)] for each in cut)
+        weights = (self.weight[slice(*each)] if isinstance(self.weight, Tensor) else self.weight.rows(*each) for each in cut)
         return [Linear(weight, None if self.bias is None else self.bias[slice(*each)]) for weight, each in zip(weights, cut)]
 
 

@@ -43,6 +43,7 @@ class Ours:
         self.model = Model(config).to(DTYPES[weights])
         if weights == "int8":
             self.model.quantize_()
+        self.model.pack_()  # as `cllm generate` does
 
     @torch.no_grad()
     def prefill(self, tokens: torch.Tensor) -> int:

@@ -46,7 +46,7 @@ def chat(
     from cllm import runtime
 
     with runtime.use(threads=threads):
-        model, tokenizer = load_model(checkpoint, weights=weights, device=device)
+        model, tokenizer = load_model(checkpoint, weights=weights, device=device, generating=True)
         talk = converse(console, model, tokenizer, standard_input(), system, **options)
     console.result(talk.to_dict())
 

@@ -77,7 +77,7 @@ def generate(
     from cllm.generate.decoding import stream as run_stream
 
     with runtime.use(threads=threads):
-        model, tokenizer = load_model(checkpoint, weights=weights, device=device)
+        model, tokenizer = load_model(checkpoint, weights=weights, device=device, generating=True)
         if form is not None:
             options["constraint"] = compile_constraint(tokenizer, *form)
         if stream and samples == 1 and not as_json:

@@ -187,7 +187,8 @@ def check_text(path: str) -> None:
             raise DataError(no_text(Path(path), skipped))
 
 
-def load_model(path: str, need_tokenizer: bool = True, weights: str | None = None, device: str = "cpu") -> tuple[Any, Any]:
+def load_model(path: str, need_tokenizer: bool = True, weights: str | None = None, device: str = "cpu", generating: bool = False) -> tuple[Any, Any]:
+    """The model and its tokenizer. generating: the matrices may give way to a layout that decoding reads faster (`Model.pack_`)."""
     check_model(path)
     import torch
 
@@ -201,6 +202,8 @@ def load_model(path: str, need_tokenizer: bool = True, weights: str | None = Non
     if weights is None and place.type == "cuda" and model.compute_dtype == torch.float32 and multiplies_bf16(place):
         model.to(torch.bfloat16)  # a GPU multiplies float32 numbers one by one, without its matrix units
     model.to(place)
+    if generating:
+        model.pack_()
     if need_tokenizer and tokenizer is None:
         raise DataError(f"{path} holds no tokenizer, so text cannot be read or written. Save one with it: cllm.save(model, path, tokenizer=...).")
     return model, tokenizer

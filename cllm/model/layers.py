@@ -17,9 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from cllm import kernels, runtime
 from cllm.config.model import ModelConfig
 from cllm.kernels.embedding import tied_embedding
-from cllm.kernels.quantization import Quantized, quantize
 from cllm.kernels.quantized import quantized_feed_forward, quantized_matmul
-from cllm.kernels.stack import Layer, Linear, Norm
+from cllm.kernels.stack import Layer, Linear, Norm, Packed
 from cllm.model.cache import DeviceCache, KVCache
 from cllm.model.pages import PageBatch
 
@@ -78,7 +77,7 @@ class Weights(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(*shape))
         self.bias = nn.Parameter(torch.empty(bias)) if bias is not None else None
-        self.quantized: Quantized | None = None  # takes the place of the weight, for generation
+        self.packed: Packed | None = None  # takes the place of the weight, for generation
 
     def outputs_first(self) -> Tensor:
         """The weight as (out, in)."""
@@ -88,16 +87,16 @@ class Weights(nn.Module):
         """The weight as (in, out)."""
         return self.weight.T
 
-    def quantize_(self) -> None:
-        """The weight becomes int8; it cannot be trained or saved any more."""
-        self.quantized = quantize(self.outputs_first())
+    def pack_(self, pack: Callable[[Tensor], Packed]) -> None:
+        """The weight gives way to what `pack` makes of it; it cannot be trained or saved any more."""
+        self.packed = pack(self.outputs_first())
         self.register_parameter("weight", None)
 
     def decoding(self) -> Linear:
-        return Linear(self.outputs_first() if self.quantized is None else self.quantized, self.bias)
+        return Linear(self.outputs_first() if self.packed is None else self.packed, self.bias)
 
     def extra_repr(self) -> str:
-        shape = self.weight.shape if self.quantized is None else self.quantized.shape
+        shape = self.weight.shape if self.packed is None else self.packed.shape
         return f"{tuple(shape)}, bias={self.bias is not None}"
 
 
@@ -113,8 +112,8 @@ class Conv1D(Weights):
 
 def linear(x: Tensor, weights: Weights) -> Tensor:
     """x (..., in) -> (..., out)."""
-    if weights.quantized is not None:
-        return quantized_matmul(x, weights.quantized, weights.bias)
+    if weights.packed is not None:
+        return quantized_matmul(x, weights.packed, weights.bias)
     return kernels.matmul(x, weights.inputs_first(), weights.bias)
 
 
@@ -143,7 +142,7 @@ class LlamaAttention(nn.Module):
         cos, sin = context.rotary_tables
         q_norm = None if self.q_norm is None else self.q_norm.weight.expand(self.num_heads, -1)
         k_norm = None if self.k_norm is None else self.k_norm.weight.expand(self.num_kv_heads, -1)
-        if torch.is_grad_enabled() and self.q_proj.quantized is None:
+        if torch.is_grad_enabled() and self.q_proj.packed is None:
             # One product and one rotation instead of five calls: the weights are copied side by side, which pays where there are many rows to
             # multiply. Each element of the result has the same bits either way.
             weight = torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
@@ -168,8 +167,8 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        if gate.quantized is not None and up.quantized is not None and down.quantized is not None:
-            return quantized_feed_forward(x, gate.quantized, up.quantized, down.quantized, activation=self.activation)
+        if gate.packed is not None and up.packed is not None and down.packed is not None:
+            return quantized_feed_forward(x, gate.packed, up.packed, down.packed, activation=self.activation)
         return kernels.feed_forward(x, gate.weight, up.weight, down.weight, activation=self.activation, recompute=context.recompute == "feed_forward")
 
 
@@ -246,8 +245,8 @@ class GPT2MLP(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         up, down = self.c_fc, self.c_proj
-        if up.quantized is not None and down.quantized is not None:
-            return quantized_feed_forward(x, None, up.quantized, down.quantized, activation=self.activation, b_up=up.bias, b_down=down.bias)
+        if up.packed is not None and down.packed is not None:
+            return quantized_feed_forward(x, None, up.packed, down.packed, activation=self.activation, b_up=up.bias, b_down=down.bias)
         return kernels.feed_forward(
             x, None, up.outputs_first(), down.outputs_first(), activation=self.activation, b_up=up.bias, b_down=down.bias,
             recompute=context.recompute == "feed_forward",

@@ -13,7 +13,8 @@ kernels round the weights as they read them. Names, shapes and layouts of the pa
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 from cllm import kernels, runtime
 from cllm.config.model import ModelConfig
 from cllm.kernels.decoding import make_decoder
-from cllm.kernels.quantization import Quantized, quantize
-from cllm.kernels.quantized import quantized_matmul
-from cllm.kernels.stack import Decoder, Linear, Stack
+from cllm.kernels.quantization import quantize
+from cllm.kernels.quantized import packing_pays, quantized_matmul
+from cllm.kernels.stack import Decoder, Linear, Packed, Stack
+from cllm.kernels.strips import pack
 from cllm.model.cache import DeviceCache, KVCache
 from cllm.model.layers import Context, GPT2Backbone, LlamaBackbone, Weights
 from cllm.model.pages import PageBatch, PagePool, Part
@@ -59,7 +61,8 @@ class Model(nn.Module):
         self.lm_head = None if config.tie_embeddings else Weights(config.vocab_size, config.embed_dim)
         self._compute_dtype: torch.dtype | None = None
         self.recompute = "none"
-        self._int8_output: Quantized | None = None
+        self._packed_output: Packed | None = None
+        self._packed_as = ""
         self._rotary_tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.initialise(seed)
 
@@ -75,32 +78,45 @@ class Model(nn.Module):
     def output_weight(self) -> Tensor:
         """The matrix (V, E) that turns the last hidden state into logits; the token embedding itself when they are
         tied."""
-        if self._int8_output is not None:
-            return self._int8_output.dequantize(self.compute_dtype)
+        if self._packed_output is not None:
+            return self._packed_output.dense(self.compute_dtype)
         return self.embedding_weight if self.lm_head is None else self.lm_head.weight
 
     @property
-    def is_quantized(self) -> bool:
-        return self._int8_output is not None
+    def is_packed(self) -> bool:
+        """Whether `quantize_` or `pack_` has taken the matrices."""
+        return self._packed_output is not None
 
-    @torch.no_grad()
     def quantize_(self) -> "Model":
         """Every matrix but the look-up tables becomes int8 (`cllm.kernels.quantization`); for generation and evaluation only, from then on."""
-        if not self.is_quantized:
+        return self._pack_(quantize, "int8")
+
+    def pack_(self) -> "Model":
+        """Where it pays, on a CPU, every matrix but the look-up tables is laid out anew in the order in which decoding reads it
+        (`cllm.kernels.strips`), rounded to the compute dtype, which is fixed from then on as the products round anyway. The bits of all results
+        are the same; for generation and evaluation only."""
+        dtype = self.compute_dtype
+        if dtype not in (torch.float32, torch.bfloat16) or not packing_pays(dtype, self.embedding_weight.device.type):
+            return self
+        return self._pack_(partial(pack, dtype=dtype), f"packed for {dtype}".replace("torch.", ""))
+
+    @torch.no_grad()
+    def _pack_(self, each: Callable[[Tensor], Packed], name: str) -> "Model":
+        if not self.is_packed:
+            self._compute_dtype, self._packed_as = self.compute_dtype, name
             for block in self.backbone.blocks:
                 for module in block.modules():
                     if isinstance(module, Weights) and module.weight.dim() == 2:
-                        module.quantize_()
-            self._int8_output = quantize(self.output_weight)
+                        module.pack_(each)
+            self._packed_output = each(self.output_weight)
             self.lm_head = None
             self.requires_grad_(False)
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        if self.is_quantized:
-            raise UserError(
-                "the weights are int8, for generation only, and cannot be saved or exported. Load the model again without weights='int8'."
-            )
+        if self.is_packed:
+            again = "without weights='int8'" if self._packed_as == "int8" else "and leave out pack_()"
+            raise UserError(f"the weights are {self._packed_as}, for generation only, and cannot be saved or exported. Load the model again {again}.")
         return super().state_dict(*args, **kwargs)
 
     @property
@@ -113,6 +129,8 @@ class Model(nn.Module):
     def compute_dtype(self, dtype: torch.dtype) -> None:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise UserError(f"compute_dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}.")
+        if self.is_packed and self._packed_as != "int8" and dtype != self.compute_dtype:
+            raise UserError(f"the weights are {self._packed_as}; set compute_dtype before pack_().")
         self._compute_dtype = dtype
 
     @torch.no_grad()
@@ -221,9 +239,9 @@ class Model(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         """The last hidden state (B, T, E) -> (B, T, V), not capped."""
-        if self._int8_output is None:
+        if self._packed_output is None:
             return kernels.matmul(x, self.output_weight.T)
-        return quantized_matmul(x, self._int8_output)
+        return quantized_matmul(x, self._packed_output)
 
     def _capped(self, logits: Tensor) -> Tensor:
         softcap = self.config.softcap
@@ -234,14 +252,14 @@ class Model(nn.Module):
         room = cache.length < min(cache.max_len, self.config.max_seq_len)
         if tokens.shape != (cache.batch, 1) or not room or torch.compiler.is_compiling():
             return None
-        key = (self.embedding_weight.data_ptr(), self.is_quantized, self.compute_dtype, runtime.settings())
+        key = (self.embedding_weight.data_ptr(), self.is_packed, self.compute_dtype, runtime.settings())
         if cache.decoder is None or cache.decoder[0] != key:
             cache.decoder = key, make_decoder(self._stack(), cache.keys, cache.values, self.compute_dtype)
         return cache.decoder[1]
 
     def _stack(self) -> Stack:
         config = self.config
-        output = Linear(self.output_weight) if self._int8_output is None else Linear(self._int8_output)
+        output = Linear(self.output_weight if self._packed_output is None else self._packed_output)
         return Stack(
             [block.decoding() for block in self.backbone.blocks], self.backbone.decoding_norm(), output, config.head_size,
             config.activation_name, config.eps, self.rotary_tables(self.embedding_weight.device) if config.position == "rotary" else None,
@@ -263,7 +281,7 @@ class Model(nn.Module):
         adds a `LossStats` (per-token losses, correct, log-sum-exp). Logits exist only in chunks."""
         if targets.shape != tokens.shape:
             raise UserError(f"targets must have the shape of tokens {tuple(tokens.shape)}, got {tuple(targets.shape)}.")
-        x, output_weight = self._hidden(tokens, None, cu_seqlens, positions, tied=self.lm_head is None and not self.is_quantized)
+        x, output_weight = self._hidden(tokens, None, cu_seqlens, positions, tied=self.lm_head is None and not self.is_packed)
         return kernels.linear_cross_entropy(
             x,
             self.output_weight if output_weight is None else output_weight,

@@ -16,6 +16,7 @@ from cllm.kernels.numba.gemm import Packed, gemm, gemm_activated
 from cllm.kernels.numba.launch import num_workers
 from cllm.kernels.numba.sums import column_sums
 from cllm.kernels.operations import Shapes
+from cllm.kernels.strips import Columns, Strips
 
 _HIDDEN_BYTES = 32 << 20  # a block of rows is cut so that its hidden values in float32 stay below this
 
@@ -37,19 +38,22 @@ def launched_workers(planned: int, shapes: Shapes, dtype: torch.dtype, **options
 class _Weights:
     """The right-hand operands of one call, packed once where several row blocks use them, and only if they are used."""
 
-    def __init__(self, w_gate: torch.Tensor | None, w_up: torch.Tensor, b_up: torch.Tensor | None, dtype: torch.dtype, blocks: int, workers: int):
+    def __init__(
+        self, w_gate: "torch.Tensor | Strips | None", w_up: "torch.Tensor | Strips", b_up: torch.Tensor | None, dtype: torch.dtype, blocks: int,
+        workers: int,
+    ):  # fmt: skip
         self.w_gate, self.w_up, self.b_up = w_gate, w_up, b_up
         self.dtype, self.blocks, self.workers = dtype, blocks, workers
 
-    def right(self, weight: torch.Tensor) -> "torch.Tensor | Packed":
-        return Packed(weight, self.dtype, self.workers) if self.blocks > 1 else weight
+    def right(self, weight: "torch.Tensor | Columns") -> "torch.Tensor | Packed | Columns":
+        return Packed(weight, self.dtype, self.workers) if self.blocks > 1 and isinstance(weight, torch.Tensor) else weight
 
     @cached_property
-    def up(self) -> "torch.Tensor | Packed":
+    def up(self) -> "torch.Tensor | Packed | Columns":
         return self.right(self.w_up.t())
 
     @cached_property
-    def gate(self) -> "torch.Tensor | Packed | None":
+    def gate(self) -> "torch.Tensor | Packed | Columns | None":
         return None if self.w_gate is None else self.right(self.w_gate.t())
 
     def activate(self, rows: torch.Tensor, activation: str, hidden: torch.Tensor, z: torch.Tensor | None, up: torch.Tensor | None) -> None:
@@ -68,10 +72,10 @@ def _piece(t: torch.Tensor, block: slice) -> torch.Tensor:
 
 
 def forward(
-    x: torch.Tensor, w_gate: torch.Tensor | None, w_up: torch.Tensor, w_down: torch.Tensor, activation: str,
+    x: torch.Tensor, w_gate: torch.Tensor | Strips | None, w_up: torch.Tensor | Strips, w_down: torch.Tensor | Strips, activation: str,
     b_up: torch.Tensor | None, b_down: torch.Tensor | None, keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
-    """(y, z, up); z and up (N, F) in x's dtype only when `keep`, up only when gated."""
+    """(y, z, up); z and up (N, F) in x's dtype only when `keep`, up only when gated. Weights packed at load serve inference alone."""
     workers = num_workers("feed_forward", (x.shape, w_up.shape), x.dtype, gated=w_gate is not None)
     rows = x.reshape(-1, x.shape[-1])  # (N, E)
     num_rows, hidden_size = rows.shape[0], w_up.shape[0]

@@ -23,6 +23,7 @@ from cllm.kernels.numba.gemm_kernel import run as _run
 from cllm.kernels.numba.launch import num_workers
 from cllm.kernels.numba.llvm import HAS_PAIRS, W
 from cllm.kernels.numba.micro import BLOCK_BYTES, CONFIGURATION, HAS_TILES, NV, WORD
+from cllm.kernels.strips import STRIP, Columns
 from cllm.runtime.device import cpu
 from cllm.runtime.errors import BackendError
 
@@ -80,6 +81,12 @@ def pack_mode(kernel: str, dtype: torch.dtype) -> int:
     if kernel == WIDENED:
         return pack.BF16_WIDENED if half else pack.F32_ROUNDED_WIDENED
     return pack.BF16_PAIRS if half else pack.F32_ROUNDED_PAIRS
+
+
+def strips_mode(kernel: str, dtype: torch.dtype) -> int:
+    """What packing does to an element of `Strips`. Strips of float32 hold what a product of bfloat16 would round: they serve float32 alone."""
+    assert dtype == torch.bfloat16 or kernel == FP32, "gemm: strips of float32 serve activations of float32"
+    return pack.STRIPS_BF16 if dtype == torch.bfloat16 else pack.STRIPS_F32
 
 
 def _round_up(n: int, step: int) -> int:
@@ -186,7 +193,7 @@ def _tile_shape(rows: int, columns: int, depth: int, kernel: str, workers: int) 
 
 def gemm(
     a: torch.Tensor,
-    b: "torch.Tensor | Packed",
+    b: "torch.Tensor | Packed | Columns",
     *,
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
@@ -197,7 +204,7 @@ def gemm(
 ) -> torch.Tensor:
     """(add (M, N) +) a (M, K) @ b (K, N) (+ bias (N,)) -> (M, N).
 
-    a, b: float32 or bfloat16, any strides; b may be Packed. compute: float32 or bfloat16, by default a's dtype; operands
+    a, b: float32 or bfloat16, any strides; b may be Packed, or weights packed at load. compute: float32 or bfloat16, by default a's dtype; operands
     of the other type are converted while packing. out: float32 or bfloat16, rows or columns contiguous. add: float32, strides as out,
     `out` itself to accumulate.
     """
@@ -224,7 +231,7 @@ def gemm(
 
 
 def gemm_activated(
-    a: torch.Tensor, b: "torch.Tensor | Packed", end: activation.Epilogue, *, workers: int, keep: torch.Tensor | None = None,
+    a: torch.Tensor, b: "torch.Tensor | Packed | Columns", end: activation.Epilogue, *, workers: int, keep: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """a (M, K) @ b (K, N) (+ bias (N,)) -> the tensors of `end`; computed in a's dtype, the sums themselves rounded into `keep`."""
@@ -238,7 +245,7 @@ def gemm_activated(
 
 
 def _sum_parts(
-    a: torch.Tensor, b: "torch.Tensor | Packed", out: torch.Tensor | None, add: torch.Tensor | None, bias: torch.Tensor | None,
+    a: torch.Tensor, b: "torch.Tensor | Packed | Columns", out: torch.Tensor | None, add: torch.Tensor | None, bias: torch.Tensor | None,
     kernel: str, workers: int, end: activation.Epilogue | None,
 ) -> None:  # fmt: skip
     kernel = b.kernel if isinstance(b, Packed) else kernel
@@ -253,7 +260,7 @@ def _sum_parts(
         whole = len(parts) == 1  # a view costs microseconds
         _part(
             a if whole else a[:, k0 : k0 + num_k],
-            b.address(index) if isinstance(b, Packed) else b if whole else b[k0 : k0 + num_k],
+            b.address(index) if isinstance(b, Packed) else b if whole or isinstance(b, Columns) else b[k0 : k0 + num_k],
             b.shape[1],
             out if last else total,
             total if index > 0 else add,
@@ -261,6 +268,7 @@ def _sum_parts(
             kernel,
             workers,
             end if last else None,
+            k0,
         )
 
 
@@ -289,9 +297,9 @@ class _BlockPlan(NamedTuple):
 def _block_plan(
     rows: int, columns: int, depth: int, kernel: str, workers: int,
     a_stride: tuple[int, int], a_dtype: torch.dtype, b_stride: tuple[int, int] | None, b_dtype: torch.dtype | None,
-    out_dtype: torch.dtype, direct: bool, pack_a: bool,
+    out_dtype: torch.dtype, direct: bool, pack_a: bool, strips: bool = False,
 ) -> _BlockPlan:  # fmt: skip
-    """b_stride None: B was packed before."""
+    """b_stride None: B was packed before. strips: B is weights packed at load, and its stride bytes from strip to strip."""
     strip = _strip_bytes(kernel, depth)
     one_slab = rows <= ONE_SLAB_ROWS
     tile_rows, tile_columns = _tile_shape(rows, columns, depth, kernel, workers)
@@ -313,7 +321,7 @@ def _block_plan(
     b_bytes = 0
     if b_stride is not None:
         assert b_dtype is not None
-        p[P.b_k], p[P.b_column], p[P.b_mode] = *b_stride, pack_mode(kernel, b_dtype)
+        p[P.b_k], p[P.b_column], p[P.b_mode] = *b_stride, (strips_mode if strips else pack_mode)(kernel, b_dtype)
         p[P.b_ready] = not one_slab
         if not one_slab:
             p[P.group_b] = group = _group(columns, workers)
@@ -346,7 +354,7 @@ def launched_workers(planned: int, rows: int, depth: int, columns: int, dtype: t
 
 def _part(
     a: torch.Tensor,
-    b: torch.Tensor | int,
+    b: torch.Tensor | int | Columns,
     columns: int,
     out: torch.Tensor | None,
     old: torch.Tensor | None,
@@ -354,9 +362,18 @@ def _part(
     kernel: str,
     workers: int,
     end: activation.Epilogue | None,
+    k0: int,
 ) -> None:
-    """One part of K: out = (old +) a b (+ bias). b: a tensor, or the address of its packed copy."""
+    """One part of K: out = (old +) a b (+ bias). b: a tensor, the address of its packed copy, or all of K in strips, read from k0 on."""
     rows, depth = a.shape
+    strips = b.strips.values if isinstance(b, Columns) else None
+    b_stride: tuple[int, int] | None = None
+    if strips is not None:
+        b_stride, b_dtype = (0, strips.stride(0) * strips.element_size()), strips.dtype
+    elif isinstance(b, torch.Tensor):
+        b_stride, b_dtype = (b.stride(0), b.stride(1)), b.dtype
+    else:
+        b_dtype = None
     out_dtype = out.dtype if end is None and out is not None else a.dtype
     ready = isinstance(b, int)
     row_part, column_part = _cut(rows, columns, depth, kernel, ready)
@@ -366,7 +383,7 @@ def _part(
         for c0 in range(0, columns, column_part):
             plan = _block_plan(
                 min(row_part, rows - r0), min(column_part, columns - c0), depth, kernel, workers, a.stride(), a.dtype,
-                None if isinstance(b, int) else b.stride(), None if isinstance(b, int) else b.dtype, out_dtype, direct, c0 == 0,
+                b_stride, b_dtype, out_dtype, direct, c0 == 0, strips is not None,
             )  # fmt: skip
             p = plan.fields.copy()
             # Held until the workers are done: the largest are not kept beyond this call.
@@ -377,7 +394,10 @@ def _part(
             if isinstance(b, int):
                 p[P.b_packed] = b
             else:
-                p[P.b] = b.data_ptr() + c0 * b.stride(1) * b.element_size()
+                if strips is not None:  # c0 is that of a tile: a multiple of STRIP
+                    p[P.b] = strips[c0 // STRIP, k0 // (2 if strips.dtype == torch.bfloat16 else 1)].data_ptr()
+                elif isinstance(b, torch.Tensor):
+                    p[P.b] = b.data_ptr() + c0 * b.stride(1) * b.element_size()
                 if plan.b_bytes:
                     held.append(_buffers.take("b", plan.b_bytes))
                     p[P.b_packed] = _aligned(held[-1])

@@ -13,9 +13,11 @@ from cllm.kernels.numba import activation, pack
 from cllm.kernels.numba.fields import fields
 from cllm.kernels.numba.gemm_block import LINE, block_fp32, block_pairs, block_tiles, prefetch_lines, tiles_off, tiles_on
 from cllm.kernels.numba.launch import share
+from cllm.kernels.numba.matvec_words import fill_packed
 from cllm.kernels.numba.micro import BLOCK_BYTES, HAS_TILES, WORD, make_writing_micro
 from cllm.kernels.numba.pack import pack_lines, pack_strip
 from cllm.kernels.numba.simd import W, vadd, vload, vload_masked, vstore, vstore_bf16, vstore_bf16_masked, vstore_masked
+from cllm.kernels.strips import STRIP
 from cllm.runtime import threads
 
 FINISH_ROWS = 8  # rows of C that are written while the lines of the next ones are on their way
@@ -40,7 +42,7 @@ class _Arguments(NamedTuple):
     a_packed: int
     b: int
     b_strip: int
-    b_column: int  # in elements, as b_k
+    b_column: int  # in elements, as b_k; of weights packed at load in bytes, from strip to strip
     b_k: int
     b_mode: int
     b_packed: int
@@ -212,6 +214,11 @@ def _pack_a(p, group, spare):
 
 @_jit
 def _pack_b(p, column, lanes, k, num_k, words, target, strip_bytes, spare):
+    if p[P.b_mode] >= pack.STRIPS_F32:
+        for first in range(column, column + lanes, W):
+            source = p[P.b] + first // STRIP * p[P.b_column] + first % STRIP * WORD
+            fill_packed(p[P.b_mode], p[P.kernel] != BY_CHAINS, source, k, words, target + (first - column) // W * strip_bytes)
+        return
     size = 2 if p[P.b_mode] in (pack.BF16_WIDENED, pack.BF16_PAIRS) else 4
     source = p[P.b] + (column * p[P.b_column] + k * p[P.b_k]) * size
     _pack_strips(p[P.b_mode], source, p[P.b_column], p[P.b_k], lanes, num_k, words, target, strip_bytes, spare, False)

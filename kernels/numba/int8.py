@@ -1,4 +1,4 @@
-"""int8 weights inside the kernels: dequantised on the way into packed strips, or multiplied as they are by AMX's int8 tiles.
+"""int8 weights inside the kernels: dequantised on the way into packed strips, for float32, or multiplied as they are by AMX's int8 tiles.
 
 The layout is that of kernels/quantization.py: strips of STRIP outputs, in them blocks of SCALE_BLOCK k, four k side by side: what tiles read.
 """
@@ -9,14 +9,16 @@ import numba
 import numpy as np
 from numba import types
 
-from cllm.kernels.numba import llvm, pack
+from cllm.kernels.numba import llvm
+from cllm.kernels.numba.integers import block_scale, rounded
 from cllm.kernels.numba.launch import float32_at, load, put_float32
 from cllm.kernels.numba.llvm import F32, FEATURES, I8, I64, VF, VI, const_int, intrinsic
 from cllm.kernels.numba.micro import HAS_TILES, WORD, tile_configuration
-from cllm.kernels.numba.simd import W, vabs, vec, vfma, vhmax, vload, vmax_nan, vmul, vset, vstore, vzero
-from cllm.kernels.quantization import SCALE_BLOCK, STRIP
+from cllm.kernels.numba.simd import W, vec, vfma, vload, vmul, vset, vstore, vzero
+from cllm.kernels.numba.stream import STRIPS
+from cllm.kernels.quantization import SCALE_BLOCK
+from cllm.kernels.strips import STRIP
 
-STRIPS = 4  # strips that go through K together, so that no chain of additions waits for itself
 INTEGER_ROWS, GROUP_ROWS = 64, 8  # the most rows of x in one call of int8 tiles, and the rows that one tile holds, as two digits each
 LINE, TILE_BYTES = 64, 1024
 HAS_INTEGERS = HAS_TILES and "amxint8" in FEATURES
@@ -25,63 +27,40 @@ HAS_INTEGERS = HAS_TILES and "amxint8" in FEATURES
 # ---- int8 -> words of packed strips ----------------------------------------------------------------------------------
 
 
-def _make_int8_words(mode: int) -> Any:
-    """words(source, scales, target): four k of W int8 outputs side by side -> their words, [word][output]."""
+@intrinsic
+def _int8_words(tc, source, scales, target):
+    """Four k of W int8 outputs side by side -> their words, [word][output]."""
 
-    @intrinsic
-    def words(tc, source, scales, target):
-        def codegen(ctx, bld, sig, args):
-            source, scales, target = args
-            packed = llvm.load(bld, bld.inttoptr(source, I8.as_pointer()), VI, 4)
-            scale = llvm.load(bld, bld.inttoptr(scales, F32.as_pointer()), VF)
-            v = []
-            for j in range(4):
-                q = bld.ashr(bld.shl(packed, const_int(24 - 8 * j)), const_int(24))
-                v.append(bld.fmul(bld.sitofp(q, VF), scale))
-            if mode == pack.F32_ROUNDED_PAIRS:
-                v = [pack._pairs(bld, v[0], v[1]), pack._pairs(bld, v[2], v[3])]
-            elif mode == pack.F32_ROUNDED_WIDENED:
-                v = [pack._rounded(bld, each) for each in v]
-            for i, each in enumerate(v):
-                llvm.store(bld, each, bld.inttoptr(bld.add(target, I64(i * W * WORD)), F32.as_pointer()))
-            return ctx.get_dummy_value()
+    def codegen(ctx, bld, sig, args):
+        source, scales, target = args
+        packed = llvm.load(bld, bld.inttoptr(source, I8.as_pointer()), VI, 4)
+        scale = llvm.load(bld, bld.inttoptr(scales, F32.as_pointer()), VF)
+        for j in range(4):
+            q = bld.ashr(bld.shl(packed, const_int(24 - 8 * j)), const_int(24))
+            llvm.store(bld, bld.fmul(bld.sitofp(q, VF), scale), bld.inttoptr(bld.add(target, I64(j * W * WORD)), F32.as_pointer()))
+        return ctx.get_dummy_value()
 
-        return types.void(types.intp, types.intp, types.intp), codegen
-
-    return words
-
-
-_int8_float32, _int8_widened, _int8_pairs = (_make_int8_words(mode) for mode in (pack.F32_AS_IS, pack.F32_ROUNDED_WIDENED, pack.F32_ROUNDED_PAIRS))
+    return types.void(types.intp, types.intp, types.intp), codegen
 
 
 @numba.njit(cache=True, nogil=True)
-def fill_words(half, paired, source, scales, k, words, target):
-    """A strip of int8 weights from their k-th element on; source and scales at its first block."""
-    for word in range(0, words, 2 if paired else 4):
-        at = k + (2 * word if paired else word)
-        block, to = at // SCALE_BLOCK, target + word * W * WORD
-        address, scale = source + (block * SCALE_BLOCK + at % SCALE_BLOCK) * STRIP, scales + block * (STRIP * 4)
-        if paired:
-            _int8_pairs(address, scale, to)
-        elif half:
-            _int8_widened(address, scale, to)
-        else:
-            _int8_float32(address, scale, to)
+def fill_words(source, scales, k, words, target):
+    """A strip of int8 weights from their k-th element on, as float32; source and scales at its first block."""
+    for word in range(0, words, 4):
+        block, at = (k + word) // SCALE_BLOCK, (k + word) % SCALE_BLOCK
+        _int8_words(source + (block * SCALE_BLOCK + at) * STRIP, scales + block * (STRIP * 4), target + word * W * WORD)
 
 
 # ---- int8 tiles ------------------------------------------------------------------------------------------------------
 # x = scale * (256 high + low) with digits of int8, the scale of a row's block such that its largest is 127 * 256. The sum of a block is an
 # exact integer; float32 sums run over the blocks in order.
 
-_LARGEST, _SMALLEST = np.float32(127 * 256), np.float32(1e-33)
-
 
 @intrinsic
 def _put_digits(tc, x, inverse, high, low):
     def codegen(ctx, bld, sig, args):
         bytes_of = llvm.ir.VectorType(I8, W)
-        rounded = llvm.call(bld, f"llvm.rint.v{W}f32", VF, bld.fmul(args[0], args[1]))
-        q = bld.fptosi(rounded, VI)
+        q = rounded(bld, args[0], args[1])
         h = bld.ashr(bld.add(q, const_int(128)), const_int(8))
         for digit, address in ((h, args[2]), (bld.sub(q, bld.shl(h, const_int(8))), args[3])):
             llvm.store(bld, bld.trunc(digit, bytes_of), bld.inttoptr(address, I8.as_pointer()), 1)
@@ -140,12 +119,8 @@ def _pack_digits_py(x0, x_row, half, rows, depth, digits):
         x = x0 + m * x_row
         for block in range(blocks):
             k = block * SCALE_BLOCK
-            top = vzero()
-            for i in range(0, SCALE_BLOCK, W):
-                top = vmax_nan(vabs(load(x, half, k + i, depth - k - i)), top)
-            largest = vhmax(top)
-            inverse = _LARGEST / largest if not largest < _SMALLEST else np.float32(0.0)
-            put_float32(scales, m * blocks + block, largest / _LARGEST)
+            scale, inverse = block_scale(x, half, k, depth - k)
+            put_float32(scales, m * blocks + block, scale)
             at = digits + ((m // GROUP_ROWS) * blocks + block) * TILE_BYTES + m % GROUP_ROWS * (2 * LINE)
             for i in range(0, SCALE_BLOCK, W):
                 _put_digits(load(x, half, k + i, depth - k - i), vset(inverse), at + i, at + LINE + i)

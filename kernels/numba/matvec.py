@@ -1,11 +1,12 @@
-"""Products of a few rows with weights that are read once, from where they lie: the decoding of one token.
+"""Products of a few rows with weights that are read once: the decoding of one token for each of up to MOST_ROWS sequences.
 
-M rows of activations, K summed over, N outputs. gemm.py packs the weights first, which pays when many rows use them; here a strip of W
-outputs goes through a few kilobytes of the L1 cache, or straight into AMX tiles, so that the weights cross the memory bus once and
-nothing else does. An element has the bits that gemm.py gives it: the same K blocks, the same chain inside a block, the same epilogue.
+M rows of activations, K summed over, N outputs. Weights that were packed at load (strips.py, quantization.py) are read as they lie, from the first
+byte to the last, and once for all rows. gemm.py packs other weights first, which pays when many rows use them; here a strip of W outputs goes through
+a few kilobytes of the L1 cache, or straight into AMX tiles. An element has the bits that gemm.py gives it: the same K blocks, the same chain inside a
+block, the same epilogue.
 
 A job is one matrix; a launch has the tasks of several jobs (the projections of one layer). A job may have a partner, whose same outputs are
-made first: gate before up. Weights are float32, bfloat16, or int8 with a scale for every SCALE_BLOCK of K (quantized.py).
+made first: gate before up.
 """
 
 from typing import NamedTuple
@@ -15,37 +16,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cllm.kernels.numba import activation, gemm, int8, pack
+from cllm.kernels.numba import activation, gemm, int8, integers, pack, stream
 from cllm.kernels.numba.fields import fields
 from cllm.kernels.numba.gemm_block import tiles_off, tiles_on
 from cllm.kernels.numba.gemm_kernel import BY_CHAINS, BY_PAIRS, BY_TILES
-from cllm.kernels.numba.int8 import GROUP_ROWS, HAS_INTEGERS, INTEGER_ROWS, LINE, STRIPS, TILE_BYTES
-from cllm.kernels.numba.launch import Kernel, int64_at, is_half, load, scratch, store
-from cllm.kernels.numba.llvm import HAS_PAIRS
-from cllm.kernels.numba.matvec_words import fill_chain, fill_paired
-from cllm.kernels.numba.micro import CONFIGURATION, HAS_TILES, WORD, make_micro, make_tile_micro
-from cllm.kernels.numba.pack import pack_strip
-from cllm.kernels.numba.simd import W, vadd, vload, vstore
-from cllm.kernels.quantization import SCALE_BLOCK, STRIP, Quantized
+from cllm.kernels.numba.int8 import GROUP_ROWS, HAS_INTEGERS, INTEGER_ROWS, LINE, TILE_BYTES
+from cllm.kernels.numba.launch import Kernel, copy_bytes, int64_at, is_half, load, scratch, store
+from cllm.kernels.numba.matvec_words import fill_chain, fill_packed, fill_paired
+from cllm.kernels.numba.micro import CONFIGURATION, HAS_TILES, WORD, make_tile_micro
+from cllm.kernels.numba.pack import STRIPS_BF16, STRIPS_F32, STRIPS_INT8, pack_strip
+from cllm.kernels.numba.simd import W, vadd, vload, vstore, vzero
+from cllm.kernels.numba.stream import BFLOAT16, FLOAT32, STRIPS, WORKED
+from cllm.kernels.quantization import SCALE_BLOCK, Quantized
+from cllm.kernels.stack import Weight
+from cllm.kernels.strips import STRIP, Strips
 
-MOST_ROWS = W  # the most rows of x that a job takes: those of one strip
+MOST_ROWS = 32  # the most rows of x that a job takes; of integers INTEGER_ROWS
 MOST_TASK_COLUMNS = 1024
 
 
 class _Job(NamedTuple):
     """One matrix, int64: addresses (0 where there is no such operand), and strides in bytes."""
 
-    kernel: int  # BY_CHAINS, BY_PAIRS, BY_TILES or BY_INTEGERS
+    kernel: int  # BY_CHAINS, BY_PAIRS, BY_TILES, BY_WORDS or BY_INTEGERS
     rows: int
     columns: int
     depth: int
     x: int
     x_row: int
     x_half: int  # whether x is bfloat16
+    x_packed_row: int  # from row to row in the work space, for AMX tiles from strip to strip
     b: int  # the weights
-    b_column: int  # from output to output; of int8 weights from strip to strip
+    b_column: int  # from output to output; of weights packed at load from strip to strip
     b_k: int
-    b_mode: int  # see pack.py; INT8 beside those
+    b_mode: int  # see pack.py
     scales: int  # of int8 weights
     scales_strip: int
     bias: int
@@ -72,22 +76,20 @@ class _Launch(NamedTuple):
 
 JOB, _ = fields(_Job)
 P, _launch_arguments = fields(_Launch)
-INT8 = len(pack.MODES)  # a mode beside those of pack.py
-BY_INTEGERS = BY_TILES + 1  # a way to multiply beside those of gemm_kernel.py
+BY_WORDS, BY_INTEGERS = BY_TILES + 1, BY_TILES + 2  # ways to multiply beside those of gemm_kernel.py: int8 with 16 bits, and on AMX tiles
 
 _PART = gemm.K_PART
+_GROUP = STRIPS * STRIP  # outputs that go through K together where the weights were packed at load; elsewhere STRIPS * W
 _STRIP_BYTES = gemm.BLOCK_WORDS * W * WORD
-_SUMS_ROW = STRIPS * W * WORD
-# Work space of a worker: strips of B, sums of a part and their total, tiles, a block to transpose in; then x, packed as gemm packs B.
+_SUMS_ROW = _GROUP * WORD
+# Work space of a worker: strips of B, sums of a part and their total, tiles, a block to transpose in; then x.
 _SUMS = STRIPS * (_STRIP_BYTES + LINE)
 _TOTAL = _SUMS + MOST_ROWS * _SUMS_ROW
 _TURNED = _TOTAL + INTEGER_ROWS * _SUMS_ROW
-_SPARE = _TURNED + STRIPS * W * W * WORD
+_TURNED_ROWS = STRIPS * W * W * WORD  # the tiles of W rows of x
+_SPARE = _TURNED + -(-MOST_ROWS // W) * _TURNED_ROWS
 _X = _SPARE + W * W * WORD
 
-_chain_1, _chain_n = make_micro(1, 1), make_micro(1, STRIPS)
-if HAS_PAIRS:
-    _pairs_1, _pairs_n = make_micro(1, 1, True), make_micro(1, STRIPS, True)
 if HAS_TILES:
     _tiles_1, _tiles_2 = make_tile_micro(1, 1), make_tile_micro(2, 1)
 
@@ -99,12 +101,18 @@ if HAS_TILES:
 def _fill(job, c, lanes, k, num_k, words, target, spare):
     """One strip of the weights for one K block, as gemm.py packs it; rows first, as the A side, for AMX tiles."""
     mode, column, step, kernel = int64_at(job, JOB.b_mode), int64_at(job, JOB.b_column), int64_at(job, JOB.b_k), int64_at(job, JOB.kernel)
-    size = 2 if mode == pack.BF16_WIDENED or mode == pack.BF16_PAIRS else 4
-    if mode == INT8:  # B_COLUMN and SCALES_STRIP take from strip to strip
-        source = int64_at(job, JOB.b) + c // STRIP * column + c % STRIP * 4
-        scales = int64_at(job, JOB.scales) + c // STRIP * int64_at(job, JOB.scales_strip) + c % STRIP * 4
-        int8.fill_words(int64_at(job, JOB.x_half), kernel != BY_CHAINS, source, scales, k, words, target)
+    if mode >= STRIPS_F32:
+        source = int64_at(job, JOB.b) + c // STRIP * column
+        if mode == STRIPS_INT8:
+            scales = int64_at(job, JOB.scales) + c // STRIP * int64_at(job, JOB.scales_strip) + c % STRIP * WORD
+            int8.fill_words(source + c % STRIP * 4, scales, k, words, target)
+        elif kernel == BY_TILES:
+            for word in range(0, words, W):
+                pack.transpose(source + (k // 2 + word) * (STRIP * WORD), STRIP * WORD, target + word * (W * WORD))
+        else:
+            fill_packed(mode, kernel != BY_CHAINS, source + c % STRIP * WORD, k, words, target)
         return
+    size = 2 if mode == pack.BF16_WIDENED or mode == pack.BF16_PAIRS else 4
     source = int64_at(job, JOB.b) + c * column + k * step
     whole = lanes == W and step == size and num_k == words * (1 if kernel == BY_CHAINS else 2)
     if whole and kernel == BY_CHAINS and mode != pack.F32_ROUNDED_WIDENED:
@@ -115,91 +123,75 @@ def _fill(job, c, lanes, k, num_k, words, target, spare):
         pack_strip(mode, source, column // size, step // size, lanes, num_k, words, target, spare, kernel == BY_TILES)
 
 
-@numba.njit(cache=True, nogil=True)
-def _chain_block(x, b, sums, rows, words, strips, first):
-    """One K block of every row: sums = or += x b."""
-    for m in range(rows):
-        to = sums + m * _SUMS_ROW
-        old = 0 if first else to
-        if strips == STRIPS:
-            _chain_n(x + m * WORD, b, _STRIP_BYTES + LINE, old, 0, to, 0, words)
-        else:
-            for s in range(strips):
-                beside = s * (W * WORD)
-                _chain_1(x + m * WORD, b + s * (_STRIP_BYTES + LINE), 0, 0 if first else to + beside, 0, to + beside, 0, words)
+def _tiles_block_py(x, x_strip, rows, b, b_strip, b_row, b_step, turned, steps, strips, first):
+    """The weights are the A side here: turned [W rows of x][strip][output][row of x] = or += b x."""
+    for _ in range(0, rows, W):
+        for s in range(0, strips, 2):
+            at_b, to = b + s * b_strip, turned + s * (W * W * WORD)
+            old = 0 if first else to
+            if s + 1 < strips:
+                _tiles_2(at_b, b_strip, b_row, b_step, x, 0, old, W * WORD, to, W * WORD, steps)
+            else:
+                _tiles_1(at_b, b_strip, b_row, b_step, x, 0, old, W * WORD, to, W * WORD, steps)
+        x += x_strip
+        turned += _TURNED_ROWS
 
 
-def _pairs_block_py(x, b, sums, rows, words, strips, first):
-    for m in range(rows):
-        to = sums + m * _SUMS_ROW
-        old = 0 if first else to
-        if strips == STRIPS:
-            _pairs_n(x + m * WORD, b, _STRIP_BYTES + LINE, old, 0, to, 0, words)
-        else:
-            for s in range(strips):
-                beside = s * (W * WORD)
-                _pairs_1(x + m * WORD, b + s * (_STRIP_BYTES + LINE), 0, 0 if first else to + beside, 0, to + beside, 0, words)
-
-
-def _tiles_block_py(x, b, b_strip, b_row, b_step, turned, steps, strips, first):
-    """The weights are the A side here: turned [strip][output][row of x] = or += b x."""
-    for s in range(0, strips, 2):
-        at_b, to = b + s * b_strip, turned + s * (W * W * WORD)
-        old = 0 if first else to
-        if s + 1 < strips:
-            _tiles_2(at_b, b_strip, b_row, b_step, x, 0, old, W * WORD, to, W * WORD, steps)
-        else:
-            _tiles_1(at_b, b_strip, b_row, b_step, x, 0, old, W * WORD, to, W * WORD, steps)
-
-
-def _absent_block(x, b, sums, rows, words, strips, first):
-    pass
-
-
-def _absent_tiles(x, b, b_strip, b_row, b_step, turned, steps, strips, first):
+def _absent_tiles(x, x_strip, rows, b, b_strip, b_row, b_step, turned, steps, strips, first):
     pass
 
 
 # A CPU without the instructions must not see them: LLVM could not select them.
-_jit = numba.njit(cache=True, nogil=True)
-_pairs_block = _jit(_pairs_block_py if HAS_PAIRS else _absent_block)
-_tiles_block = _jit(_tiles_block_py if HAS_TILES else _absent_tiles)
+_tiles_block = numba.njit(cache=True, nogil=True)(_tiles_block_py if HAS_TILES else _absent_tiles)
+
+
+@numba.njit(cache=True, nogil=True)
+def _turn_back(turned, spare, rows, strips, sums):
+    """turned -> sums [row][outputs]."""
+    for m0 in range(0, rows, W):
+        for s in range(strips):
+            pack.transpose(turned + m0 // W * _TURNED_ROWS + s * (W * W * WORD), W * WORD, spare)
+            for m in range(m0, min(m0 + W, rows)):
+                vstore(sums + m * _SUMS_ROW, s * W, vload(spare, (m - m0) * W))
 
 
 @numba.njit(cache=True, nogil=True)
 def _part(job, scratch, c, columns, k0, num_k, sums):
     """sums [row][columns] of one part of K."""
-    kernel, rows, column = int64_at(job, JOB.kernel), int64_at(job, JOB.rows), int64_at(job, JOB.b_column)
+    kernel, rows, mode = int64_at(job, JOB.kernel), int64_at(job, JOB.rows), int64_at(job, JOB.b_mode)
+    column, x_row = int64_at(job, JOB.b_column), int64_at(job, JOB.x_packed_row)
     per_word = 1 if kernel == BY_CHAINS else 2
     blocks = (num_k + gemm.BLOCK_WORDS * per_word - 1) // (gemm.BLOCK_WORDS * per_word)
     step = W * per_word
     block = ((num_k + blocks - 1) // blocks + step - 1) // step * step
-    strips = (columns + W - 1) // W
     b, turned, spare = scratch, scratch + _TURNED, scratch + _SPARE
     size = int64_at(job, JOB.b_k)  # 1, 2 or 4 where the elements of one output lie side by side
-    in_place = kernel == BY_TILES and int64_at(job, JOB.b_mode) == pack.BF16_PAIRS and size == 2 and columns % W == 0
+    in_place = kernel == BY_TILES and mode == pack.BF16_PAIRS and size == 2 and columns % W == 0
+    streamed = kernel != BY_TILES and mode in (STRIPS_F32, STRIPS_BF16)
+    strips = (columns + STRIP - 1) // STRIP if streamed else (columns + W - 1) // W
     for k in range(0, num_k, block):
         n = min(block, num_k - k)
         words = (n + per_word - 1) // per_word
         padded = (words + W - 1) // W * W
-        x = scratch + _X + (k0 + k) // per_word * (W * WORD)
+        word = (k0 + k) // per_word
+        x = scratch + _X + word * (W * WORD if kernel == BY_TILES else WORD)
+        if streamed:
+            at = int64_at(job, JOB.b) + c // STRIP * column + (word if per_word == 2 or mode == STRIPS_F32 else word // 2) * (STRIP * WORD)
+            kind = FLOAT32 if mode == STRIPS_F32 else BFLOAT16
+            stream.multiply(kind, per_word == 2, x, x_row, at, column, sums, _SUMS_ROW, rows, words, strips, k == 0)
+            continue
         if in_place and n % step == 0:
             at = int64_at(job, JOB.b) + c * column + (k0 + k) * 2
-            _tiles_block(x, at, W * column, column, W * WORD, turned, padded // W, strips, k == 0)
+            _tiles_block(x, x_row, rows, at, W * column, column, W * WORD, turned, padded // W, strips, k == 0)
             continue
         for s in range(strips):
             _fill(job, c + s * W, min(W, columns - s * W), k0 + k, n, padded, b + s * (_STRIP_BYTES + LINE), spare)
         if kernel == BY_TILES:
-            _tiles_block(x, b, _STRIP_BYTES + LINE, W * WORD, W * W * WORD, turned, padded // W, strips, k == 0)
-        elif kernel == BY_PAIRS:
-            _pairs_block(x, b, sums, rows, words, strips, k == 0)
+            _tiles_block(x, x_row, rows, b, _STRIP_BYTES + LINE, W * WORD, W * W * WORD, turned, padded // W, strips, k == 0)
         else:
-            _chain_block(x, b, sums, rows, words, strips, k == 0)
+            stream.multiply(WORKED, kernel == BY_PAIRS, x, x_row, b, _STRIP_BYTES + LINE, sums, _SUMS_ROW, rows, words, strips, k == 0)
     if kernel == BY_TILES:
-        for s in range(strips):
-            pack.transpose(turned + s * (W * W * WORD), W * WORD, spare)
-            for m in range(rows):
-                vstore(sums + m * _SUMS_ROW, s * W, vload(spare, m * W))
+        _turn_back(turned, spare, rows, strips, sums)
 
 
 # ---- a launch --------------------------------------------------------------------------------------------------------
@@ -231,31 +223,48 @@ def _finish(job, total, c, columns):
 
 @numba.njit(cache=True, nogil=True)
 def _pack_x(job, scratch):
-    num_k, half = int64_at(job, JOB.depth), int64_at(job, JOB.x_half)
-    size = 2 if half else 4
-    paired = int64_at(job, JOB.kernel) != BY_CHAINS
-    mode = (pack.BF16_PAIRS if paired else pack.BF16_WIDENED) if half else pack.F32_AS_IS
-    words = ((num_k + 1) // 2 if paired else num_k) + W - 1
-    pack_strip(mode, int64_at(job, JOB.x), int64_at(job, JOB.x_row) // size, 1, int64_at(job, JOB.rows), num_k, words // W * W, scratch + _X,
-               scratch + _SPARE, False)  # fmt: skip
+    """x as the kernel reads it: rows of words, or for AMX tiles strips of W rows as gemm.py packs B; 0 beyond K."""
+    kernel, rows, num_k = int64_at(job, JOB.kernel), int64_at(job, JOB.rows), int64_at(job, JOB.depth)
+    source, row, half, to_row = int64_at(job, JOB.x), int64_at(job, JOB.x_row), int64_at(job, JOB.x_half), int64_at(job, JOB.x_packed_row)
+    target = scratch + _X
+    if kernel == BY_INTEGERS:
+        int8.pack_digits(source, row, half, rows, num_k, target)
+    elif kernel == BY_WORDS:
+        integers.pack_words(source, row, half, rows, num_k, target)
+    elif kernel == BY_TILES:
+        words = (num_k + 1) // 2 + W - 1
+        for m in range(0, rows, W):
+            pack_strip(pack.BF16_PAIRS, source + m * row, row // 2, 1, min(W, rows - m), num_k, words // W * W, target, scratch + _SPARE, False)
+            target += to_row
+    else:
+        for _ in range(rows):
+            if kernel == BY_PAIRS:
+                vstore(target + num_k // 2 * WORD, 0, vzero())
+                copy_bytes(target, source, num_k * 2)
+            else:
+                for k in range(0, num_k, W):
+                    vstore(target, k, load(source, half, k, num_k - k))
+            source += row
+            target += to_row
 
 
 @numba.njit(cache=True, nogil=True)
 def _columns(job, scratch, begin, end):
     """Outputs [begin, end) of every row."""
-    depth, rows = int64_at(job, JOB.depth), int64_at(job, JOB.rows)
-    sums, total = scratch + _SUMS, scratch + _TOTAL
-    integers = int64_at(job, JOB.kernel) == BY_INTEGERS
-    if integers:
-        int8.pack_digits(int64_at(job, JOB.x), int64_at(job, JOB.x_row), int64_at(job, JOB.x_half), rows, depth, scratch + _X)
-    else:
-        _pack_x(job, scratch)
-    for c in range(begin, end, STRIPS * W):
-        columns = min(STRIPS * W, end - c)
-        if integers:
-            row, scales_row = int64_at(job, JOB.b_column), int64_at(job, JOB.scales_strip)
+    depth, rows, kernel, mode = int64_at(job, JOB.depth), int64_at(job, JOB.rows), int64_at(job, JOB.kernel), int64_at(job, JOB.b_mode)
+    sums, total, x = scratch + _SUMS, scratch + _TOTAL, scratch + _X
+    integral = kernel in (BY_WORDS, BY_INTEGERS)
+    _pack_x(job, scratch)
+    step = _GROUP if integral or mode in (STRIPS_F32, STRIPS_BF16) else STRIPS * W
+    for c in range(begin, end, step):
+        columns = min(step, end - c)
+        if integral:
+            row, scales_row, strips = int64_at(job, JOB.b_column), int64_at(job, JOB.scales_strip), (columns + STRIP - 1) // STRIP
             weights, scales = int64_at(job, JOB.b) + c // STRIP * row, int64_at(job, JOB.scales) + c // STRIP * scales_row
-            int8.multiply(scratch + _X, rows, depth, weights, row, scales, scales_row, (columns + W - 1) // W, scratch, total, _SUMS_ROW)
+            if kernel == BY_WORDS:
+                integers.multiply(x, rows, depth, weights, row, scales, scales_row, strips, total, _SUMS_ROW)
+            else:
+                int8.multiply(x, rows, depth, weights, row, scales, scales_row, strips, scratch, total, _SUMS_ROW)
             _finish(job, total, c, columns)
             continue
         for k0 in range(0, depth, _PART):
@@ -303,44 +312,69 @@ class Output(NamedTuple):
     z: int = 0
 
 
-def in_integers(dtype: torch.dtype) -> bool:
-    """Whether int8 weights are multiplied by int8 tiles with activations of this dtype."""
-    return HAS_INTEGERS and dtype == torch.bfloat16 and gemm.bf16_kernel() == gemm.TILES
+def in_integers(weight: Weight, dtype: torch.dtype) -> bool:
+    """Whether these weights are multiplied as the integers that they are with activations of this dtype, up to INTEGER_ROWS rows at a time."""
+    return isinstance(weight, Quantized) and dtype == torch.bfloat16
+
+
+def most_rows(weight: Weight, dtype: torch.dtype) -> int:
+    """The most rows of x that one job takes."""
+    return INTEGER_ROWS if in_integers(weight, dtype) else MOST_ROWS
+
+
+def _kernel(weight: Weight, dtype: torch.dtype) -> int:
+    if in_integers(weight, dtype):
+        return BY_INTEGERS if HAS_INTEGERS and gemm.bf16_kernel() == gemm.TILES else BY_WORDS
+    return gemm.CODES[gemm.kernel_for(dtype)]
+
+
+def _packed_row(kernel: int, depth: int) -> int:
+    """Bytes from row to row of x in the work space, for AMX tiles from strip to strip; not a multiple of 4096: rows would share sets of the cache."""
+    if kernel == BY_TILES:
+        return -(-depth // (2 * W)) * (W * W * WORD)
+    words = depth if kernel == BY_CHAINS else -(-depth // 2)
+    return (words + W) * WORD // LINE * LINE + LINE
 
 
 def scratch_bytes(depth: int, rows: int = MOST_ROWS) -> int:
-    packed = (depth + SCALE_BLOCK) * max(W * WORD, -(-rows // GROUP_ROWS) * (TILE_BYTES // SCALE_BLOCK) + rows)
-    return -(-(_X + packed) // 4096) * 4096 + LINE
+    """Work space of a worker for jobs of so many rows and no larger depth, of whatever weights."""
+    blocks = -(-depth // SCALE_BLOCK)
+    by_rows = rows * max(_packed_row(BY_CHAINS, depth), integers.row_bytes(depth))
+    by_strips = -(-rows // W) * _packed_row(BY_TILES, depth)
+    by_digits = blocks * (-(-rows // GROUP_ROWS) * TILE_BYTES + rows * WORD)
+    return -(-(_X + max(by_rows, by_strips if HAS_TILES else 0, by_digits if HAS_INTEGERS else 0)) // 4096) * 4096 + LINE
 
 
 def task_columns(columns: int, workers: int) -> int:
     """Equal shares, in whole groups of strips; no bit depends on it."""
-    step = STRIPS * W
-    groups = -(-columns // step)
-    return min(MOST_TASK_COLUMNS, -(-groups // workers) * step)
+    groups = -(-columns // _GROUP)
+    return min(MOST_TASK_COLUMNS, -(-groups // workers) * _GROUP)
 
 
-def job(x: Tensor, weight: "Tensor | Quantized", bias: Tensor | None, out: Output, workers: int, first_task: int = 0, partner: int = 0) -> np.ndarray:
-    """x (M, K), weight (N, K) of any strides -> the job x @ weight.T (+ bias float32). The caller keeps all memory alive."""
+def job(x: Tensor, weight: Weight, bias: Tensor | None, out: Output, workers: int, first_task: int = 0, partner: int = 0) -> np.ndarray:
+    """x (M, K), weight (N, K), a tensor of any strides -> the job x @ weight.T (+ bias float32). The caller keeps all memory alive."""
     (rows, depth), columns = x.shape, weight.shape[0]
-    integers = isinstance(weight, Quantized) and in_integers(x.dtype)
-    assert rows <= (INTEGER_ROWS if integers else MOST_ROWS) and weight.shape[1] == depth and x.stride(1) == 1
-    kernel = gemm.kernel_for(x.dtype)
+    assert rows <= most_rows(weight, x.dtype) and weight.shape[1] == depth and x.stride(1) == 1
     p = np.zeros(len(JOB), np.int64)
-    p[JOB.kernel], p[JOB.rows], p[JOB.columns], p[JOB.depth] = BY_INTEGERS if integers else gemm.CODES[kernel], rows, columns, depth
+    p[JOB.kernel], p[JOB.rows], p[JOB.columns], p[JOB.depth] = _kernel(weight, x.dtype), rows, columns, depth
     p[JOB.tile_configuration] = int8.configuration(rows)
     p[JOB.x], p[JOB.x_row], p[JOB.x_half] = x.data_ptr(), x.stride(0) * x.element_size(), is_half(x)
-    if isinstance(weight, Quantized):
-        p[JOB.b], p[JOB.b_column], p[JOB.b_mode] = weight.values.data_ptr(), weight.values.stride(0), INT8
-        p[JOB.scales], p[JOB.scales_strip] = weight.scales.data_ptr(), weight.scales.stride(0) * 4
-    else:
+    p[JOB.x_packed_row] = _packed_row(int(p[JOB.kernel]), depth)
+    if isinstance(weight, Tensor):
         size = weight.element_size()
         p[JOB.b], p[JOB.b_column], p[JOB.b_k], p[JOB.b_mode] = (
             weight.data_ptr(),
             weight.stride(0) * size,
             weight.stride(1) * size,
-            gemm.pack_mode(kernel, weight.dtype),
+            gemm.pack_mode(gemm.kernel_for(x.dtype), weight.dtype),
         )
+    else:
+        values = weight.values
+        p[JOB.b], p[JOB.b_column] = values.data_ptr(), values.stride(0) * values.element_size()
+        if isinstance(weight, Strips):
+            p[JOB.b_mode] = gemm.strips_mode(gemm.kernel_for(x.dtype), weight.dtype)
+        else:
+            p[JOB.b_mode], p[JOB.scales], p[JOB.scales_strip] = STRIPS_INT8, weight.scales.data_ptr(), weight.scales.stride(0) * WORD
     p[JOB.bias] = 0 if bias is None else bias.data_ptr()
     p[JOB.out], p[JOB.out_row], p[JOB.out_half], p[JOB.activation] = out.address, out.row, is_half(x), -1
     if out.activation is not None:
@@ -374,8 +408,8 @@ def _float32(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.detach().to(torch.float32).contiguous()
 
 
-def matvec(x: Tensor, weight: "Tensor | Quantized", bias: Tensor | None = None, workers: int = 1, out: Tensor | None = None) -> Tensor:
-    """x (M, K) @ weight (N, K).T + bias (N,) -> (M, N) in x's dtype, M <= MOST_ROWS or, of int8 tiles, INTEGER_ROWS."""
+def matvec(x: Tensor, weight: Weight, bias: Tensor | None = None, workers: int = 1, out: Tensor | None = None) -> Tensor:
+    """x (M, K) @ weight (N, K).T + bias (N,) -> (M, N) in x's dtype, M <= `most_rows`."""
     if out is None:
         out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
     if out.numel():
@@ -387,7 +421,7 @@ def matvec(x: Tensor, weight: "Tensor | Quantized", bias: Tensor | None = None, 
     return out
 
 
-def activated(x: Tensor, w_gate: "Tensor | Quantized | None", w_up: "Tensor | Quantized", b_up: Tensor | None, name: str, workers: int) -> Tensor:
+def activated(x: Tensor, w_gate: Weight | None, w_up: Weight, b_up: Tensor | None, name: str, workers: int) -> Tensor:
     """activation(gate) * (up + bias), or activation(up + bias): the first half of a feed-forward layer, (M, F)."""
     hidden = torch.empty((x.shape[0], w_up.shape[0]), dtype=x.dtype)
     b_up, z, partner = _float32(b_up), torch.empty_like(hidden), None

@@ -1,4 +1,5 @@
-"""Strips of weights for decoding: W x W words at a time, converted and turned in registers on their way from memory."""
+"""Strips of weights for products: from rows, W x W words at a time, converted and turned in registers on their way from memory; or from weights
+that lie in strips already (strips.py)."""
 
 from typing import Any
 
@@ -6,8 +7,10 @@ import numba
 from numba import types
 
 from cllm.kernels.numba import llvm, pack
-from cllm.kernels.numba.llvm import F32, HAS_PAIRS, I64, VF, VI, BFloat, W, intrinsic
-from cllm.kernels.numba.micro import WORD
+from cllm.kernels.numba.llvm import F32, HAS_PAIRS, I64, VF, VI, BFloat, W, const_int, intrinsic
+from cllm.kernels.numba.micro import WORD, _at
+from cllm.kernels.numba.simd import vload, vstore
+from cllm.kernels.strips import STRIP
 
 _jit = numba.njit(cache=True, nogil=True)
 
@@ -86,3 +89,31 @@ def _absent_fill(rows_first, source, row, words, target):
 
 # A CPU without the instructions must not see them: LLVM could not select them.
 fill_paired = _jit(_fill_paired_py if W == 16 else _absent_fill)
+
+
+@intrinsic
+def _widened_line(tc, source, target):
+    """W outputs of two neighbouring k in bfloat16 -> float32 [k][W]."""
+
+    def codegen(ctx, bld, sig, args):
+        both = llvm.load(bld, _at(bld, args[0]), VI)
+        llvm.store(bld, bld.shl(both, const_int(16)), _at(bld, args[1]))
+        llvm.store(bld, bld.and_(both, const_int(-0x10000)), _at(bld, args[1], W * WORD))
+        return ctx.get_dummy_value()
+
+    return types.void(types.intp, types.intp), codegen
+
+
+@_jit
+def fill_packed(mode, paired, source, k, words, target):
+    """W outputs of weights packed at load, from their k-th element on, as gemm.py packs them; source: the first of them in their strip.
+
+    words: a multiple of W. `paired` fits STRIPS_BF16 alone: two k are a word there.
+    """
+    if mode == pack.STRIPS_BF16 and not paired:
+        for word in range(0, words, 2):
+            _widened_line(source + (k + word) // 2 * (STRIP * WORD), target + word * (W * WORD))
+    else:
+        line = source + (k // 2 if paired else k) * (STRIP * WORD)
+        for word in range(words):
+            vstore(target, word * W, vload(line, word * STRIP))

@@ -49,6 +49,7 @@ cllm.kernels.backend                     what a backend declares
 cllm.kernels.operations                  the operations and their work
 cllm.kernels.stack                       what a decoded token passes through
 cllm.kernels.quantization                matrices of 8-bit weights
+cllm.kernels.strips                      matrices in the order in which decoding reads them
 cllm.runtime                             the machine, threads, and which backend an operation gets
 """
 

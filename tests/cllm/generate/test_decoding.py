@@ -22,7 +22,7 @@ def make(name, dtype, weights):
     if weights != "master":
         model = model.to(dtype)
     model.compute_dtype = dtype
-    return model.quantize_() if weights == "int8" else model
+    return model.quantize_() if weights == "int8" else model.pack_() if weights == "packed" else model
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def decoded(model, tokens, prefix):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("weights", ["master", "same", "int8"])
+@pytest.mark.parametrize("weights", ["master", "same", "packed", "int8"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_decoded_tokens_have_the_bits_of_one_pass(name, weights, dtype):
     pytest.importorskip("numba")
@@ -83,3 +83,33 @@ def test_int8_weights_write_nearly_the_same_distribution_and_cannot_be_saved(tmp
         save(loaded, tmp_path / "other.cllm")
     with pytest.raises(UserError, match="fp32, bf16, int8"):
         load(tmp_path / "model.cllm", weights="int4")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "qk_norm_and_softcap", "gpt2", "gpt2_odd_width"])
+def test_packed_weights_have_the_bits_of_the_matrices(name, dtype, monkeypatch):
+    """At any number of rows, in the loss too, and on the processors on which a model is not packed because its matrices are read as fast."""
+    pytest.importorskip("numba")
+    monkeypatch.setenv("CLLM_BF16_KERNEL", "widened")
+    model, packed = make(name, dtype, "master"), make(name, dtype, "packed")
+    assert packed.is_packed and sum(each.numel() for each in packed.parameters()) < sum(each.numel() for each in model.parameters())
+    tokens = torch.randint(101, (2, 80), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(packed(tokens), model(tokens))
+        assert torch.equal(decoded(packed, tokens, 60)[0], model(tokens))
+        assert torch.equal(packed.loss(tokens, tokens), model.loss(tokens, tokens))
+        with runtime.use(backend="torch"):
+            assert torch.allclose(packed(tokens).float(), model(tokens).float(), atol=0.05)
+
+
+def test_a_packed_model_is_for_generation_only(monkeypatch, tmp_path):
+    pytest.importorskip("numba")
+    monkeypatch.setenv("CLLM_BF16_KERNEL", "widened")
+    model = make("llama", torch.bfloat16, "packed")
+    with pytest.raises(UserError, match=r"packed for bfloat16.*cannot be saved"):
+        save(model, tmp_path / "model.cllm")
+    with pytest.raises(UserError, match="before pack_"):
+        model.compute_dtype = torch.float32
+    assert not any(each.requires_grad for each in model.parameters())
+    with runtime.use(backend="torch"):
+        assert not make("llama", torch.bfloat16, "packed").is_packed  # plain torch reads matrices

@@ -1,0 +1,174 @@
+"""int8 weights times bfloat16 activations in exact integers, on any CPU: the bits of AMX's int8 tiles (int8.py).
+
+A row of x becomes integers of 16 bits, scaled by the largest of each SCALE_BLOCK of K, in the pairs in which four int8 of an output lie in a lane of
+32 bits: (0, 2) its even bytes, (1, 3) its odd ones. Products of a block are summed in int32, which holds them exactly: 32512 * 127 * 64 < 2**31.
+"""
+
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from cllm.kernels.numba import llvm
+from cllm.kernels.numba.launch import load, put_float32
+from cllm.kernels.numba.llvm import F32, FEATURES, I8, I16, I32, I64, VF, VI, W, const, const_int, intrinsic, splat
+from cllm.kernels.numba.micro import WORD, _at, _emit_prefetch, _offset
+from cllm.kernels.numba.simd import vabs, vec, vhmax, vmax_nan, vset, vzero
+from cllm.kernels.quantization import SCALE_BLOCK
+from cllm.kernels.strips import STRIP
+
+LARGEST, SMALLEST = np.float32(127 * 256), np.float32(1e-33)  # of a block of x after scaling; what is below counts as 0
+ROWS = 4  # rows of x for which a strip is taken through the registers at a time
+AHEAD_BYTES = 1024
+_LINE = 64  # bytes: STRIP outputs, four int8 of each
+_BLOCK_BYTES = SCALE_BLOCK * 2  # of a row of x
+_VECTORS = STRIP // W
+_SHORTS = ir.VectorType(I16, 2 * W)
+_I = types.intp
+_jit = numba.njit(cache=True, nogil=True)
+
+
+def row_bytes(depth: int) -> int:
+    """From row to row of packed x: its words, and behind them the scales of its blocks. No multiple of 4096: rows would share sets of the cache."""
+    blocks = -(-depth // SCALE_BLOCK)
+    return blocks * (_BLOCK_BYTES + WORD) + _LINE
+
+
+# ---- x ---------------------------------------------------------------------------------------------------------------
+
+
+def rounded(bld: Any, x: Any, inverse: Any) -> Any:
+    """W float32 * inverse, to the nearest integer."""
+    return bld.fptosi(llvm.call(bld, f"llvm.rint.v{W}f32", VF, bld.fmul(x, inverse)), VI)
+
+
+@intrinsic
+def _put_words(tc, x, inverse, address):
+    def codegen(ctx, bld, sig, args):
+        q = rounded(bld, args[0], args[1])
+        even, odd = (ir.Constant(ir.VectorType(I32, W // 2), [4 * (i // 2) + i % 2 + more for i in range(W // 2)]) for more in (0, 2))
+        undefined, words = ir.Constant(VI, ir.Undefined), ir.VectorType(I32, W // 2)
+        first, second = (bld.shuffle_vector(q, undefined, each) for each in (even, odd))
+        both = bld.or_(bld.and_(first, const_int(0xFFFF, words)), bld.shl(second, const_int(16, words)))
+        llvm.store(bld, both, bld.inttoptr(args[2], I8.as_pointer()))
+        return ctx.get_dummy_value()
+
+    return types.void(vec, vec, _I), codegen
+
+
+@_jit
+def block_scale(x, half, k, n):
+    """(scale, its inverse) of the SCALE_BLOCK elements of x from k on, of which n are valid."""
+    top = vzero()
+    for i in range(0, SCALE_BLOCK, W):
+        top = vmax_nan(vabs(load(x, half, k + i, n - i)), top)
+    largest = vhmax(top)
+    return largest / LARGEST, LARGEST / largest if not largest < SMALLEST else np.float32(0.0)
+
+
+@_jit
+def pack_words(x0, x_row, half, rows, depth, target):
+    """Rows of x -> words and scales, `row_bytes` from row to row."""
+    blocks = (depth + SCALE_BLOCK - 1) // SCALE_BLOCK
+    to_row = blocks * (_BLOCK_BYTES + WORD) + _LINE
+    for m in range(rows):
+        x, to = x0 + m * x_row, target + m * to_row
+        for block in range(blocks):
+            k = block * SCALE_BLOCK
+            scale, inverse = block_scale(x, half, k, depth - k)
+            put_float32(to + blocks * _BLOCK_BYTES, block, scale)
+            for i in range(0, SCALE_BLOCK, W):
+                _put_words(load(x, half, k + i, depth - k - i), vset(inverse), to + (k + i) * 2)
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
+def _pair_sums(bld: Any, a: Any, b: Any) -> Any:
+    """2 W int16 of two vectors -> W int32: the sums of the products of neighbours."""
+    name, feature = {16: ("avx512.pmaddw.d.512", "avx512bw"), 8: ("avx2.pmadd.wd", "avx2"), 4: ("sse2.pmadd.wd", "sse2")}[W]
+    if feature in FEATURES:
+        return llvm.call(bld, f"llvm.x86.{name}", VI, a, b)
+    a, b = (bld.bitcast(each, VI) for each in (a, b))
+    low = (bld.ashr(bld.shl(each, const_int(16)), const_int(16)) for each in (a, b))
+    high = (bld.ashr(each, const_int(16)) for each in (a, b))
+    return bld.add(bld.mul(*low), bld.mul(*high))
+
+
+def _make_micro(rows: int) -> Any:
+    """micro(x, x_row, b, scales, total, total_row, blocks): rows of packed x times a strip of int8 weights through all of K -> total [row][STRIP]."""
+    # Where few sums are under way at a time, even and odd bytes have their own: additions of products wait for each other on some processors.
+    apart = rows * _VECTORS < 4
+
+    @intrinsic
+    def micro(tc, x, x_row, b, scales, total, total_row, blocks):
+        def codegen(ctx, bld, sig, args):
+            x, x_row, b, scales, total, total_row, blocks = args
+            totals = [[cgutils.alloca_once_value(bld, const(0.0)) for _ in range(_VECTORS)] for _ in range(rows)]
+            sums = [[[cgutils.alloca_once(bld, VI) for _ in range(2 if apart else 1)] for _ in range(_VECTORS)] for _ in range(rows)]
+            x_rows = [_offset(bld, x, (x_row, i)) for i in range(rows)]
+            x_scales = [bld.add(each, bld.mul(blocks, I64(_BLOCK_BYTES))) for each in x_rows]
+            with cgutils.for_range(bld, blocks, intp=I64) as loop:
+                block = loop.index
+                for of_row in sums:
+                    for each in of_row:
+                        for slot in each:
+                            bld.store(const_int(0), slot)
+                at_x = [bld.add(each, bld.mul(block, I64(_BLOCK_BYTES))) for each in x_rows]
+                at_b = bld.add(b, bld.mul(block, I64(SCALE_BLOCK * STRIP)))
+                with cgutils.for_range(bld, I64(SCALE_BLOCK // 4), intp=I64) as inner:
+                    line = bld.add(at_b, bld.mul(inner.index, I64(_LINE)))
+                    if rows == 1:
+                        _emit_prefetch(bld, _at(bld, line, AHEAD_BYTES), 3)
+                    weights = [llvm.load(bld, _at(bld, line, v * W * WORD), _SHORTS) for v in range(_VECTORS)]
+                    eight = const_int(8, _SHORTS)
+                    digits = [(bld.ashr(bld.shl(each, eight), eight), bld.ashr(each, eight)) for each in weights]
+                    for i in range(rows):
+                        for parity in range(2):
+                            at = bld.add(at_x[i], bld.mul(inner.index, I64(2 * WORD)))
+                            word = bld.bitcast(splat(bld, llvm.load(bld, _at(bld, at, parity * WORD), I32), VI), _SHORTS)
+                            for v in range(_VECTORS):
+                                slot = sums[i][v][parity if apart else 0]
+                                bld.store(bld.add(bld.load(slot), _pair_sums(bld, digits[v][parity], word)), slot)
+                at_scales = bld.add(scales, bld.mul(block, I64(STRIP * WORD)))
+                of_weights = [llvm.load(bld, _at(bld, at_scales, v * W * WORD), VF) for v in range(_VECTORS)]
+                for i in range(rows):
+                    at = _at(bld, bld.add(x_scales[i], bld.mul(block, I64(WORD))))
+                    of_x = splat(bld, llvm.load(bld, at, F32))
+                    for v in range(_VECTORS):
+                        exact = bld.load(sums[i][v][0])
+                        if apart:
+                            exact = bld.add(exact, bld.load(sums[i][v][1]))
+                        scale = bld.fmul(of_weights[v], of_x)
+                        bld.store(llvm.fma(bld, bld.sitofp(exact, VF), scale, bld.load(totals[i][v])), totals[i][v])
+            for i in range(rows):
+                for v in range(_VECTORS):
+                    llvm.store(bld, bld.load(totals[i][v]), _at(bld, _offset(bld, total, (total_row, i)), v * W * WORD))
+            return ctx.get_dummy_value()
+
+        return types.void(_I, _I, _I, _I, _I, _I, _I), codegen
+
+    return micro
+
+
+_micro_1, _micro_n = _make_micro(1), _make_micro(ROWS)
+
+
+@_jit
+def multiply(x, rows, depth, weights, strip_bytes, scales, scales_strip, strips, total, total_row):
+    """total [row][strips * STRIP] of some strips of outputs, which begin at `weights` and `scales`."""
+    blocks = (depth + SCALE_BLOCK - 1) // SCALE_BLOCK
+    x_row = blocks * (_BLOCK_BYTES + WORD) + _LINE
+    for s in range(strips):
+        b, of_b, to = weights + s * strip_bytes, scales + s * scales_strip, total + s * (STRIP * WORD)
+        m = 0
+        while m < rows:
+            if rows - m >= ROWS:
+                _micro_n(x + m * x_row, x_row, b, of_b, to + m * total_row, total_row, blocks)
+                m += ROWS
+            else:
+                _micro_1(x + m * x_row, 0, b, of_b, to + m * total_row, 0, blocks)
+                m += 1
