@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +27,9 @@ from cllm.cli.options import (
 )
 from cllm.config.sampling import SAMPLING
 from cllm.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from cllm.generate.decoding import Generation
 
 MaxTokens = Annotated[int, option("--max-tokens", int, "Largest number of tokens to write.", at_least=1, example=200)]
 Seed = Annotated[int, option("--seed", int, "Seed of the random choices. The same seed gives the same text.", at_least=0)]
@@ -50,6 +54,13 @@ def generate(
     stop: Annotated[list[str] | None, option("--stop", str, "Text at which to stop. Can be given several times.")] = None,
     seed: Seed = 0,
     samples: Annotated[int, option("--samples", int, "Number of continuations.", at_least=1, at_most=10_000)] = 1,
+    beams: Annotated[
+        int | None,
+        option("--beams", int, "Search for the likeliest text with this many beams instead of choosing at random.", at_least=1, at_most=256),
+    ] = None,
+    length_penalty: Annotated[
+        float | None, option("--length-penalty", float, "With --beams: above 0 prefers long texts, below 0 short ones. [default: 1.0]", example=1.0)
+    ] = None,
     json_schema: Annotated[Path | None, option("--json-schema", Path, "File with a JSON schema: the text is JSON that fits it.")] = None,
     regex: Annotated[str | None, text_option("--regex", "Regular expression that the whole text matches.")] = None,
     grammar: Annotated[Path | None, option("--grammar", Path, "File with a grammar (llguidance's Lark) that the text follows.")] = None,
@@ -70,6 +81,12 @@ def generate(
     assert prompt is not None
     options = {"max_tokens": max_tokens, "stop": tuple(stop or ()), "seed": seed, "use_cache": not no_cache, **read_settings(SAMPLING, settings)}
     form = _form(json_schema, regex, grammar)
+    if length_penalty is not None and beams is None:
+        raise UserError("--length-penalty is for a beam search. Give --beams as well.")
+    if beams is not None:
+        given = {SAMPLING[name].option: value is not None for name, value in settings.items()}
+        given |= {"--samples": samples != 1, "--seed": seed != 0, "--no-cache": no_cache, "--json-schema, --regex and --grammar": form is not None}
+        _check_beams([name for name, is_given in given.items() if is_given])
     check_model(checkpoint)
     from cllm import runtime
     from cllm.generate.constraint import compile_constraint
@@ -80,6 +97,14 @@ def generate(
         model, tokenizer = load_model(checkpoint, weights=weights, device=device, generating=True)
         if form is not None:
             options["constraint"] = compile_constraint(tokenizer, *form)
+        if beams is not None:
+            from cllm.generate.beams import generate_beams
+
+            penalty = 1.0 if length_penalty is None else length_penalty
+            found = generate_beams(model, tokenizer, prompt, beams=beams, max_tokens=max_tokens, length_penalty=penalty, stop=tuple(stop or ()))
+            console.write(f"{prompt}{found[0].text}\n")
+            console.result(_summary(prompt, found) | {"scores": [each.score for each in found]})
+            return
         if stream and samples == 1 and not as_json:
             pieces = run_stream(model, tokenizer, prompt, **options)  # checks all of it, before the prompt is shown
             for piece in chain((prompt,), pieces, ("\n",)):
@@ -90,17 +115,25 @@ def generate(
         if samples > 1:
             console.print(f"--- {number} of {samples} ---")
         console.write(f"{prompt}{each.text}\n")
+    console.result(_summary(prompt, results))
+
+
+def _summary(prompt: str, results: Sequence[Generation]) -> dict[str, Any]:
     first = results[0]
-    console.result(
-        {
-            "prompt": prompt,
-            "texts": [each.text for each in results],
-            "tokens": [list(each.tokens) for each in results],
-            "finish_reasons": [each.finish_reason for each in results],
-            "prompt_tokens": first.prompt_tokens,
-            "tokens_per_second": round(first.tokens_per_second, 2),
-        }
-    )
+    return {
+        "prompt": prompt,
+        "texts": [each.text for each in results],
+        "tokens": [list(each.tokens) for each in results],
+        "finish_reasons": [each.finish_reason for each in results],
+        "prompt_tokens": first.prompt_tokens,
+        "tokens_per_second": round(first.tokens_per_second, 2),
+    }
+
+
+def _check_beams(given: list[str]) -> None:
+    """UserError for options that a beam search does not look at."""
+    if given:
+        raise UserError(f"--beams searches for the likeliest text, and {given[0]} cannot be used with it. Leave one of them out.")
 
 
 def _form(json_schema: Path | None, regex: str | None, grammar: Path | None) -> tuple[str, str] | None:

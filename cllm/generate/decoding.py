@@ -116,6 +116,33 @@ def stream(
     return (piece for _, piece in run.pieces())
 
 
+def prompt_tokens(model: Model, tokenizer: Any, prompt: str | Sequence[int], truncate: bool = False) -> list[int]:
+    """The tokens that the model sees of a prompt (text or token ids), at least one.
+
+    Raises UserError for an empty prompt where nothing can start a text, for one that is longer than the model's context and not to be cut, for ids
+    that the tokenizer does not have, and for a tokenizer with more tokens than the model.
+    """
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {model.config.vocab_size}: "
+            "they do not belong together. Use the tokenizer that the model was trained with."
+        )
+    tokens = list(tokenizer.encode(prompt)) if isinstance(prompt, str) else [int(token) for token in prompt]
+    if not tokens and tokenizer.eot_id is not None:
+        tokens = [tokenizer.eot_id]  # the start of a document follows the end of another
+    if not tokens:
+        raise UserError("the prompt is empty and the tokenizer has no end-of-text token to start from. Give at least one character.")
+    if not all(0 <= token < tokenizer.vocab_size for token in tokens):
+        raise UserError(f"the prompt holds token ids outside 0 to {tokenizer.vocab_size - 1}.")
+    limit = model.config.max_seq_len
+    if len(tokens) > limit and not truncate:
+        raise UserError(
+            f"the prompt has {len(tokens)} tokens, the model's context holds {limit}. "
+            "Shorten it. (From Python, truncate_prompt=True lets the model see its end alone.)"
+        )
+    return tokens[-limit:]
+
+
 class _Run:
     """One call of generate or stream: checked inputs, then a loop of logits -> sample -> append over the unfinished
     samples."""
@@ -139,18 +166,13 @@ class _Run:
             raise UserError("a stop string must not be empty. Leave it out, or give the text to stop at.")
         if max_tokens < 1 or samples < 1:
             raise UserError(f"max_tokens and samples must be at least 1, got {max_tokens} and {samples}.")
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise UserError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {model.config.vocab_size}: "
-                "they do not belong together. Use the tokenizer that the model was trained with."
-            )
         self.model = model
         self.sampling = sampling
         self.max_tokens = max_tokens
         self.use_cache = use_cache
         self.vocab_size = tokenizer.vocab_size
         self.eot = tokenizer.eot_id
-        self.prompt = self._prompt_tokens(tokenizer, prompt, truncate_prompt)
+        self.prompt = prompt_tokens(model, tokenizer, prompt, truncate_prompt)
         self.continuations = [Continuation(index, seed, tokenizer, stop) for index in range(samples)]
         self.constraints = None if constraint is None else [constraint() for _ in range(samples)]
         self.samplers = [
@@ -160,22 +182,6 @@ class _Run:
             )
             for index in range(samples)
         ]  # fmt: skip
-
-    def _prompt_tokens(self, tokenizer: Any, prompt: str | Sequence[int], truncate: bool) -> list[int]:
-        tokens = list(tokenizer.encode(prompt)) if isinstance(prompt, str) else [int(token) for token in prompt]
-        if not tokens and self.eot is not None:
-            tokens = [self.eot]  # the start of a document follows the end of another
-        if not tokens:
-            raise UserError("the prompt is empty and the tokenizer has no end-of-text token to start from. Give at least one character.")
-        if not all(0 <= token < self.vocab_size for token in tokens):
-            raise UserError(f"the prompt holds token ids outside 0 to {self.vocab_size - 1}.")
-        limit = self.model.config.max_seq_len
-        if len(tokens) > limit and not truncate:
-            raise UserError(
-                f"the prompt has {len(tokens)} tokens, the model's context holds {limit}. "
-                "Shorten it. (From Python, truncate_prompt=True lets the model see its end alone.)"
-            )
-        return tokens[-limit:]
 
     def pieces(self) -> Iterator[tuple[int, str]]:
         """(sample, new text), in the order in which they are generated."""

@@ -26,8 +26,8 @@ FLAGS = {
         --vocab-size --embed-dim --num-layers --num-heads --num-kv-heads --ffn-dim --seq-len --batch-size --grad-accum --steps --epochs
         --learning-rate --min-lr --warmup --schedule --seed --checkpoint-every --keep --eval-every --patience --sample-every --on-nonfinite
         --overfit-one-batch""",
-    "generate": """--prompt --prompt-file --encoding --max-tokens --stop --seed --samples --json-schema --regex --grammar --no-cache --stream
-        --weights --device --threads --json
+    "generate": """--prompt --prompt-file --encoding --max-tokens --stop --seed --samples --beams --length-penalty --json-schema --regex --grammar
+        --no-cache --stream --weights --device --threads --json
         --temperature --top-k --top-p --min-p --typical-p --repetition-penalty --presence-penalty --frequency-penalty""",
     "chat": """--system --max-tokens --seed --weights --device --threads --json
         --temperature --top-k --top-p --min-p --typical-p --repetition-penalty --presence-penalty --frequency-penalty""",
@@ -40,7 +40,7 @@ def test_the_flags_of_commands_are_frozen(command):
     assert set(options(command)) == set(FLAGS[command].split())
 
 
-@pytest.mark.parametrize(("command", "settings", "others"), [("train", SETTINGS | FOLLOW, 9), ("generate", SAMPLING, 16), ("chat", SAMPLING, 7)])
+@pytest.mark.parametrize(("command", "settings", "others"), [("train", SETTINGS | FOLLOW, 9), ("generate", SAMPLING, 18), ("chat", SAMPLING, 7)])
 def test_the_help_of_a_flag_is_the_help_of_its_setting(command, settings, others):
     declared = {each.option: each for each in settings.values()}
     made = {
@@ -107,6 +107,12 @@ WRONG = [
     (("generate", "M", "--prompt", "x", "--device", "gpu"), "--device must be one of auto, cpu, cuda, got 'gpu'. Did you mean 'cpu'?"),
     (("generate", "M", "--prompt", "x", "--threads", "0"), "--threads must be >= 1, got 0. Use a value like 2."),
     (("generate", "M", "--prompt", "x", "--regex", "a", "--grammar", "b"), "give only one of --json-schema, --regex and --grammar."),
+    (("generate", "M", "--prompt", "x", "--length-penalty", "2"), "--length-penalty is for a beam search. Give --beams as well."),
+    (
+        ("generate", "M", "--prompt", "x", "--beams", "2", "--top-p", "0.5"),
+        "--beams searches for the likeliest text, and --top-p cannot be used with",
+    ),
+    (("generate", "M", "--prompt", "x", "--beams", "0"), "--beams must be >= 1, got 0."),
     (("generate", "M"), "give the text to continue either as --prompt or as --prompt-file."),
     (("chat", "M", "--min-p", "1.5"), "min_p must be <= 1.0, got 1.5 (from --min-p)."),
     (("evaluate", "M", "x", "--by", "flie"), "--by must be one of auto, file, folder, got 'flie'. Did you mean 'file'?"),
