@@ -1,7 +1,7 @@
-"""One decoded token through a whole transformer (`stack.py`), where a backend runs all of it in one call.
+"""Decoded tokens through a whole transformer (`stack.py`), where a backend runs all of it in one call.
 
 The operations are those of this package and give their bits; a decoder saves what stands between them when a token's work is a few
-milliseconds: Python, the dispatcher, the packing of weights. B sequences, E embed, D head dim, V vocabulary.
+milliseconds: Python, the dispatcher, the packing of weights. B sequences, N tokens, E embed, D head dim, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cllm.kernels._register import backend_for
-from cllm.kernels.stack import Decoder, Stack
+from cllm.kernels.operations import PAGE
+from cllm.kernels.stack import Decoder, PagedDecoder, Stack
 
 
 def make_decoder(stack: Stack, keys: Sequence[Tensor], values: Sequence[Tensor], dtype: torch.dtype) -> Decoder | None:
@@ -27,3 +28,24 @@ def make_decoder(stack: Stack, keys: Sequence[Tensor], values: Sequence[Tensor],
         return None
     decoding = chosen.module("decoding")
     return decoding.Decoder(stack, keys, values, dtype) if batch <= decoding.MOST_ROWS else None
+
+
+def make_paged_decoder(
+    stack: Stack, keys: Sequence[Tensor], values: Sequence[Tensor], dtype: torch.dtype, most_tokens: int
+) -> PagedDecoder | None:  # fmt: skip
+    """decoder(x (N, E), positions (N,) int64, slots (N,) int64, pages (N, M) int32) -> logits (N, V), for any N up to `decoder.most_tokens`.
+
+    keys, values: one pool (P, 128, H_kv, D) of `dtype` for each layer, contiguous (see `paged_attention`). Each token is a row of its own: its key
+    and value are stored at place `slots[i]` of each pool, counted in tokens (page * 128 + place in it), all N of a layer before any of them looks;
+    then it sees the keys up to its position through its own row of page numbers. Tokens of one sequence may come together. What is prepared for a
+    number of tokens is kept. None where no backend offers it: call the operations one by one then. A backend may take fewer tokens at once than
+    `most_tokens`.
+    """
+    heads = stack.layers[0].q.weight.shape[0] // stack.head_dim
+    for pool in (*keys, *values):
+        assert pool.dtype == dtype and pool.shape == keys[0].shape and pool.shape[1] == PAGE and pool.is_contiguous()
+    chosen = backend_for("paged_attention", ((most_tokens, heads, stack.head_dim), tuple(keys[0].shape)), dtype, keys[0].device.type)
+    if not chosen.has("paged_decoding"):
+        return None
+    decoder: PagedDecoder = chosen.module("paged_decoding").PagedDecoder(stack, keys, values, dtype, most_tokens)
+    return decoder

@@ -4,7 +4,7 @@ B sequences, E embed, D head dim, N outputs, K inputs, P positions, V vocabulary
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -66,3 +66,11 @@ class Stack(NamedTuple):
 
 
 Decoder = Callable[[Tensor, int], Tensor]
+
+
+class PagedDecoder(Protocol):
+    """See `make_paged_decoder` of decoding.py."""
+
+    most_tokens: int
+
+    def __call__(self, x: Tensor, positions: Tensor, slots: Tensor, pages: Tensor) -> Tensor: ...

@@ -61,6 +61,15 @@ def int64_at(tc, address, i):
 
 
 @intrinsic
+def put_int64(tc, address, i, value):
+    def codegen(ctx, bld, sig, args):
+        bld.store(args[2], bld.gep(bld.inttoptr(args[0], I64.as_pointer()), [args[1]]), align=8)
+        return ctx.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
 def int32_at(tc, address, i):
     """The i-th int32 at an address, as int64."""
 
