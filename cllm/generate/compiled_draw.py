@@ -17,40 +17,43 @@ import numba  # noqa: E402 - its settings are read when it is imported
 
 UNDECIDED = -1
 TOLERANCE = 1e-10  # of probabilities: far above the rounding of sums over 256 k tokens, far below what would be undecided often
-_LEAST = -745.0  # exp of less is 0 in float64
-_FEW = 64  # tokens that are sorted
+_LEAST = 1e-300  # weights below are never drawn; the smallest ones are all the same
+_SURE = 1e-12  # the weights of tokens in the wrong order differ by less
+_MANY, _FEW = 4096, 64  # tokens that are looked at by themselves, and that are sorted
 _BLOCK = 512
 
 # All functions stand in this one file, which numba itself watches: its cache needs no further key.
 _jit = numba.njit(cache=True, nogil=True, error_model="numpy")
 _jit_sum = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})  # sums in vectors; NaN keeps its meaning
 
+_jit_contract = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+
 _LOG2E, _LN2_HIGH, _LN2_LOW = 1.4426950408889634, 6.93147180369123816490e-01, 1.90821492927058770002e-10
 _ROUND = 6755399441055744.0  # 1.5 * 2**52: added to a number it leaves the nearest integer in the low bits
 
 
-@_jit_sum
-def _scaled(x: np.ndarray, top: float, temperature: float, z: np.ndarray, weights: np.ndarray) -> None:
-    """z = (x - top) / temperature, and its exp with an error of a few units in the last place."""
+@_jit
+def _weigh(x: np.ndarray, top: float, temperature: float, weights: np.ndarray) -> None:
+    """exp((x - top) / temperature) with an error of a few units in the last place."""
     powers = np.empty(_BLOCK, dtype=np.float64)
-    power_bits, weight_bits = powers.view(np.int64), weights.view(np.int64)
+    power_bits = powers.view(np.int64)
     for begin in range(0, x.size, _BLOCK):
-        count = min(_BLOCK, x.size - begin)
-        for i in range(count):
-            z[begin + i] = (x[begin + i] - top) / temperature
-        _exp_parts(z[begin : begin + count], powers, weights[begin : begin + count])
-        for i in range(count):
-            weight_bits[begin + i] += power_bits[i] << 52
+        block = weights[begin : begin + _BLOCK]
+        _exp_parts(x[begin : begin + _BLOCK], top, temperature, powers, block)
+        bits = block.view(np.int64)
+        for i in range(bits.size):
+            bits[i] += power_bits[i] << 52
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
-def _exp_parts(z: np.ndarray, powers: np.ndarray, weights: np.ndarray) -> None:
-    """exp(z) as weights * 2**n, n in the low bits of `powers`. The order of these operations matters."""
-    for i in range(z.size):
-        x = max(z[i], -700.0)
-        power = x * _LOG2E + _ROUND
+@_jit_contract
+def _exp_parts(x: np.ndarray, top: float, temperature: float, powers: np.ndarray, weights: np.ndarray) -> None:
+    """The weights as weights * 2**n, n in the low bits of `powers`. The order of these operations matters."""
+    for i in range(x.size):
+        y = (x[i] - top) / temperature
+        y = y if y > -700.0 else -700.0
+        power = y * _LOG2E + _ROUND
         n = power - _ROUND
-        r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+        r = (y - n * _LN2_HIGH) - n * _LN2_LOW
         p = r * (1.0 / 39916800.0) + 1.0 / 3628800.0
         p = p * r + 1.0 / 362880.0
         p = p * r + 1.0 / 40320.0
@@ -74,72 +77,115 @@ def _sum(values: np.ndarray) -> float:
 
 
 @_jit_sum
-def _from(z: np.ndarray, weights: np.ndarray, bound: float) -> tuple[float, float]:
-    """Number and weight of the tokens with z >= bound."""
-    count, total = 0.0, 0.0
-    for i in range(z.size):
-        inside = z[i] >= bound
-        count += 1.0 if inside else 0.0
-        total += weights[i] if inside else 0.0
-    return count, total
+def _from(weights: np.ndarray, bound: float, by_count: bool) -> float:
+    """The number, or the weight, of the tokens of at least this weight."""
+    total = 0.0
+    if by_count:
+        for i in range(weights.size):
+            total += 1.0 if weights[i] >= bound else 0.0
+    else:
+        for i in range(weights.size):
+            total += weights[i] if weights[i] >= bound else 0.0
+    return total
 
 
 @_jit
-def _cut(z: np.ndarray, weights: np.ndarray, goal: float, by_count: bool, tolerance: float) -> bool:
-    """Keeps the smallest beginning of the order whose number (or weight) reaches the goal: z of the others becomes -inf, their weight 0.
+def _cut(weights: np.ndarray, x: np.ndarray, top: float, temperature: float, goal: float, tolerance: float, by_count: bool) -> bool:
+    """Keeps the smallest beginning of the order whose number, or weight, reaches the goal: the weights of the others become 0.
 
-    False where a weight comes nearer to the goal than the tolerance. All z are <= 0.
+    False where that comes nearer to the goal than the tolerance. Bisection finds bounds with few tokens between them, or with equal ones; these are
+    put into their order by the scaled logits, because nearly equal weights tell nothing about it.
     """
-    low, high = _LEAST, 1.0  # what is >= high is kept and does not reach the goal; what is >= low reaches it
-    reached = 0.0
-    between = float(z.size)
-    low_count, low_total = _from(z, weights, low)
-    if (low_count if by_count else low_total) <= goal:
-        return by_count or low_total < goal - tolerance  # all that can be drawn are kept
-    high_count = 0.0
-    middle = -16.0
-    while True:
-        between = low_count - high_count
-        if between <= _FEW or not low < middle < high:
-            break
-        count, total = _from(z, weights, middle)
-        if (count if by_count else total) < goal:
-            high, high_count, reached = middle, count, (count if by_count else total)
-        else:
-            low, low_count = middle, count
-        middle = low + 0.5 * (high - low)
-    tokens = np.empty(int(between), dtype=np.int64)
-    found = 0
-    for i in range(z.size):
-        if low <= z[i] < high:
-            value, place = z[i], found
-            while place > 0 and z[tokens[place - 1]] < value:
-                tokens[place] = tokens[place - 1]
-                place -= 1
-            tokens[place] = i
-            found += 1
-    last = -1
-    for number in range(found):
+    amount = _from(weights, _LEAST, by_count)
+    if amount <= goal:
+        return by_count or amount < goal - tolerance  # all that can be drawn are kept
+    low, high = _bounds(weights, _LEAST, 2.0, goal, by_count, _MANY)
+    tokens, reached = _between(weights, low, high), _from(weights, high, by_count)
+    some = weights[tokens]
+    low, high = _bounds(some, low, high, goal - reached, by_count, _FEW)
+    reached += _from(some, high, by_count)
+    tokens = tokens[_between(some, low, high)]
+    kept, z = weights[tokens], np.empty(tokens.size, dtype=np.float64)
+    for number in range(tokens.size):
+        z[number] = (x[tokens[number]] - top) / temperature
+    order, last = _order(z), -1
+    for number in range(order.size):
         if not by_count and abs(reached - goal) <= tolerance and reached > 0.0:
             return False
         if reached >= goal:
             break
         last = number
-        reached += 1.0 if by_count else weights[tokens[number]]
+        reached += 1.0 if by_count else kept[order[number]]
     if last < 0 or (not by_count and abs(reached - goal) <= tolerance):
         return False
-    bound, behind = z[tokens[last]], tokens[last] + 1
-    _drop_below(z[:behind], weights[:behind], bound)
-    _drop_below(z[behind:], weights[behind:], np.nextafter(bound, 1.0))  # of equal ones those that come first are kept
+    edge = kept[order[last]]
+    if edge < low * (1.0 + 0.1 * _SURE) or edge > high * (1.0 - 0.1 * _SURE):
+        return False
+    _drop_below(weights, high)
+    for number in range(last + 1):
+        weights[tokens[order[number]]] = kept[order[number]]
     return True
 
 
 @_jit
-def _drop_below(z: np.ndarray, weights: np.ndarray, bound: float) -> None:
-    for i in range(z.size):
-        kept = z[i] >= bound
-        z[i] = z[i] if kept else -np.inf
-        weights[i] = weights[i] if kept else 0.0
+def _bounds(weights: np.ndarray, low: float, high: float, goal: float, by_count: bool, most: int) -> tuple[float, float]:
+    """Bounds that are nearer to each other: what is >= high does not reach the goal, and what is >= low does.
+
+    Between them, a little room on both sides included, lie about `most` tokens, or such as can hardly be told from each other.
+    """
+    low_amount, high_amount = _from(weights, low, by_count), 0.0
+    middle = max(math.sqrt(low) * math.sqrt(high), 3.4e-4 if high > 1.0 else 0.0)
+    while low < middle < high:
+        amount = _from(weights, middle, by_count)
+        if amount < goal:
+            high, high_amount = middle, amount
+        else:
+            low, low_amount = middle, amount
+        between = low_amount - high_amount
+        if (between if by_count else between / low) <= most:
+            break
+        middle = math.sqrt(low) * math.sqrt(high)
+    return low * (1.0 - _SURE), high * (1.0 + _SURE)
+
+
+@_jit
+def _between(weights: np.ndarray, low: float, high: float) -> np.ndarray:
+    """The tokens with low <= weight < high."""
+    found = np.empty(weights.size, dtype=np.int64)
+    count = 0
+    for i in range(weights.size):
+        if low <= weights[i] < high:
+            found[count] = i
+            count += 1
+    return found[:count]
+
+
+@_jit
+def _order(z: np.ndarray) -> np.ndarray:
+    """The places of z, the largest first, equal ones as they stand. They are few, or nearly all equal."""
+    order = np.arange(z.size)
+    for number in range(1, z.size):
+        each, place = order[number], number
+        while place > 0 and z[order[place - 1]] < z[each]:
+            order[place] = order[place - 1]
+            place -= 1
+        order[place] = each
+    return order
+
+
+@_jit
+def _drop_below(weights: np.ndarray, bound: float) -> None:
+    for i in range(weights.size):
+        weights[i] = weights[i] if weights[i] >= bound else 0.0
+
+
+@_jit_sum
+def _doubtful(weights: np.ndarray, bound: float) -> float:
+    """How many weights are too near to a bound to be told from it; the largest is 1 exactly, and no bound drops it."""
+    total = 0.0
+    for i in range(weights.size):
+        total += 1.0 if abs(weights[i] - bound) <= TOLERANCE * bound and weights[i] != 1.0 else 0.0
+    return total
 
 
 @_jit
@@ -149,23 +195,18 @@ def draw_token(x: np.ndarray, top: float, temperature: float, top_k: int, top_p:
 
     top_k 0, top_p 1 and min_p 0 keep all. x holds no NaN and no +inf, and not -inf alone; temperature > 0.
     """
-    z, weights = np.empty_like(x), np.empty_like(x)
-    _scaled(x, top, temperature, z, weights)
-    if 0 < top_k < z.size and not _cut(z, weights, float(top_k), True, 0.0):
+    weights = np.empty_like(x)
+    _weigh(x, top, temperature, weights)
+    if 0 < top_k < x.size and not _cut(weights, x, top, temperature, float(top_k), 0.0, True):
         return UNDECIDED
     if top_p < 1.0:
         total = _sum(weights)
-        if not _cut(z, weights, top_p * total, False, TOLERANCE * total):
+        if not _cut(weights, x, top, temperature, top_p * total, TOLERANCE * total, False):
             return UNDECIDED
     if min_p > 0.0:
-        bound = math.log(min_p)
-        near = TOLERANCE * max(1.0, -bound)
-        doubtful = 0
-        for i in range(z.size):
-            doubtful += abs(z[i] - bound) <= near and z[i] != 0.0
-        if doubtful:
+        if _doubtful(weights, min_p) > 0.0:
             return UNDECIDED
-        _drop_below(z, weights, bound)
+        _drop_below(weights, min_p)
     return _at(weights, uniform)
 
 
@@ -192,9 +233,9 @@ def _at(weights: np.ndarray, uniform: float) -> int:
 @_jit
 def log_of_sum(x: np.ndarray) -> float:
     """log(sum(exp(x))) of x (V,) float64 without NaN and +inf."""
-    z, weights = np.empty_like(x), np.empty_like(x)
+    weights = np.empty_like(x)
     top = x.max()
-    _scaled(x, top, 1.0, z, weights)
+    _weigh(x, top, 1.0, weights)
     return top + math.log(_sum(weights))
 
 
