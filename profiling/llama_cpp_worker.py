@@ -12,44 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import gguf
 import llama_cpp
 import numpy as np
-
-
-def write_model(path: Path, shape: dict[str, Any], weights: str) -> None:
-    width, hidden = shape["embed_dim"], shape["ffn_dim"]
-    head = width // shape["num_heads"]
-    kv = shape["num_kv_heads"] * head
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(shape["seq_len"])
-    writer.add_embedding_length(width)
-    writer.add_block_count(shape["num_layers"])
-    writer.add_feed_forward_length(hidden)
-    writer.add_head_count(shape["num_heads"])
-    writer.add_head_count_kv(shape["num_kv_heads"])
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_dimension_count(head)
-    writer.add_vocab_size(shape["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
-    kind = gguf.GGMLQuantizationType.BF16 if weights == "bf16" else gguf.GGMLQuantizationType.Q8_0
-    matrices = {"token_embd": (shape["vocab_size"], width), "output": (shape["vocab_size"], width)}
-    vectors = ["output_norm"]
-    for i in range(shape["num_layers"]):
-        sizes = {"attn_q": (width, width), "attn_k": (kv, width), "attn_v": (kv, width), "attn_output": (width, width),
-                 "ffn_gate": (hidden, width), "ffn_up": (hidden, width), "ffn_down": (width, hidden)}  # fmt: skip
-        matrices |= {f"blk.{i}.{name}": size for name, size in sizes.items()}
-        vectors += [f"blk.{i}.attn_norm", f"blk.{i}.ffn_norm"]
-    random = np.random.default_rng(0)
-    for name, size in matrices.items():
-        values = random.standard_normal(size, np.float32) * np.float32(0.02)
-        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
-    for name in vectors:
-        writer.add_tensor(f"{name}.weight", np.ones(width, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+from llama_cpp_model import write_model
 
 
 class Session:

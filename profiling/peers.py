@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -177,7 +178,7 @@ class LlamaShape:
 LLAMA_SHAPES = {
     shape.name: shape
     for shape in (
-        LlamaShape("llama-tiny", 2, 64, 4, 2, 128, vocab_size=97, seq_len=64),  # to try the script
+        LlamaShape("llama-tiny", 2, 64, 4, 2, 128, vocab_size=320, seq_len=64),  # to try the script
         LlamaShape("llama-125m", 12, 768, 12, 4, 2048),
         LlamaShape("llama-1b", 22, 2048, 32, 8, 5632),
     )
@@ -249,48 +250,78 @@ class PlainLlama(nn.Module):
         return token
 
 
-class LlamaCpp:
-    """The same through llama.cpp: random weights of bf16 or q8_0, in a process of its own (llama_cpp_worker.py)."""
+NODE_PEERS = Path(sys.prefix) / "peers"  # what `make peers` installs
 
-    def __init__(self, python: str, shape: LlamaShape, weights: str, folder: Path, threads: int) -> None:
-        worker = Path(__file__).with_name("llama_cpp_worker.py")
-        command = [python, str(worker), json.dumps(asdict(shape)), str(folder), weights, str(threads)]
-        for more in ([], ["plain"]):
-            self.process = subprocess.Popen([*command, *more], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+class LlamaCpp:
+    """The same through llama.cpp, with random weights of bf16, q8_0 (int8) or q4_0 (int4), in a process of its own.
+
+    By llama-cpp-python of `python` where it is installed (llama_cpp_worker.py), for one sequence; else, and for several, by the prebuilt library that
+    `make peers` brings (llama_cpp_worker.mjs). Raises RuntimeError where llama.cpp ends before it answers.
+    """
+
+    def __init__(self, python: str, shape: LlamaShape, weights: str, folder: Path, threads: int, sequences: int = 1) -> None:
+        if sequences == 1 and _has_modules(python, "llama_cpp", "gguf", "numpy"):
+            worker = Path(__file__).with_name("llama_cpp_worker.py")
+            command = [python, str(worker), json.dumps(asdict(shape)), str(folder), weights, str(threads)]
+            attempts, place = [command, [*command, "plain"]], None
+        else:
+            from llama_cpp_model import write_model
+
+            path = folder / f"{shape.name}-{weights}.gguf"
+            write_model(path, asdict(shape), weights)
+            worker = Path(__file__).with_name("llama_cpp_worker.mjs")
+            attempts, place = [["node", str(worker), str(path), str(shape.seq_len), str(threads), str(sequences)]], NODE_PEERS
+        for number, command in enumerate(attempts, 1):
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=place)
             try:
-                self._answer()
+                self._line()
                 self._ask(prefill=[1] * 20)
                 return
             except RuntimeError:
-                if more:
+                if number == len(attempts):
                     raise
                 print("llama.cpp ended when asked for a first token: it takes part without its own layouts of the weights", file=sys.stderr)
 
     @staticmethod
     def is_present(python: str) -> bool:
-        found = subprocess.run([python, "-c", "import llama_cpp, gguf, numpy"], capture_output=True)
-        return found.returncode == 0
+        """Whether llama.cpp can take part."""
+        return _has_modules(python, "llama_cpp", "gguf", "numpy") or LlamaCpp.takes_several()
 
-    def _answer(self) -> str:
+    @staticmethod
+    def takes_several() -> bool:
+        """Whether it can take part with several sequences at once."""
+        return (NODE_PEERS / "node_modules" / "node-llama-cpp").exists() and importlib.util.find_spec("gguf") is not None
+
+    def _line(self) -> str:
         assert self.process.stdout is not None
         line = self.process.stdout.readline().strip()
         if not line:
             raise RuntimeError("llama.cpp's process ended before it answered; its message stands above")
         return line
 
-    def _ask(self, **request: list[int]) -> int:
+    def _ask(self, **request: Any) -> Any:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        return int(self._answer())
+        return json.loads(self._line())
 
     def prefill(self, tokens: Tensor) -> int:
-        return self._ask(prefill=tokens[0].tolist())
+        return int(self._ask(prefill=tokens[0].tolist()))
 
     def decode(self, token: int, count: int) -> int:
-        return self._ask(decode=[token, count])
+        return int(self._ask(decode=[token, count]))
+
+    def together(self, prompts: list[list[int]], count: int, late: list[int] | None = None) -> dict[str, float]:
+        """`count` tokens for each prompt at once; with `late` one more, asked for when all others have their first token -> seconds, late_first."""
+        answer: dict[str, float] = self._ask(together=prompts, count=count, late=late)
+        return answer
 
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
+
+
+def _has_modules(python: str, *modules: str) -> bool:
+    return subprocess.run([python, "-c", f"import {', '.join(modules)}"], capture_output=True).returncode == 0

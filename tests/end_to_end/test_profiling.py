@@ -43,6 +43,11 @@ def module(name: str) -> ModuleType:
             ["--shapes", "llama-tiny", "--weights", "bf16", "int8", "--prompt", "9", "--tokens", "3", "--rounds", "1"],
             {"shape", "weights", "prefill_tokens_per_second", "decode_tokens_per_second", "decode_ratio", "weights_gbps", "copy_gbps"},
         ),
+        (
+            "serve.py",
+            ["--shapes", "llama-tiny", "--requests", "2", "--streams", "2", "--prompt", "9", "--answer", "3", "--rounds", "1"],
+            {"shape", "weights", "work", "unit", "cllm", "ratio"},
+        ),
         ("memory.py", ["--shapes", "tiny", "--precision", "bf16"], MEMORY),
     ],
 )
