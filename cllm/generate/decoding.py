@@ -1,4 +1,4 @@
-"""Text from a model: prefill the prompt, then decode one token at a time.
+"""Text from a model: continuations of one prompt, by the engine that serves many.
 
     for piece in stream(model, tokenizer, "def ", max_tokens=100):
         print(piece, end="", flush=True)
@@ -15,16 +15,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cllm.config.sampling import Sampling
 from cllm.generate.constraint import Constraint
 from cllm.generate.continuation import Continuation
 from cllm.generate.device_decoding import DeviceDecoding
-from cllm.generate.sampler import Sampler
-from cllm.model.cache import KVCache
+from cllm.generate.engine import Engine, Request
+from cllm.generate.sampler import Chosen, Sampler
 from cllm.model.model import Model
-from cllm.runtime.errors import UserError
+from cllm.model.pages import page_bytes, pages_for
+from cllm.runtime.errors import CLLMError, UserError
+
+MOST_ROWS = 64  # samples that are decoded together; more of them follow as these end
 
 
 @dataclass(frozen=True)
@@ -46,24 +48,6 @@ class Generation:
     """Generated tokens over seconds."""
 
 
-@torch.no_grad()
-def prefill(model: Model, tokens: Tensor, cache: KVCache) -> Tensor:
-    """tokens (B, T) into an empty cache -> logits (B, V) of the next token."""
-    return model(tokens, cache=cache, last_only=True)[:, 0]
-
-
-@torch.no_grad()
-def decode_one(model: Model, tokens: Tensor, cache: KVCache) -> Tensor:
-    """The newest tokens (B,) into the cache -> logits (B, V) of the next token."""
-    return model(tokens[:, None], cache=cache, last_only=True)[:, 0]
-
-
-@torch.no_grad()
-def recompute(model: Model, tokens: Tensor) -> Tensor:
-    """tokens (B, T), all again and no cache -> logits (B, V) of the next token."""
-    return model(tokens, last_only=True)[:, 0]
-
-
 def generate(
     model: Model,
     tokenizer: Any,
@@ -77,17 +61,19 @@ def generate(
     truncate_prompt: bool = False,
     on_piece: Callable[[int, str], None] | None = None,
     constraint: Callable[[], Constraint] | None = None,
+    engine: Engine | None = None,
     **sampling: Any,
 ) -> list[Generation]:
     """`samples` continuations of `prompt` (text or token ids), decoded together.
 
     `sampling` are the settings of `cllm.config.sampling.Sampling`: temperature, top_k, top_p, min_p, typical_p, the penalties and logit_bias. A
     prompt longer than the model's context is refused, or with `truncate_prompt` only its end is seen. `on_piece(sample, text)` is called as text
-    becomes certain. `constraint` makes what each sample must keep to (`cllm.generate.constraint.compile_constraint`).
+    becomes certain. `constraint` makes what each sample must keep to (`cllm.generate.constraint.compile_constraint`). An `engine` that is kept from
+    call to call remembers the beginnings of earlier texts; by default each call has its own.
 
     Raises UserError for wrong settings, an empty prompt, or a tokenizer with more tokens than the model.
     """
-    run = _Run(model, tokenizer, prompt, max_tokens, Sampling(**sampling), stop, seed, samples, use_cache, truncate_prompt, constraint)
+    run = _Run(model, tokenizer, prompt, max_tokens, Sampling(**sampling), stop, seed, samples, use_cache, truncate_prompt, constraint, engine)
     for index, piece in run.pieces():
         if on_piece is not None:
             on_piece(index, piece)
@@ -112,7 +98,7 @@ def stream(
 
     Wrong settings raise at the call, not at the first piece.
     """
-    run = _Run(model, tokenizer, prompt, max_tokens, Sampling(**sampling), stop, seed, 1, use_cache, truncate_prompt, constraint)
+    run = _Run(model, tokenizer, prompt, max_tokens, Sampling(**sampling), stop, seed, 1, use_cache, truncate_prompt, constraint, None)
     return (piece for _, piece in run.pieces())
 
 
@@ -144,8 +130,7 @@ def prompt_tokens(model: Model, tokenizer: Any, prompt: str | Sequence[int], tru
 
 
 class _Run:
-    """One call of generate or stream: checked inputs, then a loop of logits -> sample -> append over the unfinished
-    samples."""
+    """One call of generate or stream: checked inputs, then the text of each sample as it grows."""
 
     def __init__(
         self,
@@ -160,108 +145,101 @@ class _Run:
         use_cache: bool,
         truncate_prompt: bool,
         constraint: Callable[[], Constraint] | None,
+        engine: Engine | None,
     ) -> None:
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if "" in stop:
             raise UserError("a stop string must not be empty. Leave it out, or give the text to stop at.")
         if max_tokens < 1 or samples < 1:
             raise UserError(f"max_tokens and samples must be at least 1, got {max_tokens} and {samples}.")
-        self.model = model
-        self.sampling = sampling
-        self.max_tokens = max_tokens
-        self.use_cache = use_cache
+        self.model, self.sampling, self.max_tokens, self.seed = model, sampling, max_tokens, seed
+        self.use_cache, self.constraint, self.engine = use_cache, constraint, engine
         self.vocab_size = tokenizer.vocab_size
         self.eot = tokenizer.eot_id
         self.prompt = prompt_tokens(model, tokenizer, prompt, truncate_prompt)
         self.continuations = [Continuation(index, seed, tokenizer, stop) for index in range(samples)]
-        self.constraints = None if constraint is None else [constraint() for _ in range(samples)]
-        self.samplers = [
-            Sampler(
-                sampling, prompt=self.prompt, vocab_size=self.vocab_size, seed=seed, index=index,
-                constraint=None if self.constraints is None else self.constraints[index],
-            )
-            for index in range(samples)
-        ]  # fmt: skip
 
     def pieces(self) -> Iterator[tuple[int, str]]:
         """(sample, new text), in the order in which they are generated."""
         started = time.perf_counter()
-        state = self._state()
-        active = self.continuations
-        while active:
-            for continuation, token in zip(active, state.next_tokens(active), strict=True):
-                piece = continuation.add(token, self.eot, self.max_tokens)
-                if self.constraints is not None and self.constraints[continuation.index].finished and not continuation.finish_reason:
-                    piece += continuation.end("end")  # nothing can follow, so the model need not be asked
-                if continuation.finish_reason:
-                    continuation.seconds = time.perf_counter() - started
-                if piece:
-                    yield continuation.index, piece
-            unfinished = [row for row, continuation in enumerate(active) if not continuation.finish_reason]
-            if len(unfinished) < len(active):
-                active = [active[row] for row in unfinished]
-                state.select(unfinished)
+        for index, piece in self._device_pieces() if self._runs_as_a_graph() else self._engine_pieces() if self.use_cache else self._slow_pieces():
+            continuation = self.continuations[index]
+            if continuation.finish_reason:
+                continuation.seconds = time.perf_counter() - started
+            if piece:
+                yield index, piece
 
     def result(self, continuation: Continuation) -> Generation:
         tokens, seconds = continuation.tokens, continuation.seconds
         rate = len(tokens) / seconds if seconds > 0 else 0.0
         return Generation(continuation.text, tokens, continuation.finish_reason, len(self.prompt), seconds, rate)
 
-    def _state(self) -> "_HostDecoding | DeviceDecoding":
-        if self.use_cache and self.constraints is None and _computes_on_a_gpu(self.model):
-            return DeviceDecoding(self.model, self.prompt, len(self.continuations), self.max_tokens, self.sampling, self.vocab_size)
-        return _HostDecoding(self.model, self.prompt, self.samplers, self.max_tokens, self.use_cache)
+    def _runs_as_a_graph(self) -> bool:
+        return self.use_cache and self.constraint is None and self.model.embedding_weight.device.type == "cuda"
 
+    def _engine_pieces(self) -> Iterator[tuple[int, str]]:
+        told: list[tuple[int, str]] = []
+        failure = ""
 
-def _computes_on_a_gpu(model: Model) -> bool:
-    return model.embedding_weight.device.type == "cuda"
+        def on_token(index: int, chosen: Chosen) -> bool:
+            continuation = self.continuations[index]
+            told.append((index, continuation.take(chosen.token)))
+            return not continuation.stop.stopped
 
+        def on_finish(index: int, reason: str) -> None:
+            nonlocal failure
+            failure = reason.removeprefix("error: ") if reason.startswith("error: ") else failure
+            told.append((index, self.continuations[index].end(reason)))
 
-class _HostDecoding:
-    """Decoding in which the host chooses the tokens: what the model sees of each sample (equally many tokens), and the cache of it."""
+        engine = self._own_engine() if self.engine is None else self.engine
+        engine.submit(
+            Request(
+                self.prompt, self.max_tokens, self.sampling, self.seed, len(self.continuations), constraint=self.constraint, slide=True,
+                end_tokens=frozenset(() if self.eot is None else (self.eot,)), on_token=on_token, on_finish=on_finish,
+            )
+        )  # fmt: skip
+        while engine.step():
+            yield from told
+            told.clear()
+            if failure:
+                raise CLLMError(failure)
 
-    def __init__(self, model: Model, prompt: list[int], samplers: list[Sampler], max_tokens: int, use_cache: bool) -> None:
-        self.model, self.samplers = model, samplers
-        self.windows = [list(prompt) for _ in samplers]
-        self.capacity = min(model.config.max_seq_len, len(prompt) + max_tokens)
-        self.use_cache = use_cache
-        self.cache: KVCache | None = None
-        self.is_first = True
+    def _own_engine(self) -> Engine:
+        """With room for these samples alone."""
+        config, samples = self.model.config, len(self.continuations)
+        rows = min(samples, MOST_ROWS)
+        pages = rows * pages_for(min(config.max_seq_len, len(self.prompt) + self.max_tokens))
+        memory = pages * page_bytes(config, self.model.compute_dtype)
+        return Engine(self.model, vocab_size=self.vocab_size, memory=memory, most_rows=rows, most_waiting=samples)
 
-    def next_tokens(self, active: Sequence[Continuation]) -> list[int]:
-        """One token for each unfinished sample."""
-        tokens = []
-        for row, logits in enumerate(self._next_logits().float().cpu()):
-            tokens.append(self.samplers[active[row].index].choose(logits).token)
-            self.windows[row].append(tokens[-1])
-        return tokens
+    def _device_pieces(self) -> Iterator[tuple[int, str]]:
+        """On a GPU: all samples together, one token after the other, as one CUDA graph."""
+        state = DeviceDecoding(self.model, self.prompt, len(self.continuations), self.max_tokens, self.sampling, self.vocab_size)
+        active = self.continuations
+        while active:
+            for continuation, token in zip(active, state.next_tokens(active), strict=True):
+                yield continuation.index, continuation.add(token, self.eot, self.max_tokens)
+            unfinished = [row for row, continuation in enumerate(active) if not continuation.finish_reason]
+            if len(unfinished) < len(active):
+                active = [active[row] for row in unfinished]
+                state.select(unfinished)
 
-    def _next_logits(self) -> Tensor:
-        """(rows, V) for the token after each window."""
+    @torch.no_grad()
+    def _slow_pieces(self) -> Iterator[tuple[int, str]]:
+        """Each sample by itself, everything computed again for each token: a check."""
         limit = self.model.config.max_seq_len
-        if len(self.windows[0]) > limit:
-            self.windows = [window[-max(1, limit // 2) :] for window in self.windows]
-            self.cache = None
-        if not self.use_cache:
-            return recompute(self.model, self._tensor(self.windows))
-        if self.cache is not None:
-            newest = self._tensor([window[-1:] for window in self.windows])[:, 0]
-            return decode_one(self.model, newest, self.cache)
-        if self.is_first:  # all rows are the prompt: compute it once
-            self.is_first = False
-            self.cache = self.model.make_cache(1, self.capacity)
-            logits = prefill(self.model, self._tensor(self.windows[:1]), self.cache)
-            rows = [0] * len(self.windows)
-            self.cache.select(rows)
-            return logits[rows]
-        self.cache = self.model.make_cache(len(self.windows), self.capacity)
-        return prefill(self.model, self._tensor(self.windows), self.cache)
-
-    def select(self, rows: list[int]) -> None:
-        """Keeps the rows of unfinished samples."""
-        self.windows = [self.windows[row] for row in rows]
-        if self.cache is not None and rows:
-            self.cache.select(rows)
-
-    def _tensor(self, rows: list[list[int]]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64, device=self.model.embedding_weight.device)
+        for continuation in self.continuations:
+            constraint = None if self.constraint is None else self.constraint()
+            sampler = Sampler(
+                self.sampling, prompt=self.prompt, vocab_size=self.vocab_size, seed=self.seed, index=continuation.index, constraint=constraint
+            )
+            seen = list(self.prompt)
+            while not continuation.finish_reason:
+                if len(seen) > limit:
+                    seen = seen[-max(1, limit // 2) :]
+                logits = self.model(torch.tensor([seen], device=self.model.embedding_weight.device), last_only=True)[0, 0]
+                seen.append(sampler.choose(logits.float().cpu()).token)
+                piece = continuation.add(seen[-1], self.eot, self.max_tokens)
+                if constraint is not None and constraint.finished and not continuation.finish_reason:
+                    piece += continuation.end("end")  # nothing can follow, so the model need not be asked
+                yield continuation.index, piece

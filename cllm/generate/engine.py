@@ -335,6 +335,8 @@ class Engine:
             row.context.append(chosen.token)
             if not row.request.on_token(row.index, chosen):
                 self._finish(row, "stop")
+            elif row.sampler.finished:
+                self._finish(row, "end")
             elif row.produced == row.request.max_tokens or (len(row.context) > self.limit and not row.request.slide):
                 self._finish(row, "length")
             return chosen.token

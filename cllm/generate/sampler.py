@@ -67,6 +67,11 @@ class Sampler:
         self._occurred = _Occurrences(prompt if sampling.repetition_penalty != 1.0 else ())
         self._chosen = 0
 
+    @property
+    def finished(self) -> bool:
+        """Whether the constraint lets nothing but an end token follow, so that the model need not be asked."""
+        return self._constraint is not None and self._constraint.finished
+
     def choose(self, logits: Tensor) -> Chosen:
         """logits (V',) float32, bfloat16 or float16 on the CPU, V' >= vocab_size (the rest is ignored) -> the next token.
 

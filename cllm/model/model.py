@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from cllm import kernels, runtime
 from cllm.config.model import ModelConfig
-from cllm.kernels.decoding import make_decoder
+from cllm.kernels.decoding import make_decoder, make_paged_decoder
 from cllm.kernels.quantization import quantize
 from cllm.kernels.quantized import packing_pays, quantized_matmul
-from cllm.kernels.stack import Decoder, Linear, Packed, Stack
+from cllm.kernels.stack import Decoder, Linear, Packed, PagedDecoder, Stack
 from cllm.kernels.strips import pack
 from cllm.model.cache import DeviceCache, KVCache
 from cllm.model.layers import Context, GPT2Backbone, LlamaBackbone, Weights
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from cllm.config.lora import LoraConfig
 
 INIT_STD = 0.02
+MOST_DECODED = 64  # tokens of one step that are taken through the layers in one call, where a backend takes so many
 # The last matrix of each branch: what it writes is added to the residual stream, 2 * num_layers times.
 RESIDUAL_PROJECTIONS = ("self_attn.o_proj.weight", "mlp.down_proj.weight", "attn.c_proj.weight", "mlp.c_proj.weight")
 
@@ -228,6 +229,11 @@ class Model(nn.Module):
         if longest > self.config.max_seq_len:
             raise UserError(f"{longest} tokens are longer than the model's context of {self.config.max_seq_len} (max_seq_len).")
         batch = PageBatch(pool, parts)
+        decoder = self._paged_decoder(pool)
+        if decoder is not None and len(batch.tokens) <= decoder.most_tokens:
+            x = self.backbone.embed(batch.tokens.unsqueeze(0), batch.positions, self.compute_dtype)[0]
+            logits = decoder(x, batch.positions, batch.slots, batch.pages_of_tokens())
+            return self._capped(logits if batch.wants_all else logits[batch.wanted])
         tables = self.rotary_tables(pool.device) if self.config.position == "rotary" else None
         context = Context(batch.positions, tables, None, batch, self.config.window_or_none)
         x = self.backbone(batch.tokens.unsqueeze(0), context, self.compute_dtype)[0]
@@ -256,6 +262,13 @@ class Model(nn.Module):
         if cache.decoder is None or cache.decoder[0] != key:
             cache.decoder = key, make_decoder(self._stack(), cache.keys, cache.values, self.compute_dtype)
         return cache.decoder[1]
+
+    def _paged_decoder(self, pool: PagePool) -> PagedDecoder | None:
+        """What takes a few tokens of any sequences through the layers in one call; None where the layers have to do it."""
+        key = (self.embedding_weight.data_ptr(), self.is_packed, self.compute_dtype, runtime.settings())
+        if pool.decoder is None or pool.decoder[0] != key:
+            pool.decoder = key, make_paged_decoder(self._stack(), pool.keys, pool.values, self.compute_dtype, MOST_DECODED)
+        return pool.decoder[1]
 
     def _stack(self) -> Stack:
         config = self.config
