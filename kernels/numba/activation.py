@@ -6,14 +6,18 @@
 z and up have the dtype of the activations: what is read back in the backward has the bits that the forward used.
 """
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
+from numba import types
 
 from cllm.kernels.numba.launch import inline, load, store
+from cllm.kernels.numba.llvm import I64, intrinsic
 from cllm.kernels.numba.simd import (
     W,
     vadd,
@@ -181,15 +185,33 @@ def _piece(code, what, half, rows, columns, sums, sums_row, old, old_row, bias, 
             dup += row
 
 
-@numba.njit(cache=True, nogil=True)
-def finish_piece(code, what, half, rows, columns, sums, sums_row, old, old_row, bias, row, z, up, out, hidden, dz, dup):
-    """A piece of a product: sums (+ old) (+ bias), then the activation. Addresses, 0 where there is none; rows in bytes."""
-    # A loop for each activation: its constants stay in registers.
-    if code == 0:
-        _piece(0, what, half, rows, columns, sums, sums_row, old, old_row, bias, row, z, up, out, hidden, dz, dup)
-    elif code == 1:
-        _piece(1, what, half, rows, columns, sums, sums_row, old, old_row, bias, row, z, up, out, hidden, dz, dup)
-    elif code == 2:
-        _piece(2, what, half, rows, columns, sums, sums_row, old, old_row, bias, row, z, up, out, hidden, dz, dup)
-    else:
-        _piece(3, what, half, rows, columns, sums, sums_row, old, old_row, bias, row, z, up, out, hidden, dz, dup)
+_FINISH = types.void(*[types.int64] * 15)
+
+
+@intrinsic
+def call_finish(tc, entry, half, rows, columns, sums, sums_row, old, old_row, bias, row, z, up, out, hidden, dz, dup):
+    """A piece of a product: sums (+ old) (+ bias), then what `entry` = finish(...) does. Addresses, 0 where there is none; rows in bytes."""
+
+    def codegen(ctx, bld, sig, args):
+        function = ir.FunctionType(ir.VoidType(), [I64] * len(_FINISH.args))
+        bld.call(bld.inttoptr(args[0], function.as_pointer()), args[1:])
+        return ctx.get_dummy_value()
+
+    return types.void(types.int64, *_FINISH.args), codegen
+
+
+@functools.cache
+def _compiled(code: int, what: int) -> Any:
+    def finish(half, rows, columns, sums, sums_row, old, old_row, bias, row, z, up, out, hidden, dz, dup):
+        _piece(code, what, half != 0, rows, columns, sums, sums_row, old, old_row, bias, row, z, up, out, hidden, dz, dup)
+
+    return numba.cfunc(_FINISH, cache=True, error_model="numpy")(finish)
+
+
+def finish(activation: str, what: int) -> int:
+    """The address of the end of a product, for `call_finish`; compiled at its first use.
+
+    Each activation is compiled by itself, and by its address it serves every kind of product: its constants stay in registers, and nobody waits
+    for the compilation of what he does not use.
+    """
+    return int(_compiled(CODES[activation], what).address)

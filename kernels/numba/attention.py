@@ -18,7 +18,7 @@ from cllm.kernels.numba.fields import fields
 from cllm.kernels.numba.gemm import TILES as TILES_KERNEL
 from cllm.kernels.numba.gemm import bf16_kernel
 from cllm.kernels.numba.launch import Kernel, at_most, float32_at, inline, int64_at, jit, num_workers, put_float32, scratch
-from cllm.kernels.numba.micro import CONFIGURATION
+from cllm.kernels.numba.micro import CONFIGURATION, HAS_TILES
 from cllm.kernels.numba.simd import (
     W,
     vadd,
@@ -136,7 +136,7 @@ def _maxima(scores, state_address, rows, columns, factor):
 @inline
 def _row_of_exponentials(row, columns, scale, minus, total, tiles):
     for c in range(0, columns, W):
-        if tiles:
+        if HAS_TILES and tiles:
             e = vexp2_normal(vfma(vload(row, c), scale, minus))
             vstore_flushed(row, c, e)  # half as wide as the scores that were there
         else:
@@ -194,7 +194,7 @@ def _pair_strips(keys):
 def _pack_block(p, b, token, kv, rows, target, width, spare):
     k = p[P.k] + b * p[P.k_batch] + token * p[P.k_token] + kv * p[P.k_head]
     v = p[P.v] + b * p[P.v_batch] + token * p[P.v_token] + kv * p[P.v_head]
-    if p[OWN.tiles]:
+    if HAS_TILES and p[OWN.tiles]:
         amx.fill_strips_of_rows(k, p[P.k_token], rows, p[P.dim], _pair_strips(rows), target, spare)
         amx.fill_strips_of_columns(v, p[P.v_token], rows, p[P.dim], KEYS // 2, target + KEYS * width * WORD, spare)
         return
@@ -240,7 +240,7 @@ def _walk(p, f, segment, kv, space, rows, num_queries, t0):
         key = block * KEYS
         valid, begins = min(KEYS, end - key), block == first_block
         packed = _block_of_keys(p, segment, kv, block, valid, own_block)
-        if tiles:
+        if HAS_TILES and tiles:
             columns = (valid + amx.STEP - 1) // amx.STEP * amx.STEP
             _tile_scores(p, q, packed, scores, rows, columns)
         else:
@@ -250,7 +250,7 @@ def _walk(p, f, segment, kv, space, rows, num_queries, t0):
         if masked or f[F.softcap] != 0.0:
             _limit(p, f, scores, rows, num_queries, t0, queries, num_keys, key, columns, masked)
         _maxima(scores, state, rows, columns, factor)
-        if tiles:
+        if HAS_TILES and tiles:
             _exponentials(scores, state, out, width, rows, columns, factor, True, begins)
             _tile_outputs(p, scores, packed + KEYS * row, out, rows, columns, begins)
         else:
@@ -295,12 +295,12 @@ def _forward(p, f, task, worker):
     for i in range(num_heads):
         source = p[P.q] + b * p[P.q_batch] + (start + t0) * p[P.q_token] + (head + i) * p[P.q_head]
         filled = num_queries if i < num_heads - 1 else all_rows - i * num_queries
-        if p[OWN.tiles]:
+        if HAS_TILES and p[OWN.tiles]:
             amx.fill_rows(source, p[P.q_token], num_queries, p[P.dim], space.q + i * num_queries * half_row, half_row, filled)
         else:
             target = space.q + i * num_queries * width * WORD
             at.fill_rows(source, p[P.half], p[P.q_token], num_queries, p[P.dim], target, sign, filled)
-    if p[OWN.tiles]:
+    if HAS_TILES and p[OWN.tiles]:
         amx.start(p[OWN.configuration])
     state = _state(space.state)
     for r in range(0, ROWS, W):
@@ -309,7 +309,7 @@ def _forward(p, f, task, worker):
         vstore(state.sums, r * W, vzero())
 
     _walk(p, f, segment, kv, space, rows, num_queries, t0)
-    if p[OWN.tiles]:
+    if HAS_TILES and p[OWN.tiles]:
         amx.stop()
     _finish(p, space.state, space.out, width, rows, num_queries, b, start + t0, head)
 

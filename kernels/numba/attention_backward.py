@@ -20,7 +20,7 @@ from cllm.kernels.numba.attention_tile import KEYS, SEGMENT, WORD, F, P
 from cllm.kernels.numba.gemm import TILES as TILES_KERNEL
 from cllm.kernels.numba.gemm import bf16_kernel, l2_bytes
 from cllm.kernels.numba.launch import Kernel, float32_at, int64_at, jit, load, num_workers, put_float32, scratch
-from cllm.kernels.numba.micro import CONFIGURATION
+from cllm.kernels.numba.micro import CONFIGURATION, HAS_TILES
 from cllm.kernels.numba.simd import W, vfma, vhsum, vzero
 
 MAX_WAITING = 1.4  # together is chosen while waiting for the last heads costs at most this factor: apart makes 7 products instead of 5
@@ -49,7 +49,7 @@ def _prepare(p, f, task, worker):
 @jit
 def _key_block(p, f, worker, segment, kv, key):
     """dk and dv of one block of keys; adds to the gathered dq when TOGETHER."""
-    if p[OWN.tiles]:
+    if HAS_TILES and p[OWN.tiles]:
         dk, dv = tiles.key_block(p, f, worker, segment, kv, key)
     else:
         dk, dv = vector.key_block(p, f, worker, segment, kv, key, at.padded_dim(p[P.dim]))
@@ -67,7 +67,7 @@ def _write_queries(p, f, dq, width, b, token, h, rows):
 def _query_block(p, f, worker, segment, h, t0):
     """dq of one block of queries."""
     rows, b, token = min(ROWS, int64_at(segment, SEGMENT.queries) - t0), int64_at(segment, SEGMENT.batch), int64_at(segment, SEGMENT.start) + t0
-    if p[OWN.tiles]:
+    if HAS_TILES and p[OWN.tiles]:
         dq = tiles.query_block(p, f, worker, segment, h, t0)
         tiles.write_turned(p, f, dq, b, token, h, rows, tiles.work_space(p, worker).spare)
     else:
@@ -77,7 +77,7 @@ def _query_block(p, f, worker, segment, h, t0):
 
 def _together(p, f, task, worker):
     segment, kv = p[P.segments] + (task // p[P.kv_heads]) * at.SEGMENT_BYTES, task % p[P.kv_heads]
-    if p[OWN.tiles]:
+    if HAS_TILES and p[OWN.tiles]:
         amx.start(p[OWN.configuration])
         tiles.together(p, f, worker, segment, kv)
         amx.stop()
@@ -95,7 +95,7 @@ def _together(p, f, task, worker):
 
 def _apart(p, f, task, worker):
     """TASKS counts blocks of keys for the first KEY_TASKS tasks, BLOCKS those of queries after them."""
-    if p[OWN.tiles]:
+    if HAS_TILES and p[OWN.tiles]:
         amx.start(p[OWN.configuration])
     if task < p[OWN.key_tasks]:
         segment = at.find_segment(p[P.segments], p[P.num_segments], task, SEGMENT.tasks)
@@ -109,7 +109,7 @@ def _apart(p, f, task, worker):
         blocks = (int64_at(segment, SEGMENT.queries) + ROWS - 1) // ROWS
         h, block = at.dealt(local, blocks)
         _query_block(p, f, worker, segment, h, block * ROWS)
-    if p[OWN.tiles]:
+    if HAS_TILES and p[OWN.tiles]:
         amx.stop()
 
 

@@ -404,7 +404,7 @@ def _part(
             if out is not None:
                 _place(p, P.out, P.out_row, out, r0, c0)
             if end is not None:
-                p[P.what], p[P.activation] = end.what, activation.CODES[end.activation]
+                p[P.what], p[P.finish] = end.what, activation.finish(end.activation, end.what)
                 for field, tensor in ((P.hidden, end.hidden), (P.z, end.z), (P.up, end.up), (P.dz, end.dz), (P.dup, end.dup)):
                     if tensor is not None:
                         _place(p, field, P.hidden_row, tensor, r0, c0)

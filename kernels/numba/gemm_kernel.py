@@ -12,7 +12,8 @@ import numpy as np
 from cllm.kernels.numba import activation, pack
 from cllm.kernels.numba.fields import fields
 from cllm.kernels.numba.gemm_block import LINE, block_fp32, block_pairs, block_tiles, prefetch_lines, tiles_off, tiles_on
-from cllm.kernels.numba.launch import share
+from cllm.kernels.numba.launch import Kernel, int64_at, share
+from cllm.kernels.numba.launch import _call as call
 from cllm.kernels.numba.matvec_words import fill_packed
 from cllm.kernels.numba.micro import BLOCK_BYTES, HAS_TILES, WORD, make_writing_micro
 from cllm.kernels.numba.pack import pack_lines, pack_strip
@@ -67,7 +68,7 @@ class _Arguments(NamedTuple):
     a_in_place: int  # whether AMX reads A from where it lies
     dealt: int  # whether workers take tiles in turn, rather than each a piece of them
     what: int  # of an activation at the end: NONE, ACTIVATE or DIFFERENTIATE, see activation.py
-    activation: int
+    finish: int  # the address of what does it: activation.finish
     hidden: int
     z: int
     up: int
@@ -108,8 +109,8 @@ def _finish_activation(p, sums, sums_row, r, c, rows, columns):
     """The same where the product ends in an activation (activation.py)."""
     half, row = p[P.out_half] != 0, p[P.hidden_row]
     at = r * row + c * (2 if half else 4)
-    activation.finish_piece(
-        p[P.activation], p[P.what], half, rows, columns, sums, sums_row,
+    activation.call_finish(
+        p[P.finish], half, rows, columns, sums, sums_row,
         p[P.old] + r * p[P.old_row] + c * 4 if p[P.old] != 0 else 0,
         p[P.old_row],
         p[P.bias] + c * 4 if p[P.bias] != 0 else 0,
@@ -252,8 +253,7 @@ def _absent_last_tiles(p, a, a_strip, a_row, a_step, b, sums, sums_row, first, p
 _last_tiles = _jit(_last_tiles_py if HAS_TILES else _absent_last_tiles)
 
 
-@_jit
-def _multiply_tiles(p, r0, c0, rows, columns, sums, sums_row):
+def _multiply_tiles_py(p, r0, c0, rows, columns, sums, sums_row):
     """One tile of C on AMX, two strips of rows at a time: A's stay in the L1 cache while B's pass by it, and C is written from left to right."""
     tiles_on(p[P.configuration])
     piece = sums + (p[P.tile_rows] + 2 * W - 1) // (2 * W) * (2 * W) * sums_row
@@ -274,6 +274,13 @@ def _multiply_tiles(p, r0, c0, rows, columns, sums, sums_row):
         if not plain:
             _finish(p, sums, sums_row, r0 + r, c0, now, columns)
     tiles_off()
+
+
+def _absent_multiply_tiles(p, r0, c0, rows, columns, sums, sums_row):
+    pass
+
+
+_multiply_tiles = _jit(_multiply_tiles_py if HAS_TILES else _absent_multiply_tiles)
 
 
 @_jit
@@ -326,51 +333,48 @@ def _multiply(p, task, scratch):
         _finish(p, sums, sums_row, r0, c0, rows, columns)
 
 
-PACK, MULTIPLY = range(2)  # the two stages of a product
-
-
-@_jit
-def _task(stage, p, task, worker):
+def _task(p, f, task, worker):
+    """Tasks are numbered through both stages of a product: first those that pack A, then those that pack B, then those that multiply."""
     scratch = p[P.scratch] + worker * p[P.scratch_stride]
-    if stage == MULTIPLY:
-        _multiply(p, task, scratch)
-    elif task < p[P.tasks_a]:
+    group = task - p[P.tasks_a]
+    if group >= p[P.tasks_b]:
+        _multiply(p, group - p[P.tasks_b], scratch)
+    elif group < 0:
         _pack_a(p, task, scratch)
     else:
-        group = task - p[P.tasks_a]
         column = group * p[P.group_b] * W
         lanes = min(p[P.group_b] * W, p[P.columns] - column)
         target = p[P.b_packed] + group * p[P.group_b] * p[P.b_strip]
         _pack_b(p, column, lanes, 0, p[P.depth], (p[P.b_strip] - LINE) // (W * WORD), target, p[P.b_strip], scratch)
 
 
-@_jit
-def _tasks(stage, p):
-    return p[P.tasks_a] + p[P.tasks_b] if stage == PACK else p[P.num_tiles]
+# Compiled by itself and called by its address: inlined into the parallel loop, which numba compiles in several forms, it took most of a minute.
+_kernel = Kernel(_task)
 
 
 @_jit
-def _run_alone(p):
-    for stage in range(2):
-        for task in range(_tasks(stage, p)):
-            _task(stage, p, task, 0)
+def _run_alone(entry, p):
+    for task in range(int64_at(p, P.tasks_a) + int64_at(p, P.tasks_b) + int64_at(p, P.num_tiles)):
+        call(entry, p, 0, task, 0)
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
-def _run_workers(p, workers):
-    for stage in range(2):  # one parallel loop serves both stages, so that what it calls is compiled once
-        tasks = _tasks(stage, p)
-        dealt = stage == PACK or p[P.dealt] != 0
+def _run_workers(entry, p, workers):
+    packing = int64_at(p, P.tasks_a) + int64_at(p, P.tasks_b)
+    for stage in range(2):  # nothing is multiplied before everything is packed
+        before = stage * packing
+        tasks = int64_at(p, P.num_tiles) if stage else packing
+        dealt = stage == 0 or int64_at(p, P.dealt) != 0
         for worker in numba.prange(workers):
             first, end, step = share(tasks, worker, workers, dealt)
             for task in range(first, end, step):
-                _task(stage, p, task, worker)
+                call(entry, p, 0, before + task, worker)
 
 
 def run(p: np.ndarray, workers: int) -> None:
     """Packs what is not packed yet and multiplies, on so many workers."""
     if workers <= 1:
-        _run_alone(p)
+        _run_alone(_kernel.entry(), p.ctypes.data)
     else:
         threads.numba_workers(workers)
-        _run_workers(p, workers)
+        _run_workers(_kernel.entry(), p.ctypes.data, workers)

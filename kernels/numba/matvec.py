@@ -56,7 +56,7 @@ class _Job(NamedTuple):
     out: int
     out_row: int
     out_half: int
-    activation: int  # -1: none
+    finish: int  # the address of the activation at the end (activation.finish); 0: there is none
     hidden: int  # the result of the activation
     z: int  # what the partner wrote
     partner: int  # the address of another job, whose same outputs are made first; 0: none
@@ -204,13 +204,12 @@ def _finish(job, total, c, columns):
     bias = int64_at(job, JOB.bias)
     if bias != 0:
         bias += c * 4
-    if int64_at(job, JOB.activation) >= 0:
+    if int64_at(job, JOB.finish) != 0:
         z = int64_at(job, JOB.z)
         if z != 0:
             z += c * size
         hidden = int64_at(job, JOB.hidden) + c * size
-        activation.finish_piece(int64_at(job, JOB.activation), activation.ACTIVATE, half != 0, rows, columns, total, _SUMS_ROW, 0, 0, bias, row,
-                                z, 0, 0, hidden, 0, 0)  # fmt: skip
+        activation.call_finish(int64_at(job, JOB.finish), half, rows, columns, total, _SUMS_ROW, 0, 0, bias, row, z, 0, 0, hidden, 0, 0)
         return
     out = int64_at(job, JOB.out) + c * size
     for m in range(rows):
@@ -376,9 +375,9 @@ def job(x: Tensor, weight: Weight, bias: Tensor | None, out: Output, workers: in
         else:
             p[JOB.b_mode], p[JOB.scales], p[JOB.scales_strip] = STRIPS_INT8, weight.scales.data_ptr(), weight.scales.stride(0) * WORD
     p[JOB.bias] = 0 if bias is None else bias.data_ptr()
-    p[JOB.out], p[JOB.out_row], p[JOB.out_half], p[JOB.activation] = out.address, out.row, is_half(x), -1
+    p[JOB.out], p[JOB.out_row], p[JOB.out_half], p[JOB.finish] = out.address, out.row, is_half(x), 0
     if out.activation is not None:
-        p[JOB.hidden], p[JOB.z], p[JOB.activation] = out.address, out.z, activation.CODES[out.activation]
+        p[JOB.hidden], p[JOB.z], p[JOB.finish] = out.address, out.z, activation.finish(out.activation, activation.ACTIVATE)
     p[JOB.partner], p[JOB.task_columns], p[JOB.first_task] = partner, task_columns(columns, workers), first_task
     return p
 
