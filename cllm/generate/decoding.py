@@ -240,6 +240,8 @@ class _Run:
                 logits = self.model(torch.tensor([seen], device=self.model.embedding_weight.device), last_only=True)[0, 0]
                 seen.append(sampler.choose(logits.float().cpu()).token)
                 piece = continuation.add(seen[-1], self.eot, self.max_tokens)
-                if constraint is not None and constraint.finished and not continuation.finish_reason:
-                    piece += continuation.end("end")  # nothing can follow, so the model need not be asked
+                if sampler.finished and not continuation.finish_reason:  # nothing can follow, so the model need not be asked
+                    piece += continuation.end("end")
+                elif sampler.finished and continuation.finish_reason == "length":
+                    continuation.finish_reason = "end"
                 yield continuation.index, piece

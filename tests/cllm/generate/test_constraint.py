@@ -232,8 +232,14 @@ def test_generate_keeps_every_sample_to_the_form(model, bpe):
             assert each.finish_reason == "length" and len(each.tokens) == 150
     assert any(each.finish_reason == "end" for each in results)
     assert "".join(stream(model, bpe, "name", max_tokens=150, seed=4, temperature=1.0, constraint=new)) == results[0].text
-    exact = generate(model, bpe, "x", max_tokens=50, temperature=0.0, constraint=constraint.compile_constraint(bpe, "regex", "the quick"))[0]
-    assert (exact.text, exact.finish_reason) == ("the quick", "end")
+    exact = constraint.compile_constraint(bpe, "regex", "the quick")
+    found = generate(model, bpe, "x", max_tokens=50, temperature=0.0, constraint=exact)[0]
+    assert (found.text, found.finish_reason) == ("the quick", "end")
+    for room, reason in ((0, "end"), (-1, "length")):
+        for use_cache in (True, False):
+            most = len(found.tokens) + room
+            ended = generate(model, bpe, "x", max_tokens=most, temperature=0.0, constraint=exact, use_cache=use_cache)[0]
+            assert (ended.finish_reason, ended.tokens) == (reason, found.tokens[:most])
 
 
 def test_the_command_writes_what_the_form_allows(model, bpe, tmp_path):

@@ -4,6 +4,7 @@ import threading
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -306,6 +307,35 @@ def test_a_deadline_a_stop_and_a_broken_listener_end_one_answer_and_no_other():
         time.sleep(0.01)
     run(engine)
     assert late.reasons == {0: "deadline"} and stopped.reasons == {0: "stop"} and len(stopped.tokens[0]) == 4
+    assert fine.tokens == alone(model, fine.request).tokens
+
+
+class Spelled:
+    """A constraint that allows one text."""
+
+    def __init__(self, tokens):
+        self.left, self.finished = list(tokens), False
+
+    def mask(self):
+        return np.arange(V) == self.left[0]
+
+    def advance(self, token):
+        assert token == self.left.pop(0)
+        self.finished = not self.left
+
+
+def test_an_answer_ends_where_its_form_allows_no_more():
+    """Without an end token too; guesses that the form does not allow are guesses that were wrong."""
+    model = MODELS["llama", torch.float32]
+    engine, text = engine_of(model), [5, 9, 5, 9, 5, 9, 5, 8, 9]
+    asked = Asked([5, 9] * 20, 50, samples=2, constraint=lambda: Spelled(text))
+    short = Asked([5, 9] * 20, 4, constraint=lambda: Spelled(text))
+    fine = Asked(SYSTEM[:50], 20)
+    for each in (asked, short, fine):
+        engine.submit(each.request)
+    run(engine)
+    assert asked.tokens == [text, text] and asked.reasons == {0: "end", 1: "end"}
+    assert short.tokens == [text[:4]] and short.reasons == {0: "length"}
     assert fine.tokens == alone(model, fine.request).tokens
 
 
