@@ -10,7 +10,21 @@ import typer
 
 from cllm.cli.console import Console, open_console, standard_input
 from cllm.cli.generate import MaxTokens, Seed
-from cllm.cli.options import Checkpoint, Device, Json, Threads, Weights, check_model, examples, load_model, read_settings, text_option, with_settings
+from cllm.cli.options import (
+    Checkpoint,
+    Context,
+    Device,
+    Json,
+    Stretch,
+    Threads,
+    Weights,
+    check_model,
+    examples,
+    load_model,
+    read_settings,
+    text_option,
+    with_settings,
+)
 from cllm.config.sampling import SAMPLING
 from cllm.runtime.errors import UserError
 from cllm.runtime.progress import say
@@ -19,6 +33,7 @@ from cllm.shell import command
 if TYPE_CHECKING:
     from cllm.data.tokens.tokenizer import Tokenizer
     from cllm.generate.chat_context import Seen
+    from cllm.generate.engine import Engine
     from cllm.model.model import Model
 
 CHAT_SAMPLING = SAMPLING | {"temperature": replace(SAMPLING["temperature"], default=0.7)}
@@ -33,6 +48,8 @@ def chat(
     system: Annotated[str | None, text_option("--system", "System message, which the model sees before the conversation.")] = None,
     max_tokens: MaxTokens = 200,
     seed: Seed = 0,
+    context: Context = None,
+    stretch: Stretch = None,
     weights: Weights = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -46,7 +63,7 @@ def chat(
     from cllm import runtime
 
     with runtime.use(threads=threads):
-        model, tokenizer = load_model(checkpoint, weights=weights, device=device, generating=True)
+        model, tokenizer = load_model(checkpoint, weights=weights, device=device, generating=True, context=context, stretch=stretch)
         talk = converse(console, model, tokenizer, standard_input(), system, **options)
     console.result(talk.to_dict())
 
@@ -92,6 +109,7 @@ def converse(
     talk = Talk([] if system is None else [{"role": "system", "content": system}])
     check_system(tokenizer, talk.messages, context)
     told: set[str] = set()
+    engine = None if model.embedding_weight.device.type == "cuda" else _engine_of(model, tokenizer)
     for line in lines:
         if not line.strip():
             continue
@@ -99,7 +117,7 @@ def converse(
         seen = fit_to_context(tokenizer, talk.messages, context, max_tokens)
         _tell_left_out(seen, context, told)
         most = min(max_tokens, seen.answer_room)
-        answer = generate(model, speaker, seen.tokens, max_tokens=most, on_piece=lambda _, piece: console.write(piece), **options)[0]
+        answer = generate(model, speaker, seen.tokens, max_tokens=most, engine=engine, on_piece=lambda _, piece: console.write(piece), **options)[0]
         console.print()
         if answer.finish_reason == "length" and most < max_tokens and "room" not in told:
             told.add("room")
@@ -108,6 +126,15 @@ def converse(
         talk.seen.append(seen)
         talk.finish_reasons.append(answer.finish_reason)
     return talk
+
+
+def _engine_of(model: Model, tokenizer: Tokenizer) -> Engine:
+    """One that remembers the conversation, so that each answer computes only what is new in it."""
+    from cllm.generate.engine import Engine
+    from cllm.model.pages import page_bytes, pages_for
+
+    pages = 2 * pages_for(model.config.max_seq_len)
+    return Engine(model, vocab_size=tokenizer.vocab_size, memory=pages * page_bytes(model.config, model.compute_dtype), most_rows=1)
 
 
 def _tell_left_out(seen: Seen, context: int, told: set[str]) -> None:

@@ -12,8 +12,10 @@ import typer
 from cllm.cli.console import open_console
 from cllm.cli.options import (
     Checkpoint,
+    Context,
     Device,
     Json,
+    Stretch,
     Threads,
     Weights,
     check_model,
@@ -27,6 +29,7 @@ from cllm.cli.options import (
 )
 from cllm.config.sampling import SAMPLING
 from cllm.runtime.errors import UserError
+from cllm.runtime.progress import say
 
 if TYPE_CHECKING:
     from cllm.generate.decoding import Generation
@@ -66,6 +69,8 @@ def generate(
     grammar: Annotated[Path | None, option("--grammar", Path, "File with a grammar (llguidance's Lark) that the text follows.")] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute every token from scratch, as a check. Slow.")] = False,
     stream: Annotated[bool, typer.Option(help="Print the text while it is generated.")] = True,
+    context: Context = None,
+    stretch: Stretch = None,
     weights: Weights = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -94,7 +99,8 @@ def generate(
     from cllm.generate.decoding import stream as run_stream
 
     with runtime.use(threads=threads):
-        model, tokenizer = load_model(checkpoint, weights=weights, device=device, generating=True)
+        model, tokenizer = load_model(checkpoint, weights=weights, device=device, generating=True, context=context, stretch=stretch)
+        options["on_slide"] = lambda: say(_slides(model.config.max_seq_len))
         if form is not None:
             options["constraint"] = compile_constraint(tokenizer, *form)
         if beams is not None:
@@ -116,6 +122,13 @@ def generate(
             console.print(f"--- {number} of {samples} ---")
         console.write(f"{prompt}{each.text}\n")
     console.result(_summary(prompt, results))
+
+
+def _slides(context: int) -> str:
+    return (
+        f"The text is longer than the model's context of {context:,} tokens: from here on the model sees the newest half of that. "
+        "--context with --stretch lets it see further."
+    )
 
 
 def _summary(prompt: str, results: Sequence[Generation]) -> dict[str, Any]:

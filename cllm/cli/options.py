@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cllm.cli.console import not_text
+from cllm.config.sampling import STRETCHES
 from cllm.config.schema import DEVICES, SETTINGS
 from cllm.config.setting import Setting
 from cllm.runtime.errors import DataError, UserError
@@ -112,6 +113,19 @@ Weights = Annotated[
         choices=("fp32", "bf16", "int8"),
     ),
 ]
+Context = Annotated[
+    int | None,
+    option(
+        "--context", int, "Longest text in tokens that the model sees, beyond what it was trained with; needs --stretch.", optional=True, at_least=2,
+        example=4096,
+    ),
+]  # fmt: skip
+Stretch = Annotated[
+    str | None,
+    option(
+        "--stretch", str, "How the positions of --context are reached: yarn, or dynamic (a larger rotary base).", optional=True, choices=STRETCHES
+    ),
+]
 
 
 def examples(*lines: str) -> str:
@@ -187,8 +201,17 @@ def check_text(path: str) -> None:
             raise DataError(no_text(Path(path), skipped))
 
 
-def load_model(path: str, need_tokenizer: bool = True, weights: str | None = None, device: str = "cpu", generating: bool = False) -> tuple[Any, Any]:
-    """The model and its tokenizer. generating: the matrices may give way to a layout that decoding reads faster (`Model.pack_`)."""
+def load_model(
+    path: str, need_tokenizer: bool = True, weights: str | None = None, device: str = "cpu", generating: bool = False,
+    context: int | None = None, stretch: str | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """The model and its tokenizer.
+
+    generating: the matrices may give way to a layout that decoding reads faster (`Model.pack_`). context, stretch: a longer context than the model's
+    own, and how its positions get there (`cllm.model.stretch`).
+    """
+    if (context is None) != (stretch is None):
+        raise UserError("--context and --stretch belong together: how long a text the model is to see, and how its positions get there.")
     check_model(path)
     import torch
 
@@ -202,6 +225,10 @@ def load_model(path: str, need_tokenizer: bool = True, weights: str | None = Non
     if weights is None and place.type == "cuda" and model.compute_dtype == torch.float32 and multiplies_bf16(place):
         model.to(torch.bfloat16)  # a GPU multiplies float32 numbers one by one, without its matrix units
     model.to(place)
+    if context is not None and stretch is not None:
+        from cllm.model.stretch import stretch_
+
+        stretch_(model, context, stretch)
     if generating:
         model.pack_()
     if need_tokenizer and tokenizer is None:

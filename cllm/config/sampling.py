@@ -73,3 +73,7 @@ def _checked_bias(given: Any) -> dict[int, float]:
             raise UserError(f"logit_bias of token {token} must be a number from -100 to 100, got {shortened(value)}.")
         found[int(token)] = float(value)
     return dict(sorted(found.items()))
+
+
+STRETCHES = ("yarn", "dynamic")
+"""Ways to a longer context than a model was trained with (`cllm.model.stretch`)."""

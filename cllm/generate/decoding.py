@@ -62,6 +62,7 @@ def generate(
     on_piece: Callable[[int, str], None] | None = None,
     constraint: Callable[[], Constraint] | None = None,
     engine: Engine | None = None,
+    on_slide: Callable[[], None] | None = None,
     **sampling: Any,
 ) -> list[Generation]:
     """`samples` continuations of `prompt` (text or token ids), decoded together.
@@ -69,11 +70,14 @@ def generate(
     `sampling` are the settings of `cllm.config.sampling.Sampling`: temperature, top_k, top_p, min_p, typical_p, the penalties and logit_bias. A
     prompt longer than the model's context is refused, or with `truncate_prompt` only its end is seen. `on_piece(sample, text)` is called as text
     becomes certain. `constraint` makes what each sample must keep to (`cllm.generate.constraint.compile_constraint`). An `engine` that is kept from
-    call to call remembers the beginnings of earlier texts; by default each call has its own.
+    call to call remembers the beginnings of earlier texts; by default each call has its own. `on_slide()` is called when a text outgrows the model's
+    context, so that from there on the model sees its last half context.
 
     Raises UserError for wrong settings, an empty prompt, or a tokenizer with more tokens than the model.
     """
-    run = _Run(model, tokenizer, prompt, max_tokens, Sampling(**sampling), stop, seed, samples, use_cache, truncate_prompt, constraint, engine)
+    run = _Run(
+        model, tokenizer, prompt, max_tokens, Sampling(**sampling), stop, seed, samples, use_cache, truncate_prompt, constraint, engine, on_slide
+    )
     for index, piece in run.pieces():
         if on_piece is not None:
             on_piece(index, piece)
@@ -91,6 +95,7 @@ def stream(
     use_cache: bool = True,
     truncate_prompt: bool = False,
     constraint: Callable[[], Constraint] | None = None,
+    on_slide: Callable[[], None] | None = None,
     **sampling: Any,
 ) -> Iterator[str]:
     """The text of `generate(..., samples=1)` piece by piece, as soon as it is certain: whole characters, never a part
@@ -98,7 +103,7 @@ def stream(
 
     Wrong settings raise at the call, not at the first piece.
     """
-    run = _Run(model, tokenizer, prompt, max_tokens, Sampling(**sampling), stop, seed, 1, use_cache, truncate_prompt, constraint, None)
+    run = _Run(model, tokenizer, prompt, max_tokens, Sampling(**sampling), stop, seed, 1, use_cache, truncate_prompt, constraint, None, on_slide)
     return (piece for _, piece in run.pieces())
 
 
@@ -146,6 +151,7 @@ class _Run:
         truncate_prompt: bool,
         constraint: Callable[[], Constraint] | None,
         engine: Engine | None,
+        on_slide: Callable[[], None] | None,
     ) -> None:
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if "" in stop:
@@ -153,7 +159,7 @@ class _Run:
         if max_tokens < 1 or samples < 1:
             raise UserError(f"max_tokens and samples must be at least 1, got {max_tokens} and {samples}.")
         self.model, self.sampling, self.max_tokens, self.seed = model, sampling, max_tokens, seed
-        self.use_cache, self.constraint, self.engine = use_cache, constraint, engine
+        self.use_cache, self.constraint, self.engine, self.on_slide = use_cache, constraint, engine, on_slide
         self.vocab_size = tokenizer.vocab_size
         self.eot = tokenizer.eot_id
         self.prompt = prompt_tokens(model, tokenizer, prompt, truncate_prompt)
@@ -168,6 +174,10 @@ class _Run:
                 continuation.seconds = time.perf_counter() - started
             if piece:
                 yield index, piece
+            if self.on_slide is not None and len(self.prompt) + len(continuation.tokens) > self.model.config.max_seq_len:
+                if not continuation.finish_reason:
+                    self.on_slide()
+                    self.on_slide = None
 
     def result(self, continuation: Continuation) -> Generation:
         tokens, seconds = continuation.tokens, continuation.seconds

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from cllm.config.sampling import STRETCHES
 from cllm.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from cllm.config.model import ModelConfig
     from cllm.model.model import Model
-
-STRETCHES = ("yarn", "dynamic")
 
 
 def stretched(config: ModelConfig, max_seq_len: int, kind: str) -> ModelConfig:

@@ -366,34 +366,52 @@ def test_requests_from_many_threads_meet_one_that_steps():
     assert all(each.tokens == alone(model, each.request).tokens for each in asked)
 
 
-def test_generate_gives_what_the_engine_gives():
-    class Letters:
-        vocab_size, eot_id = V, 0
+class Letters:
+    """A tokenizer of one letter a token."""
 
-        def encode(self, text):
-            return [ord(each) % V for each in text]
+    vocab_size, eot_id = V, 0
 
-        def decode(self, tokens):
-            return "".join(chr(65 + token) for token in tokens)
+    def encode(self, text):
+        return [ord(each) % V for each in text]
 
-        def stream_decoder(self):
-            outer = self
+    def stream_decoder(self):
+        return LetterDecoder()
 
-            class Decoder:
-                def push(self, token):
-                    return outer.decode([token])
 
-                def finish(self):
-                    return ""
+class LetterDecoder:
+    def push(self, token):
+        return chr(65 + token)
 
-            return Decoder()
+    def finish(self):
+        return ""
 
+
+def test_generate_gives_what_computing_everything_again_gives():
     model = MODELS["llama", torch.float32]
-    found = generate(model, Letters(), "Hello", max_tokens=20, samples=3, seed=5, temperature=1.0)
-    again = generate(model, Letters(), "Hello", max_tokens=20, samples=3, seed=5, temperature=1.0, use_cache=False)
-    assert [each.tokens for each in found] == [each.tokens for each in again]
-    assert [each.text for each in found] == [each.text for each in again]
-    assert [each.finish_reason for each in found] == [each.finish_reason for each in again]
+    ways = [generate(model, Letters(), "Hello", max_tokens=20, samples=3, seed=5, temperature=1.0, use_cache=each) for each in (True, False)]
+    for found, again in zip(*ways, strict=True):
+        assert (found.tokens, found.text, found.finish_reason) == (again.tokens, again.text, again.finish_reason)
+
+
+def test_an_engine_that_is_kept_remembers_a_conversation():
+    engine = engine_of(MODELS["llama", torch.float32])
+    first = generate(engine.model, Letters(), "a question of some length", max_tokens=10, engine=engine, temperature=0)[0]
+    prompt = "a question of some length" + "".join(chr(61 + token) for token in first.tokens)  # the letters of these tokens
+    assert Letters().encode(prompt)[-10:] == first.tokens
+    before = engine.stats().tokens_in
+    again = generate(engine.model, Letters(), prompt + "more", max_tokens=10, engine=engine, temperature=0)[0]
+    assert engine.stats().tokens_in - before <= 5, "the last token of the answer and the four that are new"
+    assert again.tokens == generate(engine.model, Letters(), prompt + "more", max_tokens=10, temperature=0)[0].tokens
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_it_is_told_once_when_a_text_outgrows_the_context(use_cache):
+    model, told = make(max_seq_len=32), []
+    options = {"temperature": 0, "use_cache": use_cache, "on_slide": lambda: told.append(1)}
+    generate(model, Letters(), "x" * 20, max_tokens=12, **options)
+    assert told == []
+    generate(model, Letters(), "x" * 20, max_tokens=60, **options)
+    assert told == [1]
 
 
 def test_pages_for_counts_whole_pages():

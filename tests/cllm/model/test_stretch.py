@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from command import cllm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cllm import Model, ModelConfig
+from cllm import Model, ModelConfig, save
+from cllm.data.tokens.tokenizer import Tokenizer
 from cllm.model.rope import frequencies, plain_frequencies
 from cllm.model.stretch import stretch_, stretched
 from cllm.runtime.errors import UserError
@@ -61,3 +63,21 @@ def test_a_stretched_model_reads_further_than_before():
 def test_what_cannot_be_stretched_is_refused(config, length, kind, words):
     with pytest.raises(UserError, match=words):
         stretched(config, length, kind)
+
+
+def test_the_command_says_when_a_text_outgrows_the_context_and_stretches_it_when_asked_to(tmp_path):
+    tokenizer = Tokenizer.train(["one two three four five. " * 20], vocab_size=320)
+    model = Model(ModelConfig(vocab_size=tokenizer.vocab_size, embed_dim=16, num_layers=1, num_heads=1, max_seq_len=32))
+    save(model, tmp_path / "m.cllm", tokenizer=tokenizer)
+    asked = ("generate", tmp_path / "m.cllm", "--prompt", "one two", "--max-tokens", 50, "--temperature", 0, "--threads", 1, "--json")
+    ran = cllm(*asked)
+    assert ran.status == 0 and len(ran.json["tokens"][0]) == 50
+    assert ran.err.count("longer than the model's context of 32 tokens") == 1 and "--stretch lets it see further" in ran.err
+    for kind in ("yarn", "dynamic"):
+        ran = cllm(*asked, "--context", 128, "--stretch", kind)
+        assert ran.status == 0 and len(ran.json["tokens"][0]) == 50 and "longer than" not in ran.err
+    for given in (("--context", 128), ("--stretch", "yarn")):
+        ran = cllm(*asked, *given)
+        assert ran.status == 2 and "--context and --stretch belong together" in ran.err
+    ran = cllm(*asked, "--context", 16, "--stretch", "yarn")
+    assert ran.status == 2 and "must be longer than the 32 tokens" in ran.err
