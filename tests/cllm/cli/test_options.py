@@ -26,8 +26,8 @@ FLAGS = {
         --vocab-size --embed-dim --num-layers --num-heads --num-kv-heads --ffn-dim --seq-len --batch-size --grad-accum --steps --epochs
         --learning-rate --min-lr --warmup --schedule --seed --checkpoint-every --keep --eval-every --patience --sample-every --on-nonfinite
         --overfit-one-batch""",
-    "generate": """--context --stretch --prompt --prompt-file --encoding --max-tokens --stop --seed --samples --beams --length-penalty --json-schema --regex --grammar
-        --no-cache --stream --weights --device --threads --json
+    "generate": """--context --stretch --prompt --prompt-file --encoding --max-tokens --stop --seed --samples --beams --length-penalty
+        --json-schema --regex --grammar         --no-cache --stream --weights --device --threads --json
         --temperature --top-k --top-p --min-p --typical-p --repetition-penalty --presence-penalty --frequency-penalty""",
     "chat": """--context --stretch --system --max-tokens --seed --weights --device --threads --json
         --temperature --top-k --top-p --min-p --typical-p --repetition-penalty --presence-penalty --frequency-penalty""",

@@ -76,8 +76,8 @@ def test_the_command_says_when_a_text_outgrows_the_context_and_stretches_it_when
     for kind in ("yarn", "dynamic"):
         ran = cllm(*asked, "--context", 128, "--stretch", kind)
         assert ran.status == 0 and len(ran.json["tokens"][0]) == 50 and "longer than" not in ran.err
-    for given in (("--context", 128), ("--stretch", "yarn")):
-        ran = cllm(*asked, *given)
+    for half in (("--context", 128), ("--stretch", "yarn")):
+        ran = cllm(*asked, *half)
         assert ran.status == 2 and "--context and --stretch belong together" in ran.err
     ran = cllm(*asked, "--context", 16, "--stretch", "yarn")
     assert ran.status == 2 and "must be longer than the 32 tokens" in ran.err
