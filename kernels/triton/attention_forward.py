@@ -66,8 +66,13 @@ def scores_of(q, k_t, factor, softcap, FLIP: tl.constexpr, SOFTCAP: tl.constexpr
 def forward_steps(
     acc, largest, total, q, k_ptr, v_ptr, k_stride, v_stride, lo, hi, start, stop, num_keys, factor, softcap, d, head_dim, MASK: tl.constexpr,
     FLIP: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr = False,
 ):  # fmt: skip
-    """Keys start <= s < stop, a block at a time. Exponentials are of base 2: exp(x) = exp2(x log2 e), which one multiply-add prepares."""
+    """Keys start <= s < stop, a block at a time. Exponentials are of base 2: exp(x) = exp2(x log2 e), which one multiply-add prepares.
+
+    EXACT: a block of which a query sees nothing leaves no trace in its row. Elsewhere the multiply-add, which rounds once, need not give 0 for the
+    maximum that stayed what it was, because the shift was rounded before.
+    """
     in_base_2 = LOG2_E if SOFTCAP else factor * LOG2_E
     for first in range(start, stop, BLOCK_N):
         s = first + tl.arange(0, BLOCK_N)
@@ -86,6 +91,8 @@ def forward_steps(
         shift = tl.where(larger == float("-inf"), 0.0, larger) * in_base_2  # a query that has seen nothing yet
         p = tl.exp2(scores * in_base_2 - shift[:, None])
         rescale = tl.exp2(largest * in_base_2 - shift)
+        if EXACT:
+            rescale = tl.where(larger == largest, 1.0, rescale)
         total = total * rescale + tl.sum(p, 1)
         acc = acc * rescale[:, None]
         largest = larger
