@@ -19,8 +19,8 @@ UNDECIDED = -1
 TOLERANCE = 1e-10  # of probabilities: far above the rounding of sums over 256 k tokens, far below what would be undecided often
 _LEAST = 1e-300  # weights below are never drawn; the smallest ones are all the same
 _SURE = 1e-12  # the weights of tokens in the wrong order differ by less
-_MANY, _FEW = 4096, 64  # tokens that are looked at by themselves, and that are sorted
-_BLOCK = 512
+_MANY, _FEW = 1024, 64  # tokens that are looked at by themselves, and that are sorted
+_BLOCK, _LINE = 512, 32  # tokens that are computed together, and that are looked at together
 
 # All functions stand in this one file, which numba itself watches: its cache needs no further key.
 _jit = numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -151,12 +151,17 @@ def _bounds(weights: np.ndarray, low: float, high: float, goal: float, by_count:
 @_jit
 def _between(weights: np.ndarray, low: float, high: float) -> np.ndarray:
     """The tokens with low <= weight < high."""
-    found = np.empty(weights.size, dtype=np.int64)
+    found = np.empty(weights.size + 1, dtype=np.int64)
     count = 0
-    for i in range(weights.size):
-        if low <= weights[i] < high:
-            found[count] = i
-            count += 1
+    for begin in range(0, weights.size, _LINE):
+        block = weights[begin : begin + _LINE]
+        inside = 0
+        for i in range(block.size):  # without a branch, because which tokens lie on which side of a bound cannot be foreseen
+            inside += (block[i] >= low) & (block[i] < high)
+        if inside:
+            for i in range(block.size):
+                found[count] = begin + i
+                count += (block[i] >= low) & (block[i] < high)
     return found[:count]
 
 
