@@ -22,6 +22,8 @@ Probe = Callable[[str], float | None]
 _probes: dict[str, Probe] = {}
 SIZES = ((1024, 1024, 1024), (4096, 384, 1536))  # rows, depth, columns: matrix units reach most on flat products, others on square ones
 PASSES = 2  # each rate is taken twice, seconds apart: a short disturbance then hits only one of them
+PROBE_ROWS = 64
+SLOW_SECONDS, BUDGET_SECONDS = 1.0, 0.2  # a product that would take longer than the first is measured on so many rows as take about the second
 QUIET_SHARE = 0.85  # rates are kept only if this process had at least this share of the cores' time while they were measured
 
 
@@ -55,7 +57,7 @@ class _Clock:
     def __init__(self) -> None:
         self.wall_seconds = self.core_seconds = 0.0
 
-    def best_seconds(self, call: Callable[[], Any], budget: float = 0.2) -> float:
+    def best_seconds(self, call: Callable[[], Any], budget: float = BUDGET_SECONDS) -> float:
         """The fastest of as many calls as `budget` seconds hold (at least one), after one to warm up."""
         call()
         start, had = time.perf_counter(), time.process_time()
@@ -73,6 +75,18 @@ class _Clock:
         return self.core_seconds / (self.wall_seconds * usable_cores())
 
 
+def _affordable_rows(rows: int, probe: Callable[[], Any]) -> int:
+    """Of a product of so many rows, those to measure; `probe` computes PROBE_ROWS of them.
+
+    A processor without instructions for bfloat16 makes one GFLOP/s of it: the whole products would take half a minute, and no more be learnt.
+    """
+    probe()
+    start = time.perf_counter()
+    probe()
+    seconds = (time.perf_counter() - start) * rows / PROBE_ROWS
+    return rows if seconds <= SLOW_SECONDS else max(PROBE_ROWS, int(rows * BUDGET_SECONDS / seconds))
+
+
 def _torch_gflops(precision: str, clock: _Clock) -> float:
     import torch
 
@@ -82,7 +96,8 @@ def _torch_gflops(precision: str, clock: _Clock) -> float:
     for rows, depth, columns in SIZES:
         a, b = torch.randn(rows, depth, generator=generator).to(dtype), torch.randn(depth, columns, generator=generator).to(dtype)
         out = torch.empty(rows, columns, dtype=dtype)  # made once: page faults are not the matrix product's
-        seconds = clock.best_seconds(partial(torch.mm, a, b, out=out))
+        rows = _affordable_rows(rows, partial(torch.mm, a[:PROBE_ROWS], b, out=out[:PROBE_ROWS]))
+        seconds = clock.best_seconds(partial(torch.mm, a[:rows], b, out=out[:rows]))
         best = max(best, 2.0 * rows * depth * columns / seconds / 1e9)
     return best
 
@@ -116,6 +131,8 @@ def _measure() -> dict[str, Any]:
                 if rate > rates[precision]:
                     rates[precision], best[precision] = rate, name
         copy_gbps = max(copy_gbps, _copy_gbps(clocks["copy"]))
+        if clocks["fp32"].share < QUIET_SHARE:
+            break  # what this gives is not kept; every run on a busy machine would pay for the second pass
     measured = {"fp32_gflops": rates["fp32"], "bf16_gflops": rates["bf16"], "copy_gbps": copy_gbps, "best": best}
     return measured | {"disturbed": clocks["fp32"].share < QUIET_SHARE}
 

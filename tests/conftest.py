@@ -14,7 +14,12 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also the compile lint of every dtype and GPU, which takes minutes of all cores")
 
 
+# Files that take longest come first: several processes take a file each, and what begins last should be short.
+LONGEST_FIRST = ("tests/end_to_end/", "tests/gpu_emulation/", "tests/kernels/", "tests/cllm/cli/", "tests/cllm/train/", "")
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: next(rank for rank, start in enumerate(LONGEST_FIRST) if item.nodeid.startswith(start)))
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:

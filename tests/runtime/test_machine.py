@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -204,6 +205,32 @@ def test_ceilings_are_those_of_all_cores_whatever_limit_is_in_force(tmp_path, mo
         runtime.ceilings()
     runtime.ceilings.cache_clear()
     assert set(seen) == {(device.usable_cores(), device.usable_cores())}
+
+
+def test_a_product_that_is_slow_here_is_measured_on_few_rows(monkeypatch):
+    """bfloat16 on a processor that has no instructions for it: 2 ms a row here, 10 s for one call of each size."""
+    computed = []
+
+    def slow(a, b, out):
+        computed.append(len(a))
+        time.sleep(len(a) * 0.002)
+
+    monkeypatch.setattr(torch, "mm", slow)
+    rate = ceiling._torch_gflops("bf16", ceiling._Clock())
+    fastest = max(2.0 * depth * columns / 0.002 / 1e9 for _, depth, columns in ceiling.SIZES)
+    assert fastest / 2 < rate <= fastest
+    assert sum(computed) < min(rows for rows, _, _ in ceiling.SIZES)
+
+
+def test_a_busy_machine_is_measured_in_one_pass(monkeypatch):
+    passes = []
+    monkeypatch.setattr(ceiling, "_probes", {"a kernel": passes.append})
+    monkeypatch.setattr(ceiling, "_torch_gflops", lambda precision, clock: clock.best_seconds(lambda: None, 0.001) and 1.0)
+    for quiet, expected in ((2.0, 1), (0.0, ceiling.PASSES)):
+        passes.clear()
+        monkeypatch.setattr(ceiling, "QUIET_SHARE", quiet)
+        assert ceiling._measure()["disturbed"] == (quiet > 1)
+        assert passes == ["fp32", "bf16"] * expected
 
 
 def test_ceilings_of_a_busy_machine_are_used_but_not_kept(tmp_path, monkeypatch):
