@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cllm.data.tokens.chat_template import encode_prompt
+from cllm.data.tokens.chat_template import Draw, encode_prompt
+from cllm.data.tokens.jinja import render
 from cllm.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Seen:
     answer_room: int  # the most tokens of an answer for which the model goes on seeing all of it
 
 
-def fit_to_context(tokenizer: Tokenizer, messages: Messages, context: int, max_tokens: int) -> Seen:
+def fit_to_context(tokenizer: Tokenizer, messages: Messages, context: int, max_tokens: int, draw: Draw = render) -> Seen:
     """The most of a conversation that leaves room for an answer of `max_tokens` tokens, or of half the context if that is less.
 
     The oldest turns go first, and the system messages at the beginning stay. Where the last question alone is too long, its end is kept. Raises
@@ -36,15 +37,15 @@ def fit_to_context(tokenizer: Tokenizer, messages: Messages, context: int, max_t
     system, turns = _turns(messages)
     for first in range(len(turns)):
         kept = [*system, *(message for turn in turns[first:] for message in turn)]
-        tokens = encode_prompt(tokenizer, kept)
+        tokens = encode_prompt(tokenizer, kept, draw=draw)
         if len(tokens) <= room:
             return Seen(kept, tokens, first, 0, context - len(tokens) + 1)
-    return _with_end_of_question(tokenizer, system, turns, context, room)
+    return _with_end_of_question(tokenizer, system, turns, context, room, draw)
 
 
-def check_system(tokenizer: Tokenizer, system: Messages, context: int) -> None:
+def check_system(tokenizer: Tokenizer, system: Messages, context: int, draw: Draw = render) -> None:
     """UserError where the system messages leave no room for a question and its answer."""
-    fixed = len(encode_prompt(tokenizer, [*system, {"role": "user", "content": "?"}]))
+    fixed = len(encode_prompt(tokenizer, [*system, {"role": "user", "content": "?"}], draw=draw))
     if fixed > context // 2:
         raise UserError(
             f"the system message leaves no room: with the shortest question it has {fixed:,} tokens, and at most half of the model's context of "
@@ -64,18 +65,18 @@ def _turns(messages: Messages) -> tuple[list[dict[str, str]], list[list[dict[str
 
 
 def _with_end_of_question(
-    tokenizer: Tokenizer, system: list[dict[str, str]], turns: list[list[dict[str, str]]], context: int, room: int
+    tokenizer: Tokenizer, system: list[dict[str, str]], turns: list[list[dict[str, str]]], context: int, room: int, draw: Draw
 ) -> Seen:  # fmt: skip
     """The last turn alone, its first message cut until it fits."""
     question, *others = turns[-1]
     ids = tokenizer.encode(question["content"])
     keep = len(ids)
-    tokens = encode_prompt(tokenizer, [*system, *turns[-1]])
+    tokens = encode_prompt(tokenizer, [*system, *turns[-1]], draw=draw)
     while len(tokens) > room:
         keep -= max(1, len(tokens) - room)
         if keep < 1:
-            check_system(tokenizer, system, context)
+            check_system(tokenizer, system, context, draw)
             raise UserError(f"the chat template leaves no room for a question in the model's context of {context:,} tokens.")
         cut = {**question, "content": tokenizer.decode(ids[-keep:]).lstrip("\ufffd").lstrip()}
-        tokens = encode_prompt(tokenizer, [*system, cut, *others])
+        tokens = encode_prompt(tokenizer, [*system, cut, *others], draw=draw)
     return Seen([*system, cut, *others], tokens, len(turns) - 1, len(ids) - keep, context - len(tokens) + 1)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cllm.data.tokens.jinja import render
 from cllm.runtime.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 _NEEDED = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+Draw = Callable[[str, dict[str, Any]], str]  # (template, its variables) -> text; raises DataError
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode keeps them for a program's own use
 
 
@@ -62,12 +64,12 @@ def encode_conversation(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]
 
     The template must write a conversation so that each further message only adds to it; DataError where it does not.
     """
-    render = _renderer(tokenizer, messages)
+    written = _renderer(tokenizer)
     parts, done = [], ""
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, after = render(messages[:number], True), render(messages[: number + 1], False)
+        before, after = written(messages[:number], True), written(messages[: number + 1], False)
         if not before.startswith(done) or not after.startswith(before):
             raise DataError("the chat template rewrites earlier messages when later ones come, so answers cannot be told apart")
         parts += [Part(_encode(tokenizer, before[len(done) :]), False), Part(_encode(tokenizer, after[len(before) :]), True)]
@@ -75,55 +77,52 @@ def encode_conversation(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]
     return parts
 
 
-def encode_prompt(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
-    """The ids after which the assistant answers."""
-    return _encode(tokenizer, _renderer(tokenizer, messages)(messages, True))
+def encode_prompt(
+    tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] = (), draw: Draw = render
+) -> list[int]:  # fmt: skip
+    """The ids after which the assistant answers. tools: functions that it may call, in OpenAI's form; draw: what renders the template."""
+    return _encode(tokenizer, _renderer(tokenizer, draw, tools)(messages, True))
 
 
-def end_of_turn(tokenizer: Tokenizer) -> str | None:
+def end_of_turn(tokenizer: Tokenizer, draw: Draw = render) -> str | None:
     """The special token that the template writes after an answer; None where there is none."""
     if tokenizer.chat_template is None or not tokenizer.special_tokens:
         return None
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    render = _renderer(tokenizer, messages)
-    rest = render(messages, False)[len(render(messages[:1], True)) :].partition("b")[2]
+    written = _renderer(tokenizer, draw)
+    rest = written(messages, False)[len(written(messages[:1], True)) :].partition("b")[2]
     found = re.search("|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True))), rest)
     return None if found is None else found[0]
 
 
-def _renderer(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> Callable[[Sequence[dict[str, str]], bool], str]:
-    """render(messages, ask for an answer) -> text in which names of special tokens that stood in a message are broken by a character that
+def _renderer(
+    tokenizer: Tokenizer, draw: Draw = render, tools: Sequence[dict[str, Any]] = ()
+) -> Callable[[Sequence[dict[str, Any]], bool], str]:  # fmt: skip
+    """written(messages, ask for an answer) -> text in which names of special tokens that stood in a message are broken by a character that
     `_encode` takes out again."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    assert tokenizer.chat_template is not None
+    source = tokenizer.chat_template
+    assert source is not None
     mark = _NONCHARACTERS[0]
     names = "|".join(re.escape(name) for name in sorted(tokenizer.special_tokens, key=len, reverse=True))
 
-    def refuse(message: str) -> str:
-        raise TemplateError(message)
+    def guarded(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {guarded(key): guarded(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [guarded(each) for each in value]
+        if not isinstance(value, str):
+            return value
+        text = value.replace(mark, "\ufffd")
+        return re.sub(names, lambda found: found[0][0] + mark + found[0][1:], text) if names else text
 
-    def guarded(content: str) -> str:
-        content = content.replace(mark, "\ufffd")
-        return re.sub(names, lambda found: found[0][0] + mark + found[0][1:], content) if names else content
-
-    try:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        environment.globals["raise_exception"] = refuse
-        template = environment.from_string(tokenizer.chat_template)
-    except TemplateError as error:
-        raise DataError(f"the chat template is not valid Jinja: {error}.") from error
     end = tokenizer.eot_token or ""
+    called = guarded(tools) or None
 
-    def render(some: Sequence[dict[str, str]], ask: bool) -> str:
-        safe = [{**message, "content": guarded(message["content"])} for message in some]
-        try:
-            return template.render(messages=safe, add_generation_prompt=ask, bos_token=end, eos_token=end)
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-            raise DataError(f"the chat template refuses this conversation: {error}") from error
+    def written(some: Sequence[dict[str, Any]], ask: bool) -> str:
+        variables = {"messages": guarded(some), "add_generation_prompt": ask, "bos_token": end, "eos_token": end, "tools": called}
+        return draw(source, variables)
 
-    return render
+    return written
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
