@@ -7,4 +7,5 @@ VARIABLES = {
     "CLLM_KEEP_HEAP": "`0` lets the C library give freed memory back to the system after every operation, which slows small steps down.",
     "CLLM_SIMD_LANES": "Width of the CPU's vectors in float32 numbers (4, 8 or 16), to test the code of a smaller machine.",
     "CLLM_BF16_KERNEL": "Innermost loop of bfloat16 products on the CPU: `amx`, `vdpbf16ps` or `widened`, to test one that would not be chosen.",
+    "CLLM_API_KEY": "Key that clients of `cllm serve` have to send, as `--api-key`, which other users of the machine could read.",
 }

@@ -5,6 +5,8 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -58,17 +60,42 @@ def test_the_commands_of_the_readme_run_one_after_the_other(text, site, tmp_path
             words += ["--allow-private", site.address, "--delay", "0"]
         if "--follow" in words:
             words = [*words, "--once", "--round-bytes", "1000"]
+        if words[1] == "serve":
+            _try_server(words, tmp_path)
+            ran.append("serve")
+            continue
         begins = "train" in words and {"books/", "corpus/", "notes/"} & set(words)
         short = ("--batch-size", 4, "--threads", 2, "--steps", 3)  # a model to start from has its sizes and vocabulary
         extra = small if begins else short if "--from" in words else ("--max-tokens", "8") if words[1] == "generate" else ()
         done = subprocess.run([sys.executable, "-m", *words, *map(str, extra)], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, f"{words}: {done.stderr}"
         ran.append(words[0] if words[0] != "cllm" else words[1])
-    assert {"train", "generate", "evaluate", "export", "doctor", "report", "checkpoint", "torch.distributed.run"} <= set(ran)
+    assert {"train", "generate", "serve", "evaluate", "export", "doctor", "report", "checkpoint", "torch.distributed.run"} <= set(ran)
+
+
+def _try_server(words: list[str], folder: Path) -> None:
+    """Starts the server, sends it what the README sends, and ends it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([sys.executable, "-m", *words, "--port", str(port)], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        assert server.stdout is not None and any(line.startswith(b"Serving books") for line in server.stdout)
+        for asked in commands():
+            if asked[0] == "curl":
+                asked = [each.replace(":8000", f":{port}") for each in asked]
+                done = subprocess.run([*asked, "--silent", "--fail-with-body"], capture_output=True, text=True, timeout=PATIENCE)
+                assert done.returncode == 0 and '"choices"' in done.stdout, done
+        (example,) = (block.replace(":8000", f":{port}") for block in blocks("python") if "openai" in block)
+        done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 0 and done.stdout, done.stderr
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(PATIENCE) == 0
 
 
 def test_the_python_example_of_the_readme_runs(tmp_path):
-    (example,) = blocks("python")
+    example = next(block for block in blocks("python") if "openai" not in block)
     done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert "torch.Size([1, 128, 4, 32])" in done.stdout and (tmp_path / "model.cllm").exists()

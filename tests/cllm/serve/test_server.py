@@ -1,0 +1,316 @@
+"""A server as its clients see it: the official client, the text of the commands, errors, and clients that leave or do not read."""
+
+import base64
+import json
+import re
+import struct
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from command import cllm, wait_for
+from served_model import TEXT, running, served_as, write_model
+
+from cllm.generate.decoding import generate
+
+openai = pytest.importorskip("openai")
+PROMPT = "What is two"
+GREEDY = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("models") / "tiny.cllm"
+
+
+@pytest.fixture(scope="module")
+def parts(place):
+    return write_model(place)
+
+
+@pytest.fixture(scope="module")
+def server(parts):
+    model, tokenizer = parts
+    with running([served_as("tiny.cllm", model, tokenizer, most_rows=16, most_waiting=40)]) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.address}/v1", api_key="any", max_retries=0, timeout=300) as found:
+        yield found
+
+
+def expected(parts, prompt=PROMPT, **options):
+    return generate(*parts, prompt, **options)
+
+
+# -- the official client -----------------------------------------------------------------------------------------------------
+
+
+def test_models_are_listed_and_found(client):
+    assert [each.id for each in client.models.list()] == ["tiny.cllm"] and client.models.retrieve("tiny.cllm").object == "model"
+    with pytest.raises(openai.NotFoundError, match="no model 'other'"):
+        client.completions.create(model="other", prompt="a")
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.9, "seed": 5, "top_p": 0.8}], ids=["greedy", "seeded"])
+def test_text_and_usage_are_those_of_the_command(client, parts, options):
+    found = client.completions.create(model="tiny.cllm", prompt=PROMPT, max_tokens=20, n=3, **options)
+    ours = expected(parts, max_tokens=20, samples=3, **options)
+    assert [each.text for each in found.choices] == [each.text for each in ours]
+    assert found.usage.prompt_tokens == ours[0].prompt_tokens and found.usage.completion_tokens == sum(len(each.tokens) for each in ours)
+    alone = client.completions.create(model="tiny.cllm", prompt=PROMPT, max_tokens=20, **options)
+    assert alone.choices[0].text == found.choices[0].text and alone.choices[0].finish_reason == "length"
+
+
+def test_a_text_that_outgrows_the_context_goes_on_as_in_the_command(client, parts):
+    options = {"max_tokens": 400, "seed": 3, "temperature": 1.0}
+    assert client.completions.create(model="tiny.cllm", prompt=PROMPT, **options).choices[0].text == expected(parts, **options)[0].text
+
+
+def test_streams_are_the_same_text(client, parts):
+    events = list(
+        client.completions.create(model="tiny.cllm", prompt=PROMPT, max_tokens=20, seed=5, n=2, stream=True, stream_options={"include_usage": True})
+    )
+    texts = ["", ""]
+    for event in events[:-1]:
+        for choice in event.choices:
+            texts[choice.index] += choice.text
+    ours = expected(parts, max_tokens=20, seed=5, samples=2)
+    assert texts == [each.text for each in ours]
+    assert events[-1].choices == [] and events[-1].usage.completion_tokens == sum(len(each.tokens) for each in ours)
+    assert {choice.finish_reason for event in events for choice in event.choices} == {None, "length"}
+
+
+def test_a_chat_is_that_of_the_command_streamed_or_not(client, parts, place):
+    asked = ("--max-tokens", 10, "--seed", 4, "--threads", 1)
+    ours = cllm("chat", place, "--system", "Be brief.", *asked, "--json", stdin="What is two?\nAnd four?\n").json
+    messages = ours["messages"]
+    for number, answer in zip((2, 4), ours["answers"]):
+        options = {"model": "tiny.cllm", "messages": messages[:number], "max_tokens": 10, "seed": 4}
+        found = client.chat.completions.create(**options)
+        assert found.choices[0].message.content == messages[number]["content"]
+        assert found.usage.prompt_tokens == answer["prompt_tokens"]
+        assert found.choices[0].finish_reason == {"end": "stop"}.get(answer["finish_reason"], answer["finish_reason"])
+        events = list(client.chat.completions.create(**options, stream=True))
+        assert events[0].choices[0].delta.role == "assistant" and events[-1].choices[0].finish_reason == found.choices[0].finish_reason
+        assert "".join(event.choices[0].delta.content or "" for event in events) == messages[number]["content"]
+
+
+def test_a_conversation_longer_than_the_context_is_refused_or_begins_later_if_that_is_asked_for(client):
+    messages = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": TEXT}] * 40 + [{"role": "user", "content": "And?"}]
+    with pytest.raises(openai.BadRequestError, match="holds 256 tokens") as caught:
+        client.chat.completions.create(model="tiny.cllm", messages=messages, max_tokens=5)
+    assert caught.value.code == "context_length_exceeded"
+    found = client.chat.completions.create(model="tiny.cllm", messages=messages, max_tokens=5, extra_body={"truncation": "auto"})
+    assert found.usage.prompt_tokens <= 251
+
+
+def test_log_probabilities_are_the_models_own(client, parts):
+    model, tokenizer = parts
+    found = client.completions.create(model="tiny.cllm", prompt=PROMPT, max_tokens=4, temperature=0, logprobs=3, echo=True)
+    shown = found.choices[0].logprobs
+    ids = tokenizer.encode(PROMPT) + expected(parts, max_tokens=4, temperature=0)[0].tokens
+    with torch.no_grad():
+        scores = model(torch.tensor([ids]))[0, :, : tokenizer.vocab_size].double().log_softmax(-1)
+    assert shown.token_logprobs[0] is None and len(shown.tokens) == len(ids) and found.choices[0].text.startswith(PROMPT)
+    for place in range(1, len(ids)):
+        assert shown.token_logprobs[place] == pytest.approx(float(scores[place - 1, ids[place]]), abs=1e-4)
+        assert max(shown.top_logprobs[place].values()) == pytest.approx(float(scores[place - 1].max()), abs=1e-4)
+    messages = [{"role": "user", "content": "Hi"}]
+    chat = client.chat.completions.create(model="tiny.cllm", messages=messages, max_tokens=3, temperature=0, logprobs=True, top_logprobs=2)
+    content = chat.choices[0].logprobs.content
+    assert len(content) == chat.usage.completion_tokens and all(len(each.top_logprobs) == 2 for each in content)
+    assert content[0].logprob == content[0].top_logprobs[0].logprob
+
+
+def test_a_prompt_alone_is_scored_without_a_new_token(client, parts):
+    found = client.completions.create(model="tiny.cllm", prompt=PROMPT, max_tokens=0, logprobs=1, echo=True)
+    assert found.choices[0].text == PROMPT and found.usage.completion_tokens == 0 and found.choices[0].finish_reason == "length"
+    assert len(found.choices[0].logprobs.tokens) == found.usage.prompt_tokens == len(parts[1].encode(PROMPT))
+
+
+def test_several_prompts_in_every_form(client, parts):
+    tokenizer = parts[1]
+    prompts = ["What", "two plus"]
+    ours = [expected(parts, each, max_tokens=6, temperature=0)[0].text for each in prompts]
+    for form in (prompts, [tokenizer.encode(each) for each in prompts]):
+        found = client.completions.create(model="tiny.cllm", prompt=form, max_tokens=6, temperature=0)
+        assert [each.text for each in found.choices] == ours and [each.index for each in found.choices] == [0, 1]
+    assert client.completions.create(model="tiny.cllm", prompt=tokenizer.encode("What"), max_tokens=6, temperature=0).choices[0].text == ours[0]
+
+
+def test_stops_across_tokens_and_stop_tokens(client, parts):
+    text = expected(parts, max_tokens=30, temperature=0)[0]
+    stop = text.text[4:7]
+    found = client.completions.create(model="tiny.cllm", prompt=PROMPT, max_tokens=30, temperature=0, stop=[stop])
+    assert found.choices[0].text == text.text[: text.text.index(stop)] and found.choices[0].finish_reason == "stop"
+    body = {"stop_token_ids": [text.tokens[0]]}
+    ended = client.completions.create(model="tiny.cllm", prompt=PROMPT, max_tokens=30, temperature=0, extra_body=body)
+    assert ended.choices[0].text == "" and ended.choices[0].finish_reason == "stop" and ended.usage.completion_tokens == 0
+
+
+def test_embeddings_are_the_mean_of_the_last_states(client, parts):
+    model, tokenizer = parts
+    found = client.embeddings.create(model="tiny.cllm", input=["What is", "two"], encoding_format="float")
+    with torch.no_grad():
+        states = model.hidden(torch.tensor([tokenizer.encode("What is")]))[0].double().mean(0)
+    assert found.data[0].embedding == pytest.approx(states.tolist(), abs=1e-5)
+    assert found.usage.prompt_tokens == sum(len(tokenizer.encode(each)) for each in ("What is", "two"))
+    packed = client.embeddings.with_raw_response.create(model="tiny.cllm", input="What is", encoding_format="base64").http_response.json()
+    values = struct.unpack("<32f", base64.b64decode(packed["data"][0]["embedding"]))
+    assert list(values) == pytest.approx(found.data[0].embedding, abs=1e-6)
+
+
+def test_many_clients_at_once_each_get_the_text_that_they_get_alone(server, parts):
+    prompts = [f"What is {number}" for number in range(64)]
+
+    def ask(number):
+        body = {"prompt": prompts[number], "max_tokens": 8, "seed": number, "user": f"u{number % 7}"}
+        while True:
+            status, answer, headers = server.ask(COMPLETIONS, body)
+            if status != 429:
+                return status, answer
+            assert answer["error"]["type"] == "rate_limit_error" and int(headers["Retry-After"]) >= 1
+            time.sleep(0.2)
+
+    with ThreadPoolExecutor(64) as threads:
+        answers = list(threads.map(ask, range(64)))
+    for number, (status, answer) in enumerate(answers):
+        assert status == 200, answer
+        if number % 8 == 0:
+            assert answer["choices"][0]["text"] == expected(parts, prompts[number], max_tokens=8, seed=number)[0].text
+
+
+# -- tokens, health, errors ---------------------------------------------------------------------------------------------------
+
+
+def test_tokens_and_health(server, parts):
+    tokens = parts[1].encode(PROMPT)
+    assert server.ask("/tokenize", {"model": "tiny.cllm", "prompt": PROMPT})[1]["tokens"] == tokens
+    assert server.ask("/detokenize", {"model": "tiny", "tokens": tokens})[1] == {"prompt": PROMPT}
+    assert server.ask("/health")[0] == server.ask("/ready")[0] == 200
+    text = server.ask("/metrics")[1]
+    assert re.search(r"^cllm_requests_running \d+$", text, re.M) and re.search(r"^cllm_requests_waiting \d+$", text, re.M)
+    assert re.search(r'^cllm_time_to_first_token_seconds_bucket\{le="\+Inf"\} [1-9]', text, re.M)
+
+
+COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
+TOOL = {"type": "function", "function": {"name": "f"}}
+BAD = [
+    (COMPLETIONS, b"", 400), (COMPLETIONS, b"{", 400), (COMPLETIONS, b"[" * 100_000, 400), (COMPLETIONS, b'{"prompt": NaN}', 400),
+    (COMPLETIONS, rb'{"prompt": "\ud800"}', 400), (COMPLETIONS, b'{"prompt": "a", "prompt": "b"}', 400), (COMPLETIONS, b"\xff\xfe", 400),
+    (COMPLETIONS, {"prompt": "a" * 3_000_000}, 400), (COMPLETIONS, {"prompt": [0] * 300}, 400), (COMPLETIONS, {"prompt": [10**9]}, 400),
+    (COMPLETIONS, {"prompt": [-1]}, 400), (COMPLETIONS, {"prompt": "a", "n": 1_000_000}, 400), (COMPLETIONS, {"prompt": 7}, 400),
+    (COMPLETIONS, {"prompt": "a", "max_tokens": 10**9}, 400), (COMPLETIONS, {"prompt": "a", "stop": ["x"] * 10_000}, 400),
+    (COMPLETIONS, {"prompt": "a", "logprobs": 10**6}, 400), (COMPLETIONS, {"prompt": "a", "guided_json": {"enum": ["x" * 1_000_000]}}, 400),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"999999": 1}}, 400), (COMPLETIONS, {"prompt": "a", "guided_json": {"type": "nonsense"}}, 400),
+    (CHATS, {"messages": "Hi"}, 400), (CHATS, {"messages": [{"role": "user", "content": "a" * 9000}]}, 400),
+    (CHATS, {"messages": [{"role": "user", "content": "a"}], "tools": [TOOL]}, 400),
+    ("/v1/embeddings", {"input": "a" * 100_000}, 400), ("/tokenize", {}, 400), ("/detokenize", {"tokens": [10**9]}, 400),
+    (COMPLETIONS, b"x" * 10_000_000, 413), ("/v1/models/..%2f..%2fetc%2fpasswd", None, 404), ("/%2e%2e/%2e%2e/etc/passwd", None, 404),
+    (COMPLETIONS, None, 405), ("/docs", None, 404), ("/openapi.json", None, 404), ("/nothing", {}, 404),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path, body, status", BAD, ids=lambda value: str(value)[:40])
+def test_bad_requests_are_answered_with_an_error_of_four_fields(server, path, body, status):
+    found, answer, headers = server.ask(path, body)
+    assert found == status and headers["Content-Type"] == "application/json"
+    assert set(answer["error"]) == {"message", "type", "param", "code"} and len(answer["error"]["message"]) < 600
+    assert answer["error"]["message"].endswith((".", "?", "'.")) and "Traceback" not in answer["error"]["message"]
+
+
+def test_requests_of_other_sites_are_refused_and_no_answer_allows_them(server):
+    for wrong in ({"Host": "evil.com"}, {"Origin": "null"}, {"Origin": "https://evil.com"}, {"Sec_Fetch_Site": "cross-site"}):
+        for path, body in ((COMPLETIONS, GREEDY), ("/v1/models", None), ("/nothing", None), ("/health", None)):
+            status, answer, headers = server.ask(path, body, **wrong)
+            assert status in (400, 403) and answer["error"]["code"] in ("invalid_host", "invalid_origin")
+            assert not [name for name in headers if name.lower().startswith("access-control")]
+    status, _, headers = server.ask(COMPLETIONS, method="OPTIONS", Access_Control_Request_Method="POST")
+    assert status == 405 and not [name for name in headers if name.lower().startswith("access-control")]
+    assert server.ask(COMPLETIONS, b"prompt=a", Content_Type="application/x-www-form-urlencoded")[0] == 415
+
+
+def test_headers_that_are_too_long_are_refused_in_words(server):
+    with server.connect() as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"a" * 200_000)
+        answer = connection.recv(65536).decode()
+    assert answer.startswith("HTTP/1.1 400") and json.loads(answer.split("\r\n\r\n")[1])["error"]["code"] == "invalid_http"
+
+
+# -- clients that leave, or do not read ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "whole"])
+def test_a_client_that_leaves_frees_its_row(server, streamed):
+    before = server.metric("generation_tokens_total")
+    connection = server.connect()
+    server.send(connection, "/v1/completions", {"prompt": PROMPT, "max_tokens": 100_000, "stream": streamed, "n": 4})
+    wait_for(lambda: server.metric("generation_tokens_total") > before + 8)
+    assert server.metric("requests_running") == 4
+    connection.close()
+    wait_for(lambda: server.metric("requests_running") == 0)
+    assert server.metric("generation_tokens_total") < before + 100_000
+    wait_for(lambda: any(line.get("finish") == "client left" for line in server.log))
+
+
+def test_a_client_that_does_not_read_holds_up_nobody(server, monkeypatch):
+    monkeypatch.setattr("cllm.serve.stream.SEND_SECONDS", 1.0)
+    with server.connect() as connection:
+        server.send(connection, "/v1/completions", {"prompt": PROMPT, "max_tokens": 100_000, "stream": True, "n": 8, "logprobs": 20})
+        wait_for(lambda: server.metric("requests_running") == 8)
+        status, answer, _ = server.ask(COMPLETIONS, GREEDY)
+        assert status == 200 and answer["usage"]["completion_tokens"] == 12
+        wait_for(lambda: server.metric("requests_running") == 0)
+
+
+def test_a_request_that_takes_too_long_ends(server):
+    status, answer, _ = server.ask(COMPLETIONS, {"prompt": PROMPT, "max_tokens": 100_000, "timeout": 0.3})
+    assert status == 504 and answer["error"]["type"] == "timeout_error"
+    text = server.ask(COMPLETIONS, {"prompt": PROMPT, "max_tokens": 100_000, "timeout": 0.3, "stream": True})[1]
+    assert '"code":"timeout"' in text.splitlines()[-2] and "[DONE]" not in text
+
+
+def test_beyond_the_queue_requests_are_told_when_to_come_again(server):
+    bodies = {"prompt": PROMPT, "max_tokens": 100_000, "timeout": 3, "n": 16}
+    with ThreadPoolExecutor(8) as threads:
+        answers = [each.result() for each in [threads.submit(server.ask, "/v1/completions", bodies) for _ in range(8)]]
+    assert {status for status, _, _ in answers} == {429, 504}
+    for status, answer, headers in answers:
+        if status == 429:
+            assert answer["error"]["code"] == "rate_limit_exceeded" and 1 <= int(headers["Retry-After"]) <= 60
+
+
+def test_the_log_has_a_line_for_each_request_and_no_contents(server):
+    secret = "a very private question"
+    server.ask(COMPLETIONS, {"prompt": secret, "max_tokens": 1, "user": "private user"}, Authorization="Bearer private-key")
+    wait_for(lambda: server.log[-1]["route"] == "/v1/completions")
+    line = server.log[-1]
+    assert line["status"] == 200 and line["completion_tokens"] == 1 and line["prompt_tokens"] > 1 and line["model"] == "tiny.cllm"
+    assert not [each for each in server.lines if "private" in each or PROMPT in each]
+
+
+# -- constrained output --------------------------------------------------------------------------------------------------------
+
+
+def test_answers_keep_to_a_schema_and_an_expression(client):
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    messages = [{"role": "user", "content": "Hi"}]
+    for stream in (False, True):
+        found = client.chat.completions.create(model="tiny.cllm", messages=messages, response_format=form, seed=1, max_tokens=60, stream=stream)
+        text = "".join(each.choices[0].delta.content or "" for each in found) if stream else found.choices[0].message.content
+        assert json.loads(text)["a"] in ("x", "y")
+    found = client.completions.create(model="tiny.cllm", prompt="a", max_tokens=30, n=3, seed=2, extra_body={"guided_regex": "[ab]{3}c"})
+    assert all(re.fullmatch("[ab]{3}c", each.text) and each.finish_reason == "stop" for each in found.choices)
+
+
+def test_a_form_that_cannot_be_compiled_is_refused_in_words(server):
+    pytest.importorskip("llguidance")
+    for wrong in ({"guided_regex": "("}, {"guided_grammar": "start"}, {"guided_json": {"type": "nonsense"}}):
+        status, answer, _ = server.ask("/v1/completions", {"prompt": "a", **wrong})
+        assert status == 400 and answer["error"]["param"] == "response_format" and answer["error"]["message"].endswith(".")
