@@ -20,7 +20,12 @@ HEADER_SECONDS = 20.0
 class Protocol(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self._is_refused = False
         self._arrival = asyncio.get_running_loop().call_later(HEADER_SECONDS, self._give_up)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._is_refused:
+            super().data_received(data)
 
     def handle_events(self) -> None:
         super().handle_events()
@@ -44,6 +49,9 @@ class Protocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         content = encode(error_body(400, "this is no HTTP/1.1 request, or its headers are too long.", code="invalid_http"))
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode()), (b"connection", b"close")]
-        for each in (h11.Response(status_code=400, headers=headers, reason=b"Bad Request"), h11.Data(data=content), h11.EndOfMessage()):
-            self.transport.write(self.conn.send(each) or b"")
-        self.transport.close()
+        events = (h11.Response(status_code=400, headers=headers, reason=b"Bad Request"), h11.Data(data=content), h11.EndOfMessage())
+        self.transport.write(b"".join(self.conn.send(each) or b"" for each in events))
+        # Closing while the client still sends would reset the connection, and the answer could be lost on its way.
+        self._is_refused = True
+        self.transport.write_eof()
+        asyncio.get_running_loop().call_later(1.0, self.transport.close)
