@@ -16,6 +16,7 @@ from cllm.generate.decoding import generate
 
 openai = pytest.importorskip("openai")
 PROMPT = "What is two"
+LONG = {"prompt": PROMPT, "max_tokens": 100_000, "min_tokens": 100_000}  # ends only when it is ended
 GREEDY = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0}
 
 
@@ -248,7 +249,7 @@ def test_headers_that_are_too_long_are_refused_in_words(server):
 def test_a_client_that_leaves_frees_its_row(server, streamed):
     before = server.metric("generation_tokens_total")
     connection = server.connect()
-    server.send(connection, "/v1/completions", {"prompt": PROMPT, "max_tokens": 100_000, "stream": streamed, "n": 4})
+    server.send(connection, "/v1/completions", {**LONG, "stream": streamed, "n": 4})
     wait_for(lambda: server.metric("generation_tokens_total") > before + 8)
     assert server.metric("requests_running") == 4
     connection.close()
@@ -260,7 +261,7 @@ def test_a_client_that_leaves_frees_its_row(server, streamed):
 def test_a_client_that_does_not_read_holds_up_nobody(server, monkeypatch):
     monkeypatch.setattr("cllm.serve.stream.SEND_SECONDS", 1.0)
     with server.connect() as connection:
-        server.send(connection, "/v1/completions", {"prompt": PROMPT, "max_tokens": 100_000, "stream": True, "n": 8, "logprobs": 20})
+        server.send(connection, "/v1/completions", {**LONG, "stream": True, "n": 8, "logprobs": 20})
         wait_for(lambda: server.metric("requests_running") == 8)
         status, answer, _ = server.ask(COMPLETIONS, GREEDY)
         assert status == 200 and answer["usage"]["completion_tokens"] == 12
@@ -268,14 +269,14 @@ def test_a_client_that_does_not_read_holds_up_nobody(server, monkeypatch):
 
 
 def test_a_request_that_takes_too_long_ends(server):
-    status, answer, _ = server.ask(COMPLETIONS, {"prompt": PROMPT, "max_tokens": 100_000, "timeout": 0.3})
+    status, answer, _ = server.ask(COMPLETIONS, {**LONG, "timeout": 0.3})
     assert status == 504 and answer["error"]["type"] == "timeout_error"
-    text = server.ask(COMPLETIONS, {"prompt": PROMPT, "max_tokens": 100_000, "timeout": 0.3, "stream": True})[1]
+    text = server.ask(COMPLETIONS, {**LONG, "timeout": 0.3, "stream": True})[1]
     assert '"code":"timeout"' in text.splitlines()[-2] and "[DONE]" not in text
 
 
 def test_beyond_the_queue_requests_are_told_when_to_come_again(server):
-    bodies = {"prompt": PROMPT, "max_tokens": 100_000, "timeout": 3, "n": 16}
+    bodies = {**LONG, "timeout": 3, "n": 16}
     with ThreadPoolExecutor(8) as threads:
         answers = [each.result() for each in [threads.submit(server.ask, "/v1/completions", bodies) for _ in range(8)]]
     assert {status for status, _, _ in answers} == {429, 504}
