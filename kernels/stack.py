@@ -8,10 +8,10 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from cllm.kernels.quantization import Quantized
+from cllm.kernels.quantization import Quantized, Quantized4
 from cllm.kernels.strips import Strips
 
-Packed = Strips | Quantized  # a matrix (N, K) packed for inference
+Packed = Strips | Quantized | Quantized4  # a matrix (N, K) packed for inference
 Weight = Tensor | Packed
 
 

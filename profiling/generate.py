@@ -1,11 +1,12 @@
 """Generation at batch 1, ours against plain PyTorch and llama.cpp: prefill of a prompt, then greedy decoding, interleaved in one run.
 
-    python profiling/generate.py                             # the 125 M shape: fp32, bf16, int8
-    python profiling/generate.py --shapes llama-1b --weights bf16 int8
+    python profiling/generate.py                             # the 125 M shape: fp32, bf16, int8, int4
+    python profiling/generate.py --shapes llama-1b --weights bf16 int8 int4
     python profiling/generate.py --write generate --plot generate.png
 
-Weights are random: speed does not depend on them. llama.cpp takes part where llama-cpp-python and gguf are installed, with bf16 for
-bf16 and q8_0 for int8. Decoding reads every weight once a token: its limit is the memory, here the rate at which this machine copies.
+Weights are random: speed does not depend on them. llama.cpp takes part where `make peers` brought it, or llama-cpp-python and gguf are installed
+(--llama-python), with bf16 for bf16, q8_0 for int8 and q4_0 for int4. Decoding reads every weight once a token: its limit is the memory, here the
+rates at which this machine copies, and at which torch reads a large matrix in the same rounds.
 """
 
 import argparse
@@ -21,8 +22,9 @@ from report import add_output_options, finish, interleaved, print_table, run
 
 from cllm import Model, ModelConfig, runtime
 
-BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / 64}  # int8: with a float32 scale for 64
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
+BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / 64, "int4": 0.5 + 2 / 32}  # with a float32 scale for 64, a bfloat16 for 32
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "int4": torch.bfloat16}
+READ_BYTES = 1 << 28  # of the matrix whose product with a vector measures the rate of reading
 
 
 class Ours:
@@ -41,8 +43,8 @@ class Ours:
             tie_embeddings=False,
         )
         self.model = Model(config).to(DTYPES[weights])
-        if weights == "int8":
-            self.model.quantize_()
+        if weights.startswith("int"):
+            self.model.quantize_(int(weights[3:]))
         self.model.pack_()  # as `cllm generate` does
 
     @torch.no_grad()
@@ -63,7 +65,7 @@ class Ours:
 
 def contestants(shape: LlamaShape, weights: str, folder: Path, threads: int, llama_python: str) -> dict[str, Any]:
     found: dict[str, Any] = {"cllm": Ours(shape, weights)}
-    if weights != "int8":
+    if not weights.startswith("int"):
         found["torch"] = PlainLlama(shape, DTYPES[weights])
     if weights != "fp32" and LlamaCpp.is_present(llama_python):
         found["llama.cpp"] = LlamaCpp(llama_python, shape, weights, folder, threads)
@@ -77,7 +79,10 @@ def measure(shape: LlamaShape, weights: str, options: argparse.Namespace, thread
     with tempfile.TemporaryDirectory(prefix="cllm-generate-") as folder:
         found = contestants(shape, weights, Path(folder), threads, options.llama_python)
         prefill = interleaved({name: lambda each=each: each.prefill(tokens) for name, each in found.items()}, options.rounds, warmup=1)
-        decode = interleaved({name: lambda each=each: each.decode(1, count) for name, each in found.items()}, options.rounds, warmup=1)
+        tasks: dict[str, Any] = {name: lambda each=each: each.decode(1, count) for name, each in found.items()}
+        matrix, vector = torch.ones(READ_BYTES >> 14, 1 << 12), torch.ones(1 << 12)
+        decode = interleaved(tasks | {"reading": lambda: torch.mv(matrix, vector)}, options.rounds, warmup=1)
+        read_gbps = READ_BYTES / decode.pop("reading") / 1e9
         if "llama.cpp" in found:
             found["llama.cpp"].close()
     weights_bytes = shape.num_weights * BYTES_PER_WEIGHT[weights]
@@ -94,6 +99,7 @@ def measure(shape: LlamaShape, weights: str, options: argparse.Namespace, thread
         "decode_tokens_per_second": {name: count / each for name, each in decode.items()},
         "prefill_ratio": ratio(prefill), "decode_ratio": ratio(decode),
         "weights_gbps": gbps, "copy_gbps": copy_gbps, "share_of_copy": gbps / copy_gbps,
+        "read_gbps": read_gbps, "share_of_reading": gbps / read_gbps,
     }  # fmt: skip
 
 
@@ -107,11 +113,11 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["llama-125m"], choices=LLAMA_SHAPES)
-    parser.add_argument("--weights", nargs="+", default=["fp32", "bf16", "int8"], choices=list(DTYPES))
+    parser.add_argument("--weights", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=32, help="tokens decoded in a round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--llama-python", default=sys.executable, metavar="PYTHON", help="the Python that has llama-cpp-python and gguf")
+    parser.add_argument("--llama-python", default=sys.executable, metavar="PYTHON", help="a Python that has llama-cpp-python and gguf")
     parser.add_argument("--threads", type=int)
     add_output_options(parser)
     options = parser.parse_args()
@@ -123,7 +129,7 @@ def main() -> None:
         for name in options.shapes:
             rows += [measure(LLAMA_SHAPES[name], weights, options, threads) for weights in options.weights]
     if not LlamaCpp.is_present(options.llama_python):
-        print(f"llama.cpp is absent: llama-cpp-python or gguf is not installed for {Path(options.llama_python).name} (see --llama-python)")
+        print("llama.cpp is absent: `make peers` installs it, and gguf is needed (pip install 'cllm[export]')")
 
     def rates(values: dict[str, float]) -> str:
         return " / ".join(f"{each:,.1f}" for each in values.values())
@@ -132,9 +138,10 @@ def main() -> None:
         return "-" if value is None else f"{value:.2f}"
 
     print_table(
-        ("shape", "weights", "contestants", "prefill tok/s", "ratio", "decode tok/s", "ratio", "weights GB/s", "of copy rate"),
+        ("shape", "weights", "contestants", "prefill tok/s", "ratio", "decode tok/s", "ratio", "weights GB/s", "of copying", "of reading"),
         [(r["shape"], r["weights"], " / ".join(r["decode_tokens_per_second"]), rates(r["prefill_tokens_per_second"]), times(r["prefill_ratio"]),
-          rates(r["decode_tokens_per_second"]), times(r["decode_ratio"]), f"{r['weights_gbps']:.1f}", f"{100 * r['share_of_copy']:.0f} %")
+          rates(r["decode_tokens_per_second"]), times(r["decode_ratio"]), f"{r['weights_gbps']:.1f}", f"{100 * r['share_of_copy']:.0f} %",
+          f"{100 * r['share_of_reading']:.0f} %")
          for r in rows],
     )  # fmt: skip
     finish(options, rows, lambda path: draw(path, rows), threads=options.threads)

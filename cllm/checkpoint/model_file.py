@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 FILE_VERSION = 1
 BASE = "base.cllm"  # in a run of LoRA adapters, the frozen weights that they belong to
-WEIGHTS_FORMATS = ("fp32", "bf16", "int8")
+WEIGHTS_FORMATS = ("fp32", "bf16", "int8", "int4")
 
 
 def save(model: Model, path: str | Path, tokenizer: Tokenizer | None = None) -> None:
@@ -63,7 +63,7 @@ def save(model: Model, path: str | Path, tokenizer: Tokenizer | None = None) -> 
 def load(path: str | Path, report: Callable[[str], None] | None = None, weights: str | None = None) -> tuple[Model, Tokenizer | None]:
     """The model and tokenizer in a run folder (its newest good checkpoint), a checkpoint folder, a .cllm file or a Hugging Face folder.
 
-    weights: None for the weights as they are; for generation "fp32", "bf16" (weights and activations) or "int8" (weights; see
+    weights: None for the weights as they are; for generation "fp32", "bf16" (weights and activations), "int8" or "int4" (weights; see
     `Model.quantize_`). report: told of damaged checkpoints that are passed over. Raises CheckpointError for anything else. Nothing is ever
     unpickled.
     """
@@ -72,7 +72,7 @@ def load(path: str | Path, report: Callable[[str], None] | None = None, weights:
     model, tokenizer = _load(Path(path), report)
     if weights is not None:
         model = model.to(torch.float32 if weights == "fp32" else torch.bfloat16)
-    return model.quantize_() if weights == "int8" else model, tokenizer
+    return model.quantize_(int(weights[3:])) if weights in ("int8", "int4") else model, tokenizer
 
 
 def _load(path: Path, report: Callable[[str], None] | None) -> tuple[Model, Tokenizer | None]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,9 +40,11 @@ if TYPE_CHECKING:
     from cllm.data.tokens.conversations import ChatSplit
     from cllm.data.tokens.tokenizer import Tokenizer
     from cllm.evaluate.documents import DocumentScores, Group, Interval
+    from cllm.evaluate.loss import Evaluation
     from cllm.model.model import Model
 
 SHOWN_SOURCES = 20
+STORED = "evaluating with the weights as they are stored"
 GROUPINGS = ("auto", "file", "folder")
 
 app = typer.Typer()
@@ -120,7 +124,8 @@ def evaluate(
         else:
             assert data is not None
             sizes: dict[str, Any] = {"seq_len": seq_len, "stride": stride, "batch_size": batch_size, "checkpoint": checkpoint}
-            values = evaluate_run(console, model, tokenizer, data, **sizes, confidence=confidence, by=by, worst=worst, reading=reading)
+            stored = partial(load_model, checkpoint, device="cpu" if device == "auto" else device) if weights in ("int8", "int4") else None
+            values = evaluate_run(console, model, tokenizer, data, **sizes, confidence=confidence, by=by, worst=worst, reading=reading, stored=stored)
     console.result({"checkpoint": checkpoint, "data": data, **values})
 
 
@@ -138,8 +143,10 @@ def evaluate_run(
     by: str,
     worst: int,
     reading: Reading,
+    stored: Callable[[], tuple[Model, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Scores all documents of `data`, prints the tables, and returns everything as plain values. checkpoint: where the model comes from."""
+    """Scores all documents of `data`, prints the tables, and returns everything as plain values. checkpoint: where the model comes from; stored:
+    loads it with the weights as they are stored, where `model` has others, to score the same text with them and tell the change."""
     from cllm import runtime
     from cllm.cli.trained_on import trained_on
     from cllm.data.tokens.conversations import ChatSplit
@@ -153,18 +160,25 @@ def evaluate_run(
         split = _split(console, tokenizer, data, scratch, reading)
         learnt = trained_on(checkpoint, data, Path(scratch), tokenizer, reading)
         if isinstance(split, ChatSplit):
-            return _evaluate_chats(console, model, split, learnt, length, batch_size)
-        with runtime.progress.Progress(None, "evaluating") as line:
+            return _evaluate_chats(console, model, split, learnt, length, batch_size, stored)
 
-            def report(done: int, total: int) -> None:
-                line.total = total
-                line.update(done, f"{done:,} of {total:,} windows")
+        def score(each: Model, title: str) -> DocumentScores:
+            with runtime.progress.Progress(None, title) as line:
 
-            scores = score_documents(model, split, tokenizer, length, batch_size, stride=stride, progress=report)
+                def report(done: int, total: int) -> None:
+                    line.total = total
+                    line.update(done, f"{done:,} of {total:,} windows")
+
+                return score_documents(each, split, tokenizer, length, batch_size, stride=stride, progress=report)
+
+        scores = score(model, "evaluating")
+        before = None if stored is None else score(stored()[0], STORED).total()
     with runtime.progress.stage(f"resampling {scores.num_documents:,} documents"):
         total, interval = scores.total(), scores.interval(confidence)
         sources, poorest = scores.by_source(by, confidence), scores.worst(worst)
     console.print(total)
+    if before is not None:
+        console.print(_change(before, total))
     console.print(_interval_words(scores, interval, confidence))
     if learnt is not None:
         console.print(learnt)
@@ -175,6 +189,7 @@ def evaluate_run(
         console.print(f"\ndocuments with the highest loss:\n{_group_table(poorest, None)}")
     return {
         **total.to_dict(),
+        **({} if before is None else {"stored_weights": before.to_dict()}),
         "scored": "text",
         "seq_len": length,
         "stride": stride or length,
@@ -189,27 +204,47 @@ def evaluate_run(
     }
 
 
-def _evaluate_chats(console: Console, model: Model, split: ChatSplit, learnt: TrainedOn | None, seq_len: int, batch_size: int) -> dict[str, Any]:
+def _change(before: Evaluation, after: Evaluation) -> str:
+    """before: with the weights as they are stored."""
+    share = 100 * (after.perplexity / before.perplexity - 1)
+    return (
+        f"The stored weights have loss {before.loss:.4f}, perplexity {before.perplexity:,.2f}: "
+        f"these change the loss by {after.loss - before.loss:+.4f} and the perplexity by {share:+.2f} %."
+    )
+
+
+def _evaluate_chats(
+    console: Console, model: Model, split: ChatSplit, learnt: TrainedOn | None, seq_len: int, batch_size: int,
+    stored: Callable[[], tuple[Model, Any]] | None,
+) -> dict[str, Any]:  # fmt: skip
     """The answers alone are predicted, as in training; conversations are packed whole, so that there is nothing to slide over."""
     from cllm import runtime
     from cllm.data.tokens.chat import check_fit
     from cllm.evaluate.loss import evaluate
 
     check_fit([split], seq_len, model.config.max_seq_len, console.print)
-    with runtime.progress.Progress(None, "evaluating") as line:
 
-        def report(done: int, total: int) -> None:
-            line.total = total
-            line.update(done, f"{done:,} of {total:,} tokens")
+    def score(each: Model, title: str) -> Evaluation:
+        with runtime.progress.Progress(None, title) as line:
 
-        result = evaluate(model, split, seq_len=seq_len, batch_size=batch_size, progress=report)
+            def report(done: int, total: int) -> None:
+                line.total = total
+                line.update(done, f"{done:,} of {total:,} tokens")
+
+            return evaluate(each, split, seq_len=seq_len, batch_size=batch_size, progress=report)
+
+    result = score(model, "evaluating")
+    before = None if stored is None else score(stored()[0], STORED)
     console.print(result)
+    if before is not None:
+        console.print(_change(before, result))
     scored = split.fit(seq_len).usable
     console.print(f"Scored are the answers of {counted(scored, 'conversation')}, which training learns from; questions are read and not predicted.")
     if learnt is not None:
         console.print(learnt)
     return {
         **result.to_dict(),
+        **({} if before is None else {"stored_weights": before.to_dict()}),
         "scored": "answers",
         "seq_len": seq_len,
         "num_conversations": split.num_documents,

@@ -107,10 +107,10 @@ Weights = Annotated[
     option(
         "--weights",
         str,
-        "Number format of the weights in memory: bf16 evaluates faster, bf16 and int8 generate faster. [default: bf16 on a GPU that multiplies it in "
-        "hardware, else fp32]",
+        "Number format of the weights in memory: bf16 evaluates faster, bf16, int8 and int4 generate faster, int4 at some cost in quality. [default: "
+        "bf16 on a GPU that multiplies it in hardware, else fp32]",
         optional=True,
-        choices=("fp32", "bf16", "int8"),
+        choices=("fp32", "bf16", "int8", "int4"),
     ),
 ]
 Context = Annotated[
@@ -219,8 +219,8 @@ def load_model(
     from cllm.runtime.device import resolve
     from cllm.runtime.gpu import multiplies_bf16
 
-    # int8 weights have fast kernels on the CPU alone.
-    place, _ = resolve("cpu" if device == "auto" and weights == "int8" else device)
+    # int8 and int4 weights have fast kernels on the CPU alone.
+    place, _ = resolve("cpu" if device == "auto" and weights in ("int8", "int4") else device)
     model, tokenizer = load(path, weights=weights)
     if weights is None and place.type == "cuda" and model.compute_dtype == torch.float32 and multiplies_bf16(place):
         model.to(torch.bfloat16)  # a GPU multiplies float32 numbers one by one, without its matrix units

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from cllm import kernels, runtime
 from cllm.config.model import ModelConfig
 from cllm.kernels.decoding import make_decoder, make_paged_decoder
-from cllm.kernels.quantization import quantize
+from cllm.kernels.quantization import quantize, quantize4
 from cllm.kernels.quantized import packing_pays, quantized_matmul
 from cllm.kernels.stack import Decoder, Linear, Packed, PagedDecoder, Stack
 from cllm.kernels.strips import pack
@@ -88,9 +88,12 @@ class Model(nn.Module):
         """Whether `quantize_` or `pack_` has taken the matrices."""
         return self._packed_output is not None
 
-    def quantize_(self) -> "Model":
-        """Every matrix but the look-up tables becomes int8 (`cllm.kernels.quantization`); for generation and evaluation only, from then on."""
-        return self._pack_(quantize, "int8")
+    def quantize_(self, bits: int = 8) -> "Model":
+        """Every matrix but the look-up tables becomes int8 or, with 4 bits, int4 (`cllm.kernels.quantization`); for generation and evaluation only,
+        from then on."""
+        if bits not in (4, 8):
+            raise UserError(f"quantize_ takes 8 or 4 bits, got {bits}.")
+        return self._pack_(quantize if bits == 8 else quantize4, f"int{bits}")
 
     def pack_(self) -> "Model":
         """Where it pays, on a CPU, every matrix but the look-up tables is laid out anew in the order in which decoding reads it
@@ -116,7 +119,7 @@ class Model(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         if self.is_packed:
-            again = "without weights='int8'" if self._packed_as == "int8" else "and leave out pack_()"
+            again = f"without weights={self._packed_as!r}" if self._packed_as.startswith("int") else "and leave out pack_()"
             raise UserError(f"the weights are {self._packed_as}, for generation only, and cannot be saved or exported. Load the model again {again}.")
         return super().state_dict(*args, **kwargs)
 
@@ -130,7 +133,7 @@ class Model(nn.Module):
     def compute_dtype(self, dtype: torch.dtype) -> None:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise UserError(f"compute_dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}.")
-        if self.is_packed and self._packed_as != "int8" and dtype != self.compute_dtype:
+        if self.is_packed and not self._packed_as.startswith("int") and dtype != self.compute_dtype:
             raise UserError(f"the weights are {self._packed_as}; set compute_dtype before pack_().")
         self._compute_dtype = dtype
 

@@ -1,6 +1,6 @@
-"""int8 weights inside the kernels: dequantised on the way into packed strips, for float32, or multiplied as they are by AMX's int8 tiles.
+"""int8 and int4 weights inside the kernels: dequantised on the way into packed strips, for float32; and int8 multiplied by AMX's int8 tiles.
 
-The layout is that of kernels/quantization.py: strips of STRIP outputs, in them blocks of SCALE_BLOCK k, four k side by side: what tiles read.
+The layouts are those of kernels/quantization.py. int8: strips of STRIP outputs, in them blocks of SCALE_BLOCK k, four k side by side, as tiles read.
 """
 
 from typing import Any
@@ -12,11 +12,11 @@ from numba import types
 from cllm.kernels.numba import llvm
 from cllm.kernels.numba.integers import block_scale, rounded
 from cllm.kernels.numba.launch import float32_at, load, put_float32
-from cllm.kernels.numba.llvm import F32, FEATURES, I8, I64, VF, VI, const_int, intrinsic
+from cllm.kernels.numba.llvm import F32, FEATURES, I8, I32, I64, VF, VH, VI, const_int, intrinsic
 from cllm.kernels.numba.micro import HAS_TILES, WORD, tile_configuration
 from cllm.kernels.numba.simd import W, vec, vfma, vload, vmul, vset, vstore, vzero
 from cllm.kernels.numba.stream import STRIPS
-from cllm.kernels.quantization import SCALE_BLOCK
+from cllm.kernels.quantization import SCALE_BLOCK, SCALE_GROUP
 from cllm.kernels.strips import STRIP
 
 INTEGER_ROWS, GROUP_ROWS = 64, 8  # the most rows of x in one call of int8 tiles, and the rows that one tile holds, as two digits each
@@ -49,6 +49,32 @@ def fill_words(source, scales, k, words, target):
     for word in range(0, words, 4):
         block, at = (k + word) // SCALE_BLOCK, (k + word) % SCALE_BLOCK
         _int8_words(source + (block * SCALE_BLOCK + at) * STRIP, scales + block * (STRIP * 4), target + word * W * WORD)
+
+
+@intrinsic
+def _int4_word(tc, source, shift, scales, target):
+    """One k of W int4 outputs, `shift` bits up in their lanes -> float32."""
+
+    def codegen(ctx, bld, sig, args):
+        source, shift, scales, target = args
+        lanes = llvm.load(bld, bld.inttoptr(source, I8.as_pointer()), VI)
+        lanes = bld.lshr(lanes, llvm.splat(bld, bld.trunc(shift, I32), VI))
+        q = bld.sub(bld.and_(lanes, const_int(15)), const_int(8))
+        scale = llvm.widen_bf16(bld, llvm.load(bld, bld.inttoptr(scales, I8.as_pointer()), VH, 2))
+        llvm.store(bld, bld.fmul(bld.sitofp(q, VF), scale), bld.inttoptr(target, F32.as_pointer()))
+        return ctx.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp, types.intp), codegen
+
+
+@numba.njit(cache=True, nogil=True)
+def fill_words4(source, scales, k, words, target):
+    """The same of int4 weights."""
+    for word in range(words):
+        group, at = (k + word) // SCALE_GROUP, (k + word) % 8
+        line = source + (k + word) // 8 * (STRIP * WORD)
+        shift = at // 4 * 8 + at % 4 // 2 * 16 + at % 2 * 4  # the bytes of eight are (0, 1), (4, 5), (2, 3), (6, 7)
+        _int4_word(line, shift, scales + group * (STRIP * 2), target + word * W * WORD)
 
 
 # ---- int8 tiles ------------------------------------------------------------------------------------------------------

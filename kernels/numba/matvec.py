@@ -24,7 +24,7 @@ from cllm.kernels.numba.int8 import GROUP_ROWS, HAS_INTEGERS, INTEGER_ROWS, LINE
 from cllm.kernels.numba.launch import Kernel, copy_bytes, int64_at, is_half, load, scratch, store
 from cllm.kernels.numba.matvec_words import fill_chain, fill_packed, fill_paired
 from cllm.kernels.numba.micro import CONFIGURATION, HAS_TILES, WORD, make_tile_micro
-from cllm.kernels.numba.pack import STRIPS_BF16, STRIPS_F32, STRIPS_INT8, pack_strip
+from cllm.kernels.numba.pack import STRIPS_BF16, STRIPS_F32, STRIPS_INT4, STRIPS_INT8, pack_strip
 from cllm.kernels.numba.simd import W, vadd, vload, vstore, vzero
 from cllm.kernels.numba.stream import BFLOAT16, FLOAT32, STRIPS, WORKED
 from cllm.kernels.quantization import SCALE_BLOCK, Quantized
@@ -50,7 +50,7 @@ class _Job(NamedTuple):
     b_column: int  # from output to output; of weights packed at load from strip to strip
     b_k: int
     b_mode: int  # see pack.py
-    scales: int  # of int8 weights
+    scales: int  # of int8 and int4 weights
     scales_strip: int
     bias: int
     out: int
@@ -76,7 +76,7 @@ class _Launch(NamedTuple):
 
 JOB, _ = fields(_Job)
 P, _launch_arguments = fields(_Launch)
-BY_WORDS, BY_INTEGERS = BY_TILES + 1, BY_TILES + 2  # ways to multiply beside those of gemm_kernel.py: int8 with 16 bits, and on AMX tiles
+BY_WORDS, BY_INTEGERS = BY_TILES + 1, BY_TILES + 2  # ways to multiply beside those of gemm_kernel.py: int8 or int4 with int16, int8 on AMX tiles
 
 _PART = gemm.K_PART
 _GROUP = STRIPS * STRIP  # outputs that go through K together where the weights were packed at load; elsewhere STRIPS * W
@@ -103,9 +103,11 @@ def _fill(job, c, lanes, k, num_k, words, target, spare):
     mode, column, step, kernel = int64_at(job, JOB.b_mode), int64_at(job, JOB.b_column), int64_at(job, JOB.b_k), int64_at(job, JOB.kernel)
     if mode >= STRIPS_F32:
         source = int64_at(job, JOB.b) + c // STRIP * column
+        scales = int64_at(job, JOB.scales) + c // STRIP * int64_at(job, JOB.scales_strip)
         if mode == STRIPS_INT8:
-            scales = int64_at(job, JOB.scales) + c // STRIP * int64_at(job, JOB.scales_strip) + c % STRIP * WORD
-            int8.fill_words(source + c % STRIP * 4, scales, k, words, target)
+            int8.fill_words(source + c % STRIP * WORD, scales + c % STRIP * WORD, k, words, target)
+        elif mode == STRIPS_INT4:
+            int8.fill_words4(source + c % STRIP * WORD, scales + c % STRIP * 2, k, words, target)
         elif kernel == BY_TILES:
             for word in range(0, words, W):
                 pack.transpose(source + (k // 2 + word) * (STRIP * WORD), STRIP * WORD, target + word * (W * WORD))
@@ -261,7 +263,7 @@ def _columns(job, scratch, begin, end):
             row, scales_row, strips = int64_at(job, JOB.b_column), int64_at(job, JOB.scales_strip), (columns + STRIP - 1) // STRIP
             weights, scales = int64_at(job, JOB.b) + c // STRIP * row, int64_at(job, JOB.scales) + c // STRIP * scales_row
             if kernel == BY_WORDS:
-                integers.multiply(x, rows, depth, weights, row, scales, scales_row, strips, total, _SUMS_ROW)
+                integers.multiply(4 if mode == STRIPS_INT4 else 8, x, rows, depth, weights, row, scales, scales_row, strips, total, _SUMS_ROW)
             else:
                 int8.multiply(x, rows, depth, weights, row, scales, scales_row, strips, scratch, total, _SUMS_ROW)
             _finish(job, total, c, columns)
@@ -313,7 +315,7 @@ class Output(NamedTuple):
 
 def in_integers(weight: Weight, dtype: torch.dtype) -> bool:
     """Whether these weights are multiplied as the integers that they are with activations of this dtype, up to INTEGER_ROWS rows at a time."""
-    return isinstance(weight, Quantized) and dtype == torch.bfloat16
+    return not isinstance(weight, (Tensor, Strips)) and dtype == torch.bfloat16
 
 
 def most_rows(weight: Weight, dtype: torch.dtype) -> int:
@@ -323,7 +325,7 @@ def most_rows(weight: Weight, dtype: torch.dtype) -> int:
 
 def _kernel(weight: Weight, dtype: torch.dtype) -> int:
     if in_integers(weight, dtype):
-        return BY_INTEGERS if HAS_INTEGERS and gemm.bf16_kernel() == gemm.TILES else BY_WORDS
+        return BY_INTEGERS if HAS_INTEGERS and gemm.bf16_kernel() == gemm.TILES and isinstance(weight, Quantized) else BY_WORDS
     return gemm.CODES[gemm.kernel_for(dtype)]
 
 
@@ -373,7 +375,9 @@ def job(x: Tensor, weight: Weight, bias: Tensor | None, out: Output, workers: in
         if isinstance(weight, Strips):
             p[JOB.b_mode] = gemm.strips_mode(gemm.kernel_for(x.dtype), weight.dtype)
         else:
-            p[JOB.b_mode], p[JOB.scales], p[JOB.scales_strip] = STRIPS_INT8, weight.scales.data_ptr(), weight.scales.stride(0) * WORD
+            scales = weight.scales
+            p[JOB.b_mode] = STRIPS_INT8 if isinstance(weight, Quantized) else STRIPS_INT4
+            p[JOB.scales], p[JOB.scales_strip] = scales.data_ptr(), scales.stride(0) * scales.element_size()
     p[JOB.bias] = 0 if bias is None else bias.data_ptr()
     p[JOB.out], p[JOB.out_row], p[JOB.out_half], p[JOB.finish] = out.address, out.row, is_half(x), 0
     if out.activation is not None:

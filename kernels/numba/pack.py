@@ -17,7 +17,9 @@ from cllm.kernels.numba.simd import W, vstore, vzero
 
 F32_AS_IS, BF16_WIDENED, F32_ROUNDED_WIDENED, BF16_PAIRS, F32_ROUNDED_PAIRS = range(5)
 MODES = range(5)
-STRIPS_F32, STRIPS_BF16, STRIPS_INT8 = range(5, 8)  # of weights that were packed at load (strips.py, quantization.py): see matvec_words.py
+STRIPS_F32, STRIPS_BF16, STRIPS_INT8, STRIPS_INT4 = range(
+    5, 9
+)  # of weights that were packed at load (strips.py, quantization.py): see matvec_words.py
 LINES_AHEAD = 8  # how many lines of the operand the packing fetches ahead
 NO_SECOND = -1  # there is no k + 1; a real stride is even, and so never -1
 _I = types.intp

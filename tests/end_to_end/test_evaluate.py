@@ -91,3 +91,12 @@ def test_report_writes_a_page_about_a_trained_run(run, tmp_path):
 def test_both_explain_themselves_with_examples(command):
     ran = cllm(command, "--help")
     assert ran.status == 0 and f"cllm {command}" in ran.out.split("Examples:")[1] and "--json" in ran.out
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_evaluate_tells_what_fewer_bits_change(model, documents, weights):
+    stored = cllm("evaluate", model, "--threads", 1, documents, "--json").json
+    ran = cllm("evaluate", model, "--threads", 1, documents, "--weights", weights)
+    result = cllm("evaluate", model, "--threads", 1, documents, "--weights", weights, "--json").json
+    assert result["stored_weights"]["loss"] == stored["loss"] != result["loss"] and "stored_weights" not in stored
+    assert f"loss {stored['loss']:.4f}" in ran.out and f"change the loss by {result['loss'] - stored['loss']:+.4f}" in ran.out

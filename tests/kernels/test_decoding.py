@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cllm import runtime
-from cllm.kernels.quantization import SCALE_BLOCK, quantize
+from cllm.kernels.quantization import SCALE_BLOCK, SCALE_GROUP, quantize, quantize4
 from cllm.kernels.quantized import quantized_feed_forward, quantized_matmul
 from cllm.kernels.strips import pack
 from cllm.runtime.errors import UserError
@@ -92,7 +92,8 @@ def test_nan_and_infinity_reach_their_row_only():
 
 
 @DTYPES
-def test_int8_products_are_as_close_to_the_oracle_as_plain_torch(dtype, oracle):
+@pytest.mark.parametrize("quantize", [quantize, quantize4], ids=["int8", "int4"])
+def test_products_of_integers_are_as_close_to_the_oracle_as_plain_torch(dtype, oracle, quantize):
     for backend_name in ("numba", "torch"):
         for rows, depth, columns in ((1, 64, 16), (5, 333, 37), (100, 640, 50), (1, 9000, 20), (2, 1, 1)):
             x, quantized, bias = normal(rows, depth).to(dtype), quantize(normal(columns, depth, seed=1)), normal(columns).to(dtype)
@@ -107,7 +108,8 @@ def test_int8_products_are_as_close_to_the_oracle_as_plain_torch(dtype, oracle):
 
 @DTYPES
 @pytest.mark.parametrize("gated", [True, False])
-def test_int8_feed_forward_rows_do_not_see_each_other_or_the_workers(dtype, gated):
+@pytest.mark.parametrize("quantize", [quantize, quantize4], ids=["int8", "int4"])
+def test_feed_forward_rows_do_not_see_each_other_or_the_workers(dtype, gated, quantize):
     x = normal(2, 70, 100).to(dtype)
     gate, up, down = quantize(normal(130, 100, seed=1) / 10), quantize(normal(130, 100, seed=2) / 10), quantize(normal(100, 130, seed=3) / 10)
 
@@ -139,7 +141,25 @@ def test_quantised_weights_are_within_half_a_step(rows, depth, power):
     assert torch.equal(quantized.rows(begin, end).dense(torch.float64), found[begin:end])
 
 
-def test_what_cannot_be_quantised_is_refused():
+@given(rows=st.integers(1, 70), depth=st.integers(1, 200), power=st.integers(-30, 30))
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_four_bits_are_no_worse_than_the_largest_at_minus_eight(rows, depth, power):
+    """In squared error, of every group of a row: GGUF's q4_0 with a scale of bfloat16."""
+    weight = normal(rows, depth) * 2.0**power
+    quantized = quantize4(weight)
+    found = quantized.dense(torch.float64)
+    for first in range(0, depth, SCALE_GROUP):
+        group, again = weight[:, first : first + SCALE_GROUP], found[:, first : first + SCALE_GROUP]
+        scale = (group.gather(1, group.abs().argmax(1, keepdim=True)) / -8).bfloat16().float()
+        plain = (group / scale).round().clamp(-8, 7).double() * scale.double()
+        assert ((group - again).square().sum(1) <= 1.001 * (group - plain).square().sum(1)).all()
+    begin, end = rows // 3, rows // 3 + (rows + 1) // 2
+    assert torch.equal(quantized.rows(begin, end).dense(torch.float64), found[begin:end])
+    assert torch.equal(quantize4(found).dense(torch.float64), found), "what it can say it says again"
+
+
+@pytest.mark.parametrize("quantize", [quantize, quantize4], ids=["int8", "int4"])
+def test_what_cannot_be_quantised_is_refused(quantize):
     for wrong in (torch.ones(3), torch.ones(3, 3, dtype=torch.int64), torch.full((2, 2), float("nan"))):
         with pytest.raises(UserError, match="quantize"):
             quantize(wrong)

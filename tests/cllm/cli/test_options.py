@@ -103,7 +103,7 @@ WRONG = [
     (("generate", "M", "--prompt", "x", "--top-k", "0"), "top_k must be >= 1, got 0 (from --top-k). Use a value like 40."),
     (("generate", "M", "--prompt", "x", "--seed", "-1"), "--seed must be >= 0, got -1."),
     (("generate", "M", "--prompt", "x", "--seed", "1e30"), "--seed must be a whole number, got '1e30'."),
-    (("generate", "M", "--prompt", "x", "--weights", "int4"), "--weights must be one of fp32, bf16, int8, got 'int4'. Did you mean 'int8'?"),
+    (("generate", "M", "--prompt", "x", "--weights", "int16"), "--weights must be one of fp32, bf16, int8, int4, got 'int16'. Did you mean 'int8'?"),
     (("generate", "M", "--prompt", "x", "--device", "gpu"), "--device must be one of auto, cpu, cuda, got 'gpu'. Did you mean 'cpu'?"),
     (("generate", "M", "--prompt", "x", "--threads", "0"), "--threads must be >= 1, got 0. Use a value like 2."),
     (("generate", "M", "--prompt", "x", "--regex", "a", "--grammar", "b"), "give only one of --json-schema, --regex and --grammar."),

@@ -22,7 +22,7 @@ def make(name, dtype, weights):
     if weights != "master":
         model = model.to(dtype)
     model.compute_dtype = dtype
-    return model.quantize_() if weights == "int8" else model.pack_() if weights == "packed" else model
+    return model.quantize_(int(weights[3:])) if weights.startswith("int") else model.pack_() if weights == "packed" else model
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def decoded(model, tokens, prefix):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("weights", ["master", "same", "packed", "int8"])
+@pytest.mark.parametrize("weights", ["master", "same", "packed", "int8", "int4"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_decoded_tokens_have_the_bits_of_one_pass(name, weights, dtype):
     pytest.importorskip("numba")
@@ -81,8 +81,8 @@ def test_int8_weights_write_nearly_the_same_distribution_and_cannot_be_saved(tmp
             assert float(loaded.loss(tokens, tokens)) == pytest.approx(float(model.loss(tokens, tokens)), rel=0.01)
     with pytest.raises(UserError, match="int8"):
         save(loaded, tmp_path / "other.cllm")
-    with pytest.raises(UserError, match="fp32, bf16, int8"):
-        load(tmp_path / "model.cllm", weights="int4")
+    with pytest.raises(UserError, match="fp32, bf16, int8, int4"):
+        load(tmp_path / "model.cllm", weights="int3")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
