@@ -19,18 +19,21 @@ from cllm.runtime import heap, kernel_cache, tuning
 from cllm.runtime.errors import BackendError
 
 _folders: dict[Path, set[str]] = {}  # registered sources, and the environment variables that they read
+_beside: dict[Path, set[Path]] = {}  # files elsewhere whose values a folder's kernels hold
 _ready = False
 _lock = threading.Lock()
 
 
-def register_kernels(folder: str | Path, variables: Iterable[str] = ()) -> None:
-    """Makes known where sources of numba kernels lie, and which environment variables they read: their cache depends on both.
+def register_kernels(folder: str | Path, variables: Iterable[str] = (), beside: Iterable[Path] = ()) -> None:
+    """Makes known where sources of numba kernels lie, which environment variables they read, and from which files `beside` the folder they take
+    constants: their cache depends on all three.
 
     numba itself watches only the file of the function that it loads, not those of the functions that it calls. Call before the kernels are
     imported. What other folders register does not change where the kernels of this one are kept: otherwise a command that reads text before it
     trains would compile again what one that only trains has compiled.
     """
     _folders.setdefault(Path(folder), set()).update(variables)
+    _beside.setdefault(Path(folder), set()).update(beside)
     kernel_cache_key.cache_clear()
     if _ready:
         _choose({"CACHE_DIR": _cache_folder()})
@@ -85,7 +88,7 @@ def kernel_cache_key(folder: Path | None = None) -> str:
     folders = sorted(_folders) if folder is None else [folder]
     variables = set().union(*(_folders[each] for each in folders))
     return tuning.digest(
-        *(path.read_text("utf-8") for each in folders for path in sorted(each.glob("*.py"))),
+        *(path.read_text("utf-8") for each in folders for path in [*sorted(each.glob("*.py")), *sorted(_beside.get(each, ()))]),
         sorted(cpu_features()),
         sys.version_info[:2],
         _version("numba"),

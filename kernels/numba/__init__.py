@@ -23,7 +23,10 @@ class _Numba(Backend):
 
 VARIABLES = ("CLLM_SIMD_LANES", "CLLM_BF16_KERNEL")  # environment variables that files in this folder read
 
-runtime.compiler.register_kernels(Path(__file__).parent, VARIABLES)
+# Files of the folder above whose constants the kernels hold.
+CONSTANTS = ("operations.py", "quantization.py", "stack.py", "strips.py")
+
+runtime.compiler.register_kernels(Path(__file__).parent, VARIABLES, [Path(__file__).parents[1] / name for name in CONSTANTS])
 runtime.register_library("numba", "so the CPU kernels cannot run and plain torch does all the work. Install it: pip install numba")
 runtime.register_library("llvmlite")
 

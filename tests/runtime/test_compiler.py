@@ -15,6 +15,7 @@ KERNELS = Path(__file__).parents[2] / "kernels" / "numba"
 @pytest.fixture
 def nothing_registered(monkeypatch):
     monkeypatch.setattr(compiler, "_folders", {})
+    monkeypatch.setattr(compiler, "_beside", {})
     monkeypatch.setattr(compiler, "_ready", False)
     compiler.kernel_cache_key.cache_clear()
     yield
@@ -65,6 +66,29 @@ def test_the_key_changes_with_the_sources(nothing_registered, tmp_path):
     registered = _key()
     (tmp_path / "a.py").write_text("x = 2")
     assert len({before, registered, _key()}) == 3
+
+
+def test_the_key_changes_with_the_constants_that_kernels_take_from_beside_their_folder(nothing_registered, tmp_path):
+    folder, beside = tmp_path / "kernels", tmp_path / "constants.py"
+    folder.mkdir()
+    beside.write_text("x = 1")
+    compiler.register_kernels(folder, beside=[beside])
+    before = _key()
+    beside.write_text("x = 2")
+    compiler.kernel_cache_key.cache_clear()
+    assert _key() != before
+
+
+def test_every_file_that_the_kernels_take_names_from_is_in_their_key():
+    taken = set()
+    for path in KERNELS.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if path.name == "__init__.py" or not isinstance(node, ast.ImportFrom):
+                continue
+            parts = (node.module or "").split(".")
+            if parts[:2] == ["cllm", "kernels"] and parts[2:3] != ["numba"]:
+                taken |= {f"{parts[2]}.py"} if len(parts) > 2 else {f"{alias.name}.py" for alias in node.names}
+    assert "quantization.py" in taken and taken - {"numba.py"} == set(numba_kernels.CONSTANTS)
 
 
 def test_other_folders_do_not_change_where_the_kernels_of_a_folder_are_kept(nothing_registered, tmp_path, monkeypatch):
