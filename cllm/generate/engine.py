@@ -353,12 +353,19 @@ class Engine:
                     row.request.on_prompt_token(score(logits[place], row.request.prompt[token], row.request.logprobs or 0))
 
     def _slide(self, row: _Row) -> None:
-        """The text has outgrown the context: the row goes on as if its last half were the prompt, positions and pages anew."""
+        """The text has outgrown the context: the row goes on as if its last half were the prompt, positions and pages anew.
+
+        Some of its pages may stay with others, so it gives all back and waits, as the first, until as many as it may need are free again.
+        """
+        self._running.remove(row)
         for page in row.pages:
             self.pool.release(page)
         row.pages, row.stored = [], 0
         row.context = row.context[-max(1, self.limit // 2) :]
         row.drafts = Drafts() if row.request.speculate else None
+        client = row.request.client
+        with self._lock:
+            self._waiting = {client: deque([row, *self._waiting.pop(client, ())]), **self._waiting}
 
     # -- the queue and the pages ---------------------------------------------------------------------------------------
 
@@ -390,13 +397,12 @@ class Engine:
     def _may_begin(self, row: _Row) -> bool:
         """The prompt of several samples is computed by the first of them; the others find it in its pages."""
         first = row.ticket.rows[0]
-        return row is first or bool(first.produced or first.finish_reason)
+        return row is first or row.produced > 0 or bool(first.produced or first.finish_reason)
 
     def _reserve(self, row: _Row) -> bool:
         """Whether all pages that the row may ever need are there; then it has those of the beginning that others computed."""
-        prompt = row.request.prompt
-        reuse = not (row.request.prompt_logprobs and row.index == 0)
-        pages, source, copied = self.prefixes.find(prompt[:-1] if reuse else ())  # the last token is computed again, for its logits
+        reuse = row.produced or not (row.request.prompt_logprobs and row.index == 0)
+        pages, source, copied = self.prefixes.find(row.context[:-1] if reuse else ())  # the last token is computed again, for its logits
         needed = row.most_pages - len(pages) + sum(each.most_pages - len(each.pages) for each in self._running)
         if needed > self.pool.num_free + (0 if needed <= self.pool.num_free else self.prefixes.num_evictable()):
             for page in pages:
@@ -407,7 +413,8 @@ class Engine:
             row.pages.append(self.pool.take())
             self.pool.copy(source, row.pages[-1], copied)
             row.stored += copied
-        self._prefix_hits += row.stored
+        if not row.produced:
+            self._prefix_hits += row.stored
         return True
 
     def _take_page(self) -> int:

@@ -219,6 +219,20 @@ def test_a_text_longer_than_the_context_ends_or_goes_on_with_half_of_it():
     assert slides.tokens == alone(model, slides.request).tokens
 
 
+def test_who_goes_on_with_half_of_the_context_leaves_pages_to_others_and_waits_for_its_own():
+    """The second comes just before the first outgrows the context and holds pages that both began with: the first then has to do without them."""
+    model = MODELS["llama", torch.float32]
+    engine = engine_of(model, pages=6)
+    slides, stays = Asked(SYSTEM[:290], 300, slide=True, speculate=False), Asked(SYSTEM[:290] + [1, 2], 105, speculate=False)
+    engine.submit(slides.request)
+    while len(slides.tokens[0]) < 105:
+        engine.step()
+    engine.submit(stays.request)
+    run(engine)
+    for each in (slides, stays):
+        assert each.reasons == {0: "length"} and each.tokens == alone(model, each.request).tokens
+
+
 def test_rows_and_pages_bound_what_runs_and_nobody_starves():
     model = MODELS["llama", torch.float32]
     engine = engine_of(model, pages=4, most_rows=8)
