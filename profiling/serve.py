@@ -23,7 +23,8 @@ from report import add_output_options, finish, print_table, run
 
 from cllm import runtime
 from cllm.config.sampling import Sampling
-from cllm.generate.engine import Engine, Request
+from cllm.generate.engine import Engine
+from cllm.generate.request import Request
 
 GREEDY = Sampling(temperature=0)
 

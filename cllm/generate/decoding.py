@@ -20,7 +20,8 @@ from cllm.config.sampling import Sampling
 from cllm.generate.constraint import Constraint
 from cllm.generate.continuation import Continuation
 from cllm.generate.device_decoding import DeviceDecoding
-from cllm.generate.engine import Engine, Request
+from cllm.generate.engine import Engine
+from cllm.generate.request import Request
 from cllm.generate.sampler import Chosen, Sampler
 from cllm.model.model import Model
 from cllm.model.pages import page_bytes, pages_for

@@ -18,133 +18,22 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
-from cllm.config.sampling import Sampling
 from cllm.generate.drafts import Drafts
 from cllm.generate.prefixes import Prefixes
-from cllm.generate.sampler import Chosen, Sampler, score
+from cllm.generate.request import QueueFull, Request, Row, Stats, Ticket
+from cllm.generate.sampler import score
 from cllm.model.pages import PAGE, Part, page_bytes, pages_for
-from cllm.runtime.errors import CLLMError, UserError
+from cllm.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from cllm.generate.constraint import Constraint
     from cllm.model.model import Model
 
 BUSY_CHUNK = 32  # tokens of prompts in a step beside running answers: more of them would make those wait
-_DEFAULT = Sampling()
 _RATE_OVER = 32  # finished answers that the rate is measured over
-
-
-class QueueFull(CLLMError):
-    """As many requests wait as the engine lets wait."""
-
-    def __init__(self, most: int, retry_after: float) -> None:
-        super().__init__(f"{most} requests are waiting already. Try again in {retry_after:.0f} s.")
-        self.retry_after = retry_after
-
-
-def _go_on(sample: int, chosen: Chosen) -> bool:
-    return True
-
-
-def _ignore(*_: object) -> None:
-    pass
-
-
-@dataclass(frozen=True)
-class Request:
-    """What somebody asks for: tokens in, `samples` continuations out. The callbacks run in the engine's thread and must not wait."""
-
-    prompt: Sequence[int]
-    """At least one token."""
-    max_tokens: int
-    sampling: Sampling = _DEFAULT
-    seed: int = 0
-    """With the same seed sample i has the same tokens, however many samples there are and whatever else runs."""
-    samples: int = 1
-    end_tokens: frozenset[int] = frozenset()
-    """Tokens that end a sample and belong to none."""
-    min_tokens: int = 0
-    """No end token is chosen before so many others."""
-    logprobs: int | None = None
-    """Log-probabilities of the chosen token and of so many of the likeliest; None: of none."""
-    prompt_logprobs: bool = False
-    """Also of the prompt's own tokens but the first, to `on_prompt_token`."""
-    constraint: Callable[[], Constraint] | None = None
-    """Makes what restricts one sample."""
-    slide: bool = False
-    """Whether a sample whose text outgrows the model's context goes on, seeing the last half of the context; else it ends there."""
-    speculate: bool = True
-    """Whether tokens are guessed ahead. They are the same either way."""
-    client: str = ""
-    """Clients take turns."""
-    deadline: float | None = None
-    """`time.monotonic()` at which what is unfinished ends."""
-    on_token: Callable[[int, Chosen], bool] = _go_on
-    """(sample, token) -> whether to go on; without, the sample ends with "stop"."""
-    on_prompt_token: Callable[[Chosen], None] = _ignore
-    on_finish: Callable[[int, str], None] = _ignore
-    """(sample, reason), once for each sample: "length", "stop", "end", "cancelled", "deadline" or "error: ..."."""
-
-
-@dataclass
-class Ticket:
-    """A request on its way, for `Engine.cancel`."""
-
-    request: Request
-    rows: list[_Row] = field(default_factory=list)
-    cancelled: bool = False
-
-    @property
-    def finished(self) -> bool:
-        return all(row.finish_reason for row in self.rows)
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What an engine does and did."""
-
-    running: int
-    waiting: int
-    pages_used: int
-    """By running sequences and kept beginnings."""
-    pages_total: int
-    steps: int
-    tokens_in: int
-    """Prompt tokens that were computed."""
-    tokens_out: int
-    prefix_hits: int
-    """Prompt tokens that lay in pages already."""
-    guessed: int
-    guessed_right: int
-
-
-class _Row:
-    """One sample of a request."""
-
-    def __init__(self, ticket: Ticket, index: int, vocab_size: int, most_pages: int) -> None:
-        request = ticket.request
-        self.ticket, self.request, self.index, self.most_pages = ticket, request, index, most_pages
-        self.context = list(request.prompt)  # what the model sees
-        self.stored = 0  # of these, how many lie in pages
-        self.pages: list[int] = []
-        self.produced = 0
-        self.scored = 1  # tokens of the prompt whose log-probability was told or is not asked for
-        self.finish_reason = ""
-        self.drafts = Drafts() if request.speculate else None
-        self.guesses: list[int] = []
-        self.sampler = Sampler(
-            request.sampling, prompt=request.prompt, vocab_size=vocab_size, seed=request.seed, index=index, end_tokens=request.end_tokens,
-            min_tokens=request.min_tokens, logprobs=request.logprobs, constraint=None if request.constraint is None else request.constraint(),
-        )  # fmt: skip
-
-    @property
-    def pending(self) -> int:
-        return len(self.context) - self.stored
 
 
 class Engine:
@@ -168,8 +57,8 @@ class Engine:
             raise UserError(f"{memory:,} bytes for keys and values do not hold one page of {PAGE} tokens, which takes {size:,} bytes.")
         self.pool = model.make_pool(memory // size)
         self.prefixes = Prefixes(self.pool)
-        self._running: list[_Row] = []
-        self._waiting: dict[str, deque[_Row]] = {}  # by client; the one whose turn it is first
+        self._running: list[Row] = []
+        self._waiting: dict[str, deque[Row]] = {}  # by client; the one whose turn it is first
         self._calls: deque[Callable[[], None]] = deque()
         self._lock = threading.Lock()
         self._work = threading.Event()
@@ -195,7 +84,7 @@ class Engine:
                 f"{self.pool.num_pages}. Ask for fewer tokens, or start with more memory."
             )
         ticket = Ticket(request)
-        ticket.rows = [_Row(ticket, index, self.vocab_size, pages) for index in range(request.samples)]
+        ticket.rows = [Row(ticket, index, self.vocab_size, pages) for index in range(request.samples)]
         with self._lock:
             waiting = self._num_waiting()
             if waiting + request.samples > max(self.most_waiting, request.samples):
@@ -259,7 +148,7 @@ class Engine:
             elif row.request.deadline is not None and now >= row.request.deadline:
                 self._finish(row, "deadline")
 
-    def _parts(self) -> tuple[list[_Row], list[Part]]:
+    def _parts(self) -> tuple[list[Row], list[Part]]:
         """What every running row adds to this step: answers one token and guesses, prompts some of what is left of them, the first come first."""
         writing = sum(row.pending == 1 for row in self._running)
         room = min(self.chunk, BUSY_CHUNK) if writing else self.chunk
@@ -285,14 +174,14 @@ class Engine:
             parts.append(Part(tokens, row.stored, row.pages, wanted))
         return rows, parts
 
-    def _guesses(self, row: _Row) -> list[int]:
+    def _guesses(self, row: Row) -> list[int]:
         if row.drafts is None or not row.produced:
             return []
         # The last token of an answer is never stored, and nothing is stored behind the context or the row's pages.
         room = min(row.request.max_tokens - row.produced - 1, self.limit - len(row.context))
         return row.drafts.guess(row.context, room)
 
-    def _use(self, rows: Sequence[_Row], parts: Sequence[Part], logits: torch.Tensor) -> None:
+    def _use(self, rows: Sequence[Row], parts: Sequence[Part], logits: torch.Tensor) -> None:
         """Chooses tokens from the logits of a step; what was guessed right is stored already."""
         logits = logits[:, : self.vocab_size].cpu()
         at = 0
@@ -323,7 +212,7 @@ class Engine:
             if not row.finish_reason and len(row.context) > self.limit:
                 self._slide(row)
 
-    def _choose(self, row: _Row, logits: torch.Tensor) -> int:
+    def _choose(self, row: Row, logits: torch.Tensor) -> int:
         """The next token of a row, told to whoever asked for it. -1 where none can be chosen."""
         try:
             chosen = row.sampler.choose(logits)
@@ -344,7 +233,7 @@ class Engine:
             self._finish(row, f"error: {error}")
             return -1
 
-    def _score_prompt(self, row: _Row, part: Part, logits: torch.Tensor) -> None:
+    def _score_prompt(self, row: Row, part: Part, logits: torch.Tensor) -> None:
         for place in range(part.wanted):
             token = part.start + len(part.tokens) - part.wanted + place + 1
             if row.scored == token < len(row.request.prompt):
@@ -352,7 +241,7 @@ class Engine:
                 if row.index == 0:
                     row.request.on_prompt_token(score(logits[place], row.request.prompt[token], row.request.logprobs or 0))
 
-    def _slide(self, row: _Row) -> None:
+    def _slide(self, row: Row) -> None:
         """The text has outgrown the context: the row goes on as if its last half were the prompt, positions and pages anew.
 
         Some of its pages may stay with others, so it gives all back and waits, as the first, until as many as it may need are free again.
@@ -394,12 +283,12 @@ class Engine:
                 if rows:
                     self._waiting[client] = rows  # behind the others
 
-    def _may_begin(self, row: _Row) -> bool:
+    def _may_begin(self, row: Row) -> bool:
         """The prompt of several samples is computed by the first of them; the others find it in its pages."""
         first = row.ticket.rows[0]
         return row is first or row.produced > 0 or bool(first.produced or first.finish_reason)
 
-    def _reserve(self, row: _Row) -> bool:
+    def _reserve(self, row: Row) -> bool:
         """Whether all pages that the row may ever need are there; then it has those of the beginning that others computed."""
         reuse = row.produced or not (row.request.prompt_logprobs and row.index == 0)
         pages, source, copied = self.prefixes.find(row.context[:-1] if reuse else ())  # the last token is computed again, for its logits
@@ -422,7 +311,7 @@ class Engine:
             self.prefixes.evict(max(1, self.pool.num_pages // 64))
         return self.pool.take()
 
-    def _finish(self, row: _Row, reason: str) -> None:
+    def _finish(self, row: Row, reason: str) -> None:
         """Ends a row: its pages stay as long as nobody needs them, for whoever begins with the same text."""
         row.finish_reason = reason
         if row in self._running:

@@ -16,7 +16,7 @@ from cllm.generate.continuation import Continuation
 from cllm.serve.replies import TokenShown
 
 if TYPE_CHECKING:
-    from cllm.generate.engine import Ticket
+    from cllm.generate.request import Ticket
     from cllm.generate.sampler import Chosen
     from cllm.serve.served import Prompt, Served
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cllm.config.sampling import Sampling
 from cllm.data.tokens.chat_template import encode_prompt, end_of_turn
 from cllm.generate.chat_context import fit_to_context
-from cllm.generate.engine import Request
+from cllm.generate.request import Request
 from cllm.runtime.errors import DataError, UserError
 from cllm.serve.errors import Refused
 from cllm.serve.templates import PLAIN, PLAIN_STOP, TemplateProcess

@@ -16,7 +16,7 @@ import torch
 
 from cllm import runtime
 from cllm.config.sampling import Sampling
-from cllm.generate.engine import QueueFull, Request
+from cllm.generate.request import QueueFull, Request
 from cllm.runtime.errors import UserError
 from cllm.serve.constrained import constraint_for
 from cllm.serve.errors import Refused

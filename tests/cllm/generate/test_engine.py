@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from cllm import Model, ModelConfig, runtime
 from cllm.config.sampling import Sampling
 from cllm.generate.decoding import generate
-from cllm.generate.engine import Engine, QueueFull, Request
+from cllm.generate.engine import Engine
+from cllm.generate.request import QueueFull, Request
 from cllm.model.pages import PAGE, page_bytes, pages_for
 from cllm.runtime.errors import UserError
 
