@@ -186,7 +186,7 @@ class _Run:
         return Generation(continuation.text, tokens, continuation.finish_reason, len(self.prompt), seconds, rate)
 
     def _runs_as_a_graph(self) -> bool:
-        return self.use_cache and self.constraint is None and self.model.embedding_weight.device.type == "cuda"
+        return self.use_cache and self.constraint is None and _computes_on_a_gpu(self.model)
 
     def _engine_pieces(self) -> Iterator[tuple[int, str]]:
         told: list[tuple[int, str]] = []
@@ -256,3 +256,7 @@ class _Run:
                 elif sampler.finished and continuation.finish_reason == "length":
                     continuation.finish_reason = "end"
                 yield continuation.index, piece
+
+
+def _computes_on_a_gpu(model: Model) -> bool:
+    return model.embedding_weight.device.type == "cuda"
