@@ -55,6 +55,8 @@ REACHED_BY = {
     "cllm/cli/crawl.py": ["crawl"],
     "cllm/cli/crawl_training.py": ["train"],
     "cllm/cli/prepare.py": ["prepare"],
+    "cllm/cli/serve.py": ["serve"],
+    "cllm/serve/": ["serve"],
     "cllm/data/sources/": ["crawl"],
     "cllm/data/extract/": ["prepare"],
     "cllm/data/clean/": ["prepare"],
