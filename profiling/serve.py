@@ -1,11 +1,12 @@
-"""Many requests at once: our engine against llama.cpp with as many sequences, interleaved in one run; and what the server adds to the engine.
+"""Many requests at once: our engine against llama.cpp with as many sequences, interleaved in one run.
 
     python profiling/serve.py                                # 125 M, bf16: 8 and 32 requests of 128 tokens in, 128 out
     python profiling/serve.py --weights bf16 int8 --write serve
 
 Weights are random: speed does not depend on them. `total tok/s` counts the tokens written by all requests over the time from the first question to
 the last answer. `first token` is how long a request of 128 tokens waits for its first one while 16 others are being answered. llama.cpp takes part
-where `make peers` has brought it (its sequences are batched as its server's slots are); prompts differ, so that nobody finds another's keys.
+where `make peers` has brought it (its sequences are batched as its server's slots are); its binding takes milliseconds a token (NOTES.md), so its
+rates are a lower bound. Prompts differ, so that nobody finds another's keys.
 """
 
 import argparse
