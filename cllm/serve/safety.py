@@ -51,7 +51,8 @@ class Policy:
                 "or leave --host out to serve this machine alone."
             )
         found = {host.strip("[]").lower(), *(name.lower() for name in names)}
-        wildcard = _address(host) is not None and _address(host).is_unspecified  # type: ignore[union-attr]
+        address = _address(host)
+        wildcard = address is not None and address.is_unspecified
         if wildcard:
             found.add(socket.gethostname().lower())
         return cls(frozenset(found), wildcard, key)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from typing import Any, NoReturn
 
 from cllm.serve.errors import Refused
@@ -47,8 +48,7 @@ def parse(body: bytes) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        name = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise _wrong(f"the key {name[:80]!r} stands in one object twice")
     return found
 
