@@ -1,10 +1,10 @@
-# make demo: train a small model on this machine's own Python sources.   make test: prove the installation.
+# make demo: train a small model on this machine's own Python sources.   make app: CLLM in a browser.   make test: prove the installation.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/demo
 
-.PHONY: setup demo test peers docs test-triton-3.6 lint clean
+.PHONY: setup demo app test peers sphinx docs test-triton-3.6 lint clean
 
 setup: $(VENV)/.ready
 
@@ -20,10 +20,16 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 demo: setup
 	@$(BIN)/cllm train "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" --config examples/demo.toml --out $(RUN)
+	@echo "In a browser, with this model and for your own text: make app"
 
-# Three processes take a file of tests each, because many tests wait for commands; they share the machine, so threads that wait do not spin.
+# The repository's folder is the workspace; in a folder of your own say path/to/.venv/bin/cllm app.
+app: setup
+	@$(BIN)/cllm app
+
+# Three processes take a file of tests each, because many tests wait for commands; they share the machine, so threads that wait do not spin. Tests
+# start hundreds of processes: with Python's bytecode kept, whatever the environment says, none compiles the sources of CLLM again.
 test: setup
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	@PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 25
 
 # What CLLM is compared with: lm-evaluation-harness, and llama.cpp as a prebuilt library through npm; and NVRTC, which compiles CUDA C++ without a
 # GPU. Without them their tests are skipped.
@@ -39,9 +45,14 @@ $(VENV)/.peers: $(VENV)/.ready
 	@rm -f $(VENV)/peers/node_modules/@node-llama-cpp/linux-x64/bins/linux-x64/libggml-cpu-sapphirerapids.so
 	@touch $@
 
-# The documentation as a site in docs/_build/html; every warning is an error.
-docs: setup
+sphinx: $(VENV)/.sphinx
+
+$(VENV)/.sphinx: $(VENV)/.ready
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
+# The documentation as a site in docs/_build/html; every warning is an error. With Sphinx installed, a test builds it too.
+docs: sphinx
 	@$(BIN)/python -m sphinx -W -n -q docs docs/_build/html
 	@echo "The documentation is in docs/_build/html/index.html"
 

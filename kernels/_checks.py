@@ -50,12 +50,12 @@ def check_integer_range(op: str, name: str, values: Tensor, end: int, ignored: i
     found = values.detach().numpy()  # a few microseconds for a batch of tokens; torch's aminmax and its comparisons take 40
     if found.min() >= 0 and found.max() < end:
         return
-    wrong = (values < 0) | (values >= end)
+    wrong = (found < 0) | (found >= end)
     if ignored is not None:
-        wrong &= values != ignored
+        wrong &= found != ignored
     if wrong.any():
         raise UserError(
-            f"{op}: {name} holds {int(values[wrong][0])}, expected 0 <= {name} < {end}"
+            f"{op}: {name} holds {int(found[wrong][0])}, expected 0 <= {name} < {end}"
             + (f" or {ignored} where there is nothing to predict" if ignored is not None else "")
             + ". Check that tokenizer and vocabulary size belong together."
         )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from cllm import runtime
+import cllm.runtime as runtime
 
 _LIBRARY = torch.library.Library("cllm", "FRAGMENT")  # the operators exist as long as this does
 
@@ -49,11 +49,12 @@ def operation(
             setup = _setup(setup_context, backward)
             torch.library.register_autograd(f"cllm::{name}", _backward_as_forward, setup_context=setup, lib=_LIBRARY)
         operator = getattr(torch.ops.cllm, name).default
+        operator.made_of = function  # for who records an operator by what is in it
         if mutates_args:  # the dispatcher has to see what an operator changes
             return operator
 
         def call(*args: Any) -> Any:
-            return operator(*args) if _is_observed(args) else function(*args)
+            return operator(*args) if is_observed(args) else function(*args)
 
         return call
 
@@ -76,7 +77,7 @@ _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _PLAIN_TYPES = _TENSORS | {type(None), bool, int, float, str, torch.dtype}
 
 
-def _is_observed(args: tuple[Any, ...]) -> bool:
+def is_observed(args: tuple[Any, ...] = ()) -> bool:
     """Whether anything but the implementation has to see this call: autograd, a compiler, a dispatch mode, a transform, a profiler, a tensor
     subclass.
 

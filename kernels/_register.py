@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cllm import runtime
+import cllm.runtime as runtime
 from cllm.kernels.backend import Backend
 from cllm.kernels.operations import OPERATIONS, Shapes
 from cllm.runtime import profiler

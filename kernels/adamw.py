@@ -1,11 +1,16 @@
 """AdamW over all tensors at once: one pass that measures the gradients, one that clips and updates."""
 
 from collections.abc import Sequence
+from itertools import chain
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from cllm.kernels._operator import operation
+import cllm.runtime as runtime
+from cllm.kernels._operator import is_observed, operation
 from cllm.kernels._register import backend
 from cllm.runtime.errors import UserError
 
@@ -41,17 +46,56 @@ def adamw_(
             )
         if grad.dtype not in (param.dtype, torch.bfloat16):
             raise UserError(f"adamw_: gradient {index} is {grad.dtype}, expected {param.dtype} or torch.bfloat16. Convert it first.")
+    _check_numbers(learning_rate, betas, eps, step, max_norm)
+    with torch.no_grad():
+        return _adamw(
+            list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), float(learning_rate), *betas, eps,
+            list(weight_decays), step, float(max_norm), skip_nonfinite,
+        )  # fmt: skip
+
+
+def _check_numbers(learning_rate: float, betas: tuple[float, float], eps: float, step: int, max_norm: float) -> None:
     beta1, beta2 = betas
     if not (learning_rate >= 0 and eps >= 0 and 0 <= beta1 < 1 and 0 <= beta2 < 1 and step >= 1 and max_norm >= 0):
         raise UserError(
             f"adamw_: expected learning_rate >= 0, eps >= 0, 0 <= betas < 1, step >= 1 and max_norm >= 0, "
             f"got {learning_rate}, {eps}, {betas}, {step} and {max_norm}."
         )
-    with torch.no_grad():
-        return _adamw(
-            list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), float(learning_rate), beta1, beta2, eps,
-            list(weight_decays), step, float(max_norm), skip_nonfinite,
-        )  # fmt: skip
+
+
+_dtype_of = attrgetter("dtype")
+
+
+class AdamWAgain:
+    """`adamw_` of tensors that were updated before and lie where they lay then, as the gradients of a replayed step do: what follows from the tensors
+    alone is found out once. `call` returns None where they have moved, and where whoever watches has to see the operator."""
+
+    def __init__(self) -> None:
+        self._key: list[object] = []
+        self._places: Any = None
+
+    def call(
+        self, params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], *,
+        learning_rate: float, betas: tuple[float, float], eps: float, weight_decays: list[float], step: int, max_norm: float,
+        clip: float | None = None,
+    ) -> Tensor | None:  # fmt: skip
+        """clip: what the gradients are multiplied with, where they have been measured already and are finite; nothing is measured then."""
+        everything = list(chain(params, exp_avgs, exp_avg_sqs, grads))
+        key = [*map(Tensor.data_ptr, everything), *map(_dtype_of, grads), runtime.settings(), *weight_decays]
+        if key != self._key:
+            self._key, self._places = key, None
+            return None
+        if params[0].device.type != "cpu" or not all(map(Tensor.is_contiguous, everything)) or is_observed():
+            return None
+        serving = backend("adamw", ((sum(param.numel() for param in params),),), params[0].dtype, "cpu")
+        if not hasattr(serving, "Places"):
+            return None
+        if self._places is None:
+            self._places = serving.Places(params, grads, exp_avgs, exp_avg_sqs, weight_decays)
+        _check_numbers(learning_rate, betas, eps, step, max_norm)
+        found: Tensor = serving.apply(params, self._places, learning_rate, *betas, eps, step, max_norm, True, clip)
+        increment_version([*params, *exp_avgs, *exp_avg_sqs])
+        return found
 
 
 def gradient_statistics(grads: Sequence[Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from cllm import runtime
+import cllm.runtime as runtime
 from cllm.kernels._checks import check_floating, check_heads
 from cllm.kernels._operator import operation, stats_dtype
 from cllm.kernels._register import backend
@@ -40,7 +40,7 @@ def attention(
     softmax a score that no value belongs to, learnt per head (Xiao et al. 2023, arXiv 2309.17453; as in gpt-oss).
     Raises UserError for shapes, dtypes or options that do not fit together.
     """
-    _check(q, k, v, window, softcap, cu_seqlens)
+    check_attention(q, k, v, window, softcap, cu_seqlens)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if not return_lse and sinks is None:
         library = _library(q, k, v, causal, window, softcap, cu_seqlens)
@@ -77,7 +77,7 @@ def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor
     return (out * share.transpose(1, 2).unsqueeze(-1)).to(out.dtype), torch.logaddexp(lse, score)
 
 
-def _check(
+def check_attention(
     q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None, cu_seqlens: Tensor | None
 ) -> None:  # fmt: skip
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -101,25 +101,23 @@ def _check(
             raise UserError(f"attention: cu_seqlens must be int32 of shape (documents + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}.")
 
 
-def _check_bounds(cu_seqlens: Tensor | None, num_tokens: int) -> None:
+def check_bounds(cu_seqlens: Tensor | None, num_tokens: int) -> None:
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != num_tokens or any(end < start for start, end in pairwise(bounds)):
             raise UserError(f"attention: cu_seqlens must rise from 0 to the number of tokens, {num_tokens}, got {bounds[:4]}...{bounds[-1]}.")
 
 
-def _attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int, softcap: float, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def attention_fake(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     batch, num_tokens, num_heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, num_heads, num_tokens), dtype=stats_dtype(q.dtype))
 
 
-def _backward_fake(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def backward_fake(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-@operation("attention_backward", _backward_fake)
+@operation("attention_backward", backward_fake)
 def _attention_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     causal: bool, scale: float, window: int, softcap: float, cu_seqlens: Tensor | None,
@@ -144,10 +142,10 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
     return dq, dk, dv, None, None, None, None, None
 
 
-@operation("attention", _attention_fake, setup_context=_save, backward=_backward)
+@operation("attention", attention_fake, setup_context=_save, backward=_backward)
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int, softcap: float, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check_bounds(cu_seqlens, q.shape[1])
+    check_bounds(cu_seqlens, q.shape[1])
     serving = backend("attention", (q.shape, k.shape), q.dtype, q.device.type)
     return serving.forward(q, k, v, causal, scale, window, softcap, cu_seqlens)

@@ -57,7 +57,7 @@ class Backend:
         if self.dtypes is not None and dtype not in self.dtypes:
             return False, f"its kernels compute {', '.join(self.dtypes)}, not {dtype}"
         if (
-            op in ("attention", "cached_attention", "paged_attention")
+            op in ("attention", "attention_dropout", "cached_attention", "paged_attention")
             and self.max_head_dim is not None
             and shapes
             and shapes[0][-1] > self.max_head_dim

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cllm import runtime
+import cllm.runtime as runtime
 from cllm.kernels._checks import check_integer_range
 from cllm.kernels._operator import operation
 from cllm.kernels._register import backend
@@ -59,12 +59,12 @@ class _Tied(torch.autograd.Function):
 def _sum_gradients(dy: Tensor, dweight: Tensor | None, tokens: Tensor, num_rows: int, weight_dtype: torch.dtype) -> Tensor:
     """The gradient of the look-up, from dy (..., E), added to that of the projection (V, E) where there is one: in place if possible."""
     serving = _serving((num_rows, dy.shape[-1]), tokens, weight_dtype, dy.dtype)
-    backward_rows = getattr(serving, "backward_rows", None)  # Triton's kernels, interpreted, have none
-    if dweight is None or torch.is_grad_enabled() or not dweight.is_contiguous() or backward_rows is None:
+    add_rows = getattr(serving, "add_rows", None)  # Triton's kernels, interpreted, have none
+    if dweight is None or torch.is_grad_enabled() or not dweight.is_contiguous() or add_rows is None:
         dense = _embedding_backward(dy, tokens, num_rows, weight_dtype)
         return dense if dweight is None else dense + dweight
-    rows, values = backward_rows(dy.contiguous(), tokens.long(), num_rows, weight_dtype)
-    return dweight.index_add_(0, rows, values)  # each row once: in no order
+    add_rows(dy.contiguous(), tokens.long(), dweight)
+    return dweight
 
 
 def _serving(weight_shape: tuple[int, int], tokens: Tensor, weight_dtype: torch.dtype, dtype: torch.dtype) -> Any:

@@ -9,13 +9,15 @@ Builds are kept on disk under a hash of the compiled PTX's inputs, so that a sec
 
 import hashlib
 import importlib
+import io
 import json
+import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,13 +35,14 @@ from cllm.runtime.gpu import DESCRIBED, GPU, described
 
 MODULES = (  # those of kernels/triton, unless another folder is named
     "softmax", "norm", "rotary", "embedding", "cross_entropy", "linear_cross_entropy", "matmul", "feed_forward", "attention", "cached_attention",
-    "paged_attention", "adamw",
+    "paged_attention", "adamw", "norm_dropout", "attention_dropout",
     "gluon.attention_forward", "gluon.attention_backward",
 )  # fmt: skip
 # Tiles of fewer rows than wgmma's 64: a decoding step has no more.
 SMALL_TILES = ("attention_decode_kernel", "cached_attention_kernel", "paged_attention_kernel")
 # A wgmma of fewer columns than these reads more of shared memory in a clock than it delivers: 64 rows of one operand for few columns of the other.
 NARROWEST_WGMMA = 32
+Choice = Callable[[Iterable[tuple[str, Launch]]], list[tuple[str, Launch]]]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -90,6 +93,41 @@ def _identity(launch: Launch) -> Any:
     return launch.kernel, launch.signature, tuple((n, str(v)) for n, v in launch.constants), launch.aligned, launch.num_warps, launch.num_stages
 
 
+def covering(found: Iterable[tuple[str, Launch]]) -> list[tuple[str, Launch]]:
+    """So few of the launches that each kernel still meets every value of each of its constants, argument types, alignments, warps and stages.
+
+    Kernels have up to 72 combinations of these, and a mistake is mostly in what one value brings.
+    """
+    chosen = []
+    of_kernel: dict[Any, list[tuple[set[Any], tuple[str, Launch]]]] = {}
+    for each in found:
+        of_kernel.setdefault(each[1].kernel, []).append((_values(each[1]), each))
+    for launches in of_kernel.values():
+        missing = set[Any]().union(*(values for values, _ in launches))
+        while missing:
+            values, best = max(launches, key=lambda launch: len(launch[0] & missing))
+            missing -= values
+            chosen.append(best)
+    return chosen
+
+
+def largest(found: Iterable[tuple[str, Launch]]) -> list[tuple[str, Launch]]:
+    """Of each kernel in each file that launches it the one launch with the largest tiles, which needs most registers and shared memory."""
+    chosen: dict[Any, tuple[float, tuple[str, Launch]]] = {}
+    for each in found:
+        call, launch = each
+        size = math.prod(float(value) for _, value in launch.constants if isinstance(value, int) and value > 1) * launch.num_warps * launch.num_stages
+        kind = call.partition(":")[0], launch.kernel
+        if kind not in chosen or size > chosen[kind][0]:
+            chosen[kind] = size, each
+    return [each for _, each in chosen.values()]
+
+
+def _values(launch: Launch) -> set[Any]:
+    constants = {(name, str(getattr(value, "__name__", value))) for name, value in launch.constants}
+    return {*constants, *launch.signature, ("aligned", launch.aligned), ("warps", launch.num_warps), ("stages", launch.num_stages)}
+
+
 def _source(launch: Launch) -> Any:
     positions = {name: index for index, name in enumerate(launch.kernel.arg_names)}
     constants = {(positions[name],): value for name, value in launch.constants}
@@ -108,7 +146,7 @@ def build(launch: Launch, gpu: GPU, call: str = "") -> Build:
     options = f"{constants} w{launch.num_warps} s{launch.num_stages}"
     about: dict[str, Any] = {"kernel": launch.name, "target": f"sm_{gpu.arch}", "call": call, "options": options}
     source = _source(launch)
-    key = hashlib.sha256(f"2|{triton.__version__}|{gpu}|{source.hash()}|{launch.num_warps}|{launch.num_stages}".encode()).hexdigest()
+    key = hashlib.sha256(f"3|{triton.__version__}|{gpu}|{source.hash()}|{launch.num_warps}|{launch.num_stages}".encode()).hexdigest()
     kept = tuning.cache_dir() / "gpu-builds" / f"{key}.json"
     try:
         return _read({**about, **json.loads(kept.read_text())})
@@ -127,24 +165,17 @@ def _read(values: dict[str, Any]) -> Build:
 
 def _compile(source: Any, launch: Launch, gpu: GPU) -> dict[str, Any]:
     target = GPUTarget("cuda", gpu.arch, gpu.warp_size)
+    log = io.StringIO()
     try:
-        compiled = triton.compile(source, target=target, options={"num_warps": launch.num_warps, "num_stages": launch.num_stages})
+        # Triton prints what ptxas says of the compilation that will run; a kernel out of its cache would say nothing.
+        with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(log):
+            triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
+            compiled = triton.compile(source, target=target, options={"num_warps": launch.num_warps, "num_stages": launch.num_stages})
     except Exception as error:  # whatever the compiler raises is the finding
         return {"error": f"{type(error).__name__}: {str(error)[-800:]}", "num_warps": launch.num_warps}
-    ptx = compiled.asm["ptx"]
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / ("ptxas-blackwell" if gpu.arch >= 100 else "ptxas")
-    name = re.search(r"^\.target +(\S+)", ptx, re.MULTILINE)
+    said, ptx = log.getvalue(), compiled.asm["ptx"]
     specialised = "setmaxnreg" in ptx
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "kernel.ptx").write_text(ptx)
-        said = subprocess.run(
-            [ptxas, "-v", f"--gpu-name={(name.group(1) if name else f'sm_{gpu.arch}').rstrip(',')}", "kernel.ptx", "-o", "kernel.cubin"],
-            cwd=folder, capture_output=True, text=True,
-        ).stderr  # fmt: skip
-        sass = ""
-        if specialised:
-            dump = [str(ptxas.with_name("cuobjdump")), "-sass", "kernel.cubin"]
-            sass = subprocess.run(dump, cwd=folder, capture_output=True, text=True, check=True).stdout
+    sass = _disassembly(compiled.asm["cubin"]) if specialised else ""
     findings = [*assembly.unordered_accesses(ptx), *assembly.registers_over_limit(sass)] if specialised else []
     if assembly.local_accesses(sass):
         findings.append(f"{assembly.local_accesses(sass)} loads and stores of local memory")
@@ -170,6 +201,14 @@ def _compile(source: Any, launch: Launch, gpu: GPU) -> dict[str, Any]:
         "findings": tuple(dict.fromkeys(findings)),
         "warnings": tuple(sorted({line.strip()[:300] for line in said.splitlines() if re.search(r"C75\d\d", line)})),
     }
+
+
+def _disassembly(cubin: bytes) -> str:
+    """The machine instructions (SASS) of a compiled kernel, as text."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "kernel.cubin").write_bytes(cubin)
+        dump: list[str | Path] = [Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", "-sass", "kernel.cubin"]
+        return subprocess.run(dump, cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
 def complaints(build: Build, gpu: GPU) -> list[str]:
@@ -201,17 +240,22 @@ def _exponentials_before_any_product(build: Build) -> int:
     return 2 * (of_scores + 2)
 
 
-def _one(arguments: tuple[str, int, GPU, tuple[str, ...], tuple[torch.dtype, ...]]) -> list[dict[str, Any]]:
+def _one(arguments: tuple[int, int, GPU, tuple[str, ...], tuple[torch.dtype, ...], Choice]) -> list[dict[str, Any]]:
     """A share of the launches, found again in a process of its own: launches hold functions, which do not travel."""
-    part, parts, gpu, modules, dtypes = arguments
-    return [asdict(build(launch, gpu, call)) for index, (call, launch) in enumerate(find_launches(gpu, modules, dtypes)) if index % parts == part]
+    part, parts, gpu, modules, dtypes, choose = arguments
+    chosen = choose(find_launches(gpu, modules, dtypes))
+    return [asdict(build(launch, gpu, call)) for index, (call, launch) in enumerate(chosen) if index % parts == part]
 
 
 def build_all(
-    gpus: tuple[str, ...] = tuple(DESCRIBED), modules: tuple[str, ...] = MODULES, dtypes: tuple[torch.dtype, ...] = DTYPES, processes: int = 2
+    gpus: tuple[str, ...] = tuple(DESCRIBED),
+    modules: tuple[str, ...] = MODULES,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    processes: int = 2,
+    choose: Choice = list,
 ) -> list[tuple[GPU, Build]]:
-    """Every launch for every described GPU, compiled in parallel."""
-    jobs: Any = [(part, processes, DESCRIBED[name], modules, dtypes) for name in gpus for part in range(processes)]
+    """Every launch for every described GPU, or those that `choose` (`covering`, `largest`) takes of a GPU's launches, compiled in parallel."""
+    jobs: Any = [(part, processes, DESCRIBED[name], modules, dtypes, choose) for name in gpus for part in range(processes)]
     found: list[tuple[GPU, Build]] = []
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         for job, builds in zip(jobs, pool.map(_one, jobs)):

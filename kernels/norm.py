@@ -21,7 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | No
     x and residual (..., E) of one dtype, weight (E,) float32 or of that dtype -> y, or (y, h), in x's dtype.
     Raises UserError for shapes or dtypes that do not fit.
     """
-    _check("rms_norm", x, weight, None, residual)
+    check_norm("rms_norm", x, weight, None, residual)
     if residual is None:
         return _rms_norm(x, weight, eps)[0]
     return _rms_norm_residual(x, residual, weight, eps)[:2]
@@ -41,13 +41,13 @@ def layer_norm(
     x and residual (..., E) of one dtype, weight and bias (E,) float32 or of that dtype -> y, or (y, h), in x's dtype.
     Raises UserError for shapes or dtypes that do not fit.
     """
-    _check("layer_norm", x, weight, bias, residual)
+    check_norm("layer_norm", x, weight, bias, residual)
     if residual is None:
         return _layer_norm(x, weight, bias, eps)[0]
     return _layer_norm_residual(x, residual, weight, bias, eps)[:2]
 
 
-def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
     if (
         x.dim() < 1
         or weight.shape != x.shape[-1:]
@@ -90,10 +90,12 @@ def _rms_norm_backward(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor,
 def _rms_norm_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(inputs[0], inputs[1], output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _rms_norm_grad(ctx: Any, dy: Tensor, drstd: Tensor | None) -> tuple[Tensor | None, ...]:
-    dx, dweight = _rms_norm_backward(dy, None, *ctx.saved_tensors)
+def _rms_norm_grad(ctx: Any, dy: Tensor | None, drstd: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight, rstd = ctx.saved_tensors
+    dx, dweight = _rms_norm_backward(torch.zeros_like(x) if dy is None else dy, None, x, weight, rstd)
     return dx, dweight, None
 
 
@@ -151,12 +153,14 @@ def _layer_norm_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     ctx.has_bias = bias is not None
     ctx.save_for_backward(x, weight, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
 
 
 def _layer_norm_grad(
-    ctx: Any, dy: Tensor, dmean: Tensor | None, drstd: Tensor | None
+    ctx: Any, dy: Tensor | None, dmean: Tensor | None, drstd: Tensor | None
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     x, weight, mean, rstd = ctx.saved_tensors
+    dy = torch.zeros_like(x) if dy is None else dy
     dx, dweight, dbias = _layer_norm_backward(dy, None, x, weight, ctx.has_bias, mean, rstd)
     return dx, dweight, dbias if ctx.has_bias else None, None
 

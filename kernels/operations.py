@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from cllm import runtime
+import cllm.runtime as runtime
 from cllm.runtime.errors import UserError
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -141,6 +141,7 @@ def _adamw(shapes: Shapes, itemsize: int, *, update: bool = True) -> float:
 
 OPERATIONS = {
     "attention": Operation("attention", "q (B, T, H, D) and, where they are others, k (B, S, Hkv, D)", _attention, ((1, 1024, 12, 64),)),
+    "attention_dropout": Operation("attention_dropout", "q (B, T, H, D) and, where others, k (B, S, Hkv, D)", _attention, ((1, 1024, 12, 64),)),
     "cached_attention": Operation(
         "cached_attention", "q (B, 1, H, D) and keys (B, S, Hkv, D)", _cached_attention, ((1, 1, 12, 64), (1, 1024, 12, 64))
     ),
@@ -148,6 +149,7 @@ OPERATIONS = {
     "feed_forward": Operation("feed_forward", "x (..., E) and w_up (F, E)", _feed_forward, ((1024, 768), (3072, 768))),
     "rms_norm": Operation("norm", "x (..., E)", _norm, ((1024, 768),)),
     "layer_norm": Operation("norm", "x (..., E)", _norm, ((1024, 768),)),
+    "norm_dropout": Operation("norm_dropout", "x (..., E)", _norm, ((1024, 768),)),
     "rotary": Operation("rotary", "x (B, T, H, D)", _rotary, ((1, 1024, 12, 64),)),
     "softmax": Operation("softmax", "x (..., E)", _softmax, ((1024, 768),)),
     "embedding": Operation("embedding", "tokens (...) and weight (V, E)", _embedding, ((1024,), (50304, 768))),

@@ -9,6 +9,7 @@ processor. Elsewhere, and for float32, it is the product with the dequantised we
 N outputs, K inputs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,10 @@ class Quantized:
     @property
     def num_bytes(self) -> int:
         return self.values.numel() + 4 * self.scales.numel()
+
+    def moved(self, copy: Callable[[Tensor], Tensor]) -> "Quantized":
+        """The same in other memory."""
+        return Quantized(copy(self.values), copy(self.scales), self.shape)
 
     def rows(self, begin: int, end: int) -> "Quantized":
         """Some of the rows; a view where they begin with a strip."""
@@ -82,6 +87,10 @@ class Quantized4:
     @property
     def num_bytes(self) -> int:
         return self.values.numel() + 2 * self.scales.numel()
+
+    def moved(self, copy: Callable[[Tensor], Tensor]) -> "Quantized4":
+        """The same in other memory."""
+        return Quantized4(copy(self.values), copy(self.scales), self.shape)
 
     def rows(self, begin: int, end: int) -> "Quantized4":
         """Some of the rows; a view where they begin with a strip."""

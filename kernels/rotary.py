@@ -84,9 +84,11 @@ def _norm_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
     x, weight, _, cos, sin, positions = inputs
     ctx.save_for_backward(x, weight, output[1], cos, sin, positions)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _norm_grad(ctx: Any, dy: Tensor, drstd: Tensor | None) -> tuple[Tensor | None, ...]:
+def _norm_grad(ctx: Any, dy: Tensor | None, drstd: Tensor | None) -> tuple[Tensor | None, ...]:
+    dy = torch.zeros_like(ctx.saved_tensors[0]) if dy is None else dy
     dx, dweight = _norm_rotary_backward(dy, *ctx.saved_tensors)
     return dx, dweight, None, None, None, None
 

@@ -53,7 +53,8 @@ class Layer(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """All that a token passes after its embedding. rotary: cos and sin (P, D/2) float32, or None."""
+    """All that a token passes. rotary: cos and sin (P, D/2) float32, or None. embedding: (V, E), and position_embedding (P, E), which is added to it,
+    or None; a `Decoder` is given what comes after them."""
 
     layers: Sequence[Layer]
     norm: Norm
@@ -63,6 +64,8 @@ class Stack(NamedTuple):
     eps: float
     rotary: tuple[Tensor, Tensor] | None
     window: int
+    embedding: Tensor
+    position_embedding: Tensor | None
 
 
 Decoder = Callable[[Tensor, int], Tensor]
@@ -73,4 +76,4 @@ class PagedDecoder(Protocol):
 
     most_tokens: int
 
-    def __call__(self, x: Tensor, positions: Tensor, slots: Tensor, pages: Tensor) -> Tensor: ...
+    def __call__(self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], pages: Sequence[Sequence[int]]) -> Tensor: ...

@@ -6,6 +6,7 @@ registers, for every token; strips are read from the first byte to the last. The
 N outputs, K inputs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,6 +36,10 @@ class Strips:
     @property
     def dtype(self) -> torch.dtype:
         return self.values.dtype
+
+    def moved(self, copy: Callable[[Tensor], Tensor]) -> "Strips":
+        """The same in other memory."""
+        return Strips(copy(self.values), self.shape)
 
     def rows(self, begin: int, end: int) -> "Strips":
         """Some of the rows; a view where they begin with a strip."""

@@ -2,6 +2,8 @@
 
     python profiling/compile_lint.py                        # all kernels, all described GPUs
     python profiling/compile_lint.py --gpu h200 attention   # one GPU, one file of kernels
+    python profiling/compile_lint.py --few                  # each value of each kernel's constants once, not every combination
+    python profiling/compile_lint.py --largest              # one launch of each kernel, that with the largest tiles
 
 Exit status 1 when a kernel spills registers, asks for more shared memory than a block has, does not use wgmma on sm_90, or is serialised by
 ptxas (C75xx).
@@ -25,11 +27,18 @@ def main() -> None:
     parser.add_argument("--gpu", action="append", choices=list(DESCRIBED), help="may be given again (default: all)")
     names = [str(dtype).removeprefix("torch.") for dtype in inspection.DTYPES]
     parser.add_argument("--dtype", action="append", choices=names, help="may be given again (default: all)")
+    extent = parser.add_mutually_exclusive_group()
+    few, largest = inspection.covering, inspection.largest
+    extent.add_argument(
+        "--few", dest="choose", action="store_const", const=few, help="only so many that each kernel meets each value of its constants"
+    )
+    extent.add_argument("--largest", dest="choose", action="store_const", const=largest, help="only the launch of each kernel with the largest tiles")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     options = parser.parse_args()
     dtypes = tuple(dtype for dtype, name in zip(inspection.DTYPES, names) if name in (options.dtype or names))
-    builds = inspection.build_all(tuple(options.gpu or DESCRIBED), tuple(options.modules) or inspection.MODULES, dtypes, options.processes)
+    gpus, modules = tuple(options.gpu or DESCRIBED), tuple(options.modules) or inspection.MODULES
+    builds = inspection.build_all(gpus, modules, dtypes, options.processes, options.choose or list)
     rows, wrong = [], []
     for gpu, build in builds:
         complaints = inspection.complaints(build, gpu)

@@ -4,23 +4,30 @@
     python profiling/generate.py --shapes llama-1b --weights bf16 int8 int4
     python profiling/generate.py --write generate --plot generate.png
 
-Weights are random: speed does not depend on them. llama.cpp takes part where `make peers` brought it, or llama-cpp-python and gguf are installed
-(--llama-python), with bf16 for bf16, q8_0 for int8 and q4_0 for int4. Decoding reads every weight once a token: its limit is the memory, here the
-rates at which this machine copies, and at which torch reads a large matrix in the same rounds.
+Weights are random: speed does not depend on them. Ours is the engine of `cllm generate` and `cllm serve`, without guesses. llama.cpp takes part where
+`make peers` brought it, or with any build of it (--llama FOLDER), called without a binding between, with bf16 for bf16, q8_0 for int8 and q4_0 for
+int4. Decoding reads every weight once a token: its limit is the memory, here the rates at which this machine copies, and at which torch reads a
+large matrix in the same rounds.
 """
 
 import argparse
-import sys
+import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import plots
 import torch
-from peers import LLAMA_SHAPES, LlamaCpp, LlamaShape, PlainLlama
-from report import add_output_options, finish, interleaved, print_table, run
+from peers import LLAMA_CPP, LLAMA_SHAPES, LlamaCpp, LlamaShape, PlainLlama
+from report import add_output_options, finish, print_table, run
 
 from cllm import Model, ModelConfig, runtime
+from cllm.config.sampling import Sampling
+from cllm.generate.engine import Engine
+from cllm.generate.request import Request
+
+GREEDY = Sampling(temperature=0)
 
 BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / 64, "int4": 0.5 + 2 / 32}  # with a float32 scale for 64, a bfloat16 for 32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "int4": torch.bfloat16}
@@ -28,7 +35,7 @@ READ_BYTES = 1 << 28  # of the matrix whose product with a vector measures the r
 
 
 class Ours:
-    """Our model behind the two calls that every contestant answers."""
+    """Our model behind the call that every contestant answers."""
 
     def __init__(self, shape: LlamaShape, weights: str) -> None:
         config = ModelConfig(
@@ -42,49 +49,60 @@ class Ours:
             norm="rms",
             tie_embeddings=False,
         )
+        self.vocab_size = shape.vocab_size
         self.model = Model(config).to(DTYPES[weights])
         if weights.startswith("int"):
             self.model.quantize_(int(weights[3:]))
         self.model.pack_()  # as `cllm generate` does
 
-    @torch.no_grad()
-    def prefill(self, tokens: torch.Tensor) -> int:
-        """tokens (1, T) into a fresh cache -> the next token."""
-        self.cache = self.model.make_cache(1)
-        return int(self.model(tokens, cache=self.cache, last_only=True)[0, -1].argmax())
+    def alone(self, prompt: list[int], count: int) -> tuple[float, float]:
+        """`count` greedy tokens after a prompt, without guesses -> (seconds to the first token, seconds of all others)."""
+        engine, marks = Engine(self.model, vocab_size=self.vocab_size), []  # a new one each time: nothing is found again
 
-    @torch.no_grad()
-    def decode(self, token: int, count: int) -> int:
-        """`count` greedy tokens after the prompt; the cache goes back to its length, so that each round does the same."""
-        length = self.cache.length
-        for _ in range(count):
-            token = int(self.model(torch.tensor([[token]]), cache=self.cache, last_only=True)[0, -1].argmax())
-        self.cache.length = length
-        return token
+        def on_token(_: int, __: Any) -> bool:
+            marks.append(time.perf_counter())
+            return True
+
+        engine.submit(Request(prompt, count, GREEDY, speculate=False, on_token=on_token))
+        begun = time.perf_counter()
+        with torch.no_grad():
+            while engine.step():
+                pass
+        return marks[0] - begun, marks[-1] - marks[0]
 
 
-def contestants(shape: LlamaShape, weights: str, folder: Path, threads: int, llama_python: str) -> dict[str, Any]:
+def contestants(shape: LlamaShape, weights: str, folder: Path, threads: int, llama: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"cllm": Ours(shape, weights)}
     if not weights.startswith("int"):
         found["torch"] = PlainLlama(shape, DTYPES[weights])
-    if weights != "fp32" and LlamaCpp.is_present(llama_python):
-        found["llama.cpp"] = LlamaCpp(llama_python, shape, weights, folder, threads)
+    if weights != "fp32" and LlamaCpp.is_present(llama):
+        found["llama.cpp"] = LlamaCpp(llama, shape, weights, folder, threads)
     return found
 
 
 def measure(shape: LlamaShape, weights: str, options: argparse.Namespace, threads: int) -> dict[str, Any]:
-    torch.manual_seed(0)
     count, prompt = options.tokens, min(options.prompt, shape.seq_len - options.tokens - 1)
-    tokens = torch.randint(shape.vocab_size, (1, prompt))
+    tokens = torch.randint(shape.vocab_size, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+    matrix, vector = torch.ones(READ_BYTES >> 14, 1 << 12), torch.ones(1 << 12)
     with tempfile.TemporaryDirectory(prefix="cllm-generate-") as folder:
-        found = contestants(shape, weights, Path(folder), threads, options.llama_python)
-        prefill = interleaved({name: lambda each=each: each.prefill(tokens) for name, each in found.items()}, options.rounds, warmup=1)
-        tasks: dict[str, Any] = {name: lambda each=each: each.decode(1, count) for name, each in found.items()}
-        matrix, vector = torch.ones(READ_BYTES >> 14, 1 << 12), torch.ones(1 << 12)
-        decode = interleaved(tasks | {"reading": lambda: torch.mv(matrix, vector)}, options.rounds, warmup=1)
-        read_gbps = READ_BYTES / decode.pop("reading") / 1e9
+        found = contestants(shape, weights, Path(folder), threads, options.llama)
+        firsts: dict[str, list[float]] = {name: [] for name in found}
+        rests: dict[str, list[float]] = {name: [] for name in found}
+        readings: list[float] = []
+        for round_ in range(options.rounds + 1):
+            for name, each in found.items():
+                first, rest = each.alone(tokens, count + 1)
+                if round_:  # the first one warms up
+                    firsts[name].append(first)
+                    rests[name].append(rest)
+            begun = time.perf_counter()
+            torch.mv(matrix, vector)
+            readings.append(time.perf_counter() - begun)
         if "llama.cpp" in found:
             found["llama.cpp"].close()
+    prefill = {name: statistics.median(each) for name, each in firsts.items()}
+    decode = {name: statistics.median(each) for name, each in rests.items()}
+    read_gbps = READ_BYTES / statistics.median(readings[1:]) / 1e9
     weights_bytes = shape.num_weights * BYTES_PER_WEIGHT[weights]
     gbps = weights_bytes * count / decode["cllm"] / 1e9
     copy_gbps = runtime.ceilings().copy_gbps
@@ -117,7 +135,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=32, help="tokens decoded in a round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--llama-python", default=sys.executable, metavar="PYTHON", help="a Python that has llama-cpp-python and gguf")
+    parser.add_argument("--llama", type=Path, default=LLAMA_CPP, metavar="FOLDER", help="where libllama lies with what it loads")
     parser.add_argument("--threads", type=int)
     add_output_options(parser)
     options = parser.parse_args()
@@ -128,7 +146,7 @@ def main() -> None:
         torch.set_num_threads(threads)
         for name in options.shapes:
             rows += [measure(LLAMA_SHAPES[name], weights, options, threads) for weights in options.weights]
-    if not LlamaCpp.is_present(options.llama_python):
+    if not LlamaCpp.is_present(options.llama):
         print("llama.cpp is absent: `make peers` installs it, and gguf is needed (pip install 'cllm[export]')")
 
     def rates(values: dict[str, float]) -> str:

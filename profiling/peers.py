@@ -10,6 +10,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -239,59 +240,42 @@ class PlainLlama(nn.Module):
         return int(self.output(self.norm(x[:, -1])).argmax())
 
     @torch.no_grad()
-    def prefill(self, tokens: Tensor) -> int:
-        self.length = tokens.shape[1]
-        return self.step(tokens, 0)
+    def alone(self, prompt: list[int], count: int) -> tuple[float, float]:
+        """`count` greedy tokens after a prompt -> (seconds to the first token, seconds of all others)."""
+        begun = time.perf_counter()
+        token = self.step(torch.tensor([prompt]), 0)
+        first = time.perf_counter()
+        for i in range(count - 1):
+            token = self.step(torch.tensor([[token]]), len(prompt) + i)
+        return first - begun, time.perf_counter() - first
 
-    @torch.no_grad()
-    def decode(self, token: int, count: int) -> int:
-        for i in range(count):
-            token = self.step(torch.tensor([[token]]), self.length + i)
-        return token
 
-
-NODE_PEERS = Path(sys.prefix) / "peers"  # what `make peers` installs
+# What `make peers` installs: llama.cpp as a prebuilt library.
+LLAMA_CPP = Path(sys.prefix) / "peers" / "node_modules" / "@node-llama-cpp" / "linux-x64" / "bins" / "linux-x64"
 
 
 class LlamaCpp:
-    """The same through llama.cpp, with random weights of bf16, q8_0 (int8) or q4_0 (int4), in a process of its own.
+    """The same through llama.cpp (llama_cpp_worker.py), with random weights of bf16, q8_0 (int8) or q4_0 (int4), in a process of its own.
 
-    By llama-cpp-python of `python` where it is installed (llama_cpp_worker.py), for one sequence; else, and for several, by the prebuilt library that
-    `make peers` brings (llama_cpp_worker.mjs). Raises RuntimeError where llama.cpp ends before it answers.
+    folder: where libllama lies, with whatever it loads. Raises RuntimeError where llama.cpp ends before it answers.
     """
 
-    def __init__(self, python: str, shape: LlamaShape, weights: str, folder: Path, threads: int, sequences: int = 1) -> None:
-        if sequences == 1 and _has_modules(python, "llama_cpp", "gguf", "numpy"):
-            worker = Path(__file__).with_name("llama_cpp_worker.py")
-            command = [python, str(worker), json.dumps(asdict(shape)), str(folder), weights, str(threads)]
-            attempts, place = [command, [*command, "plain"]], None
-        else:
-            from llama_cpp_model import write_model
+    def __init__(self, folder: Path, shape: LlamaShape, weights: str, scratch: Path, threads: int, sequences: int = 1) -> None:
+        from llama_cpp_model import write_model
 
-            path = folder / f"{shape.name}-{weights}.gguf"
+        path = scratch / f"{shape.name}-{weights}.gguf"
+        if not path.exists():
             write_model(path, asdict(shape), weights)
-            worker = Path(__file__).with_name("llama_cpp_worker.mjs")
-            attempts, place = [["node", str(worker), str(path), str(shape.seq_len), str(threads), str(sequences)]], NODE_PEERS
-        for number, command in enumerate(attempts, 1):
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=place)
-            try:
-                self._line()
-                self._ask(prefill=[1] * 20)
-                return
-            except RuntimeError:
-                if number == len(attempts):
-                    raise
-                print("llama.cpp ended when asked for a first token: it takes part without its own layouts of the weights", file=sys.stderr)
+        worker = Path(__file__).with_name("llama_cpp_worker.py")
+        command = [sys.executable, str(worker), str(folder), str(path), str(shape.seq_len), str(threads), str(sequences)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._line()
+        self.alone([1] * min(20, shape.seq_len // 2), 1)
 
     @staticmethod
-    def is_present(python: str) -> bool:
+    def is_present(folder: Path) -> bool:
         """Whether llama.cpp can take part."""
-        return _has_modules(python, "llama_cpp", "gguf", "numpy") or LlamaCpp.takes_several()
-
-    @staticmethod
-    def takes_several() -> bool:
-        """Whether it can take part with several sequences at once."""
-        return (NODE_PEERS / "node_modules" / "node-llama-cpp").exists() and importlib.util.find_spec("gguf") is not None
+        return any(folder.glob("libllama*.so*")) and importlib.util.find_spec("gguf") is not None
 
     def _line(self) -> str:
         assert self.process.stdout is not None
@@ -306,11 +290,10 @@ class LlamaCpp:
         self.process.stdin.flush()
         return json.loads(self._line())
 
-    def prefill(self, tokens: Tensor) -> int:
-        return int(self._ask(prefill=tokens[0].tolist()))
-
-    def decode(self, token: int, count: int) -> int:
-        return int(self._ask(decode=[token, count]))
+    def alone(self, prompt: list[int], count: int) -> tuple[float, float]:
+        """`count` greedy tokens after a prompt -> (seconds to the first token, seconds of all others)."""
+        answer = self._ask(alone=prompt, count=count)
+        return answer["first"], answer["rest"]
 
     def together(self, prompts: list[list[int]], count: int, late: list[int] | None = None) -> dict[str, float]:
         """`count` tokens for each prompt at once; with `late` one more, asked for when all others have their first token -> seconds, late_first."""
@@ -321,7 +304,3 @@ class LlamaCpp:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
-
-
-def _has_modules(python: str, *modules: str) -> bool:
-    return subprocess.run([python, "-c", f"import {', '.join(modules)}"], capture_output=True).returncode == 0

@@ -4,10 +4,11 @@
     python profiling/scaling.py --shapes gpt2 --precision bf16 --plot scaling.png
     python profiling/scaling.py --threads 1 2 --rounds 21
     python profiling/scaling.py --parts                              # also: how each kernel of a step grows, and what lies outside of kernels
+    python profiling/scaling.py --predict 64                         # what a machine of 64 such cores would do, by simulation
 
 For every number of threads a new model takes `--steps` steps; "same bits" says whether the SHA-256 of all its losses and weights is that of the
 first number. It ends with status 1 where one differs. Up to 2 N threads are timed interleaved; more are far slower than they could ever be useful, so
-they are timed once, in the last of those steps.
+they are timed once, in the last of those steps. `--predict` measures single tasks instead and shares them out by a model: see scaling_predict.py.
 """
 
 import argparse
@@ -71,11 +72,16 @@ def timings(shape: Shape, precision: str, counts: list[int], rounds: int, batch:
 
 
 OUTSIDE = "outside kernels"  # Python, autograd, and what torch itself computes
+WARM_UPS = 4  # kernels compile, and a small step is recorded
 
 
 def time_parts(shape: Shape, precision: str, counts: list[int], rounds: int) -> list[dict[str, Any]]:
     """One row for each kernel, largest first, and one for what is outside: median seconds a step on each number of threads, interleaved."""
     step, batch = new_step(shape, precision), make_batch(shape)
+    for threads in counts:
+        with runtime.use(threads=threads):
+            for _ in range(WARM_UPS):
+                step(*batch)
     found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     with runtime.progress.Stage(f"{shape.name} {precision}: timing the kernels of a step on {', '.join(map(str, counts))} threads"):
         for turn in range(rounds + 1):
@@ -148,6 +154,44 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     )
 
 
+def print_predictions(options: argparse.Namespace) -> None:
+    from scaling_predict import predict
+
+    runtime.threads.checked(options.predict, "--predict")
+    shapes = [(SHAPES[name], precision) for name in options.shapes for precision in options.precision]
+    if len(shapes) > 1:
+        raise UserError(
+            f"--predict takes one shape and precision at a time, got {len(shapes)}. Write for example --shapes shakespeare --precision bf16"
+        )
+    ((shape, precision),) = shapes
+    with runtime.progress.Stage(f"{shape.name} {precision}: timing each task of a step"):
+        rows, limits = predict(lambda: new_step(shape, precision), make_batch(shape), options.predict, options.rounds)
+    about = {"shape": shape.name, "precision": precision}
+
+    def milliseconds(seconds: float | None) -> str:
+        return "" if seconds is None else f"{1e3 * seconds:.2f}"
+
+    print_table(
+        ("workers", "ms a step, predicted", "speed-up", "if cores shared nothing", "measured", "error"),
+        [
+            (
+                f"{r['workers']:,}",
+                milliseconds(r["predicted_seconds"]),
+                f"{r['predicted_speed_up']:.2f}",
+                f"{r['unshared_speed_up']:.2f}",
+                milliseconds(r["measured_seconds"]),
+                "" if r["error"] is None else f"{100 * r['error']:+.1f} %",
+            )
+            for r in rows
+        ],
+    )
+    print_table(
+        (f"what limits it on {options.predict:,}", "launches", "ms lost"),
+        [(r["part"], str(r["launches"]), milliseconds(r["lost_seconds"])) for r in limits],
+    )
+    finish(options, [about | row for row in rows + limits], lambda path: plots.check(path), threads=options.predict)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["shakespeare"], choices=SHAPES)
@@ -155,12 +199,16 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, help="these numbers of threads; the first is what the others are compared with")
     parser.add_argument("--steps", type=int, default=3, help="steps whose losses and weights are compared")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--predict", type=int, metavar="N", help="predict the speed-up on up to N workers instead, and what limits it")
     parser.add_argument("--parts", action="store_true", help="also time each kernel of a step on 1..N cores")
     add_output_options(parser)
     options = parser.parse_args()
     plots.check(options.plot)
     if options.steps < 1 or options.rounds < 1:
         raise UserError(f"--steps and --rounds must be at least 1, got {options.steps} and {options.rounds}.")
+    if options.predict is not None:
+        print_predictions(options)
+        return
     counts = list(dict.fromkeys(options.threads or default_counts(runtime.device.usable_cores())))
     for count in counts:
         runtime.threads.checked(count, "--threads")

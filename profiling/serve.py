@@ -5,8 +5,8 @@
 
 Weights are random: speed does not depend on them. `total tok/s` counts the tokens written by all requests over the time from the first question to
 the last answer. `first token` is how long a request of 128 tokens waits for its first one while 16 others are being answered. llama.cpp takes part
-where `make peers` has brought it (its sequences are batched as its server's slots are); its binding takes milliseconds a token (NOTES.md), so its
-rates are a lower bound. Prompts differ, so that nobody finds another's keys.
+where `make peers` has brought it, or with any build of it (--llama FOLDER); its sequences are batched as its server's slots are. Nobody guesses, and
+prompts differ, so that nobody finds another's keys.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 import generate
 import plots
 import torch
-from peers import LLAMA_SHAPES, LlamaCpp, LlamaShape
+from peers import LLAMA_CPP, LLAMA_SHAPES, LlamaCpp, LlamaShape
 from report import add_output_options, finish, print_table, run
 
 from cllm import runtime
@@ -53,11 +53,11 @@ class Ours:
 
         begun = time.perf_counter()
         for number, prompt in enumerate(prompts):
-            engine.submit(Request(prompt, count, GREEDY, on_token=first(number)))
+            engine.submit(Request(prompt, count, GREEDY, speculate=False, on_token=first(number)))
         while engine.step():
             if late is not None and not waiting and "asked" not in marks:
                 marks["asked"] = time.perf_counter()
-                engine.submit(Request(late, 1, GREEDY, on_token=late_token))
+                engine.submit(Request(late, 1, GREEDY, speculate=False, on_token=late_token))
         return {"seconds": time.perf_counter() - begun, "late_first": marks["first"] - marks["asked"] if late is not None else 0.0}
 
 
@@ -72,8 +72,8 @@ def measure(shape: LlamaShape, weights: str, options: argparse.Namespace, thread
     most = max(*options.requests, options.streams + 1)
     with tempfile.TemporaryDirectory(prefix="cllm-serve-") as folder:
         found: dict[str, Any] = {"cllm": Ours(shape, weights)}
-        if LlamaCpp.takes_several():
-            found["llama.cpp"] = LlamaCpp("", shape, weights, Path(folder), threads, most)
+        if LlamaCpp.is_present(options.llama):
+            found["llama.cpp"] = LlamaCpp(options.llama, shape, weights, Path(folder), threads, most)
         works = [(f"{number} requests", number, options.answer, False) for number in options.requests]
         works.append((f"first token beside {options.streams}", options.streams, 4, True))
         for name, number, count, late in works:
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--answer", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--llama", type=Path, default=LLAMA_CPP, metavar="FOLDER", help="where libllama lies with what it loads")
     parser.add_argument("--threads", type=int)
     add_output_options(parser)
     options = parser.parse_args()
@@ -118,7 +119,7 @@ def main() -> None:
         for name in options.shapes:
             for weights in options.weights:
                 rows += measure(LLAMA_SHAPES[name], weights, options, threads)
-    if not LlamaCpp.takes_several():
+    if not LlamaCpp.is_present(options.llama):
         print("llama.cpp is absent: `make peers` installs it, and gguf is needed (pip install 'cllm[export]')")
     names = [name for name in ("cllm", "llama.cpp") if name in rows[0]]
     print_table(

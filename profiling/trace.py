@@ -6,11 +6,11 @@
 Each range of the trace is a call of one of our kernels, with its shapes and its rate, inside its stage: forward, backward, update. "share of peak" is
 the rate against this machine's measured ceilings (matrix products or copying, whichever the kernel comes closer to); what a kernel must do is counted
 by roofline.py. "outside kernels" is Python, autograd and what torch itself computes. Recording costs a few microseconds a call: measure speed with
-train.py.
+train.py. A small step is replayed as a recorded program, whose kernels have the same names; overheads.py measures what stands outside of them then.
 """
 
 import argparse
-import time
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from cllm.runtime import profiler
 from cllm.runtime.errors import UserError
 
 FORWARD, BACKWARD, UPDATE, STEP = "forward", "backward", "update", "step"
+WARM_UPS = 4  # kernels compile, and a small step is recorded
 
 
 def work(event: profiler.Event) -> tuple[float, float] | None:
@@ -57,7 +58,7 @@ def work(event: profiler.Event) -> tuple[float, float] | None:
             x = tensors[0]
             found = cost("norm", x.itemsize, x.numel // x.shape[-1], x.shape[-1])
             factor = found.with_backward - 1 if backward else 1.0
-        case "embedding" if not backward:  # the backward also clears the rows of all other tokens
+        case "embedding" if event.function == "forward":  # the backward also goes over the rows of all other tokens
             tokens, weight = tensors
             found, factor = cost("embedding", weight.itemsize, tokens.numel, weight.shape[1]), 1.0
         case "rotary" if event.function.startswith("norm"):
@@ -74,30 +75,12 @@ def work(event: profiler.Event) -> tuple[float, float] | None:
     return found.flops * factor, found.bytes * factor
 
 
-def mark_stages(step: TrainStep) -> None:
-    """Ranges around the parts of a step. The backward lasts from the end of the forward to the end of the accumulation."""
-    loss, accumulate = step.model.loss, step.accumulate
-
-    def staged(*args: Any, **kwargs: Any) -> tuple[float, int]:
-        result = accumulate(*args, **kwargs)
-        recording = profiler.recording
-        if recording is not None:
-            forward = next(event for event in reversed(recording.events) if event.name == FORWARD)
-            recording.add(BACKWARD, forward.end_ns, time.perf_counter_ns())
-        return result
-
-    vars(step.model)["loss"] = profiler.spanned(FORWARD, loss)
-    vars(step)["accumulate"] = staged
-    vars(step.optimizer)["update"] = profiler.spanned(UPDATE, step.optimizer.update)
-
-
 def record(shape: Shape, precision: str, steps: int) -> profiler.Recording:
     tokens, targets = make_batch(shape)
     step = TrainStep(Model(our_config(shape), seed=0), precision=precision, learning_rate=1e-3, grad_clip=1.0)
     with runtime.progress.Stage(f"{shape.name} {precision}: warming up"):
-        for _ in range(2):
+        for _ in range(WARM_UPS):
             step(tokens, targets)
-    mark_stages(step)
     with runtime.progress.Stage(f"{shape.name} {precision}: recording {steps} steps"), profiler.record() as recording:
         for _ in range(steps):
             with profiler.span(STEP):
@@ -174,6 +157,7 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--by-operations", action="store_true", help="also a step that could be replayed as a recorded program (see overheads.py)")
     parser.add_argument("--out", type=Path, default=Path("trace.json"), help="the trace to write")
     add_output_options(parser)
     options = parser.parse_args()
@@ -183,6 +167,8 @@ def main() -> None:
     if not options.out.absolute().parent.is_dir():
         raise UserError(f"--out {options.out}: there is no folder {options.out.parent}. Create it first.")
     shape = SHAPES[options.shape]
+    if options.by_operations:
+        os.environ["CLLM_STEP_PROGRAM"] = "0"
     with runtime.use(threads=options.threads):
         recording = record(shape, options.precision, options.steps)
     rows = rows_of(recording, shape, options.precision, options.steps)

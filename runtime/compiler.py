@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cllm.runtime import heap, kernel_cache, tuning
+from cllm.runtime import heap, kernel_cache, kernel_linking, tuning
 from cllm.runtime.errors import BackendError
 
 _folders: dict[Path, set[str]] = {}  # registered sources, and the environment variables that they read
@@ -102,7 +102,7 @@ def _cache_folder(folder: Path | None = None) -> str:
     return str(tuning.cache_dir() / f"numba-{kernel_cache_key(folder)}")
 
 
-def _folder_of(source: str) -> str | None:
+def folder_of(source: str) -> str | None:
     """The cache folder for what a file of sources defines; None where nobody registered it, or where the user chose a folder for all kernels."""
     folder = Path(source).parent
     return _cache_folder(folder) if folder in _folders and _is_ours(os.environ.get("NUMBA_CACHE_DIR")) else None
@@ -142,7 +142,8 @@ def _set_up() -> None:
         settings["CPU_NAME"] = llvm.get_host_cpu_name()
     heap.keep_freed_memory()
     _choose(settings)
-    kernel_cache.prepare(_folder_of)
+    kernel_cache.prepare(folder_of)
+    kernel_linking.prepare()
     _announce_compilation()
 
 

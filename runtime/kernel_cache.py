@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import hashlib
 import io
 import os
@@ -118,13 +119,18 @@ def _lock_of(file: Any, signature: Any) -> Path:
 
 @contextmanager
 def _compilation() -> Iterator[None]:
-    """What is claimed within is given back at its end, also when it fails."""
+    """What is claimed within is given back at its end, also when it fails. Python does not look for garbage within, a tenth of the time."""
     claimed: list[Path] = []
+    collecting = gc.isenabled() and not _claims.compilations
+    if collecting:
+        gc.disable()
     _claims.compilations.append(claimed)
     try:
         yield
     finally:
         _claims.compilations.pop()
+        if collecting:
+            gc.enable()
         for path in reversed(claimed):
             _release(path)
 

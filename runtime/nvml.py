@@ -4,7 +4,9 @@ The library comes with the driver. Each function returns None where it is not th
 """
 
 import ctypes
+import os
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 _LIBRARY = "libnvidia-ml.so.1"
@@ -16,6 +18,22 @@ class _Memory(ctypes.Structure):
 
 class _Utilization(ctypes.Structure):
     _fields_ = [("gpu", ctypes.c_uint), ("memory", ctypes.c_uint)]
+
+
+def has_gpu() -> bool:
+    """Whether there is a GPU for torch, without loading torch."""
+    return bool(visible_gpus())
+
+
+def visible_gpus() -> list[str]:
+    """Of each GPU that torch would find, what CUDA_VISIBLE_DEVICES has to be in a process that is to find this one alone. Torch is not loaded."""
+    library, count = _library(), ctypes.c_uint()
+    if library is None or library.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0 or not count.value:
+        return []
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return [str(index) for index in range(count.value)]
+    return list(takewhile(lambda name: name not in ("", "-1"), (name.strip() for name in given.split(","))))
 
 
 def free_memory(index: int) -> int | None:

@@ -12,7 +12,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,7 +164,7 @@ class _Watched:
 
     def __getattr__(self, function: str) -> Any:
         target = getattr(self._module, function)
-        if not callable(target):
+        if not callable(target) or isinstance(target, type):
             return target
         name = kernel_name(self._operation, function)
 
@@ -207,13 +207,3 @@ def record() -> Iterator[Recording]:
 def span(name: str) -> AbstractContextManager[None]:
     """A named range around a stage; nothing while nothing records."""
     return nullcontext() if recording is None else recording.span(name)
-
-
-def spanned(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with a range around each call."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with span(name):
-            return function(*args, **kwargs)
-
-    return call

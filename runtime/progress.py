@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from os import environ
 from typing import Any, Self, TextIO
 
+from cllm.runtime import progress_file
 from cllm.runtime.printable import printable, printable_text
 
 SHOWN_AFTER = 2.0  # seconds after which a stage is worth a line on a terminal
@@ -75,8 +76,8 @@ class Ticker:
 class Progress:
     """Work that shows how far it is, the caller's own figures and the time left, and ends with a line of what it came to. A context manager.
 
-    total: of what `update` counts; None where it is unknown, and then no time left is told. initial: what was done before, in another run.
-    log_seconds: the first pause between lines in a log. stream: standard error, or that of the work around this.
+    total: of what `update` counts, which is so many `unit`; None where it is unknown, and then no time left is told. initial: what was done before,
+    in another run. log_seconds: the first pause between lines in a log. stream: standard error, or that of the work around this.
 
     The time left is the mean pace of the work since its first advance, which warms up; neither the compilation of kernels nor work inside this one
     counts. `later_seconds` is added to it: of such work that is still to come.
@@ -85,9 +86,16 @@ class Progress:
     shown_after = 0.0  # seconds before the line is shown on a terminal
 
     def __init__(
-        self, total: float | None, label: str, *, initial: float = 0, log_seconds: float = FIRST_PAUSE, stream: TextIO | None = None
+        self,
+        total: float | None,
+        label: str,
+        *,
+        initial: float = 0,
+        log_seconds: float = FIRST_PAUSE,
+        stream: TextIO | None = None,
+        unit: str = "",
     ) -> None:
-        self.total, self.label = total, label
+        self.total, self.label, self.unit = total, label, unit
         self.later_seconds = 0.0
         self._given_stream, self.stream = stream, stream or sys.stderr
         self._done, self._text = float(initial), ""
@@ -203,6 +211,7 @@ class Progress:
         with _lock:
             if not _going_on or _going_on[-1] is not self:
                 return
+            progress_file.tell(_values)
             if self._terminal:
                 if _screen is None and self.is_shown:
                     _screen = _Screen(self.stream)
@@ -220,6 +229,15 @@ class Progress:
     def _last_word(self) -> None:
         if self._terminal or self._last[1] != (self._done, self._text):
             _write(self.line(ended=True), self.stream)
+
+
+def _values() -> dict[str, Any]:
+    """What programs are told of the work that goes on: how far the outermost is, in the words of the innermost."""
+    outer, inner = _going_on[0], _going_on[-1]
+    words = inner.line() if inner is not outer else printable(outer._waits_for or outer._text)
+    left = outer.seconds_left()
+    figures = {"done": outer._done, "total": outer.total, "unit": outer.unit}
+    return {"label": printable(outer.label), "text": words, **figures, "eta_seconds": left}
 
 
 def track(items: Iterable[Any], total: float | None, label: str) -> Iterator[Any]:
@@ -243,7 +261,7 @@ class Stage(Progress):
 
     def advance(self, done: float, total: float, unit: str = "") -> None:
         """`done` of `total`, which are numbers of `unit`."""
-        self.total = total
+        self.total, self.unit = total, unit
         self.update(done, f"{done:,.0f} of {total:,.0f} {unit}".rstrip())
 
     def _last_word(self) -> None:
@@ -309,10 +327,16 @@ class _Compilation:
         self._depth = 0  # a kernel may be compiled while another one is
         self._since = self._seconds = 0.0
         self._stage: Stage | None = None  # kept, because many short compilations are one long wait
+        self._what = self._far = ""
 
     @property
     def is_going_on(self) -> bool:
         return self._depth > 0
+
+    @property
+    def seconds(self) -> float:
+        """For how long it has been going on; 0 where it is not."""
+        return time.monotonic() - self._since if self._depth else 0.0
 
     def clock(self) -> float:
         """Seconds of a clock that stands still while kernels are compiled."""
@@ -326,11 +350,22 @@ class _Compilation:
             self._depth += 1
             if self._depth > 1:
                 return
+            self._what = what
             if _going_on:
-                _going_on[-1].wait_for(what)
+                _going_on[-1].wait_for(self._text())
             else:
                 self._stage = self._stage or Stage(what)
                 self._stage.__enter__()
+
+    def tell(self, far: str) -> None:
+        """How far it is, where several processes compile for this one: "7 of 21 done, ETA 0:09". Empty: nobody knows any more."""
+        with _lock:
+            self._far = far
+            if self._depth and _going_on:
+                _going_on[-1].wait_for(self._text())
+
+    def _text(self) -> str:
+        return f"{self._what}: {self._far}" if self._far else self._what
 
     def end(self) -> None:
         """To be called as often as `begin`."""
@@ -373,7 +408,7 @@ class ByteProgress:
             self.end()
             self._label, self._started = label, time.monotonic()
         if self._shown is None and time.monotonic() - self._started > 1.0:
-            self._shown = Progress(total, label)
+            self._shown = Progress(total, label, unit="bytes")
             self._shown.__enter__()
         if self._shown is not None:
             self._shown.update(done, f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB")

@@ -1,8 +1,8 @@
-"""The one owner of every thread pool: numba's, torch's, and the BLAS libraries'. Nobody else sets a thread count.
+"""The one place that sets the thread counts of torch and of the BLAS libraries. `workers/` holds the threads of our own kernels.
 
 A count is asked for with `runtime.use(threads=N)` and may be any number from 1 to thousands: work is cut into tiles that do not depend on it.
-numba's OpenMP pool takes any count at run time; the pools of torch and of numpy's BLAS are never made larger than the usable cores, which in a
-container with a CPU quota are fewer than those libraries count. What a scope changes it restores, also when it ends by an error.
+The pools of torch and of numpy's BLAS are never made larger than the usable cores, which in a container with a CPU quota are fewer than those
+libraries count. What a scope changes it restores, also when it ends by an error.
 """
 
 import ctypes
@@ -13,14 +13,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cllm.runtime import profiler
 from cllm.runtime.device import usable_cores
 from cllm.runtime.errors import UserError
 
 MOST = 65536
-
-_set_numba: Callable[[int], Any] | None = None
-_most_numba = MOST
 
 
 def checked(threads: object, source: str = "threads") -> int:
@@ -39,30 +35,6 @@ def default_threads() -> int:
         return checked(int(text), "CLLM_THREADS")
     except ValueError:
         raise UserError(f"CLLM_THREADS must be a whole number from 1 to {MOST}, got {text!r}.") from None
-
-
-def _start_numba() -> Callable[[int], Any]:
-    global _set_numba, _most_numba
-    from cllm.runtime import compiler
-
-    compiler.numba_setup()
-    import numba
-    from numba.np.ufunc import parallel
-
-    parallel._launch_threads()
-    if numba.threading_layer() != "omp":  # the other layers start a fixed number of threads
-        _most_numba = int(vars(numba.config)["NUMBA_NUM_THREADS"])
-    # numba.set_num_threads refuses more than were foreseen at import; OpenMP itself has no such limit.
-    set_numba: Callable[[int], Any] = vars(parallel)["_set_num_threads"]
-    _set_numba = set_numba
-    return set_numba
-
-
-def numba_workers(count: int) -> None:
-    """The number of threads of the next numba kernel that this thread starts (about 0.3 us)."""
-    if profiler.recording is not None:
-        profiler.recording.launched(count)
-    (_set_numba or _start_numba())(min(count, _most_numba))
 
 
 Pool = tuple[Callable[[], int], Callable[[int], Any]]
@@ -111,3 +83,18 @@ def limit(threads: int | None, inherited: int | None = None) -> Iterator[None]:
     finally:
         for write, before in changed:
             write(before)
+
+
+@contextmanager
+def torch_alone() -> Iterator[None]:
+    """torch on the calling thread only: where our kernels do the work, torch's threads would take cores from the workers, and keep a step waiting."""
+    import torch
+
+    before = torch.get_num_threads()
+    if before > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if before > 1:
+            torch.set_num_threads(before)

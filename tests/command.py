@@ -1,6 +1,8 @@
-"""The command as a user types it: a subprocess, its exit status, what it prints where."""
+"""The command as a user types it, in a process of its own: its exit status, what it prints where."""
 
+import codecs
 import functools
+import io
 import json
 import os
 import select
@@ -8,9 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +45,7 @@ def wait_for(happened: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
-def wait_until(happened: Callable[[], object], process: subprocess.Popen) -> None:
+def wait_until(happened: Callable[[], object], process: "subprocess.Popen | Started") -> None:
     """Returns as soon as `happened()` is true. Fails when the process ends before, with what it printed, or after PATIENCE."""
     until = time.monotonic() + PATIENCE
     while not happened():
@@ -60,17 +62,37 @@ def lines(path: Path) -> int:
 
 
 def cllm(*arguments: object, cwd: Path | None = None, stdin: str = "", timeout: float = PATIENCE, **variables: str) -> Ran:
-    """Runs the command to its end. In a process forked from one with the libraries imported, or in one of its own where the test sets variables."""
-    server = _server()
-    environment = _environment() | variables
-    if server is None or environment != server.environment:
+    """Runs the command to its end, with these variables in its environment."""
+    if any(name.startswith(READ_AT_THE_START) for name in _changes(variables)):
         command = [sys.executable, "-m", "cllm", *map(str, arguments)]
+        environment = _environment() | variables
         done = subprocess.run(command, cwd=cwd, env=environment, input=stdin, capture_output=True, text=True, timeout=timeout)
         ran = Ran(done.returncode, done.stdout, done.stderr)
     else:
-        ran = server.run([*map(str, arguments)], cwd or Path.cwd(), stdin, timeout)
+        started = Started(*arguments, cwd=cwd, stdin=stdin, **variables)
+        ran = Ran(started.wait(timeout), *started.communicate())
     assert "Traceback" not in ran.err, ran.err
     return ran
+
+
+def python(*words: object, cwd: Path | None = None, **variables: str) -> Ran:
+    """`python SCRIPT ...` or `python -c CODE ...`, run to its end in a process with the libraries imported."""
+    if words[0] == "-c":
+        started = Started(*words[2:], program=str(words[1]), cwd=cwd, **variables)
+    else:
+        started = Started(*words, program=_SCRIPT, cwd=cwd, **variables)
+    return Ran(started.wait(), *started.communicate())
+
+
+_SCRIPT = """
+import os, runpy, sys
+sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+# What Python and the libraries read before a command begins: where a test sets it, the command gets a process that is started for it alone.
+READ_AT_THE_START = ("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "NUMBA_", "TRITON_", "TORCH", "LANG", "LC_")
 
 
 def _environment() -> dict[str, str]:
@@ -80,8 +102,127 @@ def _environment() -> dict[str, str]:
     return environment
 
 
+def _changes(variables: dict[str, str]) -> dict[str, str | None]:
+    """How the environment of a command differs from that of the server; None for a variable that is not there."""
+    before, after = _server().environment, _environment() | variables
+    return {name: after.get(name) for name in before | after if before.get(name) != after.get(name)}
+
+
+class Started:
+    """`cllm`, or a Python program, in a process forked from one with the libraries imported. What it prints goes to `out` and `err` as it comes.
+
+    program: Python code to run instead of the command, with the arguments in `sys.argv`. variables: what is set in its environment.
+    """
+
+    def __init__(self, *arguments: object, program: str | None = None, cwd: Path | str | None = None, stdin: str = "", **variables: str) -> None:
+        request = {"program": program, "arguments": [*map(str, arguments)], "folder": str(cwd or Path.cwd()), "variables": _changes(variables)}
+        self.out = self.err = ""
+        self.returncode: int | None = None
+        ours, theirs = [], []
+        for ours_reads in (False, True, True, True):  # standard input, output and error; what the server reports: the process, then its exit status
+            reading, writing = os.pipe()
+            ours.append(reading if ours_reads else writing)
+            theirs.append(writing if ours_reads else reading)
+        _server().send(request, theirs)
+        for file in theirs:
+            os.close(file)
+        self._report = ours[3]
+        work = ((_write, ours[0], stdin), (self._read, "out", ours[1]), (self._read, "err", ours[2]))
+        self._threads = [threading.Thread(target=function, args=arguments, daemon=True) for function, *arguments in work]
+        for thread in self._threads:
+            thread.start()
+        self.pid = int.from_bytes(os.read(self._report, 4), "little")
+
+    def _read(self, name: str, file: int) -> None:
+        decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")("replace"), translate=True)
+        while piece := os.read(file, 1 << 16):
+            setattr(self, name, getattr(self, name) + decoder.decode(piece))
+        setattr(self, name, getattr(self, name) + decoder.decode(b"", final=True))
+        os.close(file)
+
+    def poll(self) -> int | None:
+        """Its exit status, minus the number of the signal that ended it; None while it runs."""
+        return self._status(0.0)
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        """Its exit status once it has ended; it is killed when it runs for longer."""
+        try:
+            status = self._status(timeout)
+        except BaseException:
+            self.kill()
+            raise
+        if status is None:
+            self.kill()
+            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout, self.out, self.err)
+        return status
+
+    def communicate(self, timeout: float = PATIENCE) -> tuple[str, str]:
+        """All that it printed, once it has ended: standard output and standard error."""
+        self.wait(timeout)
+        for thread in self._threads:
+            thread.join()
+        return self.out, self.err
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def read_until(self, words: str, name: str = "err") -> None:
+        """Returns once standard error (or `out`) holds these words; fails where it ends before."""
+        wait_until(lambda: words in getattr(self, name), self)
+
+    def _status(self, timeout: float) -> int | None:
+        if self.returncode is None and select.select([self._report], [], [], timeout)[0]:
+            self.returncode = int.from_bytes(os.read(self._report, 4), "little", signed=True)
+            os.close(self._report)
+        return self.returncode
+
+
+_LASTING = """
+import hashlib, importlib, os, sys, time
+module, _, name = sys.argv[1].rpartition(":")
+call, stays_in_c = int(sys.argv[2]), sys.argv[3] == "C"
+if module:
+    owner, _, kind = module.partition("/")
+    owner = importlib.import_module(owner)
+    owner = getattr(owner, kind) if kind else owner
+    original, calls = getattr(owner, name), 0
+    def lasting(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == call:
+            os.write(2, b"REACHED\\n")
+            while stays_in_c:
+                hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)  # minutes, without the interpreter's lock
+            while True:
+                time.sleep(0.001)
+        return original(*args, **kwargs)
+    setattr(owner, name, lasting)
+sys.argv[1:] = sys.argv[4:]
+from cllm.cli import main
+main()
+"""
+
+
+class Lasting(Started):
+    """`cllm` in which one function lasts at its call number `call`: it says REACHED on standard error, and then stays where the real one would be.
+
+    stage: MODULE:FUNCTION or MODULE/CLASS:FUNCTION. where: "Python", or "C" for a call that no handler of Python's can interrupt. before: Python code
+    that runs first.
+    """
+
+    def __init__(self, stage: str, call: int, where: str, *arguments: object, before: str = "") -> None:
+        super().__init__(stage, call, where, *arguments, program=before + _LASTING)
+
+
 class _Server:
-    """A running `command_server.py`, for commands with the environment that it was started with."""
+    """A running `command_server.py`, and the environment that it was started with."""
 
     def __init__(self) -> None:
         self.environment = _environment()
@@ -90,27 +231,8 @@ class _Server:
         with theirs:
             subprocess.Popen([sys.executable, script, str(theirs.fileno())], env=self.environment, pass_fds=[theirs.fileno()])
 
-    def run(self, arguments: list[str], folder: Path, stdin: str, timeout: float) -> Ran:
-        typed = json.dumps({"arguments": arguments, "folder": str(folder)}).encode()
-        pipes = [os.pipe() for _ in range(4)]  # standard input, output and error; what the server reports: the process, then its exit status
-        (their_in, our_in), (our_out, their_out), (our_err, their_err), (report, their_report) = pipes
-        socket.send_fds(self._requests, [typed], [their_in, their_out, their_err, their_report])
-        for file in (their_in, their_out, their_err, their_report):
-            os.close(file)
-        with ThreadPoolExecutor(3) as threads:
-            threads.submit(_write, our_in, stdin)
-            out, err = (threads.submit(_read, file) for file in (our_out, our_err))
-            process = int.from_bytes(os.read(report, 4), "little")
-            try:
-                if not select.select([report], [], [], timeout)[0]:
-                    raise subprocess.TimeoutExpired(["cllm", *arguments], timeout)
-                status = int.from_bytes(os.read(report, 4), "little", signed=True)
-            except BaseException:
-                os.kill(process, signal.SIGKILL)
-                raise
-            finally:
-                os.close(report)
-            return Ran(status, out.result(), err.result())
+    def send(self, request: dict[str, Any], files: list[int]) -> None:
+        socket.send_fds(self._requests, [json.dumps(request).encode()], files)
 
 
 def _write(file: int, text: str) -> None:
@@ -118,15 +240,10 @@ def _write(file: int, text: str) -> None:
         stream.write(text)
 
 
-def _read(file: int) -> str:
-    with open(file) as stream:
-        return stream.read()
-
-
 @functools.cache
-def _server() -> _Server | None:
-    """One for each process of tests; None where processes cannot be forked or files not be sent to another process."""
-    return _Server() if hasattr(os, "fork") and hasattr(socket, "send_fds") else None
+def _server() -> _Server:
+    """One for each process of tests."""
+    return _Server()
 
 
 TINY = ("--embed-dim", 32, "--num-layers", 1, "--num-heads", 2, "--seq-len", 32, "--batch-size", 4, "--vocab-size", 320, "--threads", 2)

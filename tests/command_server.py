@@ -1,19 +1,26 @@
 """A process that has imported the libraries already and forks for each command: a command in it costs what the command does, not 2 s of imports.
 
-Run by `command.py`, which sends a request for each command: what was typed, the folder, and the four files of the new process. Nothing of CLLM is
-imported before the fork, and no library has started a thread by then, so what a command imports, and in which order, is as in a process of its own.
+Run by `command.py`, which sends a request for each command: what was typed or the Python program, the folder, the environment where it differs,
+and the four files of the new process. Nothing of CLLM is imported before the fork, and no library has started a thread by then, so what a command
+imports, and in which order, is as in a process of its own.
 """
 
+import gc
 import json
 import os
 import runpy
 import signal
 import socket
 import sys
+import types
+from typing import Any
 
 
 def import_libraries() -> None:
-    import numba  # noqa: F401
+    import numba.cpython.charseq  # what numba imports when it first compiles or loads a function: half a second
+    import numba.np.arraymath
+    import numba.np.linalg
+    import numba.typed.dictimpl  # noqa: F401
     import rich.console
     import rich.progress  # noqa: F401
     import safetensors  # noqa: F401
@@ -22,8 +29,8 @@ def import_libraries() -> None:
     import typer  # noqa: F401
 
 
-def serve(requests: socket.socket) -> None:
-    """Forks for every request, and returns in the new process; ends when nobody can ask any more."""
+def serve(requests: socket.socket) -> dict[str, Any]:
+    """Forks for every request, and returns it in the new process; ends when nobody can ask any more."""
     while True:
         message, files, _, _ = socket.recv_fds(requests, 1 << 20, 4)
         if not message:
@@ -52,18 +59,36 @@ def serve(requests: socket.socket) -> None:
     for standard, file in enumerate(files[:3]):
         os.dup2(file, standard)
         os.close(file)
-    sys.stdin, sys.stdout = open(0), open(1, "w")  # noqa: SIM115 - as Python opens them, for the life of the process
-    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
-    typed = json.loads(message)
-    os.chdir(typed["folder"])
-    sys.argv = ["cllm", *typed["arguments"]]
+    # As Python opens them, for the life of the process: a fork of it that puts others into their place must not close the files.
+    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    return json.loads(message)
+
+
+def run(request: dict[str, Any]) -> None:
+    """The command, or the program where there is one, as `python -m cllm` and `python -c` run them."""
+    os.chdir(request["folder"])
+    for name, value in request["variables"].items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    sys.path.insert(0, os.getcwd())
+    if request["program"] is None:
+        sys.argv = ["cllm", *request["arguments"]]
+        runpy.run_module("cllm", run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = ["-c", *request["arguments"]]
+        sys.modules["__main__"] = main = types.ModuleType("__main__")
+        exec(compile(request["program"], "<string>", "exec"), main.__dict__)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C that ends the tests ends this process when its socket closes
     del sys.path[0]  # the folder of this file, which no command sees
     import_libraries()
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    gc.collect()
+    gc.freeze()  # what the libraries have made stays: without this a command would look through it for cycles when it ends, for 0.7 s
+    request = serve(socket.socket(fileno=int(sys.argv[1])))
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.path.insert(0, os.getcwd())  # as `python -m` has it
-    runpy.run_module("cllm", run_name="__main__", alter_sys=True)
+    run(request)

@@ -1,12 +1,17 @@
 """Before anything of cllm is imported: without a GPU, Triton's interpreter runs the GPU kernels."""
 
+import gc
 import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():  # read by Triton when a kernel is defined, and by cllm.kernels when it registers the backends
     os.environ["TRITON_INTERPRET"] = "1"
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a slow or busy machine is no fault
+settings.load_profile("any machine")
 
 
 def pytest_addoption(parser):
@@ -15,7 +20,10 @@ def pytest_addoption(parser):
 
 
 # Files that take longest come first: several processes take a file each, and what begins last should be short.
-LONGEST_FIRST = ("tests/end_to_end/", "tests/gpu_emulation/", "tests/kernels/", "tests/cllm/cli/", "tests/cllm/train/", "")
+LONGEST_FIRST = (
+    "tests/kernels/test_compile_lint", "tests/end_to_end/", "tests/cllm/app/browser/", "tests/gpu_emulation/", "tests/kernels/", "tests/cllm/cli/",
+    "tests/cllm/train/", "",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(config, items):
@@ -24,3 +32,9 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="takes minutes of all cores: --slow"))
+
+
+def pytest_collection_finish(session):
+    """Modules, tests and libraries are there to stay: no collection of garbage need look through them again."""
+    gc.collect()
+    gc.freeze()

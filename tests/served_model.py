@@ -14,9 +14,10 @@ from cllm.data.tokens.chat_template import with_template
 from cllm.data.tokens.tokenizer import Tokenizer
 from cllm.generate.engine import Engine
 from cllm.model.model import Model
+from cllm.serve.listening import listen
 from cllm.serve.safety import Policy
 from cllm.serve.served import Served
-from cllm.serve.server import application, listen, serve
+from cllm.serve.server import application, serve
 from cllm.serve.service import Service
 
 TEXT = "What is two plus two? It is four. Be brief. "

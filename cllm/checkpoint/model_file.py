@@ -75,6 +75,21 @@ def load(path: str | Path, report: Callable[[str], None] | None = None, weights:
     return model.quantize_(int(weights[3:])) if weights in ("int8", "int4") else model, tokenizer
 
 
+def load_on(path: str | Path, device: str, weights: str | None = None) -> tuple[Model, Tokenizer | None]:
+    """The same on a device: "auto" (a GPU where there is one), "cpu" or "cuda". Of weights that may be as they are, a GPU gets bfloat16 where it
+    multiplies that in hardware. Raises UserError for a GPU that cannot be used."""
+    from cllm.runtime.device import resolve
+    from cllm.runtime.gpu import multiplies_bf16
+
+    # int8 and int4 weights have fast kernels on the CPU alone.
+    place, _ = resolve("cpu" if device == "auto" and weights in ("int8", "int4") else device)
+    model, tokenizer = load(path, weights=weights)
+    if weights is None and place.type == "cuda" and model.compute_dtype == torch.float32 and multiplies_bf16(place):
+        model.to(torch.bfloat16)  # a GPU multiplies float32 numbers one by one, without its matrix units
+    model.to(place)
+    return model, tokenizer
+
+
 def _load(path: Path, report: Callable[[str], None] | None) -> tuple[Model, Tokenizer | None]:
     kind = kind_of(path)
     try:
@@ -190,6 +205,8 @@ def _build(config: dict[str, Any], weights: Mapping[str, torch.Tensor], where: P
     except (CLLMError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{where} holds a model configuration that this CLLM cannot build: {reason(error)}") from error
     check_weights(model, weights, where)
-    model.to_empty(device="cpu")
+    # Not `to_empty`: there PyTorch computes in Python what is like a tensor without a place, and imports a computer algebra system for it.
+    places = {name: torch.empty(each.shape, dtype=each.dtype) for name, each in model.state_dict().items()}
+    model.load_state_dict(places, assign=True)
     load_weights(model, weights, where)
     return model

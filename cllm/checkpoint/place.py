@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from pathlib import Path
 
 from cllm.files import foreign, reason
@@ -10,6 +12,7 @@ from cllm.runtime.errors import CheckpointError
 MANIFEST = "manifest.json"  # of a checkpoint folder
 CHECKPOINTS = "checkpoints"  # the folder of them in a run
 HUGGING_FACE = "config.json"
+_STEP = re.compile("step-[0-9]{1,15}")
 NOT_A_CHECKPOINT = "Expected a run folder, a checkpoint folder, a .cllm file or a Hugging Face folder."
 
 
@@ -32,6 +35,26 @@ def kind_of(path: Path) -> str:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {reason(error)}.") from error
     raise CheckpointError(f"{path} {what}. {NOT_A_CHECKPOINT}")
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps that have a checkpoint folder below `folder`, in rising order. Whether a checkpoint is good shows only when it is read."""
+    if not folder.is_dir():
+        return []
+    names = (entry.name for entry in folder.iterdir() if entry.is_dir())
+    return sorted(int(name[5:]) for name in names if _STEP.fullmatch(name))
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """The folder of the checkpoint of a step, whether it exists or not."""
+    return folder / f"step-{step:08d}"
+
+
+def named_step(folder: Path, name: str) -> int | None:
+    """The step that `latest` or `best` below `folder` names; None where there is no such file or it names none."""
+    with contextlib.suppress(OSError, ValueError):
+        return int((folder / name).read_text().strip().removeprefix("step-"))
+    return None
 
 
 def unreadable(path: Path, why: str) -> CheckpointError:

@@ -11,6 +11,7 @@ import torch
 
 from cllm.checkpoint.folder import Checkpoint, complete, read_checkpoint
 from cllm.checkpoint.parts import OPTIMIZER, WEIGHTS
+from cllm.checkpoint.place import named_step, step_folder, steps_in
 from cllm.checkpoint.safetensors import describe_tensor, tensors_bytes, write_safetensors
 from cllm.files import Wording, new_folder, write_file
 from cllm.runtime.errors import CheckpointError
@@ -31,14 +32,11 @@ class CheckpointStore:
 
     def path(self, step: int) -> Path:
         """The folder of the checkpoint of a step, whether it exists or not."""
-        return self.folder / f"step-{step:08d}"
+        return step_folder(self.folder, step)
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint folder, in rising order. Whether a checkpoint is good shows only when it is read."""
-        if not self.folder.is_dir():
-            return []
-        names = (entry.name for entry in self.folder.iterdir() if entry.is_dir())
-        return sorted(int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit())
+        return steps_in(self.folder)
 
     def save(self, step: int, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
         """Writes, verifies and commits a checkpoint, makes it the latest and drops the oldest. Returns its folder.
@@ -66,11 +64,11 @@ class CheckpointStore:
 
     def best(self) -> int | None:
         """The step that `best` names; None when there is none."""
-        return self._pointed("best")
+        return named_step(self.folder, "best")
 
     def latest(self) -> int | None:
         """The step that `latest` names; None when there is none."""
-        return self._pointed("latest")
+        return named_step(self.folder, "latest")
 
     def read(self, step: int, with_optimizer: bool = True) -> Checkpoint:
         """The verified checkpoint of a step. Raises CheckpointError when it is damaged or missing."""
@@ -99,11 +97,6 @@ class CheckpointStore:
 
     def _point(self, name: str, step: int) -> None:
         write_file(self.folder / name, f"{self.path(step).name}\n".encode(), CHECKPOINT)
-
-    def _pointed(self, name: str) -> int | None:
-        with contextlib.suppress(OSError, ValueError):
-            return int((self.folder / name).read_text().strip().removeprefix("step-"))
-        return None
 
     def _prune(self) -> None:
         steps = self.steps()

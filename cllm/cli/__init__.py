@@ -10,8 +10,16 @@ def main() -> None:
     """The `cllm` command. Ctrl-C ends it without a traceback from the start, while modules are still being imported."""
     signal.signal(signal.SIGINT, _leave)
     from cllm.cli.app import main as run
+    from cllm.runtime import progress_file
 
-    run()
+    status: object = 1  # of an error that nobody expected
+    try:
+        run()
+    except SystemExit as error:
+        status = error.code or 0
+        raise
+    finally:
+        progress_file.ended(status if isinstance(status, int) else 1)
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

@@ -12,7 +12,24 @@ import typer
 import typer.core
 
 from cllm._version import __version__
-from cllm.cli import bench, chat, checkpoint, crawl, data, evaluate, export, generate, machine, prepare, report, serve, tokenizer, train
+from cllm.cli import (
+    bench,
+    chat,
+    checkpoint,
+    crawl,
+    data,
+    evaluate,
+    export,
+    generate,
+    machine,
+    prepare,
+    report,
+    review,
+    serve,
+    tokenizer,
+    train,
+    web_app,
+)
 from cllm.cli.console import ReaderGone, current, open_console, prepare_streams, silence_stdout
 from cllm.cli.interrupt import interruptible, interruption, leave
 from cllm.cli.mistakes import out_of_memory, system_error, wrong_usage
@@ -41,7 +58,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for group in (crawl, prepare, data, train, generate, chat, serve, evaluate, report, export, checkpoint, tokenizer, machine, bench):
+for group in (crawl, prepare, data, train, generate, chat, serve, web_app, evaluate, review, report, export, checkpoint, tokenizer, machine, bench):
     app.add_typer(group.app)
 
 _UsageError: Any = typer.BadParameter.__base__  # wrong options; typer exports only this child of it

@@ -59,10 +59,14 @@ def run(name: str, arguments: Sequence[str], console: Console, checkout: Path = 
     else:
         with subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
-            for line in process.stdout:  # all but the last line is for people
-                if last:
-                    console.print(last, end="")
-                last = line
+            try:
+                for line in process.stdout:  # all but the last line is for people
+                    if last:
+                        console.print(last, end="")
+                    last = line
+            except BaseException:
+                process.kill()  # nobody reads any more what it measures
+                raise
             status = process.wait()
     rows = _rows(last)
     if last and rows is None:

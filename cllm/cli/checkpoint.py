@@ -90,7 +90,16 @@ def average(
     checkpoints: Annotated[list[str], argument("CKPT...", "One run, or two or more checkpoints of the same model.")],
     out: Annotated[Path, option("--out", Path, "The .cllm file to write.")],
     last: Annotated[
-        int | None, option("--last", int, "Number of newest checkpoints of the run to average. [default: all]", optional=True, at_least=2, example=5)
+        int | None,
+        option(
+            "--last",
+            int,
+            "Number of newest checkpoints of the run to average. [default: all]",
+            unit="checkpoints",
+            optional=True,
+            at_least=2,
+            example=5,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

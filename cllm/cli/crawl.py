@@ -40,21 +40,35 @@ app = typer.Typer()
 def crawl(
     urls: Annotated[list[str] | None, text_argument("URL...", "Where to begin; or `status` and the folder of a crawl.")] = None,
     out: Annotated[Path | None, option("--out", Path, "Folder for the pages.")] = None,
-    max_pages: Annotated[int | None, option("--max-pages", int, "Pages to store in all. [default: not limited]", optional=True, at_least=1)] = None,
-    depth: Annotated[int | None, option("--depth", int, "Links to follow from a beginning. [default: 20]", optional=True, at_least=0)] = None,
+    max_pages: Annotated[
+        int | None, option("--max-pages", int, "Pages to store in all. [default: not limited]", unit="pages", optional=True, at_least=1)
+    ] = None,
+    depth: Annotated[
+        int | None, option("--depth", int, "Links to follow from a beginning. [default: 20]", unit="links", optional=True, at_least=0)
+    ] = None,
     delay: Annotated[
         float | None,
-        option("--delay", float, "Seconds between requests to a site; up to half of it more. [default: 2]", optional=True, at_least=0, at_most=86400),
+        option(
+            "--delay",
+            float,
+            "Seconds between requests to a site; up to half of it more. [default: 2]",
+            unit="s",
+            optional=True,
+            at_least=0,
+            at_most=86400,
+        ),
     ] = None,
     timeout: Annotated[
-        float | None, option("--timeout", float, "Seconds for a whole request. [default: 30]", optional=True, above=0, at_most=3600)
+        float | None, option("--timeout", float, "Seconds for a whole request. [default: 30]", unit="s", optional=True, above=0, at_most=3600)
     ] = None,
     retries: Annotated[
-        int | None, option("--retries", int, "Tries after the first that failed. [default: 3]", optional=True, at_least=0, at_most=3)
+        int | None, option("--retries", int, "Tries after the first that failed. [default: 3]", unit="tries", optional=True, at_least=0, at_most=3)
     ] = None,
-    max_bytes: Annotated[int | None, option("--max-bytes", int, "Largest page, unpacked. [default: 10000000]", optional=True, at_least=1)] = None,
+    max_bytes: Annotated[
+        int | None, option("--max-bytes", int, "Largest page in bytes, unpacked. [default: 10000000]", unit="bytes", optional=True, at_least=1)
+    ] = None,
     max_per_site: Annotated[
-        int | None, option("--max-per-site", int, "Pages to store of one site. [default: 100000]", optional=True, at_least=1)
+        int | None, option("--max-per-site", int, "Pages to store of one site. [default: 100000]", unit="pages", optional=True, at_least=1)
     ] = None,
     scope: Annotated[
         str | None,
@@ -71,9 +85,24 @@ def crawl(
     types: Annotated[list[str] | None, text_option("--type", "Content type to store, such as text/html or text/*. Repeatable.")] = None,
     sitemaps: Annotated[bool | None, typer.Option("--sitemaps/--no-sitemaps", help="Read sitemaps. [default: yes]", show_default=False)] = None,
     feeds: Annotated[bool | None, typer.Option("--feeds/--no-feeds", help="Read RSS and Atom feeds. [default: yes]", show_default=False)] = None,
+    content_signals: Annotated[
+        bool | None,
+        typer.Option(
+            "--content-signals/--ignore-content-signals",
+            help="Leave out what asks not to be trained on (ai-train=no). [default: yes]",
+            show_default=False,
+        ),
+    ] = None,
     revisit: Annotated[
         float | None,
-        option("--revisit", float, "Seconds after which a page is due again; sooner where it changes. [default: 86400]", optional=True, at_least=0),
+        option(
+            "--revisit",
+            float,
+            "Seconds after which a page is due again; sooner where it changes. [default: 86400]",
+            unit="s",
+            optional=True,
+            at_least=0,
+        ),
     ] = None,
     contact: Annotated[str | None, text_option("--contact", "Web or e-mail address in the user agent, for the owners of sites.")] = None,
     allow_private: Annotated[
@@ -85,8 +114,8 @@ def crawl(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print events as JSON lines on stdout, the result last.")] = False,
 ) -> None:
-    """Crawl web sites. Obeys robots.txt, asks one site for one page at a time, and keeps pages as WARC. The same command goes on after a pause or a
-    crash, and later looks again at pages that are due."""
+    """Crawl web sites. Obeys robots.txt and signals against training, asks one site for one page at a time, and keeps pages as WARC. The same
+    command goes on after a pause or a crash, and later looks again at pages that are due."""
     console = open_console(as_json)
     if urls and urls[0] == "status":
         _status(urls[1:], console)
@@ -108,6 +137,7 @@ def crawl(
         "types": tuple(types) if types else None,
         "sitemaps": sitemaps,
         "feeds": feeds,
+        "content_signals": content_signals,
         "revisit": revisit,
         "contact": contact,
     }
@@ -152,7 +182,7 @@ def _crawl(out: Path, settings: Settings, guard: Any, console: Console) -> None:
     from cllm.monitor.stop_signals import Interrupted, StopSignals
 
     told = _Told(console, settings)
-    with StopSignals(lambda name: None, _PAUSING) as signals, Progress(settings.max_pages, "crawling") as line:
+    with StopSignals(lambda name: None, _PAUSING) as signals, Progress(settings.max_pages, "crawling", unit="pages") as line:
         crawl = Crawl(out, settings, guard, stop=lambda: signals.asked is not None, tell=lambda each: told.figures(each, line), sealed=told.sealed)
         told.event("begun", out=str(out), seeds=list(settings.seeds))
         is_done = crawl.run()

@@ -30,12 +30,13 @@ from cllm.cli.options import (
     text_option,
     with_settings,
 )
+from cllm.cli.scored_text import scored_text
+from cllm.cli.suite import SUITES, suite_run, training_tokens
 from cllm.runtime.errors import UserError
 from cllm.runtime.quantities import counted
 
 if TYPE_CHECKING:
     from cllm.cli.trained_on import TrainedOn
-    from cllm.data import TokenSplit
     from cllm.data.documents.scan import Reading
     from cllm.data.tokens.conversations import ChatSplit
     from cllm.data.tokens.tokenizer import Tokenizer
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from cllm.model.model import Model
 
 SHOWN_SOURCES = 20
+WORST = 5  # documents with the highest loss that are listed
 STORED = "evaluating with the weights as they are stored"
 GROUPINGS = ("auto", "file", "folder")
 
@@ -54,6 +56,7 @@ app = typer.Typer()
     epilog=examples(
         "cllm evaluate runs/demo more-text/",
         "cllm evaluate runs/demo more-text/ --stride 128 --by file --worst 10",
+        "cllm evaluate runs/demo held-out/ --suite code",
         "cllm evaluate runs/demo --tasks my_task --task-path tasks/",
     )
 )
@@ -62,7 +65,7 @@ def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[str | None, argument("DATA", "Folder or file of text, JSON, CSV or chats, or a packed token folder.")] = None,
     seq_len: Annotated[
-        int | None, option("--seq-len", int, "Length of the context in tokens. [default: the model's]", optional=True, at_least=1)
+        int | None, option("--seq-len", int, "Length of the context in tokens. [default: the model's]", unit="tokens", optional=True, at_least=1)
     ] = None,
     stride: Annotated[
         int | None,
@@ -70,11 +73,12 @@ def evaluate(
             "--stride",
             int,
             "Tokens between the starts of windows. Each token is predicted from at least seq_len - stride tokens. [default: seq_len]",
+            unit="tokens",
             optional=True,
             at_least=1,
         ),
     ] = None,
-    batch_size: Annotated[int, option("--batch-size", int, "Sequences evaluated at a time.", at_least=1, example=8)] = 8,
+    batch_size: Annotated[int, option("--batch-size", int, "Sequences evaluated at a time.", unit="sequences", at_least=1, example=8)] = 8,
     confidence: Annotated[
         float,
         option(
@@ -89,11 +93,27 @@ def evaluate(
     by: Annotated[
         str, option("--by", str, "Results for each file or each top-level folder. auto takes folders if there are several.", choices=GROUPINGS)
     ] = "auto",
-    worst: Annotated[int, option("--worst", int, "Number of documents with the highest loss to list.", at_least=0)] = 5,
+    worst: Annotated[
+        int | None,
+        option("--worst", int, "Number of documents with the highest loss to list. [default: 5]", unit="documents", optional=True, at_least=0),
+    ] = None,
     tasks: Annotated[
         str | None, text_option("--tasks", "Tasks of lm-evaluation-harness instead of DATA, separated by commas. Nothing is downloaded.")
     ] = None,
     task_path: Annotated[Path | None, option("--task-path", Path, "Folder with your own task files (YAML).")] = None,
+    suite: Annotated[
+        str | None,
+        option(
+            "--suite",
+            str,
+            "Measure what the model is worth on DATA that it has not seen: what it writes and foretells, beside n-grams of its training text.",
+            optional=True,
+            choices=SUITES,
+        ),
+    ] = None,
+    samples: Annotated[
+        int, option("--samples", int, "With --suite: functions, lines, paragraphs and texts to look at, at most.", unit="texts", at_least=1)
+    ] = 100,
     weights: Weights = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -108,7 +128,10 @@ def evaluate(
 
     if (data is None) == (tasks is None):
         raise UserError("give either DATA (text to predict) or --tasks (tasks of lm-evaluation-harness).")
+    if suite is not None and data is None:
+        raise UserError("--suite is measured on text. Give DATA that the model has not seen.")
     check_model(checkpoint)
+    train = None if suite is None else training_tokens(checkpoint)
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if data is not None:
         check_text(data)
@@ -121,6 +144,9 @@ def evaluate(
         model, tokenizer = load_model(checkpoint, weights=weights, device=device)
         if tasks is not None:
             values = tasks_run(console, model, tokenizer, names, task_path, batch_size)
+        elif suite is not None and train is not None:
+            assert data is not None
+            values = suite_run(console, suite, model, tokenizer, data, checkpoint, train, samples, batch_size, reading)
         else:
             assert data is not None
             sizes: dict[str, Any] = {"seq_len": seq_len, "stride": stride, "batch_size": batch_size, "checkpoint": checkpoint}
@@ -141,7 +167,7 @@ def evaluate_run(
     batch_size: int,
     confidence: float,
     by: str,
-    worst: int,
+    worst: int | None,
     reading: Reading,
     stored: Callable[[], tuple[Model, Any]] | None = None,
 ) -> dict[str, Any]:
@@ -157,9 +183,12 @@ def evaluate_run(
     if seq_len is not None and seq_len > context:
         runtime.progress.say(f"The model's context of {context:,} tokens is less than --seq-len {seq_len:,} and is used instead.")
     with tempfile.TemporaryDirectory(prefix="cllm-evaluate-") as scratch:
-        split = _split(console, tokenizer, data, scratch, reading)
+        split = scored_text(console, tokenizer, data, scratch, reading)
         learnt = trained_on(checkpoint, data, Path(scratch), tokenizer, reading)
         if isinstance(split, ChatSplit):
+            unused = [name for name, value in (("--stride", stride), ("--by", None if by == "auto" else by), ("--worst", worst)) if value is not None]
+            if unused:
+                raise UserError(f"{data} holds chats, whose answers are scored as one text, each once. Leave out {', '.join(unused)}.")
             return _evaluate_chats(console, model, split, learnt, length, batch_size, stored)
 
         def score(each: Model, title: str) -> DocumentScores:
@@ -175,7 +204,7 @@ def evaluate_run(
         before = None if stored is None else score(stored()[0], STORED).total()
     with runtime.progress.stage(f"resampling {scores.num_documents:,} documents"):
         total, interval = scores.total(), scores.interval(confidence)
-        sources, poorest = scores.by_source(by, confidence), scores.worst(worst)
+        sources, poorest = scores.by_source(by, confidence), scores.worst(WORST if worst is None else worst)
     console.print(total)
     if before is not None:
         console.print(_change(before, total))
@@ -267,25 +296,6 @@ def tasks_run(console: Console, model: Model, tokenizer: Tokenizer, tasks: list[
                 rows.append((name, metric, f"{value:.4f}", f"{error:.4f}" if isinstance(error, int | float) else ""))
     console.print(table(rows))
     return {"results": results}
-
-
-def _split(console: Console, tokenizer: Tokenizer, data: str, scratch: str, reading: Reading) -> TokenSplit:
-    """All of the text or of the conversations, or of packed tokens the validation split where there is one."""
-    from cllm.data import Dataset, is_packed
-    from cllm.data.pipeline import prepare
-    from cllm.data.tokens.chat import is_chat, prepare_chat
-    from cllm.data.tokens.dataset import split_words
-
-    if is_packed(data):
-        dataset = Dataset.open(data, tokenizer_hash=tokenizer.hash)
-        if dataset.val.num_tokens > 1:
-            console.print(f"tokens: {split_words(dataset.val)}, the validation part of {data}")
-            return dataset.val
-        console.print(f"tokens: {split_words(dataset.train)}, all of {data}, which has no validation part")
-        return dataset.train
-    if not reading.text_field and is_chat(data):
-        return prepare_chat(data, scratch, tokenizer, val_fraction=0.0, encoding=reading.encoding, log=console.print).train
-    return prepare(data, scratch, tokenizer=tokenizer, val_fraction=0.0, reading=reading, log=console.print).train
 
 
 def _interval_words(scores: DocumentScores, interval: Interval | None, confidence: float) -> str:

@@ -13,7 +13,7 @@ from typing import NoReturn
 from cllm.cli.console import current
 from cllm.distributed import launched
 from cllm.monitor.stop_signals import Interrupted, StopRequested, StopSignals, ending_the_process
-from cllm.runtime import progress
+from cllm.runtime import progress, progress_file
 from cllm.runtime.errors import CLLMError
 
 _leaving = threading.Lock()
@@ -51,7 +51,13 @@ def leave(error: CLLMError) -> NoReturn:
     with contextlib.suppress(Exception):  # nobody may be listening any more
         progress.abandon()
         current().error(error, prefix="" if isinstance(error, Interrupted) else "error: ")
+    leave_with(error.exit_status)
+
+
+def leave_with(status: int) -> NoReturn:
+    """Ends the process at once, when all that was open has been closed. Destructors are not run, as in `leave`."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # nobody may be listening any more
             stream.flush()
-    os._exit(error.exit_status)
+    progress_file.ended(status)
+    os._exit(status)

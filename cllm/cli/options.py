@@ -72,6 +72,7 @@ def _reader(declared: Setting, kind: type) -> Callable[[Any], Any]:
             raise WrongValue(str(error)) from error
         return value if value is None else kind(value)
 
+    read.declared = declared  # type: ignore[attr-defined]  # the app makes its forms of it
     return read
 
 
@@ -93,6 +94,7 @@ Threads = Annotated[
         "--threads",
         int,
         "Largest number of worker threads. Any number gives the same bits. [default: all usable cores]",
+        unit="threads",
         optional=True,
         at_least=1,
         example=2,
@@ -116,8 +118,8 @@ Weights = Annotated[
 Context = Annotated[
     int | None,
     option(
-        "--context", int, "Longest text in tokens that the model sees, beyond what it was trained with; needs --stretch.", optional=True, at_least=2,
-        example=4096,
+        "--context", int, "Longest text in tokens that the model sees, beyond what it was trained with; needs --stretch.", unit="tokens",
+        optional=True, at_least=2, example=4096,
     ),
 ]  # fmt: skip
 Stretch = Annotated[
@@ -151,6 +153,7 @@ def with_settings(settings: Mapping[str, Setting]) -> Callable[[Callable[..., An
         signature = inspect.signature(command, eval_str=True)
         own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
         run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.settings = settings  # type: ignore[attr-defined]  # the app makes its forms of them
         run.__signature__ = signature.replace(parameters=[*own, *flags])  # type: ignore[attr-defined]
         return run
 
@@ -213,18 +216,9 @@ def load_model(
     if (context is None) != (stretch is None):
         raise UserError("--context and --stretch belong together: how long a text the model is to see, and how its positions get there.")
     check_model(path)
-    import torch
+    from cllm.checkpoint.model_file import load_on
 
-    from cllm.checkpoint.model_file import load
-    from cllm.runtime.device import resolve
-    from cllm.runtime.gpu import multiplies_bf16
-
-    # int8 and int4 weights have fast kernels on the CPU alone.
-    place, _ = resolve("cpu" if device == "auto" and weights in ("int8", "int4") else device)
-    model, tokenizer = load(path, weights=weights)
-    if weights is None and place.type == "cuda" and model.compute_dtype == torch.float32 and multiplies_bf16(place):
-        model.to(torch.bfloat16)  # a GPU multiplies float32 numbers one by one, without its matrix units
-    model.to(place)
+    model, tokenizer = load_on(path, device, weights)
     if context is not None and stretch is not None:
         from cllm.model.stretch import stretch_
 

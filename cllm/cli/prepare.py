@@ -45,6 +45,7 @@ def prepare(
             "--workers",
             int,
             "Processes that work at once. Any number gives the same bytes. [default: all usable cores]",
+            unit="processes",
             optional=True,
             at_least=1,
             at_most=4096,

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cllm.cli.console import Console, open_console
 from cllm.cli.options import Device, Json, Threads, Weights, argument, check_model, examples, load_model, option, text_option
+from cllm.cli.until_told import until_told
 from cllm.runtime.errors import CLLMError, UserError
 from cllm.shell import quoted
 
 if TYPE_CHECKING:
-    from cllm.serve.follow import Follower
     from cllm.serve.served import Served
 
 _ENDING = "no new requests are taken, and answers that are being written may end (Ctrl-C again to end at once)"
@@ -63,8 +61,9 @@ def serve(
     from cllm import runtime
     from cllm.generate.engine import Engine
     from cllm.serve.follow import Follower, newest
+    from cllm.serve.listening import listen
     from cllm.serve.served import Served
-    from cllm.serve.server import application, listen
+    from cllm.serve.server import application
     from cllm.serve.server import serve as run
     from cllm.serve.service import Service
 
@@ -85,39 +84,18 @@ def serve(
     followers = [Follower(Path(path), identity, begun[identity], load, service, console.print) for identity, path in followed.items()]
     address = f"http://{f'[{host}]' if ':' in host else host}:{where.getsockname()[1]}"
     application_ = application(service, policy)
-    _until_told(console, lambda ready, ends: run(service, application_, where, ready, ends), address, served, followers, policy.key is not None)
-    console.result({"address": address, "models": list(places), "requests": service.metrics.num_requests})
-
-
-def _until_told(console: Console, run: Any, address: str, served: list[Served], followers: list[Follower], has_key: bool) -> None:
-    """Serves until Ctrl-C or SIGTERM. The server has a thread of its own, because signals belong to the main one."""
-    from cllm.monitor.stop_signals import StopSignals
-
-    failure: list[BaseException] = []
-    ends = threading.Event()
 
     def ready() -> None:
-        _tell(console, address, served, has_key)
+        _tell(console, address, served, policy.key is not None)
         for each in followers:
             each.start()
 
-    def body() -> None:
-        try:
-            asyncio.run(run(ready, ends.is_set))
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=body, name="cllm-serve")
-    with StopSignals(lambda name: None, _ENDING) as signals:
-        thread.start()
-        while thread.is_alive():
-            if signals.asked is not None:
-                ends.set()
-            thread.join(0.1)
-    for each in followers:
-        each.stop()
-    if failure:
-        raise failure[0]
+    try:
+        until_told(lambda ends: run(service, application_, where, ready, ends), "cllm-serve", _ENDING)
+    finally:
+        for each in followers:
+            each.stop()
+    console.result({"address": address, "models": list(places), "requests": service.metrics.num_requests})
 
 
 def _tell(console: Console, address: str, served: list[Served], has_key: bool) -> None:

@@ -80,7 +80,16 @@ def train(
     data: Text,
     out: Annotated[Path, option("--out", Path, "The tokenizer.json to write.")] = Path("tokenizer.json"),
     vocab_size: Annotated[
-        int, option("--vocab-size", int, "Size of the vocabulary in tokens, except for --kind char.", at_least=257, at_most=MAX_VOCAB, example=4096)
+        int,
+        option(
+            "--vocab-size",
+            int,
+            "Size of the vocabulary in tokens, except for --kind char.",
+            unit="tokens",
+            at_least=257,
+            at_most=MAX_VOCAB,
+            example=4096,
+        ),
     ] = 4096,
     kind: Annotated[
         str,

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 # The settings that most users change; --set reaches all of them.
 FLAGS = {full_key(name): SETTINGS[full_key(name)] for name in (
     "start_from", "lora_rank", "tokenizer", "tokenizer_sample", "device", "threads", "precision", "preset", "vocab_size", "embed_dim", "num_layers",
-    "num_heads", "num_kv_heads", "ffn_dim", "seq_len", "batch_size", "grad_accum", "steps", "epochs", "learning_rate", "min_lr", "warmup",
-    "schedule", "seed", "checkpoint_every", "keep", "eval_every", "patience", "sample_every", "on_nonfinite", "overfit_one_batch",
+    "num_heads", "num_kv_heads", "ffn_dim", "seq_len", "batch_size", "grad_accum", "steps", "epochs", "hours", "minutes",
+    "learning_rate", "min_lr", "warmup",
+    "schedule", "dropout", "seed", "checkpoint_every", "keep", "eval_every", "patience", "sample_every", "on_nonfinite", "overfit_one_batch",
 )}  # fmt: skip
 
 app = typer.Typer()
@@ -38,6 +39,7 @@ app = typer.Typer()
     epilog=examples(
         "cllm train books/",
         "cllm train notes.txt --preset cllm-5m --epochs 3 --out runs/notes",
+        "cllm train books/ --hours 2",
         "cllm train books/ --plan",
         "cllm train books/ --set optim.beta2=0.99",
         "cllm train --resume --out runs/books",
@@ -109,6 +111,8 @@ def _follow(
         raise UserError("--follow works in one process. Run it without torchrun.")
     given = read_given(FOLLOW, following)
     config = read_settings(flags, sets, file, out, resume=False)
+    if config.seconds is not None:
+        raise UserError("--hours and --minutes are for one training, and --follow goes on for as long as there is new text. Leave one of them out.")
     check_before_work(config, out, text=not is_crawl(config.data.path))
     with stopping_with(WAITING), runtime.use(threads=config.train.threads):
         follow(console, config, FollowSettings(**{key.partition(".")[2]: value for key, value in given.items()}), out, once)
@@ -133,6 +137,8 @@ def train_run(
         if find_lr and distributed.launched():
             raise UserError("--find-lr works in one process. Run it without torchrun.")
         config = read_settings(flags, sets, file, out, resume)
+        if config.seconds is not None and distributed.launched():
+            raise UserError("--hours and --minutes work in one process. Give --steps or --epochs, or run it without torchrun.")
         check_before_work(config, out)
     work = partial(_train, resume=resume)
     if plan_only:
@@ -162,14 +168,19 @@ def _train(config: TrainConfig, out: Path | None, console: Console, world: "Worl
     if trained is None:
         return
     run, result, dataset = trained.run, trained.result, trained.dataset
-    with stopping_with(f"interrupted while a sample was written; the run in {run} is complete"):
-        sample = sample_text(trained.model, dataset.tokenizer, dataset.train)
-    console.print(f"\nA sample, starting from nothing:\n\n{_shown(sample)}\n")
+    sample = None
+    if trained.spent is None:  # its kernels may have to be compiled, for which a run that was given its time has none
+        with stopping_with(f"interrupted while a sample was written; the run in {run} is complete"):
+            sample = sample_text(trained.model, dataset.tokenizer, dataset.train)
+        console.print(f"\nA sample, starting from nothing:\n\n{_shown(sample)}\n")
     if result.validation is not None:
         console.print(f"Validation: {result.validation}")
     if result.stopped_early and result.resumed_from == result.step:
         longer = command("train", "--resume", "--out", run, "--patience", "MORE")
         console.print(f"It had stopped early after step {result.step:,}. To train it longer: {longer}")
+    if trained.spent is not None and config.seconds is not None:
+        duration = runtime.progress.duration
+        console.print(f"It has taken {duration(trained.spent)} of the {duration(config.seconds)} that it may take.")
     parameters = trained.model.config.num_parameters()
     console.print(f"The model is in {run} ({parameters:,} parameters). Next:")
     console.print(_next_commands(run, chats=dataset.info.get("kind") == "chat"))

@@ -32,13 +32,14 @@ def look(show: Look, config: TrainConfig, out: Path | None, console: Console, wo
     """Prepares what a training would learn from and calls `plan` or `find_lr` with it. The model is None where training would start from nothing."""
     from cllm.cli.run_data import data_for_a_look
     from cllm.cli.run_name import default_run
+    from cllm.train.clock import process_began
 
     run = default_run(config.data.path) if out is None else out
     # A learning rate is found for a run to come, which starts from --from also where this folder holds a run that has gone on from there.
     model, tokenizer, config = model_to_start_from(config, run if show is plan else run / "new")
     with ExitStack() as held:
         folder = by_first(world, lambda: held.enter_context(data_for_a_look(config, run, console, tokenizer)).folder)
-        dataset, sizes, config = with_data(config, None if model is None else model.config, folder, console, world)
+        dataset, sizes, config = with_data(config, None if model is None else model.config, folder, console, world, began=process_began())
         show(model, sizes, config, dataset, run, console)
 
 
@@ -86,7 +87,13 @@ def plan(model: "Model | None", sizes: ModelConfig, config: TrainConfig, dataset
             f"about {runtime.progress.duration(evaluation_eta)}"
         )
     total = eta + evaluation_eta
-    console.print(f"in all about {runtime.progress.duration(total)}, {100 * evaluation_eta / total:.0f} % of it for evaluation")
+    if config.seconds is None:
+        console.print(f"in all about {runtime.progress.duration(total)}, {100 * evaluation_eta / total:.0f} % of it for evaluation")
+    else:
+        total = min(total, config.seconds)
+        console.print(
+            f"in all at most {runtime.progress.duration(config.seconds)}: the clock ends the training, with fewer steps where they take longer"
+        )
     console.result(
         {
             "parameters": model.config.num_parameters(),

@@ -55,6 +55,8 @@ def check_before_work(config: TrainConfig, out: Path | None, *, text: bool = Tru
     run = default_run(config.data.path) if out is None else out
     if text and not holds_run(run):  # a run has its tokens, and goes on also where the text is gone
         check_text(config.data.path)
+    if config.finetune.start_from:
+        config.check_beside_model()
     from cllm.train.finetune import model_place  # imports torch, which takes seconds: after what can be told without it
 
     place = model_place(config, run)
@@ -88,11 +90,12 @@ def model_to_start_from(config: TrainConfig, run: Path) -> "tuple[Model | None, 
 
 
 def with_data(
-    config: TrainConfig, sizes: ModelConfig | None, folder: Path, console: Console, world: "World | None"
+    config: TrainConfig, sizes: ModelConfig | None, folder: Path, console: Console, world: "World | None", began: float | None = None
 ) -> "tuple[Dataset, ModelConfig, TrainConfig]":
     """The packed tokens in a folder, the sizes of the model for them, and the settings with every value filled in. Prints these and the machine.
 
-    sizes: those of the model that is trained further; None for a new one. Raises DataError where the data is too short for a sequence.
+    sizes: those of the model that is trained further; None for a new one. began: when the time of a run that is given one began, for which sizes and
+    settings are then chosen; None where they have been. Raises DataError where the data is too short for a sequence.
     """
     from cllm import kernels  # noqa: F401 - registers the operations that `describe` speaks of
     from cllm.data import Dataset
@@ -100,6 +103,13 @@ def with_data(
     from cllm.train.build import make_batches
 
     dataset = Dataset.open(folder)
+    if began is not None and config.seconds is not None:
+        from cllm.cli.train_time import choose_for_time, with_schedule
+
+        if sizes is None:
+            config = choose_for_time(config, dataset, _vocabulary_rows(dataset.tokenizer.vocab_size), began, console)
+        else:
+            config = with_schedule(config)
     if sizes is None:
         sizes = config.model_config(_vocabulary_rows(dataset.tokenizer.vocab_size))
     config = config.resolve(sizes, dataset.train.num_tokens)

@@ -25,6 +25,8 @@ class Trained:
     model: "Model"
     dataset: "Dataset"
     result: "TrainResult"
+    spent: float | None = None
+    """Seconds that a run which was given its time has taken until now, over all its starts."""
 
 
 def train_in(out: Path | None, config: TrainConfig, console: Console, world: "World | None" = None, *, resume: bool = False) -> Trained | None:
@@ -34,10 +36,13 @@ def train_in(out: Path | None, config: TrainConfig, console: Console, world: "Wo
     """
     from cllm.cli.run_data import check_same_data, data_of_new_run, data_of_run
     from cllm.cli.run_name import take_folder
+    from cllm.train import compile_ahead
+    from cllm.train.clock import process_began
     from cllm.train.finetune import adapt
     from cllm.train.run_folder import go_on, how_to_train_longer, stored_run
     from cllm.train.trainer import Trainer
 
+    began = process_began()
     with ExitStack() as held:
         lock: RunLock | None = None  # held by the first process
 
@@ -51,6 +56,8 @@ def train_in(out: Path | None, config: TrainConfig, console: Console, world: "Wo
 
         run = by_first(world, take)
         stored = stored_run(run)
+        if stored is not None and stored.config.seconds is not None:
+            config = config.adopt_choice(stored.config)
         model, tokenizer, config = model_to_start_from(config, run)
         if stored is not None:
             sizes = config.model_config(stored.vocab_size) if model is None else model.config
@@ -59,18 +66,24 @@ def train_in(out: Path | None, config: TrainConfig, console: Console, world: "Wo
         elif resume:
             console.print(f"{run} was stopped before its first checkpoint and starts from the beginning")
 
+        if world is None:
+            compile_ahead.start(config, None if model is None else model.config)
+
         def tokens() -> Path:
             assert lock is not None
             return (data_of_new_run(config, run, lock, console, tokenizer) if stored is None else data_of_run(stored, config, console)).folder
 
         folder = by_first(world, tokens)
-        dataset, sizes, config = with_data(config, None if model is None else model.config, folder, console, world)
-        if stored is not None and stored.finished and config.train.steps == stored.config.train.steps:
+        dataset, sizes, config = with_data(
+            config, None if model is None else model.config, folder, console, world, None if stored is not None else began
+        )
+        unchanged = stored is not None and (config.train.steps, config.seconds) == (stored.config.train.steps, stored.config.seconds)
+        if stored is not None and stored.finished and unchanged:
             console.print(f"{run} is finished: all {stored.step:,} steps are done. {how_to_train_longer(stored)}")
         if model is None:
             model = new_model(sizes, config, world)
         model = adapt(config, model, dataset.tokenizer, run)
-        trainer = Trainer(model, dataset, config, out=run, tokenizer=dataset.tokenizer, lock=lock)
+        trainer = Trainer(model, dataset, config, out=run, tokenizer=dataset.tokenizer, lock=lock, began=began)
         result = trainer.fit(resume=True if resume and stored is not None else "auto")
         whole = trainer.whole_model()
-        return None if whole is None else Trained(run, whole, dataset, result)
+        return None if whole is None else Trained(run, whole, dataset, result, trainer.spent)

@@ -26,7 +26,7 @@ class Sampling:
     """
 
     temperature: float = setting(0.8, "Divides the logits; 0 always takes the likeliest token.", at_least=0.0, example=0.8)
-    top_k: int | None = setting(None, "Choose among the k likeliest tokens. Default: all.", at_least=1, example=40)
+    top_k: int | None = setting(None, "Choose among the k likeliest tokens. Default: all.", unit="tokens", at_least=1, example=40)
     top_p: float | None = setting(
         None, "Choose among the likeliest tokens that together reach this probability. Default: all.", above=0.0, at_most=1.0, example=0.95
     )

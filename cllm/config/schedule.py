@@ -1,7 +1,7 @@
 """The learning rate and the batch size of each step.
 
 The learning rate is a pure function of the step and of immutable settings: nothing is multiplied up over time, so a resume cannot drift.
-Only `Plateau` depends on what was measured; its state goes into the checkpoint.
+Only `Plateau` and `Pace` depend on what was measured; what they decided goes into the checkpoint.
 
 All shapes rise during the warm-up, never rise after it, and stay within [min_lr, learning_rate] at every step, also beyond the last one.
 """
@@ -15,6 +15,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+from cllm.config.pace import COOLDOWN, Pace
 from cllm.runtime.errors import UserError
 
 KINDS = ("cosine", "linear", "step", "wsd", "constant", "plateau")
@@ -27,6 +28,8 @@ class Schedule:
     warmup: int
     steps: int
     kind: str = "cosine"
+    pace: Pace | None = None
+    """How far the run is at each step, where the clock decides when it ends; None: it ends after `steps`."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -41,7 +44,7 @@ def lr(step: int, schedule: Schedule) -> float:
     """The learning rate of the update number `step` (the first is 0).
 
     Warm-up: learning_rate * (step + 1) / (warmup + 1), so that the first update already moves.
-    Then, with t in [0, 1] the part of the remaining steps that has passed:
+    Then, with t in [0, 1] the part of the remaining steps that has passed, or of the run by its pace:
       cosine    half a cosine wave down to min_lr (Loshchilov & Hutter 2017)
       linear    a straight line down to min_lr
       step      full until t = 0.8, then 31.6 %, from t = 0.9 on 10 % (DeepSeek-AI 2024)
@@ -55,7 +58,7 @@ def lr(step: int, schedule: Schedule) -> float:
         rate = high * ((step + 1) / (schedule.warmup + 1))
     else:
         # The last update, number steps - 1, runs at t = 1.
-        t = min(1.0, (step - schedule.warmup) / max(1, schedule.steps - 1 - schedule.warmup))
+        t = min(1.0, (step - schedule.warmup) / max(1, schedule.steps - 1 - schedule.warmup)) if schedule.pace is None else schedule.pace.share(step)
         share = _SHAPES[schedule.kind](t)
         # Written out for 1, where low + (high - low) may round to something else than high.
         rate = high if share == 1.0 else high * share if schedule.kind == "step" else low + (high - low) * share
@@ -66,7 +69,7 @@ _SHAPES = {
     "cosine": lambda t: 0.5 * (1.0 + math.cos(math.pi * t)),
     "linear": lambda t: 1.0 - t,
     "step": lambda t: 1.0 if t < 0.8 else 0.316 if t < 0.9 else 0.1,
-    "wsd": lambda t: 1.0 if t < 0.8 else 1.0 - math.sqrt((t - 0.8) / (1.0 - 0.8)),
+    "wsd": lambda t: 1.0 if t < COOLDOWN else 1.0 - math.sqrt((t - COOLDOWN) / (1.0 - COOLDOWN)),
     "constant": lambda t: 1.0,
     "plateau": lambda t: 1.0,
 }

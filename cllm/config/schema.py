@@ -36,10 +36,15 @@ class DataSection:
         path=True,
     )
     vocab_size: int | None = setting(
-        None, "Size of a new vocabulary in tokens. Default: chosen by the amount of text.", at_least=257, at_most=MAX_VOCAB, example=4096
+        None,
+        "Size of a new vocabulary in tokens. Default: chosen by the amount of text.",
+        unit="tokens",
+        at_least=257,
+        at_most=MAX_VOCAB,
+        example=4096,
     )
     tokenizer_sample: int = setting(
-        1000, "Megabytes of text that a tokenizer learns from at most. Of more text, pieces from all of it are drawn, always the same.",
+        1000, "Megabytes of text that a tokenizer learns from at most. Of more text, pieces from all of it are drawn, always the same.", unit="MB",
         at_least=1, at_most=2000, example=200,
     )  # fmt: skip
     val_fraction: float | None = setting(
@@ -67,12 +72,31 @@ class DataSection:
 @dataclass(frozen=True)
 class TrainSection:
     steps: int | None = setting(
-        None, "Number of optimizer updates. Default: from epochs, else 20 tokens per parameter but at most 4 epochs.", at_least=1, example=1000
+        None,
+        "Number of optimizer updates. Default: from epochs, else 20 tokens per parameter but at most 4 epochs.",
+        unit="updates",
+        at_least=1,
+        example=1000,
     )
-    epochs: float | None = setting(None, "Number of passes over the training tokens, instead of steps.", above=0.0, example=1)
-    seq_len: int = setting(256, "Length of a training sequence in tokens.", at_least=1, example=256)
-    batch_size: int = setting(16, "Number of sequences in a microbatch, that is, in one forward pass.", at_least=1, at_most=1_000_000, example=16)
-    grad_accum: int = setting(1, "Number of microbatches whose gradients are accumulated for one update.", at_least=1, example=1)
+    epochs: float | None = setting(None, "Number of passes over the training tokens, instead of steps.", unit="passes", above=0.0, example=1)
+    hours: float | None = setting(
+        None,
+        "How long it may take, in hours, instead of steps. Model, tokens, batch, learning rate and schedule follow from the measured speed of this "
+        "machine and a scaling law, and the run ends in time, however busy the machine is. Everything counts, from the start of the command to its "
+        "end, over all starts of the run.", above=0.0, at_most=10_000, example=2, unit="hours",
+    )  # fmt: skip
+    minutes: float | None = setting(None, "The same in minutes.", above=0.0, at_most=600_000, example=20, unit="minutes")
+    pace: str | None = setting(
+        None,
+        "What the clock decided in a run with hours or minutes: STEP:SHARE:STEPS, separated by spaces, for each step at which a share of the "
+        "schedule had passed and the end was set to a number of steps. The config.toml of a finished run holds it. Where it is given, it is "
+        "followed instead of the clock, and the run computes the same bits again.", example="'0:0.0:1000'",
+    )  # fmt: skip
+    seq_len: int = setting(256, "Length of a training sequence in tokens.", unit="tokens", at_least=1, example=256)
+    batch_size: int = setting(
+        16, "Number of sequences in a microbatch, that is, in one forward pass.", unit="sequences", at_least=1, at_most=1_000_000, example=16
+    )
+    grad_accum: int = setting(1, "Number of microbatches whose gradients are accumulated for one update.", unit="microbatches", at_least=1, example=1)
     precision: str = setting(
         "auto",
         "Number format of the forward and backward passes; weights and optimizer state stay float32. auto: bf16 where the "
@@ -85,12 +109,17 @@ class TrainSection:
         choices=("auto", "none", "feed_forward", "blocks"), result=False,
     )  # fmt: skip
     threads: int | None = setting(
-        None, "Largest number of worker threads. Any number gives the same bits. Default: all usable cores.", at_least=1, example=2, result=False
+        None,
+        "Largest number of worker threads. Any number gives the same bits. Default: all usable cores.",
+        unit="threads",
+        at_least=1,
+        example=2,
+        result=False,
     )
     seed: int = setting(0, "Seed of the initial weights and of the order of the data.", at_least=0, at_most=2**63 - 1, example=0)
     eval_every: int | None = setting(
         None, "Steps between evaluations on the validation split. Default: a tenth of the steps, at most 1000, and no more often than"
-        " eval_budget allows.", at_least=1, example=200, result=False,
+        " eval_budget allows.", unit="steps", at_least=1, example=200, result=False,
     )  # fmt: skip
     eval_budget: float = setting(
         0.05, "Largest share of the training time that all evaluations together may take. It decides how much of the validation split"
@@ -100,19 +129,37 @@ class TrainSection:
     checkpoint_every: int | None = setting(
         None,
         "Steps between checkpoints. Default: eval_every if that is given, else a tenth of the steps, at most 1000.",
+        unit="steps",
         at_least=1,
         example=200,
         result=False,
     )
-    keep: int = setting(2, "Number of newest checkpoints that are kept on disk. The best one is kept as well.", at_least=1, example=2, result=False)
-    keep_every: int = setting(0, "Steps between checkpoints that are kept for good; 0 for none.", at_least=0, example=10000, result=False)
+    keep: int = setting(
+        2,
+        "Number of newest checkpoints that are kept on disk. The best one is kept as well.",
+        unit="checkpoints",
+        at_least=1,
+        example=2,
+        result=False,
+    )
+    keep_every: int = setting(
+        0, "Steps between checkpoints that are kept for good; 0 for none.", unit="steps", at_least=0, example=10000, result=False
+    )
     async_checkpoint: bool = setting(True, "Write checkpoints in the background, from a copy of the weights and the optimizer state.", result=False)
-    sample_every: int = setting(0, "Steps between samples of generated text in samples.txt; 0 for none.", at_least=0, example=500, result=False)
+    sample_every: int = setting(
+        0, "Steps between samples of generated text in samples.txt; 0 for none.", unit="steps", at_least=0, example=500, result=False
+    )
     patience: int = setting(
-        0, "Number of evaluations without a better validation loss after which training stops; 0 never stops early.", at_least=0, example=5
+        0,
+        "Number of evaluations without a better validation loss after which training stops; 0 never stops early.",
+        unit="evaluations",
+        at_least=0,
+        example=5,
     )
     restore_best: bool = setting(False, "End with the weights of the best evaluation instead of the last ones.", result=False)
-    batch_ramp: int = setting(0, "Steps over which the number of microbatches in an update rises from 1 to grad_accum.", at_least=0, example=500)
+    batch_ramp: int = setting(
+        0, "Steps over which the number of microbatches in an update rises from 1 to grad_accum.", unit="steps", at_least=0, example=500
+    )
     on_nonfinite: str = setting(
         "stop", "What to do when a loss or gradient is NaN or infinite: stop, skip the update, or roll back to the last checkpoint and "
         "go on with other data.",
@@ -124,6 +171,7 @@ class TrainSection:
     spike_sigmas: float = setting(
         12.0,
         "Number of typical deviations above the median of the last 64 losses that counts as a jump; 0 turns this off.",
+        unit="deviations",
         at_least=0.0,
         example=12,
         result=False,
@@ -140,13 +188,16 @@ class TrainSection:
     shard_size: int | None = setting(
         None,
         "Number of processes that together hold one copy of the state in hybrid mode. Default: the processes of one node.",
+        unit="processes",
         at_least=1,
         example=8,
         result=False,
     )
     deterministic: bool = setting(False, "Give the same bits for any number of processes and any division of an update into microbatches.")
-    unit: int = setting(1, "Number of sequences in a leaf of the deterministic sum, which is then also one forward pass.", at_least=1, example=4)
-    timeout: float = setting(600.0, "Seconds that a process waits for the others before it ends.", above=0.0, example=600, result=False)
+    unit: int = setting(
+        1, "Number of sequences in a leaf of the deterministic sum, which is then also one forward pass.", unit="sequences", at_least=1, example=4
+    )
+    timeout: float = setting(600.0, "Seconds that a process waits for the others before it ends.", unit="s", above=0.0, example=600, result=False)
     overfit_one_batch: bool = setting(False, "Train on the first batch only. A working setup drives its loss below 0.1.")
 
 
@@ -168,12 +219,20 @@ class OptimSection:
         None, "Learning rate at the end of the schedule, and its lower bound. Default: a tenth of learning_rate.", at_least=0.0, example="3e-5"
     )
     warmup: int | None = setting(
-        None, "Steps over which the learning rate rises to its peak. Default: a tenth of the steps, at most 1000.", at_least=0, example=100
+        None,
+        "Steps over which the learning rate rises to its peak. Default: a tenth of the steps, at most 1000.",
+        unit="steps",
+        at_least=0,
+        example=100,
     )
     schedule: str = setting("cosine", "Shape of the learning-rate decay after the warmup.", choices=KINDS)
     plateau_factor: float = setting(0.5, "Factor by which the plateau schedule lowers the learning rate.", above=0.0, below=1.0, example=0.5)
     plateau_patience: int = setting(
-        3, "Number of evaluations without a better loss before the plateau schedule lowers the learning rate.", at_least=1, example=3
+        3,
+        "Number of evaluations without a better loss before the plateau schedule lowers the learning rate.",
+        unit="evaluations",
+        at_least=1,
+        example=3,
     )
     weight_decay: float = setting(0.1, "Decoupled weight decay of matrices and embeddings; biases and norms have none.", at_least=0.0, example=0.1)
     beta1: float = setting(
@@ -196,6 +255,10 @@ class OptimSection:
     label_smoothing: float = setting(
         0.0, "Share of the target probability that is spread evenly over all tokens.", at_least=0.0, below=1.0, example=0.1
     )
+    dropout: float = setting(
+        0.0, "Share of the embedding, of attention's probabilities and of each branch's output that is zeroed at random in training, never in"
+        " evaluation. It helps where a text is read many times over; 0 for none.", at_least=0.0, below=1.0, example=0.2,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -210,9 +273,9 @@ class FinetuneSection:
 
 @dataclass(frozen=True)
 class LogSection:
-    metrics_every: int = setting(1, "Steps between rows of metrics.jsonl.", at_least=1, example=1, result=False)
+    metrics_every: int = setting(1, "Steps between rows of metrics.jsonl.", unit="steps", at_least=1, example=1, result=False)
     layers_every: int = setting(
-        50, "Steps between rows about each layer's gradient norm and update; 0 for none.", at_least=0, example=50, result=False
+        50, "Steps between rows about each layer's gradient norm and update; 0 for none.", unit="steps", at_least=0, example=50, result=False
     )  # fmt: skip
     classes: bool = setting(True, "At each evaluation, measure precision, recall and confusion of classes of tokens, and calibration.", result=False)
     activations: bool = setting(
@@ -221,10 +284,12 @@ class LogSection:
     prometheus_port: int = setting(
         0, "Port of this machine on which Prometheus finds the newest numbers; 0 for none.", at_least=0, at_most=65535, example=9400, result=False
     )  # fmt: skip
-    noise_scale_every: int = setting(0, "Steps between measurements of the gradient noise scale; 0 for none.", at_least=0, example=10, result=False)
+    noise_scale_every: int = setting(
+        0, "Steps between measurements of the gradient noise scale; 0 for none.", unit="steps", at_least=0, example=10, result=False
+    )
     tensorboard: bool = setting(True, "Write TensorBoard events if tensorboardX is installed.", result=False)
     watchdog_seconds: float = setting(
-        300.0, "Seconds without any progress after which the stacks of all threads are printed; 0 never.", at_least=0.0, result=False
+        300.0, "Seconds without any progress after which the stacks of all threads are printed; 0 never.", at_least=0.0, unit="s", result=False
     )
 
 
@@ -256,9 +321,18 @@ def _model_section() -> type:
     hints, docs = typing.get_type_hints(ModelConfig), field_docs(ModelConfig)
     preset_help = f"Named model sizes: {', '.join(PRESETS)}. Default: {DEFAULT_PRESET}, if no size is given."
     of_preset = dict.fromkeys(("embed_dim", "num_layers", "num_heads"), " Default: as in the preset.")
+    counted = {
+        "tokens": ("max_seq_len", "sliding_window", "rope_original_len"), "dimensions": ("embed_dim", "head_dim", "ffn_dim"),
+        "heads": ("num_heads", "num_kv_heads"), "blocks": ("num_layers",),
+    }  # fmt: skip
+    units = {name: unit for unit, names in counted.items() for name in names}
     fields: list[tuple[str, Any, Any]] = [("preset", str | None, setting(None, preset_help))]
     fields += [
-        (each.name, hints[each.name] | None, setting(None, docs.get(each.name, f"See ModelConfig.{each.name}.") + of_preset.get(each.name, "")))
+        (
+            each.name,
+            hints[each.name] | None,
+            setting(None, docs.get(each.name, f"See ModelConfig.{each.name}.") + of_preset.get(each.name, ""), unit=units.get(each.name)),
+        )
         for each in dataclasses.fields(ModelConfig)
         if each.name != "vocab_size"
     ]
@@ -314,6 +388,7 @@ _OTHER_NAMES = {
     "keep": "save_total_limit keep_last max_checkpoints",
     "patience": "early_stopping early_stop",
     "label_smoothing": "smoothing",
+    "dropout": "drop dropout_rate dropout_prob attention_dropout attn_pdrop resid_pdrop embd_pdrop hidden_dropout hidden_dropout_prob",
     "lora_rank": "rank lora_r lora",
     "lora_alpha": "alpha",
     "start_from": "init_from base_model pretrained finetune_from",

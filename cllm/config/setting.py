@@ -50,6 +50,8 @@ class Setting:
     """False for what cannot change the weights of a training (threads, logging): a resume may change it."""
     path: bool = False
     """Whether it may name a file or folder, which has to be on this machine."""
+    unit: str | None = None
+    """What its numbers count, where a form is to show it beside them."""
     flag: str | None = None
     """The name of its option where it is not the setting's own; `from` cannot be a field of Python's."""
 

@@ -8,6 +8,7 @@ packing again would give, and every file of the whole is the same byte for byte.
 earlier packing are compared.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -68,7 +69,13 @@ def pack(corpus: Corpus, plan: SplitPlan, tokenizer: Tokenizer, folder: Path, ea
 
 def _identity(info: FileInfo) -> list[Any]:
     """What tells the segments of a file: its content, and how documents are taken out of it."""
-    return [info.digest, json.dumps([SCAN_VERSION, *info.how()])]
+    return [info.digest, _described(*info.how())]
+
+
+@functools.lru_cache(1024)
+def _described(*how: Any) -> str:
+    """The same few for many files."""
+    return json.dumps([SCAN_VERSION, *how])
 
 
 def _checksum(rows: Any, files: list[list[Any]]) -> str:

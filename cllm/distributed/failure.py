@@ -101,7 +101,7 @@ def end_together(world: World | None, error: BaseException, stderr: TextIO) -> N
 def _first_failure(world: World, error: BaseException) -> Failure:
     """The failure that ends the run: this process's own, unless another process left one before it."""
     if is_peer_error(error):
-        return peer_failure(world) or _without_a_word(world, error)
+        return peer_failure(world) or _without_a_word(world, _interrupted_error(error))
     own = Failure(_message(error), _exit_status(error), world.rank)
     with contextlib.suppress(Exception):  # the store may be gone
         value = json.dumps(asdict(own))
@@ -152,9 +152,17 @@ def claim_report(world: World) -> bool:
 
 def is_peer_error(error: BaseException) -> bool:
     """Whether an error only says that another process is gone or does not answer, so that the cause is to be found there."""
-    if isinstance(error, Terminated) and error.__context__ is not None:
-        error = error.__context__  # SIGTERM arrived while another error was being handled
-    return _is_communication_error(error)
+    return _is_communication_error(_interrupted_error(error))
+
+
+def _interrupted_error(error: BaseException) -> BaseException:
+    """The error itself; for SIGTERM that arrived while a process was already ending because another one is gone, the error that told it so."""
+    handled = error.__context__ if isinstance(error, Terminated) else None
+    while handled is not None:
+        if _is_communication_error(handled):
+            return handled
+        handled = handled.__context__
+    return error
 
 
 # What gloo raises is a plain RuntimeError; it begins with the place in gloo's source:
@@ -261,7 +269,8 @@ class PeerWatch:
 
     def __init__(self, world: World, stderr: TextIO) -> None:
         self._world, self._stderr = world, stderr
-        self._ending = threading.Event()
+        self._ending, self._lost = threading.Event(), threading.Event()
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="cllm-peer-watch")
         if world.size > 1:
             self._thread.start()
@@ -269,6 +278,11 @@ class PeerWatch:
     def ending(self) -> None:
         """The main thread has noticed, or has itself failed."""
         self._ending.set()
+
+    def loss(self, seconds: float) -> Exception | None:
+        """The error by which another process was lost, waited for at most so long; None where all are there."""
+        self._lost.wait(seconds)
+        return self._error
 
     def close(self) -> None:
         """Tells the process that watches this one that all is well, and waits until the one that it watches itself has left too, or is gone."""
@@ -286,6 +300,8 @@ class PeerWatch:
         try:
             torch.distributed.recv(torch.zeros(1), (self._world.rank + 1) % self._world.size, self._world.patient, WATCHED)
         except Exception as error:
+            self._error = error
+            self._lost.set()
             if self._ending.is_set():
                 return
             close_connections()

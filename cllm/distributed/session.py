@@ -16,7 +16,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from cllm.distributed.failure import PeerWatch, Terminated, end_together, leave
+from cllm.distributed.failure import WAKING, PeerWatch, Terminated, end_together, leave
 from cllm.distributed.launch import entered, environment_number, launched
 from cllm.distributed.world import World
 from cllm.runtime.errors import UserError
@@ -49,9 +49,12 @@ def session(device: str = "auto", timeout: float = 600.0) -> Iterator[World | No
                 yield world
         except BaseException as error:
             terminations.ignored = True  # torchrun sends SIGTERM to all processes when one ends; this one has to report first
+            cause: BaseException = error
             if watch is not None:
+                if isinstance(error, Terminated):  # it can be faster than the connection that breaks
+                    cause = watch.loss(WAKING) or error
                 watch.ending()
-            end_together(world, error, stderr)
+            end_together(world, cause, stderr)
             raise
         finally:
             if watch is not None:

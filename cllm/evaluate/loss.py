@@ -81,7 +81,8 @@ def evaluate_part(model: Model, part: EvaluationBatches, whole: EvaluationBatche
     device = model.embedding_weight.device
     for here in part:
         batch = here.to(device)
-        _, stats = model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, return_stats=True)
+        with model.torch_aside():
+            _, stats = model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, return_stats=True)
         nats += float(stats.losses.double().sum())
         correct += int(stats.correct.sum())
         num_targets += here.num_targets

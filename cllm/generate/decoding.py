@@ -249,7 +249,7 @@ class _Run:
                 if len(seen) > limit:
                     seen = seen[-max(1, limit // 2) :]
                 logits = self.model(torch.tensor([seen], device=self.model.embedding_weight.device), last_only=True)[0, 0]
-                seen.append(sampler.choose(logits.float().cpu()).token)
+                seen.append(sampler.choose(logits.float().cpu().numpy()).token)
                 piece = continuation.add(seen[-1], self.eot, self.max_tokens)
                 if sampler.finished and not continuation.finish_reason:  # nothing can follow, so the model need not be asked
                     piece += continuation.end("end")

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
 from cllm.generate.drafts import Drafts
 from cllm.generate.prefixes import Prefixes
@@ -32,7 +32,7 @@ from cllm.runtime.errors import UserError
 if TYPE_CHECKING:
     from cllm.model.model import Model
 
-BUSY_CHUNK = 32  # tokens of prompts in a step beside running answers: more of them would make those wait
+BUSY_CHUNK = 64  # tokens in a step beside running answers for each prompt that is being read: more of them would make those answers wait
 _RATE_OVER = 32  # finished answers that the rate is measured over
 
 
@@ -128,14 +128,15 @@ class Engine:
             return False
         self._work.set()
         rows, parts = self._parts()
-        try:
-            logits = self.model.step(self.pool, parts)
-        except Exception as error:
-            for row in rows:
-                self._finish(row, f"error: {error}")
-            return True
-        self._steps += 1
-        self._use(rows, parts, logits)
+        with self.model.torch_aside():
+            try:
+                logits = self.model.step(self.pool, parts)
+            except Exception as error:
+                for row in rows:
+                    self._finish(row, f"error: {error}")
+                return True
+            self._steps += 1
+            self._use(rows, parts, logits[:, : self.vocab_size].float().cpu().numpy())
         return True
 
     def _end_what_is_over(self) -> None:
@@ -150,8 +151,8 @@ class Engine:
 
     def _parts(self) -> tuple[list[Row], list[Part]]:
         """What every running row adds to this step: answers one token and guesses, prompts some of what is left of them, the first come first."""
-        writing = sum(row.pending == 1 for row in self._running)
-        room = min(self.chunk, BUSY_CHUNK) if writing else self.chunk
+        reading = sum(row.pending > 1 for row in self._running)
+        room = min(self.chunk, BUSY_CHUNK * reading) if reading < len(self._running) else self.chunk
         rows, parts = [], []
         for row in self._running:
             row.guesses = []
@@ -181,9 +182,8 @@ class Engine:
         room = min(row.request.max_tokens - row.produced - 1, self.limit - len(row.context))
         return row.drafts.guess(row.context, room)
 
-    def _use(self, rows: Sequence[Row], parts: Sequence[Part], logits: torch.Tensor) -> None:
-        """Chooses tokens from the logits of a step; what was guessed right is stored already."""
-        logits = logits[:, : self.vocab_size].cpu()
+    def _use(self, rows: Sequence[Row], parts: Sequence[Part], logits: np.ndarray) -> None:
+        """Chooses tokens from the logits (W, V) float32 of a step; what was guessed right is stored already."""
         at = 0
         for row, part in zip(rows, parts):
             own = logits[at : at + part.wanted]
@@ -212,7 +212,7 @@ class Engine:
             if not row.finish_reason and len(row.context) > self.limit:
                 self._slide(row)
 
-    def _choose(self, row: Row, logits: torch.Tensor) -> int:
+    def _choose(self, row: Row, logits: np.ndarray) -> int:
         """The next token of a row, told to whoever asked for it. -1 where none can be chosen."""
         try:
             chosen = row.sampler.choose(logits)
@@ -233,7 +233,7 @@ class Engine:
             self._finish(row, f"error: {error}")
             return -1
 
-    def _score_prompt(self, row: Row, part: Part, logits: torch.Tensor) -> None:
+    def _score_prompt(self, row: Row, part: Part, logits: np.ndarray) -> None:
         for place in range(part.wanted):
             token = part.start + len(part.tokens) - part.wanted + place + 1
             if row.scored == token < len(row.request.prompt):

@@ -5,12 +5,12 @@ Greedy choices and draws are those of `cllm.generate.sampling`, token for token;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cllm.config.sampling import Sampling
 from cllm.generate.compiled_draw import UNDECIDED, draw_token, likeliest, log_of_sum
@@ -72,14 +72,14 @@ class Sampler:
         """Whether the constraint lets nothing but an end token follow, so that the model need not be asked."""
         return self._constraint is not None and self._constraint.finished
 
-    def choose(self, logits: Tensor) -> Chosen:
-        """logits (V',) float32, bfloat16 or float16 on the CPU, V' >= vocab_size (the rest is ignored) -> the next token.
+    def choose(self, logits: np.ndarray) -> Chosen:
+        """logits (V',) float32, V' >= vocab_size (the rest is ignored) -> the next token.
 
         Raises CLLMError where they are not finite, before anything has changed.
         """
-        row = logits[: self._vocab_size].detach().float().numpy()
+        row = logits[: self._vocab_size]
         best = int(row.argmax())  # the first of equal ones; the first NaN where there is one
-        if not np.isfinite(row[best]):
+        if not math.isfinite(row[best]):
             raise CLLMError(NOT_FINITE)
         adjusted = self._adjusted(row)
         if adjusted is not None:
@@ -134,9 +134,9 @@ class Sampler:
         return (None, []) if self._logprobs is None else _likelihoods(row, token, self._logprobs)
 
 
-def score(logits: Tensor, token: int, num_top: int) -> Chosen:
-    """How likely a token that stands in the text already is, for logits (V,) where it was to be chosen; beside it the `num_top` likeliest."""
-    return Chosen(token, *_likelihoods(logits.detach().float().numpy(), token, num_top))
+def score(logits: np.ndarray, token: int, num_top: int) -> Chosen:
+    """How likely a token that stands in the text already is, for logits (V,) float32 where it was to be chosen; beside it the `num_top` likeliest."""
+    return Chosen(token, *_likelihoods(logits, token, num_top))
 
 
 def _likelihoods(row: np.ndarray, token: int, num_top: int) -> tuple[float, list[tuple[int, float]]]:

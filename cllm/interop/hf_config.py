@@ -2,7 +2,7 @@
 
 Served: LlamaForCausalLM, MistralForCausalLM (a Llama with a sliding window), Qwen2ForCausalLM, Qwen3ForCausalLM,
 GPT2LMHeadModel. A setting that would change the result and that is not implemented here is refused by its name. Dropout
-rates are not: they do not change a trained model's output, and CLLM trains without dropout.
+rates are not: they do not change a trained model's output, and a run names its own.
 
 Rotary scaling: linear, llama3 and yarn are served; dynamic is the plain rotary up to max_position_embeddings, which is
 as far as the model goes here. longrope and any other kind are refused, as are parts of a head without rotation.

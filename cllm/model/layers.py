@@ -22,6 +22,10 @@ from cllm.kernels.stack import Layer, Linear, Norm, Packed
 from cllm.model.cache import DeviceCache, KVCache
 from cllm.model.pages import PageBatch
 
+# The places at which dropout draws: norm n, which takes in what the branch before it has computed (norm 0 the embedding), is place n, and head h of
+# layer l is place FIRST_HEAD + l * num_heads + h. None of them depends on how many layers there are.
+FIRST_HEAD = 1 << 20
+
 
 class Context:
     """What a forward pass shares between its layers."""
@@ -35,8 +39,12 @@ class Context:
         window: int | None,
         recompute: str = "none",
         tied: bool = False,
+        dropout: kernels.Dropout | None = None,
+        row_len: int = 0,
     ) -> None:
         self.recompute = recompute
+        self.dropout = dropout
+        self.row_len = row_len  # the tokens of a row of the batch, which may have been laid end to end
         self.tied = tied  # the loss goes on with `output_weight`, which is the token embedding
         self.output_weight: Tensor | None = None
         self.positions = positions
@@ -49,6 +57,11 @@ class Context:
         """q (B, T, H, D), k and v (B, T, H_kv, D) of the new tokens -> (B, T, H, D), seeing the cached ones too."""
         if self.cache is not None:
             return self.cache.attend(layer, q, k, v, self.window)
+        if self.dropout is not None:
+            place = FIRST_HEAD + layer * q.shape[2]
+            return kernels.attention_dropout(
+                q, k, v, self.dropout, place, causal=True, window=self.window, cu_seqlens=self.cu_seqlens, period=self.row_len
+            )
         return kernels.attention(q, k, v, causal=True, window=self.window, cu_seqlens=self.cu_seqlens)
 
     def look_up(self, tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -182,8 +195,9 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = Weights(config.embed_dim)
 
     def forward(self, x: Tensor, h: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
-        y, h = _rms_norm(x, h, self.input_layernorm, self.eps)
-        y, h = _rms_norm(self.self_attn(y, context), h, self.post_attention_layernorm, self.eps)
+        first = 2 * self.self_attn.layer
+        y, h = _rms_norm(x, h, self.input_layernorm, self.eps, context, first)
+        y, h = _rms_norm(self.self_attn(y, context), h, self.post_attention_layernorm, self.eps, context, first + 1)
         return self.mlp(y, context), h
 
     def decoding(self) -> Layer:
@@ -213,13 +227,16 @@ class LlamaBackbone(nn.Module):
     def decoding_norm(self) -> Norm:
         return Norm(self.norm.weight)
 
+    def decoding_embeddings(self) -> tuple[Tensor, Tensor | None]:
+        return self.embed_tokens.weight, None
+
     def embed(self, tokens: Tensor, positions: Tensor | None, dtype: torch.dtype, look_up: Callable[..., Tensor] = kernels.embedding) -> Tensor:
         """tokens (B, T) -> (B, T, E)."""
         return look_up(tokens, self.embed_tokens.weight, dtype)
 
     def forward(self, tokens: Tensor, context: Context, dtype: torch.dtype) -> Tensor:
         x, h = context.through(self.layers, self.embed(tokens, context.positions, dtype, context.look_up))
-        return _rms_norm(x, h, self.norm, self.eps)[0]
+        return _rms_norm(x, h, self.norm, self.eps, context, 2 * len(self.layers))[0]
 
 
 class GPT2Attention(nn.Module):
@@ -263,8 +280,9 @@ class GPT2Block(nn.Module):
         self.mlp = GPT2MLP(config)
 
     def forward(self, x: Tensor, h: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
-        y, h = _layer_norm(x, h, self.ln_1, self.eps)
-        y, h = _layer_norm(self.attn(y, context), h, self.ln_2, self.eps)
+        first = 2 * self.attn.layer
+        y, h = _layer_norm(x, h, self.ln_1, self.eps, context, first)
+        y, h = _layer_norm(self.attn(y, context), h, self.ln_2, self.eps, context, first + 1)
         return self.mlp(y, context), h
 
     def decoding(self) -> Layer:
@@ -294,6 +312,9 @@ class GPT2Backbone(nn.Module):
     def decoding_norm(self) -> Norm:
         return Norm(self.ln_f.weight, self.ln_f.bias)
 
+    def decoding_embeddings(self) -> tuple[Tensor, Tensor | None]:
+        return self.wte.weight, self.wpe.weight
+
     def embed(self, tokens: Tensor, positions: Tensor | None, dtype: torch.dtype, look_up: Callable[..., Tensor] = kernels.embedding) -> Tensor:
         """tokens (B, T) at positions (T,), from 0 on where None -> (B, T, E)."""
         if positions is None:
@@ -303,17 +324,21 @@ class GPT2Backbone(nn.Module):
 
     def forward(self, tokens: Tensor, context: Context, dtype: torch.dtype) -> Tensor:
         x, h = context.through(self.h, self.embed(tokens, context.positions, dtype, context.look_up))
-        return _layer_norm(x, h, self.ln_f, self.eps)[0]
+        return _layer_norm(x, h, self.ln_f, self.eps, context, 2 * len(self.h))[0]
 
 
-def _rms_norm(x: Tensor, h: Tensor | None, weights: Weights, eps: float) -> tuple[Tensor, Tensor]:
-    """Norm of h + x, and h + x; at the first norm there is no h yet."""
+def _rms_norm(x: Tensor, h: Tensor | None, weights: Weights, eps: float, context: Context, number: int) -> tuple[Tensor, Tensor]:
+    """Norm of h + x, and h + x; at the first norm there is no h yet. Dropout is of x."""
+    if context.dropout is not None:
+        return kernels.rms_norm_dropout(x, weights.weight, context.dropout, number, eps, residual=h)
     if h is None:
         return kernels.rms_norm(x, weights.weight, eps), x
     return kernels.rms_norm(x, weights.weight, eps, residual=h)
 
 
-def _layer_norm(x: Tensor, h: Tensor | None, weights: Weights, eps: float) -> tuple[Tensor, Tensor]:
+def _layer_norm(x: Tensor, h: Tensor | None, weights: Weights, eps: float, context: Context, number: int) -> tuple[Tensor, Tensor]:
+    if context.dropout is not None:
+        return kernels.layer_norm_dropout(x, weights.weight, weights.bias, context.dropout, number, eps, residual=h)
     if h is None:
         return kernels.layer_norm(x, weights.weight, weights.bias, eps), x
     return kernels.layer_norm(x, weights.weight, weights.bias, eps, residual=h)

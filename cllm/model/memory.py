@@ -21,6 +21,10 @@ CPU = torch.device("cpu")
 PROCESS_BYTES = 450 << 20
 
 
+# Of memory that a step on a CPU may take as a recorded program. Larger steps run operation by operation, and Python's share in them is small.
+MOST_PROGRAM_BYTES = 256 << 20
+
+
 @dataclass(frozen=True)
 class MemoryPrediction:
     """Bytes of each part of a training process."""
@@ -33,10 +37,11 @@ class MemoryPrediction:
     process: int = PROCESS_BYTES
     checkpoint: int = 0
     logit_rows: int = LOGIT_ROWS
+    program: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.process + self.checkpoint
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.process + self.checkpoint + self.program
 
     def rows(self) -> list[tuple[str, int, str]]:
         """(part, bytes, what it counts), largest first."""
@@ -48,6 +53,7 @@ class MemoryPrediction:
             ("logits", self.logits, f"one chunk of {self.logit_rows:,} rows and the gradient of the output matrix"),
             ("process", self.process, "Python, torch, compiled kernels"),
             *([("checkpoint", self.checkpoint, "the copy that is written while training goes on")] if self.checkpoint else []),
+            *([("program", self.program, "the recorded step: activations, gradients and logits at places of their own")] if self.program else []),
         ]
         return sorted(parts, key=lambda part: -part[1])
 
@@ -75,12 +81,15 @@ def predict(
     feed_forward = tokens * config.ffn_size * width * (3 if config.gated else 2)  # hidden values and gradients of one layer at a time
     logits, logit_rows = _logit_bytes(config, tokens, width, device)
     state = _optimizer_bytes(config, optimizer) + (4 * parameters if average else 0)
+    activations = tokens * per_token + feed_forward
+    recorded = 4 * parameters + activations + logits
     return MemoryPrediction(
         weights=4 * parameters,
         gradients=4 * parameters,
         optimizer=state,
-        activations=tokens * per_token + feed_forward,
+        activations=activations,
         logits=logits,
+        program=recorded if device.type == "cpu" and recorded <= MOST_PROGRAM_BYTES else 0,
         checkpoint=4 * parameters + state if background_checkpoint and device.type == "cpu" else 0,
         logit_rows=logit_rows,
     )

@@ -14,6 +14,7 @@ kernels round the weights as they read them. Names, shapes and layouts of the pa
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from cllm.model.layers import Context, GPT2Backbone, LlamaBackbone, Weights
 from cllm.model.pages import PageBatch, PagePool, Part
 from cllm.model.rope import rotary_tables
 from cllm.runtime.errors import UserError
+from cllm.runtime.huge_pages import HugePages
 
 if TYPE_CHECKING:
     from cllm.config.lora import LoraConfig
@@ -108,11 +110,17 @@ class Model(nn.Module):
     def _pack_(self, each: Callable[[Tensor], Packed], name: str) -> "Model":
         if not self.is_packed:
             self._compute_dtype, self._packed_as = self.compute_dtype, name
+            pages = HugePages()
+
+            def packed(weight: Tensor) -> Packed:
+                made = each(weight)
+                return made.moved(pages.copy) if weight.device.type == "cpu" else made
+
             for block in self.backbone.blocks:
                 for module in block.modules():
                     if isinstance(module, Weights) and module.weight.dim() == 2:
-                        module.pack_(each)
-            self._packed_output = each(self.output_weight)
+                        module.pack_(packed)
+            self._packed_output = packed(self.output_weight)
             self.lm_head = None
             self.requires_grad_(False)
         return self
@@ -136,6 +144,16 @@ class Model(nn.Module):
         if self.is_packed and not self._packed_as.startswith("int") and dtype != self.compute_dtype:
             raise UserError(f"the weights are {self._packed_as}; set compute_dtype before pack_().")
         self._compute_dtype = dtype
+
+    def torch_aside(self) -> AbstractContextManager[None]:
+        """A scope with torch on the calling thread only, while our workers do this model's work: torch's own threads would wait for their next loop
+        on the cores that the workers need. Where torch's kernels serve (float64, other devices) it keeps its threads."""
+        return runtime.threads.torch_alone() if self.is_ours() else nullcontext()
+
+    def is_ours(self) -> bool:
+        """Whether our kernels do this model's work, on a CPU."""
+        on_cpu = self.embedding_weight.device.type == "cpu"
+        return on_cpu and runtime.plan("matmul", ((1, 1), (1, 1)), self.compute_dtype).backend != "torch"
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -165,8 +183,9 @@ class Model(nn.Module):
         return self._hidden(tokens, cache, cu_seqlens, positions)[0]
 
     def _hidden(
-        self, tokens: Tensor, cache: KVCache | None, cu_seqlens: Tensor | None, positions: Tensor | None, tied: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+        self, tokens: Tensor, cache: KVCache | None, cu_seqlens: Tensor | None, positions: Tensor | None, tied: bool = False,
+        dropout: kernels.Dropout | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """What `hidden` returns, and with `tied` the output matrix that `tied_embedding` hands on."""
         if tokens.dim() != 2 or not tokens.numel():
             raise UserError(f"tokens must be (batch, tokens) and not empty, got the shape {tuple(tokens.shape)}.")
@@ -189,7 +208,7 @@ class Model(nn.Module):
             if start:
                 positions = torch.arange(start, start + length, device=tokens.device)
         tables = self.rotary_tables(tokens.device) if self.config.position == "rotary" else None
-        context = Context(positions, tables, cu_seqlens, cache, self.config.window_or_none, self.recompute, tied)
+        context = Context(positions, tables, cu_seqlens, cache, self.config.window_or_none, self.recompute, tied, dropout, length)
         with _gradients_unless(cache):
             x = self.backbone(tokens, context, self.compute_dtype)
         if cache is not None:
@@ -233,9 +252,8 @@ class Model(nn.Module):
             raise UserError(f"{longest} tokens are longer than the model's context of {self.config.max_seq_len} (max_seq_len).")
         batch = PageBatch(pool, parts)
         decoder = self._paged_decoder(pool)
-        if decoder is not None and len(batch.tokens) <= decoder.most_tokens:
-            x = self.backbone.embed(batch.tokens.unsqueeze(0), batch.positions, self.compute_dtype)[0]
-            logits = decoder(x, batch.positions, batch.slots, batch.pages_of_tokens())
+        if decoder is not None and batch.num_tokens <= decoder.most_tokens:
+            logits = decoder(*batch.lists())
             return self._capped(logits if batch.wants_all else logits[batch.wanted])
         tables = self.rotary_tables(pool.device) if self.config.position == "rotary" else None
         context = Context(batch.positions, tables, None, batch, self.config.window_or_none)
@@ -279,7 +297,7 @@ class Model(nn.Module):
         return Stack(
             [block.decoding() for block in self.backbone.blocks], self.backbone.decoding_norm(), output, config.head_size,
             config.activation_name, config.eps, self.rotary_tables(self.embedding_weight.device) if config.position == "rotary" else None,
-            config.window_or_none or 0,
+            config.window_or_none or 0, *self.backbone.decoding_embeddings(),
         )  # fmt: skip
 
     def loss(
@@ -292,12 +310,16 @@ class Model(nn.Module):
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         positions: Tensor | None = None,
+        dropout: kernels.Dropout | None = None,
     ) -> Any:
         """Mean cross entropy in nats over targets (B, T) that are not -100, or their sum / `divisor`. `return_stats`
-        adds a `LossStats` (per-token losses, correct, log-sum-exp). Logits exist only in chunks."""
+        adds a `LossStats` (per-token losses, correct, log-sum-exp). Logits exist only in chunks. With `dropout`, for
+        training alone, of the embedding, of the probabilities of attention, and of the output of each branch, before
+        it is added to the residual stream: where GPT-2 has it (Radford et al. 2019)."""
         if targets.shape != tokens.shape:
             raise UserError(f"targets must have the shape of tokens {tuple(tokens.shape)}, got {tuple(targets.shape)}.")
-        x, output_weight = self._hidden(tokens, None, cu_seqlens, positions, tied=self.lm_head is None and not self.is_packed)
+        tied = self.lm_head is None and not self.is_packed
+        x, output_weight = self._hidden(tokens, None, cu_seqlens, positions, tied, dropout)
         return kernels.linear_cross_entropy(
             x,
             self.output_weight if output_weight is None else output_weight,

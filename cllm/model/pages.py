@@ -112,11 +112,33 @@ class PageBatch:
         self.pool = pool
         self._parts, self._owners, self._device = parts, owners, pool.device
         self._pages = [[*part.pages[:most], *([0] * (most - len(part.pages)))] for part in parts]
+        self._tokens, self._positions, self._slots, self._wanted = tokens, positions, slots, wanted
+        self.num_tokens = len(tokens)
         self.wants_all = len(wanted) == len(tokens)
-        self.tokens = self._tensor(tokens)  # (N,) int64
-        self.positions = self._tensor(positions)  # (N,) int64, each in its sequence
-        self.slots = self._tensor(slots)  # (N,) int64, among all places of the pool
-        self.wanted = self._tensor(wanted)  # (W,) int64, among the N tokens
+
+    def lists(self) -> tuple[list[int], list[int], list[int], list[list[int]]]:
+        """Tokens, positions, slots and the pages of each token's sequence, as a decoder takes them."""
+        return self._tokens, self._positions, self._slots, [self._pages[owner] for owner in self._owners]
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """(N,) int64."""
+        return self._tensor(self._tokens)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(N,) int64, each in its sequence."""
+        return self._tensor(self._positions)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """(N,) int64, among all places of the pool."""
+        return self._tensor(self._slots)
+
+    @cached_property
+    def wanted(self) -> Tensor:
+        """(W,) int64, among the N tokens."""
+        return self._tensor(self._wanted)
 
     def _tensor(self, values: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(self._device, non_blocking=True)
@@ -127,10 +149,6 @@ class PageBatch:
         counts = [len(part.tokens) for part in self._parts]
         lengths = [part.start + count for part, count in zip(self._parts, counts)]
         return self._tensor(self._pages, torch.int32), self._tensor(lengths), self._tensor(counts)
-
-    def pages_of_tokens(self) -> Tensor:
-        """The pages of each token's sequence, (N, M) int32."""
-        return self._tensor([self._pages[owner] for owner in self._owners], torch.int32)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """q (1, N, H, D), k and v (1, N, H_kv, D) of the new tokens -> (1, N, H, D) over all tokens of each one's sequence so far."""

@@ -8,6 +8,7 @@ import math
 import os
 import resource
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ class RunLock:
             except OSError as error:
                 raise UserError(f"cannot write into {self.path.parent}: {error.strerror or error}. Choose another folder with --out.") from error
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock(file)
             except OSError as error:
                 file.seek(0)
                 holder = file.read().strip()
@@ -87,6 +88,16 @@ class RunLock:
                 self._file, self._goes_again = file, not existed
                 return
             file.close()  # its last holder removed it between the two calls
+
+    @staticmethod
+    def _lock(file: Any) -> None:
+        for left in reversed(range(3)):
+            try:
+                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:  # `trained_by` holds it for a moment as well
+                if not left:
+                    raise
+            time.sleep(0.02)
 
     def _is_of_run(self, file: Any) -> bool:
         try:
@@ -107,6 +118,21 @@ class RunLock:
         for each in self._made_folders:
             with contextlib.suppress(OSError):
                 each.rmdir()
+
+
+def trained_by(run: Path) -> str | None:
+    """The process that trains in a run's folder, in words; None where nobody does."""
+    try:
+        found = os.open(f"{run}/.lock", os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    with open(found, encoding="utf-8", errors="replace") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            holder = file.read(20).strip()
+            return f"process {holder}" if holder.isdigit() else "another process"
+    return None
 
 
 def peak_memory_bytes() -> int:

@@ -16,7 +16,7 @@ from cllm.files import RUN, Appender, new_file
 from cllm.monitor.prometheus import PrometheusEndpoint
 from cllm.monitor.records import TIME_FIELDS, Row
 
-__all__ = ["BOARD_EVERY", "TIME_FIELDS", "Metrics", "read_metrics"]
+__all__ = ["BOARD_EVERY", "TIME_FIELDS", "Metrics", "last_seconds", "read_metrics"]
 
 BOARD_EVERY = 10  # updates between two points on TensorBoard, where a row costs more than all of metrics.jsonl
 
@@ -109,6 +109,14 @@ def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(row, dict) and line.endswith("\n"):
                 yield row
+
+
+def last_seconds(run: Path) -> float:
+    """The seconds that a run had trained by the newest row that tells them, 0 where there is none."""
+    try:
+        return max((float(row.get("seconds", 0.0)) for row in read_metrics(run / "metrics.jsonl") if row.get("kind") == "train"), default=0.0)
+    except (OSError, TypeError, ValueError):
+        return 0.0
 
 
 def _tensorboard(run: Path) -> Any:

@@ -234,6 +234,22 @@ class MachineRow(Row):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PaceRow(Row):
+    """A decision of the clock in a run with `train.hours` or `train.minutes`: when it ends. The learning rates follow from these rows alone."""
+
+    kind: ClassVar[str] = "pace"
+
+    steps: int
+    """Updates after which the run is to end, as decided at this step."""
+    share: float
+    """Share of the schedule that has passed, from 0 to 1."""
+    early: bool = False
+    """Whether the cooldown began before its time, because the validation loss no longer fell."""
+    seconds: float = measured(0.0)
+    """Seconds that the run has taken so far, over all its starts, from the beginning of the command."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundRow(Record):
     """A row of rounds.jsonl: one round of a training that follows text which grows. Losses are in nats per token of text that is never learnt."""
 
@@ -267,7 +283,9 @@ class RoundRow(Record):
     """Seconds from the beginning of the round to its end, over the last start."""
 
 
-ROWS: dict[str, type[Row]] = {each.kind: each for each in (TrainRow, EvaluationRow, FinalRow, LayersRow, ActivationsRow, FaultRow, MachineRow)}
+ROWS: dict[str, type[Row]] = {
+    each.kind: each for each in (TrainRow, EvaluationRow, FinalRow, LayersRow, ActivationsRow, FaultRow, MachineRow, PaceRow)
+}
 TIME_FIELDS = frozenset(each.name for row in ROWS.values() for each in dataclasses.fields(row) if each.metadata.get("measured"))
 
 

@@ -81,8 +81,12 @@ class Reporter:
         self._flops_per_token = model.flops_per_token(config.train.seq_len)
         self._peak_flops = _peak_flops(config.train.precision, device)
         self._steps = steps
-        self._progress = progress.Progress(steps, "training", initial=step)
+        self._progress = progress.Progress(steps, "training", initial=step, unit="steps")
         self._steps_shown.enter_context(self._progress)
+
+    def ends_after(self, steps: int) -> None:
+        """Moves the end of the run that is shown."""
+        self._steps = self._progress.total = steps
 
     def steps_done(self) -> None:
         """Ends the progress line: what follows is work of its own."""
@@ -203,13 +207,13 @@ class Reporter:
         return runtime.nvml.utilization(self._device.index or 0) if self._device is not None and self._on_gpu else None
 
     def _warn_when_slowed(self, step: int) -> None:
-        """Says once that steps have become much slower. Threads that spin on cores which another program uses can make them 15 times slower."""
+        """Says once that steps have become much slower, for which other programs on the same cores are the usual reason."""
         self._best_speed = max(self._best_speed, self._smooth_speed)
         if self._smooth_speed < self._best_speed / SLOWED and not self._told_slowed:
             self._told_slowed = True
             self.say(
                 f"step {step:,}: {self._best_speed / self._smooth_speed:.0f} times slower than this run has been. Other programs probably use the "
-                "cores; if they stay, stop (Ctrl-C) and go on with OMP_WAIT_POLICY=passive in the environment: the same bits, without spinning"
+                "cores: end them, or let the run go on with what they leave; its bits stay the same"
             )
 
     def _memory(self) -> int:

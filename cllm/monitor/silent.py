@@ -43,6 +43,9 @@ class SilentReporter(Reporter):
     def begin(self, step: int, steps: int, config: TrainConfig, model: ModelConfig, device: torch.device) -> None:
         pass
 
+    def ends_after(self, steps: int) -> None:
+        pass
+
     def steps_done(self) -> None:
         pass
 

@@ -125,14 +125,16 @@ def _sentence(text: str, documents: Sequence[str]) -> str:
 # -- reading a folder ------------------------------------------------------------------------------------------------------
 
 
-def read_run(folder: str | Path, name: str | None = None) -> RunData:
-    """Everything that a report needs from a run's folder. Raises UserError when there is no run in it."""
+def read_run(folder: str | Path, name: str | None = None, *, with_metrics: bool = True) -> RunData:
+    """Everything that a report needs from a run's folder, or all but the rows of metrics.jsonl, which may be many. Raises UserError when there is no
+    run in it."""
     place = Path(folder)
     if not any((place / file).is_file() for file in ("metrics.jsonl", "config.toml")):
         what = "does not exist" if not place.exists() else "holds no run (neither metrics.jsonl nor config.toml)"
         raise UserError(f"{place} {what}. Give the folder of a training run, such as runs/demo.")
     run = RunData(place, name or place.resolve().name)
-    _read_metrics(run)
+    if with_metrics:
+        _read_metrics(run)
     run.environments = list(_records(place / "environment.jsonl", Environment.from_dict, run.problems))
     run.state = _read_state(place)
     _read_settings(run)

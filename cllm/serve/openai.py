@@ -69,6 +69,8 @@ class CompletionRequest:
     options: Options
     prompts: tuple[str | tuple[int, ...], ...]
     echo: bool
+    may_leave_out: bool = False
+    """Whether only the end of a prompt is read that is longer than the context (truncation: "auto")."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class ChatRequest:
     tools: list[dict[str, Any]]
     may_leave_out: bool
     """Whether the oldest turns may be left out where the conversation is longer than the context, as `cllm chat` does (truncation: "auto")."""
+    begun: str = ""
+    """The beginning of the answer, which goes on behind it (continue_final_message, vLLM's name)."""
 
 
 @dataclass(frozen=True)
@@ -102,14 +106,16 @@ def completion_request(body: dict[str, Any]) -> CompletionRequest:
         raise fields.refuse("best_of", f"must be n, which is {options.n}, or left out: the best of several answers is not chosen here.")
     if options.n * len(prompts) > MOST_CHOICES:
         raise fields.refuse("n", f"times the number of prompts is {options.n * len(prompts):,}, at most {MOST_CHOICES} answers are given at once.")
+    may_leave_out = _truncation(fields)
     fields.finish(_WITHOUT_EFFECT)
-    return CompletionRequest(options, prompts, echo)
+    return CompletionRequest(options, prompts, echo, may_leave_out)
 
 
 def chat_request(body: dict[str, Any]) -> ChatRequest:
     """POST /v1/chat/completions. Raises Refused."""
     fields = Fields(body)
     messages = _messages(fields)
+    begun = _begun(fields, messages)
     wanted = fields.flag("logprobs")
     top = fields.whole("top_logprobs", 0, MOST_LOGPROBS)
     if top and not wanted:
@@ -121,10 +127,10 @@ def chat_request(body: dict[str, Any]) -> ChatRequest:
     for name in ("functions", "function_call", "audio", "web_search_options", "prediction"):
         if fields.take(name) is not None:
             raise fields.refuse(name, "is not supported. " + ("Use tools." if name.startswith("function") else "Leave it out."))
-    truncation = fields.choice("truncation", ("disabled", "auto"), "disabled")
+    may_leave_out = _truncation(fields)
     options = _options(fields, CHAT_SAMPLING, (top or 0) if wanted else None)
     fields.finish((*_WITHOUT_EFFECT, "parallel_tool_calls", "reasoning_effort"))
-    return ChatRequest(options, messages, tools, truncation == "auto")
+    return ChatRequest(options, messages, tools, may_leave_out, begun)
 
 
 def embedding_request(body: dict[str, Any]) -> EmbeddingRequest:
@@ -161,6 +167,11 @@ def detokenize_request(body: dict[str, Any]) -> tuple[str | None, tuple[int, ...
     model = fields.text("model", _NAME)
     fields.finish()
     return model, tuple(tokens)
+
+
+def _truncation(fields: Fields) -> bool:
+    """Whether the beginning of what is longer than the context may be left out: the name and the values are those of OpenAI's Responses API."""
+    return fields.choice("truncation", ("disabled", "auto"), "disabled") == "auto"
 
 
 def _options(fields: Fields, declared: dict[str, Setting], logprobs: int | None, least_tokens: int = 1) -> Options:
@@ -280,6 +291,15 @@ def _messages(fields: Fields) -> list[dict[str, Any]]:
     if not given:
         raise Refused(400, "messages is missing: a list of at least one message with role and content.", param="messages", code="invalid_value")
     return [_message(each, f"messages[{number}].") for number, each in enumerate(given)]
+
+
+def _begun(fields: Fields, messages: list[dict[str, Any]]) -> str:
+    """Takes the last message out of a conversation whose answer has begun already."""
+    if not fields.flag("continue_final_message"):
+        return ""
+    if len(messages) < 2 or messages[-1]["role"] != "assistant" or "tool_calls" in messages[-1]:
+        raise fields.refuse("continue_final_message", "needs a last message of the assistant that is a text, with others before it.")
+    return str(messages.pop()["content"])
 
 
 def _message(values: dict[str, Any], where: str) -> dict[str, Any]:

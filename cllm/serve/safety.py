@@ -66,18 +66,25 @@ def is_loopback(host: str) -> bool:
 
 def check(method: str, path: str, headers: Headers, policy: Policy) -> None:
     """Raises Refused for a request that may not be answered: of another site, without the key, or with a body that is no JSON."""
-    found: dict[str, list[str]] = {}
-    for name, value in headers:
-        found.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
-    host = _check_host(found.get("host", []), policy)
-    _check_origin(found, host)
+    found = by_name(headers)
+    check_origin(found, check_host(found, policy))
     if path not in _OPEN:
         _check_key(found.get("authorization", []), policy.key)
     if method == "POST":
-        _check_content(found)
+        check_content(found)
 
 
-def _check_host(given: list[str], policy: Policy) -> str:
+def by_name(headers: Headers) -> dict[str, list[str]]:
+    """The values of each header by its name in lower case."""
+    found: dict[str, list[str]] = {}
+    for name, value in headers:
+        found.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
+    return found
+
+
+def check_host(headers: Mapping[str, list[str]], policy: Policy) -> str:
+    """The Host that was asked for. Raises Refused where the server is not known by it."""
+    given = headers.get("host", [])
     match = _HOST.fullmatch(given[0]) if len(given) == 1 else None
     if match is None:
         raise Refused(400, "the Host header is missing or malformed: it must name this server once.", code="invalid_host")
@@ -90,7 +97,8 @@ def _check_host(given: list[str], policy: Policy) -> str:
     return given[0].lower()
 
 
-def _check_origin(headers: Mapping[str, list[str]], host: str) -> None:
+def check_origin(headers: Mapping[str, list[str]], host: str) -> None:
+    """Raises Refused for what a page of another origin, or of another site, sent to this host."""
     for origin in headers.get("origin", []):
         parts = _split(origin)
         if parts is None or parts.scheme not in ("http", "https") or parts.netloc.lower() != host:
@@ -102,20 +110,30 @@ def _check_origin(headers: Mapping[str, list[str]], host: str) -> None:
 def _check_key(given: list[str], key: str | None) -> None:
     if key is None:
         return
-    scheme, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")
-    # Digests are of one length, so that the time of a comparison says nothing about the key's.
-    same = hmac.compare_digest(_digest(token.strip()), _digest(key))
-    if scheme.lower() != "bearer" or not same:
+    if not bears(given, key):
         words = "a key is needed: send the header Authorization: Bearer KEY." if not given else "the API key is not the one that this server expects."
         raise Refused(401, words, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
-def _check_content(headers: Mapping[str, list[str]]) -> None:
+def bears(given: list[str], key: str) -> bool:
+    """Whether the values of the header Authorization are this key as a bearer's."""
+    scheme, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")
+    return same(token.strip(), key) and scheme.lower() == "bearer"
+
+
+def same(text: str, secret: str) -> bool:
+    """Whether two texts are equal. Digests are of one length, so that the time of a comparison says nothing about the secret's."""
+    return hmac.compare_digest(_digest(text), _digest(secret))
+
+
+def check_content(headers: Mapping[str, list[str]], kind: str = "application/json") -> None:
+    """Raises Refused for a body of another kind: those that a form of any web page can send are never taken."""
     kinds = headers.get("content-type", [])
-    kind, _, parameters = kinds[0].partition(";") if len(kinds) == 1 else ("", "", "")
+    given, _, parameters = kinds[0].partition(";") if len(kinds) == 1 else ("", "", "")
     charset = parameters.strip().lower().replace('"', "")
-    if kind.strip().lower() != "application/json" or charset not in ("", "charset=utf-8", "charset=utf8"):
-        raise Refused(415, "the body must be JSON in UTF-8: send the header Content-Type: application/json.", code="unsupported_media_type")
+    if given.strip().lower() != kind or charset not in ("", "charset=utf-8", "charset=utf8"):
+        what = "JSON in UTF-8" if kind == "application/json" else "the bytes of a file"
+        raise Refused(415, f"the body must be {what}: send the header Content-Type: {kind}.", code="unsupported_media_type")
     if any(each.strip().lower() not in ("", "identity") for each in headers.get("content-encoding", [])):
         raise Refused(415, "compressed bodies are not read. Leave Content-Encoding out.", code="unsupported_media_type")
 

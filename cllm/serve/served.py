@@ -73,9 +73,11 @@ class Served:
     def close(self) -> None:
         self._templates.close()
 
-    def read(self, prompt: str | Sequence[int]) -> Prompt:
-        """Tokens of a text, or checked ones. Raises Refused."""
+    def read(self, prompt: str | Sequence[int], may_leave_out: bool = False) -> Prompt:
+        """Tokens of a text, or checked ones; with `may_leave_out` the last ones that the context holds. Raises Refused."""
         if isinstance(prompt, str):
+            if may_leave_out:
+                prompt = prompt[-self.context * self._longest_token :]  # no token is longer, so nothing that is read is lost
             self._check_length(prompt, "prompt")
             tokens, text = self._encode(prompt), prompt
         else:
@@ -88,28 +90,33 @@ class Served:
                 words = "prompt is empty, and the tokenizer has no end-of-text token to start from. Give at least one character."
                 raise Refused(400, words, param="prompt", code="invalid_value")
             tokens = [self.tokenizer.eot_id]  # the start of a document follows the end of another
+        if may_leave_out and len(tokens) > self.context:
+            tokens = tokens[-self.context :]
+            text = self.tokenizer.decode(tokens)
         self._check_tokens(len(tokens), "prompt")
         return Prompt(tokens, text)
 
     def read_chat(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], max_tokens: int | None, may_leave_out: bool
-    ) -> Prompt:  # fmt: skip
-        """The tokens after which the assistant answers. Raises Refused."""
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], max_tokens: int | None, may_leave_out: bool, begun: str = ""
+    ) -> Prompt:
+        """The tokens after which the assistant answers, or goes on with the answer that has begun. Raises Refused."""
         if tools and self.call_form is None:
             raise Refused(
                 400, f"the chat template of {self.identity!r} has no place for tools. Leave tools out.", param="tools", code="unsupported_value"
             )
-        self._check_length("".join(message["content"] for message in messages), "messages", may_leave_out)
+        self._check_length("".join([begun, *(message["content"] for message in messages)]), "messages", may_leave_out)
+        begins = self._encode(begun) if begun else []
         try:
-            if may_leave_out:
-                most = self.context if max_tokens is None else max_tokens
-                seen = fit_to_context(self.speaker, messages, self.context, most, self._templates.draw)
-                return Prompt(seen.tokens, "", seen.answer_room)
+            if may_leave_out and len(begins) < self.context:
+                context = self.context - len(begins)
+                seen = fit_to_context(self.speaker, messages, context, context if max_tokens is None else max_tokens, self._templates.draw)
+                return Prompt(seen.tokens + begins, "", seen.answer_room)
             tokens = encode_prompt(self.speaker, messages, tools=tools, draw=self._templates.draw)
         except (UserError, DataError) as error:
             raise Refused(400, str(error), param="messages", code="invalid_value") from None
         if not tokens:
             raise Refused(400, "the chat template makes no text of this conversation.", param="messages", code="invalid_value")
+        tokens = tokens + begins
         self._check_tokens(len(tokens), "messages")
         return Prompt(tokens, "", self.context - len(tokens) + 1)
 

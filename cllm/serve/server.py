@@ -13,9 +13,9 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from cllm.runtime.errors import UserError
 from cllm.serve.errors import Refused, error_body
 from cllm.serve.guard import Guard, status_error
+from cllm.serve.listening import new_server
 from cllm.serve.openai import chat_request, completion_request, detokenize_request, embedding_request, tokenize_request
 from cllm.serve.replies import embeddings_reply, encode, model_reply, models_reply
 from cllm.serve.safety import ClientGone, Policy, read_body
@@ -29,6 +29,11 @@ GRACE = 10  # seconds in which answers that run may end when the server is asked
 
 def application(service: Service, policy: Policy, log: Callable[[str], None] | None = None) -> Guard:
     """The ASGI application. log: takes one line of JSON for each request; by default they go to standard error."""
+    return Guard(api(service), policy, service.metrics, frozenset(ROUTES), log)
+
+
+def api(service: Service) -> FastAPI:
+    """The routes alone, for whoever has checked a request already and notes in `scope["noted"]` what it came to."""
     # Its pages of documentation load scripts from elsewhere, and its description of the API is of no use without models.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
 
@@ -113,7 +118,7 @@ def application(service: Service, policy: Policy, log: Callable[[str], None] | N
         identity, tokens = detokenize_request(await body(request))
         return reply({"prompt": await asyncio.to_thread(service.find(identity).detokenize, tokens)})
 
-    return Guard(app, policy, service.metrics, frozenset(ROUTES), log)
+    return app
 
 
 def client_of(request: Any, user: str) -> str:
@@ -121,40 +126,9 @@ def client_of(request: Any, user: str) -> str:
     return f"{request.client.host if request.client else ''} {user}"
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """The socket of an address, port 0: any that is free. Raises UserError where it cannot be had."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        found = socket.socket(family, socket.SOCK_STREAM)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-        found.listen(2048)
-        found.set_inheritable(False)
-        return found
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port} cannot be opened ({(error.strerror or str(error)).lower()}). Choose another port.") from error
-
-
 async def serve(service: Service, app: Guard, where: socket.socket, ready: Callable[[], None], should_end: Callable[[], bool]) -> None:
     """Answers until `should_end`, then lets running answers end for GRACE seconds. ready: called when the first request may come."""
-    import uvicorn
-
-    from cllm.serve.protocol import Protocol
-
-    config = uvicorn.Config(
-        app,
-        http=Protocol,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        log_level="critical",  # the log is the guard's
-        access_log=False,
-        proxy_headers=False,  # a client could give itself another address
-        server_header=False,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=3,
-    )
-    server = uvicorn.Server(config)
+    server = new_server(app)
     service.start(asyncio.get_running_loop())
     serving = asyncio.create_task(server.serve(sockets=[where]))
     try:

@@ -98,6 +98,20 @@ class Service:
             self.models = self.models | {new.identity: new}
         self._wake.set()
 
+    def remove(self, identity: str) -> None:
+        """No new requests get this model; those that run are answered, and then its memory is free."""
+        with self._lock:
+            self.models = {name: served for name, served in self.models.items() if name != identity}
+        self._wake.set()
+
+    def is_busy(self, identity: str) -> bool:
+        """Whether somebody is being answered by this model."""
+        served = self.models.get(identity)
+        if served is None:
+            return False
+        stats = served.engine.stats()
+        return bool(served.users or stats.running or stats.waiting)
+
     def stats(self) -> list[Any]:
         return [each.engine.stats() for each in self._stepped]
 
@@ -108,14 +122,14 @@ class Service:
         options = asked.options
         most = COMPLETION_TOKENS if options.max_tokens is None else options.max_tokens
         with self._using(options.model) as served:
-            prompts = [served.read(each) for each in asked.prompts]
+            prompts = [served.read(each, asked.may_leave_out) for each in asked.prompts]
             return self._submit(served, options, prompts, most, served.tokenizer, options.stop, client, echo=asked.echo)
 
     def chat(self, asked: ChatRequest, client: str) -> Job:
         """Begins to answer. Raises Refused."""
         options = asked.options
         with self._using(options.model) as served:
-            prompt = served.read_chat(asked.messages, asked.tools, options.max_tokens, asked.may_leave_out)
+            prompt = served.read_chat(asked.messages, asked.tools, options.max_tokens, asked.may_leave_out, asked.begun)
             assert prompt.room is not None
             most = prompt.room if options.max_tokens is None else min(options.max_tokens, prompt.room)
             stop = (*options.stop, *served.chat_stops)

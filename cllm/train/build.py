@@ -79,6 +79,8 @@ def make_step(
         "momentum": optim.momentum,
         "ema": optim.ema,
         "noise_scale_every": config.log.noise_scale_every,
+        "dropout": optim.dropout,
+        "seed": settings.seed,
     }
     if sharding is not None:
         from cllm.train.step_sharded import ShardedStep

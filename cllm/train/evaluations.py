@@ -45,6 +45,7 @@ class Evaluations:
         self._whole = dataset.val.windows(settings.seq_len, settings.batch_size, document_mask=config.data.document_mask)
         self.possible = self._whole.num_targets > 0  # without validation text nothing is evaluated
         self.plan = EvaluationPlan.of(config, self._whole.num_rows)
+        self.steps = settings.steps  # of the run, which a clock may move
         self._unigram: dict[int, float] = {}
 
     def keep_to(self, rows: int | None) -> None:
@@ -58,7 +59,7 @@ class Evaluations:
         """Whether an evaluation follows the update after which `step` updates are done."""
         settings = self._config.train
         assert settings.eval_every is not None
-        return self.possible and step > 0 and (step % settings.eval_every == 0 or step == settings.steps)
+        return self.possible and step > 0 and (step % settings.eval_every == 0 or step == self.steps)
 
     def measure(self, report: Reporter, check: Callable[[], None]) -> Measured:
         """One evaluation of the plan's part, with everything that goes with it. `check` is called after each batch and may raise."""

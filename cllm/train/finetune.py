@@ -86,11 +86,4 @@ def _check(config: TrainConfig, model: Model) -> None:
     given = {name: value for name, value in dataclasses.asdict(config.model).items() if value is not None and name != "preset"}
     have: dict[str, Any] = model.config.to_dict()
     wrong = [f"{name}={value!r} (the model has {have[name]!r})" for name, value in given.items() if value != have[name]]
-    if config.model.preset is not None:
-        wrong.append(f"preset={config.model.preset!r}")
-    if config.data.vocab_size is not None:
-        wrong.append(f"vocab_size={config.data.vocab_size!r}")
-    if config.data.tokenizer != "bpe":
-        wrong.append(f"tokenizer={config.data.tokenizer!r}")
-    if wrong:
-        raise UserError(f"--from {config.finetune.start_from} gives the model's sizes and its tokenizer. Leave out: {', '.join(wrong)}.")
+    config.check_beside_model(wrong)

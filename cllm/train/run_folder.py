@@ -24,6 +24,7 @@ from cllm.checkpoint.place import CHECKPOINTS
 from cllm.checkpoint.safetensors import sha256_of
 from cllm.checkpoint.store import CheckpointStore
 from cllm.checkpoint.weights import check_tokenizer
+from cllm.config.pace import Pace
 from cllm.config.schedule import Schedule, lr
 from cllm.config.schema import SETTINGS
 from cllm.config.train import TrainConfig
@@ -36,7 +37,8 @@ from cllm.train.run_place import DATA, PLACES
 if TYPE_CHECKING:
     from cllm.data import Dataset, TokenSplit
 
-_END = ("train.steps", "train.epochs", "train.patience")  # settings that only say where a run ends
+_TIME = ("train.hours", "train.minutes")
+_END = ("train.steps", "train.epochs", "train.patience", *_TIME)  # settings that only say where a run ends
 
 
 # -- what is in a folder ---------------------------------------------------------------------------------------------------
@@ -101,6 +103,8 @@ def true_sources(config: TrainConfig, file: Path, stored: StoredRun | None) -> T
     """
     there = {} if stored is None else stored.config.flat()
     for key, value in config.flat().items():
+        if stored is not None and key == "train.pace":  # the checkpoint knows better than the file, which is written when the run begins and ends
+            config = config.replace(stored.config.sources[key], pace=there[key])
         if config.sources[key] != f"file {file}":
             continue
         source = stored.config.sources[key] if stored is not None and there[key] == value else ""
@@ -183,6 +187,8 @@ def go_on(
     Raises UserError that lists what differs from the run in the folder, CheckpointError for another tokenizer.
     """
     there = stored.config
+    if there.seconds is not None:
+        config = config.adopt_choice(there)
     asked = _steps_asked_for(config, there)
     config = config.adopt(there)
     for key in PLACES:
@@ -217,7 +223,8 @@ def _steps_asked_for(config: TrainConfig, there: TrainConfig) -> int | None:
 def _schedule(config: TrainConfig, steps: int | None = None) -> Schedule:
     optim = config.optim
     assert optim.learning_rate is not None and optim.min_lr is not None and optim.warmup is not None and config.train.steps is not None
-    return Schedule(optim.learning_rate, optim.min_lr, optim.warmup, steps or config.train.steps, optim.schedule)
+    pace = None if config.train.pace is None else Pace.of_text(config.train.pace)
+    return Schedule(optim.learning_rate, optim.min_lr, optim.warmup, steps or config.train.steps, optim.schedule, pace)
 
 
 def _first_other_rate(old: Schedule, new: Schedule, done: int) -> int | None:
@@ -247,6 +254,12 @@ def how_to_train_longer(stored: StoredRun) -> str:
     """What to do for more steps than a run was to make, as sentences with the commands."""
     old = _schedule(stored.config)
     another = command("train", "DATA", "--from", stored.out, "--out", "NEW")
+    if stored.config.seconds is not None and old.kind == "wsd":
+        time = "--hours" if stored.config.train.minutes is None else "--minutes"
+        return (
+            f"To give it more time in all: {command('train', '--resume', '--out', stored.out, time, 'MORE')}. "
+            f"To go on from its weights as a run of its own, with the same or with other text: {another}."
+        )
     if old.kind == "wsd" or _first_other_rate(old, _schedule(stored.config, 2 * old.steps), stored.step) is None:
         return (
             f"To train it longer: {command('train', '--resume', '--out', stored.out, '--steps', 'MORE')}. "

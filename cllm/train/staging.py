@@ -25,11 +25,11 @@ def for_device(batch: Batch, model: Model, device: torch.device) -> Batch:
     """The batch as it goes to a device: packed documents with the position of each token, and with bounds that empty documents fill up to B * T + 1,
     so that every batch of a shape has the same number of them; for a GPU in pinned memory. May be called in any thread. UserError where the bounds
     do not fit the tokens or the model's context."""
-    tokens, targets, bounds, documents, positions = batch.to("cpu")
+    tokens, targets, bounds, documents, positions, first_row = batch.to("cpu")
     if bounds is not None and positions is None:
         positions = model.document_positions(bounds, tokens.numel())
         bounds = torch.cat((bounds, bounds.new_full((tokens.numel() + 1 - bounds.numel(),), tokens.numel())))
-    ready = Batch(tokens, targets, bounds, documents, positions)
+    ready = Batch(tokens, targets, bounds, documents, positions, first_row)
     if device.type != "cuda":
         return ready
     with torch.cuda.device(device):  # pinned memory belongs to a context, which only this GPU is to have

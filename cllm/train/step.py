@@ -4,8 +4,8 @@ step = TrainStep(model, precision="bf16", learning_rate=3e-4, grad_clip=1.0)
 loss = step(tokens, targets)          # returns the loss before the update; step.last holds the rest
 
 What goes with a step has a file of its own: `optimizers/` the update rules, `averages.py` averaged weights, `noise_scale.py` the gradient noise
-scale, `step_state.py` the names of its state in a checkpoint, `step_graph.py` the step on a GPU as CUDA graphs. `step_parallel.py` and
-`step_sharded.py` are its forms for several processes.
+scale, `step_state.py` the names of its state in a checkpoint, `step_graph.py` the step on a GPU as CUDA graphs, `step_program.py` that on a CPU as
+recorded programs. `step_parallel.py` and `step_sharded.py` are its forms for several processes.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ import torch
 
 from cllm.checkpoint.folder import Checkpoint
 from cllm.checkpoint.weights import load_weights, weights_of
-from cllm.data.tokens.batch import IGNORE, Batch
+from cllm.data.tokens.batch import IGNORE, Batch, first_tokens
+from cllm.kernels.dropout import Dropout
 from cllm.monitor.records import StepResult
+from cllm.runtime import profiler
 from cllm.runtime.errors import UserError
 from cllm.train.averages import Ema, swapped
 from cllm.train.noise_scale import NoiseScale
 from cllm.train.optimizers.base import GradientStatistics
 from cllm.train.optimizers.choice import make_optimizer
 from cllm.train.step_graph import graph_step
+from cllm.train.step_program import BACKWARD, FORWARD, StepPrograms
 from cllm.train.step_state import StepState
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 class TrainStep:
     """Trains a model step by step. Its parameters are the float32 master weights, updated in place; a model of float64 parameters is a reference
-    and computes in float64 whatever the precision. On a GPU the step runs as CUDA graphs.
+    and computes in float64 whatever the precision. On a GPU the step runs as CUDA graphs, on a CPU as recorded programs where that pays.
 
     model: the model to train. Parameters that do not require a gradient stay as they are.
     precision: "fp32", "bf16" or "fp16", the dtype of the activations; sets `model.compute_dtype`. fp16 uses loss scaling and needs a GPU.
@@ -57,6 +60,8 @@ class TrainStep:
     momentum: within [0, 1), of Muon alone.
     ema: within [0, 1), the decay of an exponential moving average of the weights, which is evaluated and stored in their place. 0: none.
     noise_scale_every: updates between two measurements of the gradient noise scale. 0: none.
+    dropout: within [0, 1), the share of the embedding, of attention's probabilities and of the branches' outputs that is zeroed in training.
+    seed: of what dropout draws. The masks are a function of it, of the number of the update, and of the number of a row in the run.
 
     Raises UserError for a value out of its range, for a model without trainable parameters, and for what the device cannot do.
 
@@ -64,7 +69,7 @@ class TrainStep:
     (`_update`), and what of the model a checkpoint holds (`weights`, `restore`, `whole_model`).
     """
 
-    uses_graphs = True  # whether the step runs as CUDA graphs where the model lies on a GPU
+    uses_graphs = True  # whether the step runs as CUDA graphs where the model lies on a GPU, and as recorded programs on a CPU
 
     def __init__(
         self,
@@ -82,6 +87,8 @@ class TrainStep:
         momentum: float = 0.95,
         ema: float = 0.0,
         noise_scale_every: int = 0,
+        dropout: float = 0.0,
+        seed: int = 0,
     ) -> None:
         if precision not in PRECISIONS:
             raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
@@ -96,11 +103,13 @@ class TrainStep:
             ("momentum", momentum, 0 <= momentum < 1, "within [0, 1)"),
             ("ema", ema, 0 <= ema < 1, "within [0, 1)"),
             ("noise_scale_every", noise_scale_every, noise_scale_every >= 0, ">= 0"),
+            ("dropout", dropout, 0 <= dropout < 1, "within [0, 1)"),
         ):
             if not fits:
                 raise UserError(f"{name} must be {expected}, got {value!r}.")
         self.model, self.learning_rate, self.grad_clip = model, learning_rate, grad_clip
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
+        self.dropout = Dropout.of(dropout, seed, model.embedding_weight.device) if dropout else None
         if next(model.parameters()).dtype != torch.float64:
             model.compute_dtype = PRECISIONS[precision]
         self.optimizer = make_optimizer(optimizer, self._trained(), betas=betas, eps=eps, weight_decay=weight_decay, momentum=momentum)
@@ -117,7 +126,9 @@ class TrainStep:
             grad_clip=grad_clip,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
+            dropout=self.dropout,
         )
+        self._programs = StepPrograms(model, self.optimizer.parameters) if self.uses_graphs else None
         self._state = StepState(self.optimizer, self.ema, self.noise_scale, self._graphs)
 
     # -- the step -------------------------------------------------------------------------------------------------------------
@@ -171,7 +182,13 @@ class TrainStep:
         """`run` without the noise scale: as CUDA graphs, or operation by operation."""
         if self._graphs is not None:
             return self._graphs.run(microbatches, rate, beat, ahead, before_update)
-        loss, num_targets = self.accumulate(microbatches, beat)
+        with self.model.torch_aside():
+            return self._run_operations(microbatches, rate, beat, before_update)
+
+    def _run_operations(
+        self, microbatches: Sequence[Batch], rate: float, beat: Callable[[], None] | None, before_update: Callable[[], None] | None
+    ) -> StepResult:
+        loss, num_targets = self._replayed(microbatches, beat) or self.accumulate(microbatches, beat)
         if before_update is not None:
             before_update()
         began = time.perf_counter()
@@ -181,13 +198,29 @@ class TrainStep:
             found, updated = GradientStatistics(math.nan, 0.0, 1), False
         else:
             updates = self.optimizer.num_updates
-            found = self._update(rate)
+            with profiler.span("update"):
+                found = self._update(rate)
             updated = self.optimizer.num_updates > updates
         if self.ema is not None and updated:
             self.ema.update(self.optimizer.num_updates)
         self.optimizer.zero_grad()
         self.seconds["optimizer"] = time.perf_counter() - began
         return StepResult(loss, found.norm, found.largest, found.num_nonfinite, num_targets, rate, updated)
+
+    def _replayed(self, microbatches: Sequence[Batch], beat: Callable[[], None] | None) -> tuple[float, int] | None:
+        """What `accumulate` does, by recorded programs; None, with nothing done, where they do not serve."""
+        num_targets = sum(each.num_targets for each in microbatches)
+        if self._programs is None or not num_targets or "accumulate" in vars(self) or not self.model.is_ours():
+            return None
+        seconds = {FORWARD: 0.0, BACKWARD: 0.0, "optimizer": 0.0}
+        options = self.label_smoothing, self.z_loss, self.dropout and (self.dropout.rate, self.dropout.key.data_ptr())
+        loss = self._programs.accumulate(
+            microbatches, num_targets, options, self._go_to, lambda batch: self._loss_of(batch, num_targets), seconds, beat
+        )
+        if loss is None:
+            return None
+        self.seconds = seconds
+        return loss, num_targets
 
     def accumulate(self, microbatches: Sequence[Batch], beat: Callable[[], None] | None = None) -> tuple[float, int]:
         """Leaves in each parameter's `.grad` the gradient of the mean loss over all targets of the microbatches; returns (loss, number of
@@ -199,11 +232,13 @@ class TrainStep:
         num_targets = sum(each.num_targets for each in microbatches)
         self.optimizer.zero_grad()
         total, self.seconds = 0.0, {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
-        for each in microbatches if num_targets else ():
+        for each, first in zip(microbatches, first_tokens(microbatches)) if num_targets else ():
             began = time.perf_counter()
-            loss = self._loss(each, num_targets)
+            with profiler.span(FORWARD):
+                loss = self._loss(each, num_targets, first)
             forward = time.perf_counter()
-            loss.backward()
+            with profiler.span(BACKWARD):
+                loss.backward()
             total += loss.item()
             self.seconds["forward"] += forward - began
             self.seconds["backward"] += time.perf_counter() - forward
@@ -211,8 +246,17 @@ class TrainStep:
                 beat()
         return total, num_targets
 
-    def _loss(self, batch: Batch, num_targets: int) -> torch.Tensor:
-        """The summed loss of a batch, divided by `num_targets`."""
+    def _loss(self, batch: Batch, num_targets: int, first_token: int) -> torch.Tensor:
+        """The summed loss of a batch, divided by `num_targets`. first_token: as in `first_tokens`."""
+        self._go_to(first_token)
+        return self._loss_of(batch, num_targets)
+
+    def _go_to(self, first_token: int) -> None:
+        """What dropout draws from now on belongs to this update and to the microbatch that begins with this token."""
+        if self.dropout is not None:
+            self.dropout.go_to(self.optimizer.num_updates, first_token)
+
+    def _loss_of(self, batch: Batch, num_targets: int) -> torch.Tensor:
         here = batch.to(self.model.embedding_weight.device)
         return self.model.loss(
             here.tokens,
@@ -222,6 +266,7 @@ class TrainStep:
             positions=here.positions,
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
+            dropout=self.dropout,
         )
 
     def _update(self, learning_rate: float) -> GradientStatistics:

@@ -1,8 +1,8 @@
 """The training step on a GPU: forward and backward of a microbatch, and AdamW's update, each captured once as a CUDA graph and replayed.
 
 All that changes from step to step lies in tensors that keep their addresses: the microbatch, the learning rate, the number of targets, the loss
-scale, the count of updates. Nothing is read back before the end of a step, and while the GPU works the host makes the next step's batches and
-copies them ahead (`staging.py`). The other optimizers decide on the host: their step waits once more, for the gradients.
+scale, the count of updates, the key of dropout. Nothing is read back before the end of a step, and while the GPU works the host makes the next
+step's batches and copies them ahead (`staging.py`). The other optimizers decide on the host: their step waits once more, for the gradients.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from cllm.data.tokens.batch import Batch
+from cllm.data.tokens.batch import Batch, first_tokens
+from cllm.kernels.dropout import Dropout
 from cllm.monitor.records import StepResult
 from cllm.runtime import progress, settings
 from cllm.runtime.cuda_graphs import Body, CudaGraphs, Graphs
@@ -43,15 +44,18 @@ def check_device(device_type: str, precision: str, *, graphs: bool) -> None:
 
 
 def graph_step(
-    model: Model, optimizer: Optimizer, precision: str, ema: Ema | None, *, allowed: bool, grad_clip: float, label_smoothing: float, z_loss: float
-) -> DeviceStep | None:
+    model: Model, optimizer: Optimizer, precision: str, ema: Ema | None, *, allowed: bool, grad_clip: float, label_smoothing: float, z_loss: float,
+    dropout: Dropout | None,
+) -> DeviceStep | None:  # fmt: skip
     """The step as CUDA graphs, where the model lies on a GPU and the kind of step allows it; otherwise None. UserError as in `check_device`."""
     device_type = model.embedding_weight.device.type
     check_device(device_type, precision, graphs=allowed)
     if device_type != "cuda" or not allowed:
         return None
     scaled = precision == "fp16"
-    return DeviceStep(model, optimizer, ema, grad_clip=grad_clip, label_smoothing=label_smoothing, z_loss=z_loss, loss_scaling=scaled)
+    return DeviceStep(
+        model, optimizer, ema, grad_clip=grad_clip, label_smoothing=label_smoothing, z_loss=z_loss, loss_scaling=scaled, dropout=dropout
+    )
 
 
 class _Accumulation(NamedTuple):
@@ -77,12 +81,13 @@ class DeviceStep:
         label_smoothing: float,
         z_loss: float,
         loss_scaling: bool,
+        dropout: Dropout | None = None,
         graphs: Callable[[torch.device], Graphs] | None = CudaGraphs,
     ) -> None:
         from cllm.kernels.triton.adamw import Fused
 
         self.model, self.optimizer, self.ema = model, optimizer, ema
-        self.grad_clip, self.label_smoothing, self.z_loss = grad_clip, label_smoothing, z_loss
+        self.grad_clip, self.label_smoothing, self.z_loss, self.dropout = grad_clip, label_smoothing, z_loss, dropout
         self.device = model.embedding_weight.device
         self._parameters = list(optimizer.parameters.values())
         self._gradients = [torch.zeros_like(each) for each in self._parameters]  # float32 main gradients, which microbatches add to
@@ -135,7 +140,9 @@ class DeviceStep:
             accumulations = [self._accumulation(each) for each in batches]
             self._loss.zero_()
             torch._foreach_zero_(self._gradients)
-            for accumulation, batch in zip(accumulations, batches):
+            for accumulation, batch, first in zip(accumulations, batches, first_tokens(microbatches)):
+                if self.dropout is not None:
+                    self.dropout.go_to(self.optimizer.num_updates, first)
                 accumulation.batch.take(batch)
                 accumulation.run()
                 if beat is not None:
@@ -215,8 +222,9 @@ class DeviceStep:
         tokens, targets, *documents = batch.device
         cu_seqlens, positions = documents or (None, None)
         loss = self.model.loss(
-            tokens, targets, divisor=1.0, cu_seqlens=cu_seqlens, positions=positions, label_smoothing=self.label_smoothing, z_loss=self.z_loss
-        )
+            tokens, targets, divisor=1.0, cu_seqlens=cu_seqlens, positions=positions, label_smoothing=self.label_smoothing, z_loss=self.z_loss,
+            dropout=self.dropout,
+        )  # fmt: skip
         loss.backward(gradient=(self._state[1] * self._hyper[8]).to(loss.dtype))
         self._loss += (loss.detach() * self._hyper[8]).to(self._loss.dtype)
 

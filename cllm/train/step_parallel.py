@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cllm.data.tokens.batch import Batch
+from cllm.data.tokens.batch import Batch, first_tokens
 from cllm.distributed.reduce import BucketedSum, add_in_place, clip_, flat_gradient, measured, norm_of, put_flat, tree_sum
 from cllm.distributed.share import Share
 from cllm.runtime import tree
@@ -34,8 +34,8 @@ class DataParallelStep(TrainStep):
         if not num_targets:
             return 0.0, 0
         total = 0.0
-        for number, each in enumerate(microbatches, 1):
-            loss = self._loss(each, num_targets)
+        for number, (each, first) in enumerate(zip(microbatches, first_tokens(microbatches)), 1):
+            loss = self._loss(each, num_targets, first)
             if number == len(microbatches):
                 self._sum.begin()
             loss.backward()
@@ -69,8 +69,8 @@ class DeterministicStep(TrainStep):
             return 0.0, 0
         parameters = list(self.optimizer.parameters.values())
         sums, losses = tree.Binary(add_in_place), []
-        for leaf, each in enumerate(microbatches, self.share.run_of(self.share.rank)[0]):
-            loss = self._loss(each, num_targets)
+        for leaf, (each, first) in enumerate(zip(microbatches, first_tokens(microbatches)), self.share.run_of(self.share.rank)[0]):
+            loss = self._loss(each, num_targets, first)
             loss.backward()
             losses.append(loss.item())
             sums.push(leaf, flat_gradient(parameters))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cllm.checkpoint.folder import Checkpoint
-from cllm.data.tokens.batch import IGNORE, Batch
+from cllm.data.tokens.batch import IGNORE, Batch, first_tokens
 from cllm.distributed.reduce import add_in_place, clip_, measured, norm_of
 from cllm.distributed.sharding import Sharding
 from cllm.distributed.share import Share
@@ -129,7 +129,7 @@ class ShardedStep(TrainStep):
         if not num_targets:
             return 0.0, 0
         filler = Batch(microbatches[0].tokens, torch.full_like(microbatches[0].targets, IGNORE), microbatches[0].cu_seqlens)
-        losses = []
+        losses, firsts = [], first_tokens(microbatches)
         for turn in range(self.share.rounds):
             first = turn * self.share.size
             for each in self._exchanges:
@@ -137,7 +137,7 @@ class ShardedStep(TrainStep):
             if self._exchanges:
                 self._zero_grad()
             real = turn < len(microbatches)
-            loss = self._loss(microbatches[turn] if real else filler, num_targets)
+            loss = self._loss(microbatches[turn] if real else filler, num_targets, firsts[turn] if real else 0)
             loss.backward()
             if real:
                 losses.append(loss.item())

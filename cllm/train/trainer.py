@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from cllm import distributed, runtime
 from cllm.checkpoint.folder import Checkpoint, read_checkpoint
 from cllm.checkpoint.store import CheckpointStore
 from cllm.checkpoint.weights import check_tokenizer, load_weights, weights_of
+from cllm.config.pace import Pace
 from cllm.config.schedule import Schedule, lr
 from cllm.config.train import TrainConfig
 from cllm.files import RUN, Appender, write_file
@@ -28,7 +30,7 @@ from cllm.monitor.diagnostics import Diagnostics
 from cllm.monitor.environment import record_environment
 from cllm.monitor.guards import RunLock
 from cllm.monitor.metrics import Metrics
-from cllm.monitor.records import ActivationsRow, EvaluationRow, FaultRow, FinalRow, Sample, StepResult, TrainResult, TrainRow
+from cllm.monitor.records import ActivationsRow, EvaluationRow, FaultRow, FinalRow, PaceRow, Sample, StepResult, TrainResult, TrainRow
 from cllm.monitor.reporter import Reporter
 from cllm.monitor.silent import SilentMetrics, SilentReporter
 from cllm.monitor.stop_signals import BEFORE_TRAINING, Interrupted, StopRequested, StopSignals
@@ -44,6 +46,7 @@ from cllm.train.run_folder import StoredRun, go_on, identity
 from cllm.train.samples import sample_text
 from cllm.train.staging import for_device
 from cllm.train.state import RunState
+from cllm.train.timed_end import TimedEnd
 from cllm.train.update_data import UpdateData
 
 if TYPE_CHECKING:
@@ -61,6 +64,7 @@ class Trainer:
     Raises UserError for settings that do not fit, DataError for data that cannot be trained on, CheckpointError for a run that cannot be
     resumed or written, Interrupted (exit status 130) after a stop by signal, all with the run left ready to go on.
     lock: that of `out`, where the caller holds it already; otherwise it is taken while the run is trained.
+    began: when the time of a run with `train.hours` began, by time.perf_counter; now, where it is None.
     """
 
     def __init__(
@@ -72,16 +76,25 @@ class Trainer:
         out: str | Path,
         tokenizer: Tokenizer | None = None,
         lock: RunLock | None = None,
+        began: float | None = None,
     ) -> None:
         self.model, self.dataset, self.out = model, dataset, Path(out)
         self.tokenizer = tokenizer if tokenizer is not None else getattr(dataset, "tokenizer", None)
         self.config = (config or TrainConfig()).resolve(model.config, dataset.train.num_tokens)
         self._lock = lock
+        self._began = time.perf_counter() if began is None else began
         self._world = distributed.current()
         self.device = resolve(self.config.train.device)[0] if self._world is None else self._world.device
         self._leads = self._world is None or self._world.leads  # whether this process prints and writes
         self._share, self._sharding = divide(self.config, self._world)
         _check_fit(model, dataset, self.config, self.tokenizer)
+        if self.config.clocked and self._world is not None:
+            raise UserError("hours and minutes work in one process. Give --steps or --epochs, or run it without torchrun.")
+        self._end: TimedEnd | None = None  # of a run that was given its time
+        self._metrics: Metrics  # these are made when the folder of the run is opened
+        self._checkpoints: Checkpoints
+        self._evaluations: Evaluations
+        self._schedule: Schedule
         self.state = RunState.first(self.config)
         ready = partial(for_device, model=model, device=self.device) if self.device.type == "cuda" else None
         self.data = UpdateData(dataset.train, self.config, self.state.faults, self._share, ready)
@@ -95,6 +108,11 @@ class Trainer:
     def step(self) -> int:
         """The number of updates done."""
         return self.state.step
+
+    @property
+    def spent(self) -> float | None:
+        """Seconds that a run which was given its time has taken so far, over all its starts; None without a clock."""
+        return None if self._end is None or self._end.clock is None else self._end.clock.elapsed
 
     def fit(self, resume: str | bool = "auto") -> TrainResult:
         """Trains to the end. resume: "auto" goes on where `out` holds this run, True demands it, False refuses it.
@@ -120,6 +138,8 @@ class Trainer:
             with self._metrics:
                 with self._out_of_memory(), self.data, self._checkpoints, self._saving_when_stopped():
                     self._train()
+                if self._end is not None and self._leads:
+                    self._write_settings()  # with what the clock decided
                 result = self._result()
                 self._report.finish(result)
                 if result.validation is not None:
@@ -135,14 +155,15 @@ class Trainer:
 
     def _train(self) -> None:
         settings, state, report = self.config.train, self.state, self._report
-        assert settings.steps is not None and settings.checkpoint_every is not None
-        report.begin(state.step, settings.steps, self.config, self.model.config, self.device)
+        assert settings.checkpoint_every is not None
+        report.begin(state.step, self._steps, self.config, self.model.config, self.device)
         # The run may have stopped between this checkpoint and its evaluation; the checkpoint of a former last step does not know its own either.
         if self._evaluations.due(state.step) or (self._evaluations.possible and state.step == self._former_end):
             self._evaluate()
         if state.step == 0 and state.faults.may_roll_back:
             self._save()  # where a fault in the first steps goes back to
-        while state.step < settings.steps and not state.best.exhausted(settings.patience):
+        self._follow(None if self._end is None else self._end.begin(state.step, self._steps))
+        while state.step < self._steps and not state.best.exhausted(settings.patience):
             with report.reading(state.step), self._left_at_once():
                 microbatches = self.data.microbatches(state.step)
             with report.step(state.step):
@@ -151,23 +172,30 @@ class Trainer:
             state.step += 1
             state.tokens += result.num_targets
             self._record(result)
+            self._follow(None if self._end is None else self._end.updated(state.step, self._steps))
             fault = state.faults.judge(state.step, result)
             if fault is not None:
                 self._handle(fault)
             self._checkpoints.check()
-            if state.step % settings.checkpoint_every == 0 or state.step == settings.steps:
+            if state.step % settings.checkpoint_every == 0 or state.step == self._steps:
                 self._save()
             if self._evaluations.due(state.step):
                 self._evaluate()
             if settings.sample_every and state.step % settings.sample_every == 0:
                 self._sample()
-            if state.step < settings.steps:
+            if state.step < self._steps:
                 self._check_stop()
         report.steps_done()
         self._save()  # after early stopping; the last step has its checkpoint already
         self._checkpoints.finish()
         self._leave_weights_to_use()
         self._evaluate_what_is_left()
+
+    @property
+    def _steps(self) -> int:
+        """After how many updates the run ends."""
+        assert self.config.train.steps is not None
+        return self.config.train.steps
 
     def _learning_rate(self) -> float:
         """The learning rate of the next update."""
@@ -200,7 +228,7 @@ class Trainer:
         """Comes after the checkpoint of the same step was written: an evaluation that fails costs nothing."""
         state, report, rate = self.state, self._report, self._learning_rate()
         self._checkpoints.before_update()  # weights may be swapped for their averages
-        with self._train_step.evaluation_weights(), self._left_at_once():
+        with self._aside(), self._train_step.evaluation_weights(), self._left_at_once():
             self._measured = found = self._evaluations.measure(report, self._check_stop)
         best = state.take_evaluation(found.evaluation.loss)
         if found.activations is not None:
@@ -214,6 +242,8 @@ class Trainer:
         if best:
             self._save()
             self._checkpoints.mark_best(state.step)
+        else:
+            self._end_early()
 
     def _sample(self) -> None:
         """A sample to samples.txt."""
@@ -221,7 +251,7 @@ class Trainer:
         if self.tokenizer is None or model is None or not self._leads:
             return
         self._checkpoints.before_update()
-        with self._report.stage("sampling"), self._train_step.evaluation_weights(), self._left_at_once():
+        with self._aside(), self._report.stage("sampling"), self._train_step.evaluation_weights(), self._left_at_once():
             text = sample_text(model, self.tokenizer, self.dataset.train, seed=self.state.step)
         with Appender(self.out / "samples.txt", RUN) as file:
             file.write(Sample(step=self.state.step, text=text).to_text())
@@ -245,10 +275,12 @@ class Trainer:
     def _evaluate_what_is_left(self) -> None:
         """The weights that the run leaves, on the whole validation split where the budget allows it."""
         evaluations, report = self._evaluations, self._report
-        if not evaluations.possible or not (evaluations.plan.whole_at_end or self._measured is None):
+        plan, clock = evaluations.plan, None if self._end is None else self._end.clock
+        whole = plan.whole_at_end and (clock is None or clock.has_time_for(plan.split_rows / plan.rows))
+        if not evaluations.possible or not (whole or self._measured is None):
             return
         with self._left_at_once():
-            self._measured = found = evaluations.loss(report, self._check_stop, whole=evaluations.plan.whole_at_end)
+            self._measured = found = evaluations.loss(report, self._check_stop, whole=whole)
         self._metrics.write(FinalRow(step=self.step, unigram_loss=found.unigram_loss, **found.evaluation.to_dict()))
         report.evaluated(self.step, found.evaluation, found.unigram_loss, best=False)
 
@@ -270,6 +302,42 @@ class Trainer:
             checkpoint=self._checkpoints.store.path(state.step),
             out=self.out,
         )
+
+    # -- a run that was given its time --------------------------------------------------------------------------------------
+
+    def _follow(self, pace: Pace | None) -> None:
+        """Takes over a decision about the end of the run, and records it. With the next checkpoint it is as durable as the weights that follow from
+        it."""
+        if pace is None or self._end is None:
+            return
+        so_far = pace.until(self.step)
+        now, early = so_far.decisions[-1], so_far.most_steps is not None
+        self._metrics.write(PaceRow(step=self.step, steps=now.steps, share=now.share, early=early, seconds=round(self.spent or 0.0, 3)))
+        self._take_pace(pace)
+        self._report.ends_after(now.steps)
+
+    def _take_pace(self, pace: Pace) -> None:
+        assert self._end is not None
+        by_clock, steps = "derived: decided by the clock", pace.steps(self.step)
+        source = by_clock if self._end.clock is not None else self.config.sources["train.pace"]
+        self.config = self.config.replace(by_clock, steps=max(1, steps)).replace(source, pace=pace.to_text())
+        self._end.pace, self._evaluations.steps = pace, steps
+        self._schedule = replace(self._schedule, steps=max(1, steps), pace=pace)
+
+    def _end_early(self) -> None:
+        """Where the validation loss no longer falls."""
+        waited = self.state.best.without_gain
+        pace = None if self._end is None else self._end.no_longer_falls(self.step, self._steps, waited)
+        if pace is not None:
+            self._report.say(
+                f"step {self.step:,}: the validation loss has not fallen in {waited} evaluations. The learning rate falls from here on, and the run "
+                f"ends early, after {pace.steps(self.step):,} steps: this text teaches the model no more"
+            )
+            self._follow(pace)
+
+    def _aside(self) -> AbstractContextManager[None]:
+        """Around work between updates, which the clock keeps apart from them."""
+        return nullcontext() if self._end is None else self._end.aside()
 
     # -- signals that ask the run to stop -----------------------------------------------------------------------------------
 
@@ -346,6 +414,8 @@ class Trainer:
         self._train_step.restore(found)
         self.state.load(found)
         faults.rollbacks, self._checkpoints.newest_step = rollbacks, None
+        if self._end is not None and self._end.clock is not None:
+            self._take_pace(self._end.pace.until(self.step))
         self._metrics.truncate(self._belongs_before_step)
         self._save()
         self._checkpoints.finish()
@@ -380,7 +450,7 @@ class Trainer:
         if self._leads:
             if self.tokenizer is not None:
                 self.tokenizer.save(self.out / "tokenizer.json")
-            write_file(self.out / "config.toml", config.to_toml().encode(), RUN)
+            self._write_settings()
             record_environment(self.out, config.sources)
         self._metrics = Metrics(self.out, config.log.tensorboard, config.log.prometheus_port) if self._leads else SilentMetrics()
         self._metrics.text("config", self.step, config.to_toml())
@@ -398,7 +468,14 @@ class Trainer:
             self._evaluations.keep_to(self.state.evaluation_rows)
             report.say(f"resuming after step {self.step:,} from {found.path}")
         self.state.evaluation_rows = self._evaluations.plan.rows
+        if config.seconds is not None:
+            most_steps = config.steps_of_epochs(self.dataset.train.num_tokens)
+            self._end = TimedEnd(config, self._began, self.out, found, self._evaluations.plan, most_steps)
+            self._take_pace(self._end.pace)
         self._metrics.truncate(self._belongs_before_step)
+
+    def _write_settings(self) -> None:
+        write_file(self.out / "config.toml", self.config.to_toml().encode(), RUN)
 
     def _found_in(self, store: CheckpointStore, resume: str | bool) -> Checkpoint | None:
         """The checkpoint to go on from, of this very run; None for a run that begins."""
@@ -423,6 +500,8 @@ class Trainer:
 
     def _belongs_before_step(self, row: dict[str, Any]) -> bool:
         """Whether a row of metrics stays when the run goes on from `step`: later rows, and the evaluation after its checkpoint, come again."""
+        if row["step"] == self.step and row["kind"] == PaceRow.kind and self._end is not None:  # it may have been decided after the checkpoint
+            return any((each.step, each.steps) == (self.step, row.get("steps")) for each in self._end.pace.decisions)
         return row["step"] < self.step or (row["step"] == self.step and row["kind"] not in _OF_EVALUATIONS)
 
     def _save(self) -> None:
@@ -439,6 +518,7 @@ class Trainer:
             "data": identity(self.dataset),
             **self.state.to_dict(),
             "seconds": self._seconds_before + self._report.seconds,
+            **({} if self.spent is None else {"spent": self.spent}),
             "lora": lora_state(self.model),
             "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }

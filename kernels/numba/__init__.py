@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cllm import runtime
+import cllm.runtime as runtime
 from cllm.kernels.backend import Backend
 from cllm.kernels.operations import OPERATIONS, Shapes
 
@@ -24,7 +24,7 @@ class _Numba(Backend):
 VARIABLES = ("CLLM_SIMD_LANES", "CLLM_BF16_KERNEL")  # environment variables that files in this folder read
 
 # Files of the folder above whose constants the kernels hold.
-CONSTANTS = ("operations.py", "quantization.py", "stack.py", "strips.py")
+CONSTANTS = ("operations.py", "philox.py", "quantization.py", "stack.py", "strips.py")
 
 runtime.compiler.register_kernels(Path(__file__).parent, VARIABLES, [Path(__file__).parents[1] / name for name in CONSTANTS])
 runtime.register_library("numba", "so the CPU kernels cannot run and plain torch does all the work. Install it: pip install numba")

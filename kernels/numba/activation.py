@@ -36,6 +36,8 @@ from cllm.kernels.numba.simd import (
     vsub,
     vzero,
 )
+from cllm.runtime import compile_ahead
+from cllm.runtime.workers import lasting
 
 CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3}
 NONE, ACTIVATE, DIFFERENTIATE = range(3)
@@ -208,10 +210,16 @@ def _compiled(code: int, what: int) -> Any:
     return numba.cfunc(_FINISH, cache=True, error_model="numpy")(finish)
 
 
+@functools.cache
+def _address(code: int, what: int) -> int:
+    compile = functools.partial(_compiled, code, what)
+    return compile_ahead.NOWHERE if compile_ahead.is_postponed(compile) else lasting(int(compile().address))
+
+
 def finish(activation: str, what: int) -> int:
     """The address of the end of a product, for `call_finish`; compiled at its first use.
 
     Each activation is compiled by itself, and by its address it serves every kind of product: its constants stay in registers, and nobody waits
     for the compilation of what he does not use.
     """
-    return int(_compiled(CODES[activation], what).address)
+    return _address(CODES[activation], what)

@@ -101,12 +101,12 @@ class _DoublesModel(models.PrimitiveModel):
 
 
 @intrinsic
-def _no_squares(tc):
+def no_squares(tc):
     return _doubles(), lambda ctx, bld, sig, args: ir.Constant(_VD, [0.0] * W)
 
 
 @intrinsic
-def _add_squares(tc, total, v):
+def add_squares(tc, total, v):
     def codegen(ctx, bld, sig, args):
         wide = bld.fpext(args[1], _VD)
         return bld.fadd(args[0], bld.fmul(wide, wide))  # the square of a float32 is exact in float64
@@ -115,7 +115,7 @@ def _add_squares(tc, total, v):
 
 
 @intrinsic
-def _sum_squares(tc, total):
+def sum_squares(tc, total):
     def codegen(ctx, bld, sig, args):
         lanes = [bld.extract_element(args[0], ir.IntType(32)(i)) for i in range(W)]
         while len(lanes) > 1:
@@ -139,16 +139,16 @@ def _measure(p, f, task, worker):
     row = p[P.tensors] + int64_at(p[P.block_tensor], task) * len(TENSOR) * 8
     grad, half = int64_at(row, TENSOR.grad), int64_at(row, TENSOR.grad_half)
     start = (task - int64_at(row, TENSOR.first_block)) * BLOCK_ELEMENTS
-    squares, largest, nonfinite = _no_squares(), vzero(), vzero()
+    squares, largest, nonfinite = no_squares(), vzero(), vzero()
     one, zero = vset(_ONE), vzero()
     end = min(start + BLOCK_ELEMENTS, int64_at(row, TENSOR.size))
     for c in range(start, end, W):
         prefetch_l1(grad + (c + AHEAD) * (2 if half else 4))
         g = load(grad, half, c, end - c)
-        squares = _add_squares(squares, g)
+        squares = add_squares(squares, g)
         largest = vmax_nan(largest, vabs(g))
         nonfinite = vadd(nonfinite, vselect(visnan(vsub(g, g)), one, zero))
-    _put_double(p[P.squares], task, _sum_squares(squares))
+    _put_double(p[P.squares], task, sum_squares(squares))
     _put_double(p[P.largest], task, np.float64(vhmax(largest)))
     _put_double(p[P.nonfinite], task, np.float64(vhsum(nonfinite)))
 
@@ -201,7 +201,7 @@ def _tree_sum(values: np.ndarray) -> float:
     return float(values[0]) if values.size else 0.0
 
 
-class _Table:
+class Table:
     """Addresses of all tensors and which tensor each block belongs to."""
 
     def __init__(self, params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor]):
@@ -236,7 +236,7 @@ def launched_workers(planned: int, shapes: Shapes, dtype: torch.dtype, **options
 def statistics(grads: list[Tensor]) -> Tensor:
     """float32 [norm, max |g|, count of non-finite]."""
     gradients = [dense(t) for t in grads]
-    table = _Table(gradients, gradients, gradients, gradients)
+    table = Table(gradients, gradients, gradients, gradients)
     squares, largest, nonfinite = (np.zeros(table.num_blocks) for _ in range(3))
     arguments = _arguments(
         tensors=table.rows.ctypes.data,
@@ -259,35 +259,56 @@ def step(
     """Update all tensors in place; returns float32 [gradient norm before clipping, max |g|, count of non-finite]."""
     states = [[dense(t) for t in tensors] for tensors in (params, exp_avgs, exp_avg_sqs)]
     gradients = [dense(t) for t in grads]
-    table = _Table(states[0], gradients, states[1], states[2])
-    blocks = table.num_blocks
-    squares, largest, nonfinite = np.zeros(blocks), np.zeros(blocks), np.zeros(blocks)
-    decays = np.array([1.0 - learning_rate * decay for decay in weight_decays], np.float32)
-    arguments = _arguments(
-        tensors=table.rows.ctypes.data,
-        block_tensor=table.block_tensor.ctypes.data,
-        squares=squares.ctypes.data,
-        largest=largest.ctypes.data,
-        nonfinite=nonfinite.ctypes.data,
-        decays=decays.ctypes.data,
-    )
-    elements = sum(t.numel() for t in params)
-    workers = num_workers("adamw", ((elements,),), torch.float32)
-    _measure_kernel(blocks, workers, arguments)
-    norm = math.sqrt(_tree_sum(squares))
-    num_nonfinite = int(nonfinite.sum())  # whole numbers: exact in any order
-    stats = torch.tensor([norm, float(largest.max(initial=0.0)), float(num_nonfinite)], dtype=torch.float32)
-    if skip_nonfinite and num_nonfinite:
-        return stats
-    clip = 1.0
-    if max_norm > 0:  # the formula of torch.nn.utils.clip_grad_norm_
-        clip = max_norm / (norm + 1e-6)
-        clip = 1.0 if clip > 1.0 else clip
-    correction1, root_correction2 = 1.0 - beta1**step, math.sqrt(1.0 - beta2**step)
-    options = _options(clip=clip, step_size=learning_rate / correction1, beta1=beta1, beta2=beta2, eps=eps, root_correction2=root_correction2)
-    _update_kernel(blocks, workers, arguments, options)
+    places = Places(states[0], gradients, states[1], states[2], weight_decays)
+    stats = apply(params, places, learning_rate, beta1, beta2, eps, step, max_norm, skip_nonfinite)
     for originals, updated in zip((params, exp_avgs, exp_avg_sqs), states):
         for original, copied in zip(originals, updated):
             if original is not copied:
                 original.detach().copy_(copied)
+    return stats
+
+
+class Places:
+    """Where contiguous tensors lie that are updated together, and room for their measurements. It holds addresses only: whoever uses it again makes
+    sure that the tensors are still there."""
+
+    def __init__(
+        self, params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], weight_decays: list[float]
+    ) -> None:  # fmt: skip
+        self.table = Table(params, grads, exp_avgs, exp_avg_sqs)
+        self.weight_decays, self.decays = np.array(weight_decays, np.float64), np.empty(len(params), np.float32)
+        self.squares, self.largest, self.nonfinite = (np.zeros(self.table.num_blocks) for _ in range(3))
+        self.arguments = _arguments(
+            tensors=self.table.rows.ctypes.data,
+            block_tensor=self.table.block_tensor.ctypes.data,
+            squares=self.squares.ctypes.data,
+            largest=self.largest.ctypes.data,
+            nonfinite=self.nonfinite.ctypes.data,
+            decays=self.decays.ctypes.data,
+        )
+        self.workers = num_workers("adamw", ((sum(param.numel() for param in params),),), torch.float32)
+
+
+def apply(
+    params: list[Tensor], places: Places, learning_rate: float, beta1: float, beta2: float, eps: float, step: int, max_norm: float,
+    skip_nonfinite: bool, clip: float | None = None,
+) -> Tensor:  # fmt: skip
+    """`step` of tensors that lie at `places`. clip: the factor of their gradients, where these are measured already; the result is zeros then."""
+    blocks, arguments = places.table.num_blocks, places.arguments
+    places.decays[...] = 1.0 - learning_rate * places.weight_decays
+    stats = torch.zeros(3)
+    if clip is None:
+        _measure_kernel(blocks, places.workers, arguments)
+        norm = math.sqrt(_tree_sum(places.squares))
+        num_nonfinite = int(places.nonfinite.sum())  # whole numbers: exact in any order
+        stats = torch.tensor([norm, float(places.largest.max(initial=0.0)), float(num_nonfinite)], dtype=torch.float32)
+        if skip_nonfinite and num_nonfinite:
+            return stats
+        clip = 1.0
+        if max_norm > 0:  # the formula of torch.nn.utils.clip_grad_norm_
+            clip = max_norm / (norm + 1e-6)
+            clip = 1.0 if clip > 1.0 else clip
+    correction1, root_correction2 = 1.0 - beta1**step, math.sqrt(1.0 - beta2**step)
+    options = _options(clip=clip, step_size=learning_rate / correction1, beta1=beta1, beta2=beta2, eps=eps, root_correction2=root_correction2)
+    _update_kernel(blocks, places.workers, arguments, options)
     return stats

@@ -17,7 +17,7 @@ from cllm.kernels.numba.attention_tile import KEYS, SEGMENT, WORD, F, P
 from cllm.kernels.numba.fields import fields
 from cllm.kernels.numba.gemm import TILES as TILES_KERNEL
 from cllm.kernels.numba.gemm import bf16_kernel
-from cllm.kernels.numba.launch import Kernel, at_most, float32_at, inline, int64_at, jit, num_workers, put_float32, scratch
+from cllm.kernels.numba.launch import Kernel, at_most, float32_at, hold, inline, int64_at, jit, num_workers, put_float32, scratch
 from cllm.kernels.numba.micro import CONFIGURATION, HAS_TILES
 from cllm.kernels.numba.simd import (
     W,
@@ -28,6 +28,7 @@ from cllm.kernels.numba.simd import (
     vfma,
     vlanes_below,
     vload,
+    vload_bf16,
     vlog,
     vmax,
     vmul,
@@ -41,6 +42,7 @@ from cllm.kernels.numba.simd import (
     vzero,
 )
 from cllm.kernels.operations import Shapes
+from cllm.runtime.workers import recorder
 
 ROWS = 64  # a tile has this many rows of queries: a multiple of at.MR and of amx.LANES
 
@@ -69,6 +71,7 @@ class _WorkSpace(NamedTuple):
     out: int
     scores: int
     state: int
+    kept: int  # what dropout makes of a row of probabilities
     own_block: int  # a block of keys and values that this worker packed
 
 
@@ -91,13 +94,15 @@ def _work_space(p, worker):
     q = p[P.scratch] + worker * p[P.scratch_size]
     scores = q + 2 * rows
     state = scores + ROWS * KEYS * WORD
-    return _WorkSpace(q=q, out=q + rows, scores=scores, state=state, own_block=state + _STATE_BYTES)
+    kept = state + _STATE_BYTES
+    return _WorkSpace(q=q, out=q + rows, scores=scores, state=state, kept=kept, own_block=kept + at.KEPT_BYTES)
 
 
 def work_bytes(dim: int) -> int:
-    """Bytes of `_work_space`: two tiles of rows, scores, the state, and a block of keys and values with room for one more W x W of the packing."""
+    """Bytes of `_work_space`: two tiles of rows, scores, the state, a row of dropout, and a block of keys and values with room for one more W x W of
+    the packing."""
     width = -(-dim // W) * W
-    size = 2 * ROWS * width * WORD + ROWS * KEYS * WORD + _STATE_BYTES + 2 * KEYS * width * WORD + W * W * WORD
+    size = 2 * ROWS * width * WORD + ROWS * KEYS * WORD + _STATE_BYTES + at.KEPT_BYTES + 2 * KEYS * width * WORD + W * W * WORD
     return -(-size // 4096) * 4096
 
 
@@ -165,13 +170,28 @@ def _exponentials(scores, state_address, out, width, rows, columns, factor, tile
 
 
 @jit
-def _finish(p, state_address, out, width, rows, num_queries, b, t0, head):
+def _drop(p, segment, scores, space, rows, num_queries, t0, head, key, columns, tiles):
+    """Zeroes the exponentials that dropout drops; the sums hold all of them, and `_finish` scales what is kept."""
+    b, start = int64_at(segment, SEGMENT.batch), int64_at(segment, SEGMENT.start)
+    element = at.first_element(p, start, key)
+    for r in range(rows):
+        row, token, h = scores + r * (KEYS * WORD), start + t0 + r % num_queries, head + r // num_queries
+        kept = at.kept_row(p, space, _ONE, b, token, h, element, columns)
+        for c in range(0, columns, W):
+            if HAS_TILES and tiles:
+                vstore_flushed(row, c, vmul(vload_bf16(row, c), vload(kept, c)))
+            else:
+                vstore(row, c, vmul(vload(row, c), vload(kept, c)))
+
+
+@jit
+def _finish(p, f, state_address, out, width, rows, num_queries, b, t0, head):
     """Divide rows by their sums and write them, with their log-sum-exps."""
     state = _state(state_address)
     inverse, lse = state.shift, state.correction  # which are no longer needed
     for r in range(0, rows, W):
         total = at.sums_of_rows(state.sums + r * (W * WORD))
-        vstore(inverse, r, vdiv(vset(_ONE), total))
+        vstore(inverse, r, vdiv(vset(np.float32(f[F.kept])), total))
         vstore(lse, r, vfma(vload(state.largest, r), vset(np.float32(at.LN_2)), vlog(total)))
     size, dim = 2 if p[P.half] else 4, p[P.dim]
     for r in range(rows):
@@ -191,7 +211,7 @@ def _pair_strips(keys):
 
 
 @jit
-def _pack_block(p, b, token, kv, rows, target, width, spare):
+def _pack_block(p, b, token, kv, rows, target, width, spare, with_values):
     k = p[P.k] + b * p[P.k_batch] + token * p[P.k_token] + kv * p[P.k_head]
     v = p[P.v] + b * p[P.v_batch] + token * p[P.v_token] + kv * p[P.v_head]
     if HAS_TILES and p[OWN.tiles]:
@@ -199,7 +219,8 @@ def _pack_block(p, b, token, kv, rows, target, width, spare):
         amx.fill_strips_of_columns(v, p[P.v_token], rows, p[P.dim], KEYS // 2, target + KEYS * width * WORD, spare)
         return
     at.fill_strips(k, p[P.half], p[P.k_token], rows, p[P.dim], target, spare)
-    at.fill_rows(v, p[P.half], p[P.v_token], rows, p[P.dim], target + KEYS * width * WORD, _ONE, rows)
+    if with_values:
+        at.fill_rows(v, p[P.half], p[P.v_token], rows, p[P.dim], target + KEYS * width * WORD, _ONE, rows)
 
 
 def _pack(p, f, task, worker):
@@ -211,27 +232,29 @@ def _pack(p, f, task, worker):
     block, kv = first + local % blocks, local // blocks
     target = p[P.packed] + task * (2 * KEYS * width * WORD)
     spare = p[P.scratch] + worker * p[P.scratch_size]
-    _pack_block(p, int64_at(segment, SEGMENT.batch), at.first_token(segment, block), kv, min(KEYS, num_keys - block * KEYS), target, width, spare)
+    valid = min(KEYS, num_keys - block * KEYS)
+    _pack_block(p, int64_at(segment, SEGMENT.batch), at.first_token(segment, block), kv, valid, target, width, spare, True)
 
 
 @jit
-def _block_of_keys(p, segment, kv, block, valid, own_block):
-    """Where a block of keys lies packed: for all tiles, or now for this one."""
+def _block_of_keys(p, segment, kv, block, valid, own_block, with_values):
+    """Where a block of keys lies packed: for all tiles, or now for this one, then on demand with its values."""
     width, num_keys = at.padded_dim(p[P.dim]), int64_at(segment, SEGMENT.num_keys)
     size = 2 * KEYS * width * WORD
     if p[P.packed] != 0 and int64_at(segment, SEGMENT.blocks) >= 0:
         first = int64_at(segment, SEGMENT.first_block)
         return p[P.packed] + (int64_at(segment, SEGMENT.blocks) + kv * ((num_keys + KEYS - 1) // KEYS - first) + block - first) * size
-    _pack_block(p, int64_at(segment, SEGMENT.batch), at.first_token(segment, block), kv, valid, own_block, width, own_block + size)
+    _pack_block(p, int64_at(segment, SEGMENT.batch), at.first_token(segment, block), kv, valid, own_block, width, own_block + size, with_values)
     return own_block
 
 
 @jit
-def _walk(p, f, segment, kv, space, rows, num_queries, t0):
+def _walk(p, f, segment, kv, space, rows, num_queries, t0, head):
     """All blocks of keys that a tile of queries sees, one after the other."""
     q, out, scores, state, own_block = space.q, space.out, space.scores, space.state, space.own_block
     queries, num_keys, width = int64_at(segment, SEGMENT.queries), int64_at(segment, SEGMENT.num_keys), at.padded_dim(p[P.dim])
     factor, row, scores_row, tiles = np.float32(at.log2_factor(f)), width * WORD, KEYS * WORD, p[OWN.tiles]
+    values_in_place = not tiles and p[P.half] != 0 and rows <= at.MOST_FEW and width == p[P.dim]
     last = t0 + num_queries - 1
     end = at.end_key(p, last, queries, num_keys)
     open_from, open_to = at.first_key(p, last, queries, num_keys), at.end_key(p, t0, queries, num_keys)
@@ -239,7 +262,7 @@ def _walk(p, f, segment, kv, space, rows, num_queries, t0):
     for block in range(first_block, (end + KEYS - 1) // KEYS):
         key = block * KEYS
         valid, begins = min(KEYS, end - key), block == first_block
-        packed = _block_of_keys(p, segment, kv, block, valid, own_block)
+        packed = _block_of_keys(p, segment, kv, block, valid, own_block, not values_in_place)
         if HAS_TILES and tiles:
             columns = (valid + amx.STEP - 1) // amx.STEP * amx.STEP
             _tile_scores(p, q, packed, scores, rows, columns)
@@ -252,10 +275,19 @@ def _walk(p, f, segment, kv, space, rows, num_queries, t0):
         _maxima(scores, state, rows, columns, factor)
         if HAS_TILES and tiles:
             _exponentials(scores, state, out, width, rows, columns, factor, True, begins)
+            if p[P.dropped] != 0:
+                _drop(p, segment, scores, space.kept, rows, num_queries, t0, head, key, columns, True)
             _tile_outputs(p, scores, packed + KEYS * row, out, rows, columns, begins)
         else:
             _exponentials(scores, state, out, width, rows, columns, factor, False, begins)
-            at.multiply(scores, scores_row, packed + KEYS * row, row, W * WORD, out, row, rows, valid, width // W, begins)
+            if p[P.dropped] != 0:
+                _drop(p, segment, scores, space.kept, rows, num_queries, t0, head, key, columns, False)
+            if values_in_place:
+                token = at.first_token(segment, block) * p[P.v_token]
+                values = p[P.v] + int64_at(segment, SEGMENT.batch) * p[P.v_batch] + token + kv * p[P.v_head]
+                at.multiply_half(scores, scores_row, values, p[P.v_token], out, row, rows, valid, width // W, begins)
+            else:
+                at.multiply(scores, scores_row, packed + KEYS * row, row, W * WORD, out, row, rows, valid, width // W, begins)
 
 
 @inline
@@ -308,10 +340,10 @@ def _forward(p, f, task, worker):
     for r in range(ROWS):
         vstore(state.sums, r * W, vzero())
 
-    _walk(p, f, segment, kv, space, rows, num_queries, t0)
+    _walk(p, f, segment, kv, space, rows, num_queries, t0, head)
     if HAS_TILES and p[OWN.tiles]:
         amx.stop()
-    _finish(p, space.state, space.out, width, rows, num_queries, b, start + t0, head)
+    _finish(p, f, space.state, space.out, width, rows, num_queries, b, start + t0, head)
 
 
 def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -321,7 +353,7 @@ def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return attention_backward.backward(*args)
 
 
-_pack_kernel, _forward_kernel = Kernel(_pack), Kernel(_forward, dealt=True)
+_pack_kernel, _forward_kernel = Kernel(_pack), Kernel(_forward, uneven=True)
 
 
 class Grid(NamedTuple):
@@ -329,8 +361,15 @@ class Grid(NamedTuple):
 
     table: np.ndarray  # segments; TASKS counts tiles of queries, BLOCKS is -1 where one tile reads a block of keys and packs it itself
     pack_table: np.ndarray  # the same; TASKS counts blocks of keys to be packed for all tiles
-    tasks: int
-    blocks: int
+    counts: np.ndarray  # int64: how many tasks there are, and how many blocks of keys to be packed
+
+    @property
+    def tasks(self) -> int:
+        return int(self.counts[0])
+
+    @property
+    def blocks(self) -> int:
+        return int(self.counts[1])
 
 
 def grid_of(table: np.ndarray, heads: int, kv_heads: int) -> Grid:
@@ -343,7 +382,13 @@ def grid_of(table: np.ndarray, heads: int, kv_heads: int) -> Grid:
     blocks = at.count(pack_table, SEGMENT.tasks, num_blocks)
     at.count(table, SEGMENT.blocks, num_blocks)
     table[tiles <= 1, SEGMENT.blocks] = -1
-    return Grid(table, pack_table, at.count(table, SEGMENT.tasks, kv_heads * tiles), blocks)
+    return Grid(table, pack_table, np.array((at.count(table, SEGMENT.tasks, kv_heads * tiles), blocks), np.int64))
+
+
+def _most_blocks(num_tokens: int, heads: int, kv_heads: int) -> int:
+    """The most blocks of keys that documents of so many tokens in all can have packed. These have more than ROWS / group tokens each, and so at
+    most n / KEYS + n group / ROWS blocks."""
+    return kv_heads * (num_tokens // KEYS + num_tokens * (heads // kv_heads) // ROWS + 1)
 
 
 @lru_cache(maxsize=256)
@@ -358,8 +403,9 @@ def launched_workers(planned: int, shapes: Shapes, dtype: torch.dtype, **options
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int, softcap: float, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int, softcap: float, cu_seqlens: Tensor | None,
+    dropout: at.Drawn = at.NO_DROPOUT,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q (B, T, H, D), k and v (B, S, Hkv, D), any strides -> output (B, T, H, D) and log-sum-exp (B, H, T) float32."""
     shapes, dtype, kv_heads = (tuple(q.shape), tuple(k.shape)), q.dtype, k.shape[2]
     batch, tokens, heads, _ = q.shape
@@ -368,35 +414,52 @@ def forward(
     if not out.numel():
         return out, lse
     q, k, v = at.strided(q), at.strided(k), at.strided(v)
+    options: dict[str, Any] = {"causal": causal, "window": window, "scale": scale, "softcap": softcap, "dropout": dropout}
     if cu_seqlens is None:
         grid = dense_grid(batch, tokens, k.shape[1], heads, kv_heads)
-        planned = num_workers("attention", shapes, dtype, causal=causal, window=window)
-    else:
+        launch(grid, num_workers("attention", shapes, dtype, causal=causal, window=window), q, k, v, out, lse, **options)
+        return out, lse
+    listening = recorder()
+    if listening is None:
         grid = grid_of(at.documents(cu_seqlens), heads, kv_heads)
         planned = num_workers("attention", shapes, dtype, pairs=at.visible_pairs(grid.table, causal, window))
-    launch(grid, planned, q, k, v, out, lse, causal=causal, window=window, scale=scale, softcap=softcap)
+        launch(grid, planned, q, k, v, out, lse, **options)
+    else:
+        key = "attention", cu_seqlens.data_ptr(), heads, kv_heads
+        grid = Grid(*listening.followed(key, lambda: grid_of(at.documents(cu_seqlens), heads, kv_heads)))
+        planned = num_workers("attention", shapes, dtype, pairs=tokens * listening.longest)
+        launch(grid, planned, q, k, v, out, lse, most_blocks=_most_blocks(tokens, heads, kv_heads), **options)
     return out, lse
 
 
 def launch(
     grid: Grid, planned: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, window: int, scale: float,
-    softcap: float = 0.0,
+    softcap: float = 0.0, dropout: at.Drawn = at.NO_DROPOUT, most_blocks: int | None = None,
 ) -> None:  # fmt: skip
-    """The forward pass of a grid into `out` and `lse`, with at most the planned workers; q, k and v have unit stride in D."""
-    dim, workers = q.shape[3], at_most(planned, grid.tasks)
+    """The forward pass of a grid into `out` and `lse`, with at most the planned workers; q, k and v have unit stride in D.
+
+    most_blocks: for a recording in which the grid's tables change, the most blocks of keys that they can ask to be packed.
+    """
+    hold(grid.table, grid.pack_table)
+    fixed = most_blocks is None
+    counts = 0 if fixed else grid.counts.ctypes.data
+    most_blocks = grid.blocks if most_blocks is None else most_blocks
+    dim, workers = q.shape[3], at_most(planned, grid.tasks) if fixed else planned
     block_size, size = KEYS * (-(-dim // W) * W) * WORD, work_bytes(dim)
     owner, address = scratch("attention", size * workers)
     tiles = int(q.dtype == torch.bfloat16 and scale > 0 and bf16_kernel() == TILES_KERNEL)
     packed = 0
-    if grid.blocks:
-        packed_owner, packed = scratch("attention keys", 2 * block_size * grid.blocks)
+    if most_blocks:
+        packed_owner, packed = scratch("attention keys", 2 * block_size * most_blocks)
     arguments = (
-        *at.shared(q, k, v, out, lse, causal=causal, window=window, segments=grid.table, scratch=address, scratch_size=size, packed=packed),
+        *at.shared(
+            q, k, v, out, lse, causal=causal, window=window, segments=grid.table, scratch=address, scratch_size=size, packed=packed, dropout=dropout
+        ),
         *own_arguments(tiles=tiles, configuration=CONFIGURATION, pack_segments=grid.pack_table.ctypes.data),
     )
     if packed:
-        _pack_kernel(grid.blocks, workers, arguments)
-    _forward_kernel(grid.tasks, workers, arguments, at.options(scale=scale, softcap=softcap))
+        _pack_kernel(grid.blocks, workers, arguments, counted=counts and counts + 8)
+    _forward_kernel(grid.tasks, workers, arguments, at.options(scale=scale, softcap=softcap, kept=dropout.kept), counts)
     del owner
     if packed:
         del packed_owner

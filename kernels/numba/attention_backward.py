@@ -7,6 +7,8 @@ blocks of KEYS keys in order: the same bits whichever of two ways the work is cu
 The products themselves are in attention_backward_vector.py and attention_backward_amx.py.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,9 +21,10 @@ from cllm.kernels.numba.attention_backward_tile import OWN, ROWS, clear, own_arg
 from cllm.kernels.numba.attention_tile import KEYS, SEGMENT, WORD, F, P
 from cllm.kernels.numba.gemm import TILES as TILES_KERNEL
 from cllm.kernels.numba.gemm import bf16_kernel, l2_bytes
-from cllm.kernels.numba.launch import Kernel, float32_at, int64_at, jit, load, num_workers, put_float32, scratch
+from cllm.kernels.numba.launch import Kernel, float32_at, hold, int64_at, jit, load, num_workers, put_float32, scratch
 from cllm.kernels.numba.micro import CONFIGURATION, HAS_TILES
 from cllm.kernels.numba.simd import W, vfma, vhsum, vzero
+from cllm.runtime.workers import recorder
 
 MAX_WAITING = 1.4  # together is chosen while waiting for the last heads costs at most this factor: apart makes 7 products instead of 5
 MAX_GATHERED_BYTES = 64 << 20  # the most of dq (on AMX of dk and dv) that one worker may gather
@@ -94,18 +97,19 @@ def _together(p, f, task, worker):
 
 
 def _apart(p, f, task, worker):
-    """TASKS counts blocks of keys for the first KEY_TASKS tasks, BLOCKS those of queries after them."""
+    """TASKS counts blocks of keys for the first tasks, BLOCKS those of queries after them."""
     if HAS_TILES and p[OWN.tiles]:
         amx.start(p[OWN.configuration])
-    if task < p[OWN.key_tasks]:
+    key_tasks = int64_at(p[OWN.counts], 1)
+    if task < key_tasks:
         segment = at.find_segment(p[P.segments], p[P.num_segments], task, SEGMENT.tasks)
         local = task - int64_at(segment, SEGMENT.tasks)
         blocks = (int64_at(segment, SEGMENT.num_keys) + KEYS - 1) // KEYS
         kv, block = at.dealt(local, blocks)
         _key_block(p, f, worker, segment, kv, block * KEYS)
     else:
-        segment = at.find_segment(p[P.segments], p[P.num_segments], task - p[OWN.key_tasks], SEGMENT.blocks)
-        local = task - p[OWN.key_tasks] - int64_at(segment, SEGMENT.blocks)
+        segment = at.find_segment(p[P.segments], p[P.num_segments], task - key_tasks, SEGMENT.blocks)
+        local = task - key_tasks - int64_at(segment, SEGMENT.blocks)
         blocks = (int64_at(segment, SEGMENT.queries) + ROWS - 1) // ROWS
         h, block = at.dealt(local, blocks)
         _query_block(p, f, worker, segment, h, block * ROWS)
@@ -113,7 +117,23 @@ def _apart(p, f, task, worker):
         amx.stop()
 
 
-_prepare_kernel, _together_kernel, _apart_kernel = Kernel(_prepare), Kernel(_together, dealt=True), Kernel(_apart, dealt=True)
+_prepare_kernel, _together_kernel, _apart_kernel = Kernel(_prepare), Kernel(_together, uneven=True), Kernel(_apart, uneven=True)
+
+
+class _Grid(NamedTuple):
+    """The tasks of one call."""
+
+    table: np.ndarray  # segments; TASKS counts blocks of keys, BLOCKS those of queries
+    counts: np.ndarray  # int64: how many key-value heads of segments there are, how many blocks of keys, and how many of both
+
+
+def _grid_of(table: np.ndarray, heads: int, kv_heads: int) -> _Grid:
+    """Fills TASKS and BLOCKS of a table of segments."""
+    queries, num_keys = table[:, SEGMENT.queries], table[:, SEGMENT.num_keys]
+    key_tasks = at.count(table, SEGMENT.tasks, kv_heads * -(-num_keys // KEYS))
+    query_tasks = at.count(table, SEGMENT.blocks, heads * -(-queries // ROWS))
+    filled = 1 + int(np.flatnonzero(num_keys)[-1])  # segments behind are empty
+    return _Grid(table, np.array((kv_heads * filled, key_tasks, key_tasks + query_tasks), np.int64))
 
 
 def _resident_bytes() -> int:
@@ -123,9 +143,10 @@ def _resident_bytes() -> int:
 
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    causal: bool, scale: float, window: int, softcap: float, cu_seqlens: Tensor | None,
+    causal: bool, scale: float, window: int, softcap: float, cu_seqlens: Tensor | None, dropout: at.Drawn = at.NO_DROPOUT,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v from those of the output and (or None) of the log-sum-exp."""
+    """Gradients of q, k and v from those of the output and (or None) of the log-sum-exp. With dropout vectors multiply, also where AMX could: its
+    probabilities have a row for each key, across the direction in which masks are drawn."""
     shapes, dtype = (tuple(q.shape), tuple(k.shape)), q.dtype
     (batch, tokens, heads, dim), (_, key_tokens, kv_heads, _) = shapes
     if not q.numel() or not k.numel():
@@ -135,20 +156,27 @@ def backward(
     out, lse = out.detach().contiguous(), lse.detach().contiguous()
     dlse = None if dlse is None else dlse.detach().float().contiguous()
     delta = torch.empty_like(lse)
-    table = at.dense(batch, tokens, key_tokens) if cu_seqlens is None else at.documents(cu_seqlens)
-    queries, num_keys = table[:, SEGMENT.queries], table[:, SEGMENT.num_keys]
-    key_tasks = at.count(table, SEGMENT.tasks, kv_heads * -(-num_keys // KEYS))
-    query_tasks = at.count(table, SEGMENT.blocks, heads * -(-queries // ROWS))
-
-    workers = num_workers("attention", shapes, dtype, pairs=at.visible_pairs(table, causal, window), backward=True)
+    listening = None if cu_seqlens is None else recorder()
+    if cu_seqlens is None or listening is None:
+        grid = _grid_of(at.dense(batch, tokens, key_tokens) if cu_seqlens is None else at.documents(cu_seqlens), heads, kv_heads)
+        pairs, most_queries, most_keys = (
+            at.visible_pairs(grid.table, causal, window), int(grid.table[:, SEGMENT.queries].max()), int(grid.table[:, SEGMENT.num_keys].max()),
+        )  # fmt: skip
+    else:  # the tables change from replay to replay
+        key = "attention backward", cu_seqlens.data_ptr(), heads, kv_heads
+        grid = _Grid(*listening.followed(key, lambda: _grid_of(at.documents(cu_seqlens), heads, kv_heads)))
+        pairs, most_queries, most_keys = tokens * listening.longest, listening.longest, listening.longest
+    hold(grid.table, grid.counts)
+    units, _, all_blocks = map(int, grid.counts)
+    workers = num_workers("attention", shapes, dtype, pairs=pairs, backward=True)
     width = -(-dim // W) * W
-    query_blocks, key_blocks = heads // kv_heads * -(-int(queries.max()) // ROWS), -(-int(num_keys.max()) // KEYS)
-    on_tiles = dtype == torch.bfloat16 and scale > 0 and bf16_kernel() == TILES_KERNEL
-    units = len(table) * kv_heads
+    query_blocks, key_blocks = heads // kv_heads * -(-most_queries // ROWS), -(-most_keys // KEYS)
+    on_tiles = dtype == torch.bfloat16 and scale > 0 and bf16_kernel() == TILES_KERNEL and not dropout.dropped
     gathered = 2 * key_blocks * KEYS * width * WORD if on_tiles else query_blocks * ROWS * width * WORD
     together = int(gathered <= MAX_GATHERED_BYTES and -(-units // workers) * workers <= MAX_WAITING * units)
-    tasks = units if together else key_tasks + query_tasks
-    workers = min(workers, tasks)
+    tasks = units if together else all_blocks
+    if listening is None:
+        workers = min(workers, tasks)
     if not together:
         query_blocks = key_blocks = 1
     resident = min(query_blocks, max(1, _resident_bytes() // tiles.query_block_bytes(dim, width)))
@@ -159,7 +187,7 @@ def backward(
     owner, address = scratch("attention", size * workers)
     element = dout.element_size()
     arguments = (
-        *at.shared(q, k, v, out, lse, causal=causal, window=window, segments=table, scratch=address, scratch_size=size),
+        *at.shared(q, k, v, out, lse, causal=causal, window=window, segments=grid.table, scratch=address, scratch_size=size, dropout=dropout),
         *own_arguments(
             dout=dout.data_ptr(),
             dout_batch=dout.stride(0) * element,
@@ -171,7 +199,7 @@ def backward(
             dk=dk.data_ptr(),
             dv=dv.data_ptr(),
             together=together,
-            key_tasks=key_tasks,
+            counts=grid.counts.ctypes.data,
             key_tokens=key_tokens,
             tiles=int(on_tiles),
             resident=resident,
@@ -179,6 +207,7 @@ def backward(
         ),
     )
     _prepare_kernel(batch * heads * -(-tokens // ROWS), workers, arguments)
-    (_together_kernel if together else _apart_kernel)(tasks, workers, arguments, at.options(scale=scale, softcap=softcap))
+    counted = 0 if listening is None else grid.counts.ctypes.data + (0 if together else 16)
+    (_together_kernel if together else _apart_kernel)(tasks, workers, arguments, at.options(scale=scale, softcap=softcap, kept=dropout.kept), counted)
     del owner
     return dq, dk, dv

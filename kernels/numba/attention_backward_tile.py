@@ -27,7 +27,7 @@ class _Own(NamedTuple):
     dk: int
     dv: int
     together: int  # whether a task is a key-value head
-    key_tasks: int  # apart: so many tasks are blocks of keys, the others blocks of queries
+    counts: int  # int64; the second, apart: so many tasks are blocks of keys, the others blocks of queries
     key_tokens: int  # keys of a batch entry
     tiles: int  # whether AMX multiplies
     resident: int  # blocks of queries that stay in the cache, on AMX

@@ -25,6 +25,7 @@ class _WorkSpace(NamedTuple):
     k_rows: int
     dk: int
     dv: int
+    kept: int  # what dropout makes of a row of probabilities
     spare: int  # room for one block of the packing
     dq: int
 
@@ -46,14 +47,15 @@ def work_space(p, worker, width):
         k_rows=keys + 2 * block,
         dk=dk,
         dv=dk + block,
-        spare=dk + 2 * block,
-        dq=dk + 3 * block,
+        kept=dk + 2 * block,
+        spare=dk + 2 * block + at.KEPT_BYTES,
+        dq=dk + 3 * block + at.KEPT_BYTES,
     )
 
 
 def work_bytes(width: int, gathered: int) -> int:
     """Bytes of `work_space`, with `gathered` of them for dQ."""
-    fixed = 2 * ROWS * width * WORD + 2 * ROWS * KEYS * WORD + 5 * KEYS * width * WORD
+    fixed = 2 * ROWS * width * WORD + 2 * ROWS * KEYS * WORD + 5 * KEYS * width * WORD + at.KEPT_BYTES
     return -(-(fixed + max(KEYS * width * WORD, W * W * WORD) + gathered) // 4096) * 4096
 
 
@@ -77,9 +79,12 @@ def _fill_queries(p, f, space, b, token, h, rows):
 
 
 @jit
-def _probabilities(p, f, space, row_index, rows, t0, queries, num_keys, key, columns, masked):
-    """Replaces the scores by probabilities, and the gradients of these by those of the scaled scores before the softcap."""
-    capped = f[F.softcap] != 0.0
+def _probabilities(p, f, segment, space, h, rows, t0, key, columns, masked):
+    """Replaces the scores by probabilities, as dropout leaves them, and the gradients of these by those of the scaled scores before the softcap."""
+    b, start = int64_at(segment, SEGMENT.batch), int64_at(segment, SEGMENT.start)
+    queries, num_keys = int64_at(segment, SEGMENT.queries), int64_at(segment, SEGMENT.num_keys)
+    row_index, element = (b * p[P.heads] + h) * p[P.tokens] + start + t0, at.first_element(p, start, key)
+    capped, dropping, kept = f[F.softcap] != 0.0, p[P.dropped] != 0, space.kept
     lowest, cap, one = vset(_LOWEST), vset(np.float32(f[F.softcap])), vset(_ONE)
     inner = vset(np.float32(abs(f[F.scale]) / f[F.softcap] if capped else 1.0))
     scale = vset(np.float32(at.log2_factor(f)))
@@ -89,6 +94,8 @@ def _probabilities(p, f, space, row_index, rows, t0, queries, num_keys, key, col
         lse = float32_at(p[P.lse], row_index + r)
         shift = vset(_ZERO if lse == _LOWEST else np.float32(-np.float64(lse) * at.LOG2_E))
         delta = vset(float32_at(p[OWN.delta], row_index + r))
+        if dropping:
+            kept = at.kept_row(p, space.kept, np.float32(f[F.kept]), b, start + t, h, element, columns)
         for c in range(0, columns, W):
             s, slope = vload(s_row, c), one
             if capped:
@@ -97,8 +104,12 @@ def _probabilities(p, f, space, row_index, rows, t0, queries, num_keys, key, col
                 s = vmul(s, cap)
             if masked:
                 s = vselect(vlanes_below(end - c), vselect(vlanes_below(first - c), lowest, s), lowest)
-            e = vexp2_normal(vfma(s, scale, shift))
-            ds = vmul(e, vsub(vload(dp_row, c), delta))
+            e, dp = vexp2_normal(vfma(s, scale, shift)), vload(dp_row, c)
+            if dropping:
+                dp = vmul(dp, vload(kept, c))
+            ds = vmul(e, vsub(dp, delta))
+            if dropping:
+                e = vmul(e, vload(kept, c))
             if capped:
                 ds = vmul(ds, slope)
             vstore(s_row, c, e)
@@ -106,14 +117,15 @@ def _probabilities(p, f, space, row_index, rows, t0, queries, num_keys, key, col
 
 
 @jit
-def _pair(p, f, space, row_index, rows, t0, queries, num_keys, key, valid):
-    """Probabilities and score gradients of one block of queries against one block of keys."""
+def _pair(p, f, segment, space, h, rows, t0, key, valid):
+    """Probabilities and score gradients of one block of queries of a head against one block of keys."""
+    queries, num_keys = int64_at(segment, SEGMENT.queries), int64_at(segment, SEGMENT.num_keys)
     strips, width = (valid + W - 1) // W, at.padded_dim(p[P.dim])
     row, strip = width * WORD, width * W * WORD
     at.multiply(space.q_rows, row, space.k_turned, W * WORD, strip, space.scores, KEYS * WORD, rows, p[P.dim], strips, True)
     at.multiply(space.dout_rows, row, space.v_turned, W * WORD, strip, space.dscores, KEYS * WORD, rows, p[P.dim], strips, True)
     masked = key < at.first_key(p, t0 + rows - 1, queries, num_keys) or key + strips * W > at.end_key(p, t0, queries, num_keys)
-    _probabilities(p, f, space, row_index, rows, t0, queries, num_keys, key, strips * W, masked)
+    _probabilities(p, f, segment, space, h, rows, t0, key, strips * W, masked)
 
 
 @jit
@@ -134,8 +146,7 @@ def key_block(p, f, worker, segment, kv, key, width):
             if valid <= 0:
                 continue
             _fill_queries(p, f, space, b, start + t0, h, rows)
-            row_index = (b * p[P.heads] + h) * p[P.tokens] + start + t0
-            _pair(p, f, space, row_index, rows, t0, queries, num_keys, key, valid)
+            _pair(p, f, segment, space, h, rows, t0, key, valid)
             at.multiply_turned(space.scores, KEYS * WORD, space.dout_rows, row, space.dv, row, valid, rows, strips, False)
             at.multiply_turned(space.dscores, KEYS * WORD, space.q_rows, row, space.dk, row, valid, rows, strips, False)
             if p[OWN.together]:
@@ -153,11 +164,10 @@ def query_block(p, f, worker, segment, h, t0, width):
     space = work_space(p, worker, width)
     _fill_queries(p, f, space, b, start + t0, h, rows)
     clear(space.dq, ROWS * width)
-    row_index = (b * p[P.heads] + h) * p[P.tokens] + start + t0
     for key in range(0, num_keys, KEYS):
         valid = visible(p, t0, rows, queries, num_keys, key)
         if valid > 0:
             _fill_keys(p, space, b, start + key, kv, valid)
-            _pair(p, f, space, row_index, rows, t0, queries, num_keys, key, valid)
+            _pair(p, f, segment, space, h, rows, t0, key, valid)
             at.multiply(space.dscores, KEYS * WORD, space.k_rows, row, W * WORD, space.dq, row, rows, valid, width // W, False)
     return space.dq

@@ -10,7 +10,6 @@ Everything is computed in float32 on tiles in a worker's scratch; bfloat16 is wi
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import types
 from torch import Tensor
@@ -18,10 +17,13 @@ from torch import Tensor
 from cllm.kernels import operations
 from cllm.kernels.numba import llvm
 from cllm.kernels.numba.fields import fields
-from cllm.kernels.numba.launch import inline, int32_at, int64_at, is_half, jit, load, store
-from cllm.kernels.numba.llvm import F32, FEATURES, I8, I64, VF, VI, const, intrinsic, splat
+from cllm.kernels.numba.launch import hold, inline, int32_at, int64_at, is_half, jit, load, store
+from cllm.kernels.numba.llvm import F32, FEATURES, I8, I64, VF, VH, VI, const, intrinsic, splat
+from cllm.kernels.numba.matvec_words import fill_chain
 from cllm.kernels.numba.pack import BF16_WIDENED, F32_AS_IS, pack_strip
+from cllm.kernels.numba.philox import kept_group
 from cllm.kernels.numba.simd import W, vec, vmul, vset, vzero
+from cllm.kernels.philox import GROUP, scale_of, threshold_of
 
 KEYS = 128  # a block has this many keys
 WORD = 4
@@ -57,11 +59,16 @@ class _Shared(NamedTuple):
     scratch: int  # work space of the first worker
     scratch_size: int  # of each worker, in bytes
     packed: int = 0  # all blocks of keys and values, packed; 0: each tile packs those that it needs
+    dropped: int = 0  # draws below it drop a probability; 0: no dropout, and nothing of what follows is read
+    key: int = 0  # address of the key of the draws, int64: the seed, the step, and the number of the first query among the tokens that draw
+    place: int = 0  # of the first head
+    period: int = 0  # the length of the rows that packed documents were cut from; 0: there are none
 
 
 class _Options(NamedTuple):
     scale: float
     softcap: float  # 0: none
+    kept: float = 1.0  # what dropout multiplies by a probability that it keeps
 
 
 class _Segment(NamedTuple):
@@ -88,8 +95,8 @@ LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453
 # ---- micro-kernels ---------------------------------------------------------------------------------------------------
 
 
-def _make_micro(rows: int, strips: int, a_transposed: bool):
-    """C[rows, strips * W] = or += A B, B row by row. A is [row][k], or [k][row] when transposed.
+def _make_micro(rows: int, strips: int, a_transposed: bool, half: bool = False):
+    """C[rows, strips * W] = or += A B, B row by row, in bfloat16 with `half`. A is [row][k], or [k][row] when transposed.
 
     Every element is one fma chain from 0 over k, added to C in one addition unless `first`.
     """
@@ -112,7 +119,8 @@ def _make_micro(rows: int, strips: int, a_transposed: bool):
             bld.position_at_end(loop)
             k, a_now, b_now = bld.phi(I64), bld.phi(I64), bld.phi(I64)
             acc = [[bld.phi(VF) for _ in range(strips)] for _ in range(rows)]
-            b_values = [llvm.load(bld, at(bld.add(b_now, offset)), VF) for offset in strip_at]
+            places = [at(bld.add(b_now, offset)) for offset in strip_at]
+            b_values = [llvm.widen_bf16(bld, llvm.load(bld, each, VH, 2)) if half else llvm.load(bld, each, VF) for each in places]
             new = []
             for i in range(rows):
                 x = splat(bld, llvm.load(bld, at(bld.add(a_now, row_at[i])), F32))
@@ -145,15 +153,20 @@ def _make_micro(rows: int, strips: int, a_transposed: bool):
 
 
 _rows_1, _rows_n = _make_micro(MR, 1, False), _make_micro(MR, NV, False)
+_few_1, _few_n = _make_micro(4, 1, False), _make_micro(4, MR // 4 * NV, False)
 _row_1, _row_n = _make_micro(1, 1, False), _make_micro(1, 2 * NV, False)
+_three_1, _three_n = _make_micro(3, 1, False), _make_micro(3, 4, False)  # fewer sums would wait for themselves
+_half_few_1, _half_few_n = _make_micro(4, 1, False, True), _make_micro(4, MR // 4 * NV, False, True)
+_half_three_1, _half_three_n = _make_micro(3, 1, False, True), _make_micro(3, 4, False, True)
+_half_row_1, _half_row_n = _make_micro(1, 1, False, True), _make_micro(1, 2 * NV, False, True)
 _turned_1, _turned_n = _make_micro(MR, 1, True), _make_micro(MR, NV, True)
 
 
 @jit
 def multiply(a, a_row, b, b_row, b_strip, c, c_row, rows, num_k, strips, first):
-    """C[rows, strips * W] = or += A[rows, num_k] B; whole groups of MR rows of C are written when 3 rows or more are left."""
+    """C[rows, strips * W] = or += A[rows, num_k] B; whole groups of MR rows of C are written when more than 4 rows are left."""
     r = 0
-    while rows - r > 2:
+    while rows - r > 4:
         for s in range(0, strips, NV):
             to = c + r * c_row + s * (W * WORD)
             if strips - s >= NV:
@@ -161,6 +174,24 @@ def multiply(a, a_row, b, b_row, b_strip, c, c_row, rows, num_k, strips, first):
             else:
                 _rows_1(a + r * a_row, a_row, b + s * b_strip, b_row, b_strip, to, c_row, num_k, first)
         r += MR
+    if rows - r == 3:  # the heads that share a key, in the decoding of one token
+        s = 0
+        while strips - s >= 4:
+            _three_n(a + r * a_row, a_row, b + s * b_strip, b_row, b_strip, c + r * c_row + s * (W * WORD), c_row, num_k, first)
+            s += 4
+        while s < strips:
+            _three_1(a + r * a_row, a_row, b + s * b_strip, b_row, b_strip, c + r * c_row + s * (W * WORD), c_row, num_k, first)
+            s += 1
+        r += 3
+    elif rows - r == 4:
+        s = 0
+        while strips - s >= MR // 4 * NV:
+            _few_n(a + r * a_row, a_row, b + s * b_strip, b_row, b_strip, c + r * c_row + s * (W * WORD), c_row, num_k, first)
+            s += MR // 4 * NV
+        while s < strips:
+            _few_1(a + r * a_row, a_row, b + s * b_strip, b_row, b_strip, c + r * c_row + s * (W * WORD), c_row, num_k, first)
+            s += 1
+        r += 4
     while r < rows:
         s = 0
         while strips - s >= 2 * NV:
@@ -170,6 +201,41 @@ def multiply(a, a_row, b, b_row, b_strip, c, c_row, rows, num_k, strips, first):
             _row_1(a + r * a_row, a_row, b + s * b_strip, b_row, b_strip, c + r * c_row + s * (W * WORD), c_row, num_k, first)
             s += 1
         r += 1
+
+
+MOST_FEW = 4
+
+
+@jit
+def multiply_half(a, a_row, b, b_row, c, c_row, rows, num_k, strips, first):
+    """The same for B in bfloat16, where it lies: widening it on the way costs less than a copy for at most MOST_FEW rows."""
+    r = 0
+    while r < rows:
+        from_a, to, s = a + r * a_row, c + r * c_row, 0
+        if rows - r == 4:
+            while strips - s >= MR // 4 * NV:
+                _half_few_n(from_a, a_row, b + s * (W * 2), b_row, W * 2, to + s * (W * WORD), c_row, num_k, first)
+                s += MR // 4 * NV
+            while s < strips:
+                _half_few_1(from_a, a_row, b + s * (W * 2), b_row, W * 2, to + s * (W * WORD), c_row, num_k, first)
+                s += 1
+            r += 4
+        elif rows - r == 3:
+            while strips - s >= 4:
+                _half_three_n(from_a, a_row, b + s * (W * 2), b_row, W * 2, to + s * (W * WORD), c_row, num_k, first)
+                s += 4
+            while s < strips:
+                _half_three_1(from_a, a_row, b + s * (W * 2), b_row, W * 2, to + s * (W * WORD), c_row, num_k, first)
+                s += 1
+            r += 3
+        else:
+            while strips - s >= 2 * NV:
+                _half_row_n(from_a, a_row, b + s * (W * 2), b_row, W * 2, to + s * (W * WORD), c_row, num_k, first)
+                s += 2 * NV
+            while s < strips:
+                _half_row_1(from_a, a_row, b + s * (W * 2), b_row, W * 2, to + s * (W * WORD), c_row, num_k, first)
+                s += 1
+            r += 1
 
 
 @jit
@@ -317,10 +383,57 @@ def fill_strips(source, half, row_bytes, rows, dim, target, spare):
     width = padded_dim(dim)
     for r in range(0, rows, W):
         strip = target + (r // W) * (width * W * WORD)
-        pack_strip(mode, source + r * row_bytes, row_bytes // size, 1, min(W, rows - r), dim, width, strip, spare, False)
+        if rows - r >= W and dim == width:
+            fill_chain(mode, source + r * row_bytes, row_bytes, dim, strip)
+        else:
+            pack_strip(mode, source + r * row_bytes, row_bytes // size, 1, min(W, rows - r), dim, width, strip, spare, False)
+
+
+# ---- dropout -----------------------------------------------------------------------------------------------------------
+
+KEPT_BYTES = 2 * GROUP * WORD  # work space of `kept_row`: KEYS elements lie in two groups at most
+assert KEYS <= GROUP
+
+
+@inline
+def first_element(p, start, key):
+    """The number among the draws of a segment's key."""
+    return (start % p[P.period] if p[P.period] > 0 else start) + key
+
+
+@jit
+def kept_row(p, space, kept, b, token, h, element, columns):
+    """Address of float32 for `columns` keys from number `element` on, as one query of one head sees them: 0 where one is dropped, else `kept`."""
+    first = element // GROUP
+    seed, step, first_query = int64_at(p[P.key], 0), int64_at(p[P.key], 1), int64_at(p[P.key], 2)
+    for group in range(first, (element + columns + GROUP - 1) // GROUP):
+        kept_group(
+            space + (group - first) * (GROUP * WORD), kept, p[P.dropped], group, first_query + b * p[P.tokens] + token, p[P.place] + h,
+            step, seed, seed >> 32,
+        )  # fmt: skip
+    return space + (element - first * GROUP) * WORD
 
 
 # ---- on the Python side -----------------------------------------------------------------------------------------------
+
+
+class Drawn(NamedTuple):
+    """The dropout of one call, as the kernels take it."""
+
+    dropped: int
+    key: Tensor | None
+    place: int
+    period: int
+    kept: float
+
+
+NO_DROPOUT = Drawn(0, None, 0, 0, 1.0)
+
+
+def drawn(key: Tensor, rate: float, place: int, period: int) -> Drawn:
+    key = key.contiguous()
+    hold(key)
+    return Drawn(threshold_of(rate), key, place, period, scale_of(rate))
 
 
 def strided(x: Tensor) -> Tensor:
@@ -331,7 +444,7 @@ def strided(x: Tensor) -> Tensor:
 
 def shared(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, window: int, segments: np.ndarray, scratch: int, scratch_size: int,
-    packed: int = 0,
+    packed: int = 0, dropout: Drawn = NO_DROPOUT,
 ) -> tuple[int, ...]:  # fmt: skip
     """The shared arguments of a launch; q, k and v have unit stride in D."""
     size = q.element_size()
@@ -364,6 +477,10 @@ def shared(
         scratch=scratch,
         scratch_size=scratch_size,
         packed=packed,
+        dropped=dropout.dropped,
+        key=0 if dropout.key is None else dropout.key.data_ptr(),
+        place=dropout.place,
+        period=dropout.period,
     )
 
 
@@ -377,7 +494,7 @@ def dense(batch: int, queries: int, num_keys: int) -> np.ndarray:
 
 def documents(cu_seqlens: Tensor) -> np.ndarray:
     """The segment table of packed documents, without TASKS and BLOCKS."""
-    bounds = cu_seqlens.detach().to(torch.int64).numpy()
+    bounds = cu_seqlens.detach().numpy().astype(np.int64)
     table = np.zeros((len(bounds) - 1, len(SEGMENT)), np.int64)
     table[:, SEGMENT.start] = bounds[:-1]
     table[:, SEGMENT.queries] = table[:, SEGMENT.num_keys] = np.diff(bounds)

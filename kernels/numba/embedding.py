@@ -15,12 +15,13 @@ from cllm.kernels.numba.launch import (
     as_rows,
     at_most,
     copy_bytes,
+    inline,
     int64_at,
     is_half,
-    jit,
     load,
     load_whole,
     num_workers,
+    put_int64,
     row_bytes,
     store,
     store_whole,
@@ -59,10 +60,22 @@ class _Backward(NamedTuple):
     dweight_half: int
     num_rows: int
     columns: int
+    add: int  # whether the sums are added to what is there
+
+
+class _Group(NamedTuple):
+    """Addresses of int64 numbers."""
+
+    tokens: int
+    starts: int
+    order: int
+    num_tokens: int
+    num_rows: int
 
 
 FWD, _forward_arguments = fields(_Forward)
 BWD, _backward_arguments = fields(_Backward)
+GROUP, _group_arguments = fields(_Group)
 
 
 def _forward(p, f, task, worker):
@@ -84,6 +97,8 @@ def _backward(p, f, task, worker):
     dy, half, columns = p[BWD.dy], p[BWD.dy_half], p[BWD.columns]
     for row in range(task * ROWS_PER_TASK, min((task + 1) * ROWS_PER_TASK, p[BWD.num_rows])):
         start, end = int64_at(p[BWD.starts], row), int64_at(p[BWD.starts], row + 1)
+        if p[BWD.add] and start == end:
+            continue
         out = p[BWD.dweight] + row * p[BWD.dweight_row]
         for c in range(0, columns, 2 * W):
             n = columns - c
@@ -91,27 +106,42 @@ def _backward(p, f, task, worker):
             for i in range(start, end):
                 source = dy + int64_at(p[BWD.order], i) * p[BWD.dy_row]
                 low, high = vadd(low, load(source, half, c, n)), vadd(high, load(source, half, c + W, n - W))
+            if p[BWD.add]:
+                low, high = _sum(out, p[BWD.dweight_half], c, low, n), _sum(out, p[BWD.dweight_half], c + W, high, n - W)
             store(out, p[BWD.dweight_half], c, low, n)
             store(out, p[BWD.dweight_half], c + W, high, n - W)
 
 
-_forward_kernel, _backward_kernel = Kernel(_forward), Kernel(_backward)
+@inline
+def _sum(row, half, c, v, n):
+    """What is in a row and v, which is rounded as the row is before they are added."""
+    before = load(row, half, c, n)
+    if half:
+        store(row, half, c, v, n)
+        v = load(row, half, c, n)
+    return vadd(before, v)
 
 
-@jit
-def _group_by_row(tokens, starts, order):
-    """starts (V + 1,): where each row's tokens begin in `order`, which lists them in rising order. Counting sort."""
-    starts[:] = 0
-    for token in tokens:
-        starts[token + 1] += 1
-    for row in range(starts.size - 1):
-        starts[row + 1] += starts[row]
-    for i in range(tokens.size):  # starts[row] moves to the end of the row, which is the start of the next
-        order[starts[tokens[i]]] = i
-        starts[tokens[i]] += 1
-    for row in range(starts.size - 1, 0, -1):
-        starts[row] = starts[row - 1]
-    starts[0] = 0
+def _group(p, f, task, worker):
+    """starts (V + 1,): where each row's tokens begin in `order`, which lists them in rising order. Counting sort, in one task."""
+    tokens, starts, order = p[GROUP.tokens], p[GROUP.starts], p[GROUP.order]
+    for row in range(p[GROUP.num_rows] + 1):
+        put_int64(starts, row, 0)
+    for i in range(p[GROUP.num_tokens]):
+        row = int64_at(tokens, i) + 1
+        put_int64(starts, row, int64_at(starts, row) + 1)
+    for row in range(p[GROUP.num_rows]):
+        put_int64(starts, row + 1, int64_at(starts, row + 1) + int64_at(starts, row))
+    for i in range(p[GROUP.num_tokens]):  # starts[row] moves to the end of the row, which is the start of the next
+        row = int64_at(tokens, i)
+        put_int64(order, int64_at(starts, row), i)
+        put_int64(starts, row, int64_at(starts, row) + 1)
+    for row in range(p[GROUP.num_rows], 0, -1):
+        put_int64(starts, row, int64_at(starts, row - 1))
+    put_int64(starts, 0, 0)
+
+
+_forward_kernel, _backward_kernel, _group_kernel = Kernel(_forward), Kernel(_backward), Kernel(_group)
 
 
 def _tasks(num_tokens: int) -> int:
@@ -147,14 +177,14 @@ def forward(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return out.view(*tokens.shape, table.shape[1])
 
 
-def _sum_rows(dy: Tensor, order: Tensor, starts: Tensor, most_rows: int, dtype: torch.dtype) -> Tensor:
-    """dy (..., E) -> (rows, E) in dtype: row i is the sum of the rows order[starts[i]:starts[i + 1]] of dy. Planned for `most_rows`, which does
-    not change from batch to batch."""
-    source, columns = as_rows(dy), dy.shape[-1]
-    sums = torch.empty((starts.numel() - 1, columns), dtype=dtype)
+def _sum_rows(dy: Tensor, tokens: Tensor, sums: Tensor, add: bool) -> None:
+    """sums (V, E): row i becomes the sum of the rows of dy (..., E) whose token is i, or takes it in."""
+    source, (num_rows, columns) = as_rows(dy), sums.shape
     if sums.numel():
+        starts, order = _grouped(tokens, num_rows)
+        most_rows = min(num_rows, order.numel()) if add else num_rows
         _backward_kernel(
-            -(-sums.shape[0] // ROWS_PER_TASK),
+            -(-num_rows // ROWS_PER_TASK),
             num_workers("embedding", ((order.numel(),), (most_rows, columns)), dy.dtype, backward=True),
             _backward_arguments(
                 dy=source.data_ptr(),
@@ -165,29 +195,29 @@ def _sum_rows(dy: Tensor, order: Tensor, starts: Tensor, most_rows: int, dtype: 
                 dweight=sums.data_ptr(),
                 dweight_row=row_bytes(sums),
                 dweight_half=is_half(sums),
-                num_rows=sums.shape[0],
+                num_rows=num_rows,
                 columns=columns,
+                add=add,
             ),
         )
-    return sums
 
 
 def _grouped(tokens: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """(starts (V + 1,), order (N,)) of `_group_by_row`."""
+    """(starts (V + 1,), order (N,)) of `_group`."""
     flat = tokens.reshape(-1).contiguous()
     starts, order = torch.empty(num_rows + 1, dtype=torch.int64), torch.empty(flat.numel(), dtype=torch.int64)
-    _group_by_row(flat.numpy(), starts.numpy(), order.numpy())
+    numbers = {"num_tokens": flat.numel(), "num_rows": num_rows}
+    _group_kernel(1, 1, _group_arguments(tokens=flat.data_ptr(), starts=starts.data_ptr(), order=order.data_ptr(), **numbers))
     return starts, order
 
 
 def backward(dy: Tensor, tokens: Tensor, num_rows: int, weight_dtype: torch.dtype) -> Tensor:
     """dy (..., E), tokens int64 (...) -> (V, E) in weight_dtype."""
-    starts, order = _grouped(tokens, num_rows)
-    return _sum_rows(dy, order, starts, num_rows, weight_dtype)
+    dweight = torch.empty((num_rows, dy.shape[-1]), dtype=weight_dtype)
+    _sum_rows(dy, tokens, dweight, False)
+    return dweight
 
 
-def backward_rows(dy: Tensor, tokens: Tensor, num_rows: int, weight_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(rows (U,) that were looked up, rising; their gradients (U, E)): what is not zero of `backward`."""
-    starts, order = _grouped(tokens, num_rows)
-    rows = starts.diff().nonzero().flatten()
-    return rows, _sum_rows(dy, order, torch.cat((starts[rows], starts[-1:])), min(num_rows, tokens.numel()), weight_dtype)
+def add_rows(dy: Tensor, tokens: Tensor, dweight: Tensor) -> None:
+    """Adds `backward` to a contiguous dweight (V, E), whose rows that were not looked up stay as they are."""
+    _sum_rows(dy, tokens, dweight, True)

@@ -26,6 +26,7 @@ from cllm.kernels.numba.micro import BLOCK_BYTES, CONFIGURATION, HAS_TILES, NV, 
 from cllm.kernels.strips import STRIP, Columns
 from cllm.runtime.device import cpu
 from cllm.runtime.errors import BackendError
+from cllm.runtime.workers import recorder
 
 FP32, PAIRS, TILES, WIDENED = "fp32", "vdpbf16ps", "amx", "widened"  # ways to multiply; the last three compute bfloat16
 CODES = {FP32: BY_CHAINS, WIDENED: BY_CHAINS, PAIRS: BY_PAIRS, TILES: BY_TILES}
@@ -47,10 +48,11 @@ class _Buffers(threading.local):
         self.held: dict[str, torch.Tensor] = {}
 
     def take(self, name: str, size: int) -> torch.Tensor:
-        held = self.held.get(name)
+        recorded = recorder() is not None  # what is replayed later has work space of its own
+        held = None if recorded else self.held.get(name)
         if held is None or held.numel() < size:
             held = torch.empty(size, dtype=torch.uint8)
-            if size <= 2 * PACK_BYTES:
+            if size <= 2 * PACK_BYTES and not recorded:
                 self.held[name] = held
         return held
 
@@ -93,11 +95,11 @@ def _round_up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-def _parts(depth: int) -> list[tuple[int, int]]:
+def k_parts(depth: int) -> list[tuple[int, int]]:
     return [(k, min(K_PART, depth - k)) for k in range(0, depth, K_PART)]
 
 
-def _strip_bytes(kernel: str, num_k: int) -> int:
+def strip_bytes(kernel: str, num_k: int) -> int:
     """One line more than its words need: strips a multiple of 4096 bytes apart would share the same few sets of the L1 cache."""
     words = num_k if CODES[kernel] == BY_CHAINS else (num_k + 1) // 2
     return _round_up(words, W) * W * WORD + LINE
@@ -109,12 +111,12 @@ def _block(kernel: str, num_k: int) -> int:
     return _round_up(-(-num_k // blocks), W * per_word)
 
 
-def _group(lanes: int, workers: int) -> int:
+def pack_group(lanes: int, workers: int) -> int:
     """Strips packed by one task."""
     return max(1, min(MAX_GROUP, lanes // (2 * W * workers)))
 
 
-def _aligned(t: torch.Tensor) -> int:
+def aligned(t: torch.Tensor) -> int:
     return (t.data_ptr() + 63) & ~63
 
 
@@ -126,28 +128,28 @@ class Packed:
         self.shape = (depth, columns) = tuple(b.shape)
         strips = -(-columns // W)
         self.offsets, size = [], 0
-        for _, num_k in _parts(depth):
+        for _, num_k in k_parts(depth):
             self.offsets.append(size)
-            size += strips * _strip_bytes(self.kernel, num_k)
+            size += strips * strip_bytes(self.kernel, num_k)
         self.memory = torch.empty(size + 64, dtype=torch.uint8)
-        for (k0, num_k), offset in zip(_parts(depth), self.offsets):
-            _pack_columns(b[k0 : k0 + num_k], self.kernel, _aligned(self.memory) + offset, workers)
+        for (k0, num_k), offset in zip(k_parts(depth), self.offsets):
+            _pack_columns(b[k0 : k0 + num_k], self.kernel, aligned(self.memory) + offset, workers)
 
     def address(self, part: int) -> int:
-        return _aligned(self.memory) + self.offsets[part]
+        return aligned(self.memory) + self.offsets[part]
 
 
 def _pack_columns(b: torch.Tensor, kernel: str, target: int, workers: int) -> None:
     p = np.zeros(len(P), np.int64)
     depth, columns = b.shape
     p[P.depth], p[P.columns], p[P.b_k], p[P.b_column] = depth, columns, *b.stride()
-    p[P.b_mode], p[P.b_strip] = pack_mode(kernel, b.dtype), _strip_bytes(kernel, depth)
+    p[P.b_mode], p[P.b_strip] = pack_mode(kernel, b.dtype), strip_bytes(kernel, depth)
     p[P.b], p[P.b_packed] = b.data_ptr(), target
-    p[P.group_b] = group = _group(columns, workers)
+    p[P.group_b] = group = pack_group(columns, workers)
     p[P.tasks_b] = tasks = -(-columns // (group * W))
     workers = min(workers, tasks)
     spare = _buffers.take("spare", workers * BLOCK_BYTES + 64)
-    p[P.scratch], p[P.scratch_stride] = _aligned(spare), BLOCK_BYTES
+    p[P.scratch], p[P.scratch_stride] = aligned(spare), BLOCK_BYTES
     _run(p, workers)
 
 
@@ -249,7 +251,7 @@ def _sum_parts(
     kernel: str, workers: int, end: activation.Epilogue | None,
 ) -> None:  # fmt: skip
     kernel = b.kernel if isinstance(b, Packed) else kernel
-    parts = _parts(a.shape[1])
+    parts = k_parts(a.shape[1])
     total = out  # float32 home of the sum over parts
     if len(parts) > 1 and (out is None or end is not None or out.dtype != torch.float32):
         total = torch.empty((a.shape[0], b.shape[1]), dtype=torch.float32)
@@ -275,7 +277,7 @@ def _sum_parts(
 @functools.lru_cache(maxsize=4096)
 def _cut(rows: int, columns: int, depth: int, kernel: str, ready: bool) -> tuple[int, int]:
     """Rows of A and columns of B whose packed copies are made at a time."""
-    strip = _strip_bytes(kernel, depth)
+    strip = strip_bytes(kernel, depth)
     tile_rows, tile_columns = _largest_tile(kernel, depth)
     row_part = min(rows, max(tile_rows, PACK_BYTES // strip * W // tile_rows * tile_rows))
     if ready or rows <= ONE_SLAB_ROWS:
@@ -283,7 +285,7 @@ def _cut(rows: int, columns: int, depth: int, kernel: str, ready: bool) -> tuple
     return row_part, min(columns, max(tile_columns, PACK_BYTES // strip * W // tile_columns * tile_columns))
 
 
-class _BlockPlan(NamedTuple):
+class BlockPlan(NamedTuple):
     """All of the parameter block but its addresses, and the sizes of the work space: the same for every call of one kind."""
 
     fields: np.ndarray
@@ -294,13 +296,13 @@ class _BlockPlan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _block_plan(
+def block_plan(
     rows: int, columns: int, depth: int, kernel: str, workers: int,
     a_stride: tuple[int, int], a_dtype: torch.dtype, b_stride: tuple[int, int] | None, b_dtype: torch.dtype | None,
     out_dtype: torch.dtype, direct: bool, pack_a: bool, strips: bool = False,
-) -> _BlockPlan:  # fmt: skip
+) -> BlockPlan:  # fmt: skip
     """b_stride None: B was packed before. strips: B is weights packed at load, and its stride bytes from strip to strip."""
-    strip = _strip_bytes(kernel, depth)
+    strip = strip_bytes(kernel, depth)
     one_slab = rows <= ONE_SLAB_ROWS
     tile_rows, tile_columns = _tile_shape(rows, columns, depth, kernel, workers)
     tiles = -(-rows // tile_rows) * -(-columns // tile_columns)
@@ -316,15 +318,18 @@ def _block_plan(
     # Tiles in one piece, so that a worker's rows of A stay in its caches; in turn where A is read as it lies, and where B is large: both measured.
     p[P.dealt] = p[P.a_in_place] or -(-columns // W) * strip > PACK_BYTES
     if pack_a and not p[P.a_in_place]:
-        p[P.group_a] = group = _group(rows, workers)
+        p[P.group_a] = group = pack_group(rows, workers)
         p[P.tasks_a] = -(-rows // (group * W))
     b_bytes = 0
     if b_stride is not None:
         assert b_dtype is not None
         p[P.b_k], p[P.b_column], p[P.b_mode] = *b_stride, (strips_mode if strips else pack_mode)(kernel, b_dtype)
-        p[P.b_ready] = not one_slab
-        if not one_slab:
-            p[P.group_b] = group = _group(columns, workers)
+        in_place = strips and W == STRIP and CODES[kernel] == (BY_PAIRS if b_dtype == torch.bfloat16 else BY_CHAINS)
+        p[P.b_ready] = in_place or not one_slab
+        if in_place:
+            p[P.b_strip] = b_stride[1]
+        elif not one_slab:
+            p[P.group_b] = group = pack_group(columns, workers)
             p[P.tasks_b] = -(-columns // (group * W))
             b_bytes = -(-columns // W) * strip + 64
     block_bytes = int(p[P.block]) // (1 if CODES[kernel] == BY_CHAINS else 2) * WORD
@@ -332,7 +337,7 @@ def _block_plan(
     stride = _round_up(tile_bytes, 4096) + 64  # not a multiple of 4096: the workers' tiles spread over sets
     p[P.scratch_stride] = stride
     workers = max(1, min(workers, max(tiles, int(p[P.tasks_a] + p[P.tasks_b]))))
-    return _BlockPlan(p, workers, stride * workers + 64, _round_up(rows, 2 * W) // W * strip + 64, b_bytes)
+    return BlockPlan(p, workers, stride * workers + 64, _round_up(rows, 2 * W) // W * strip + 64, b_bytes)
 
 
 def launched_workers(planned: int, rows: int, depth: int, columns: int, dtype: torch.dtype, packed: bool = False) -> int:
@@ -340,11 +345,11 @@ def launched_workers(planned: int, rows: int, depth: int, columns: int, dtype: t
     if not rows * depth * columns:
         return 1
     kernel, most = kernel_for(dtype), 1
-    for _, num_k in _parts(depth):
+    for _, num_k in k_parts(depth):
         row_part, column_part = _cut(rows, columns, num_k, kernel, packed)
         for r0 in range(0, rows, row_part):
             for c0 in range(0, columns, column_part):
-                plan = _block_plan(
+                plan = block_plan(
                     min(row_part, rows - r0), min(column_part, columns - c0), num_k, kernel, planned, (depth, 1), dtype,
                     None if packed else (1, depth), None if packed else dtype, dtype, False, c0 == 0,
                 )  # fmt: skip
@@ -381,26 +386,26 @@ def _part(
     direct = kernel != TILES and old is None and bias is None and end is None and out_dtype == torch.float32
     for r0 in range(0, rows, row_part):
         for c0 in range(0, columns, column_part):
-            plan = _block_plan(
+            plan = block_plan(
                 min(row_part, rows - r0), min(column_part, columns - c0), depth, kernel, workers, a.stride(), a.dtype,
                 b_stride, b_dtype, out_dtype, direct, c0 == 0, strips is not None,
             )  # fmt: skip
             p = plan.fields.copy()
             # Held until the workers are done: the largest are not kept beyond this call.
             held = [_buffers.take("scratch", plan.scratch_bytes), _buffers.take("a", plan.a_bytes)]
-            p[P.scratch], p[P.a_packed] = map(_aligned, held)
+            p[P.scratch], p[P.a_packed] = map(aligned, held)
             p[P.configuration] = CONFIGURATION
             p[P.a] = a.data_ptr() + r0 * a.stride(0) * a.element_size()
             if isinstance(b, int):
                 p[P.b_packed] = b
             else:
                 if strips is not None:  # c0 is that of a tile: a multiple of STRIP
-                    p[P.b] = strips[c0 // STRIP, k0 // (2 if strips.dtype == torch.bfloat16 else 1)].data_ptr()
+                    p[P.b_packed] = p[P.b] = strips[c0 // STRIP, k0 // (2 if strips.dtype == torch.bfloat16 else 1)].data_ptr()
                 elif isinstance(b, torch.Tensor):
                     p[P.b] = b.data_ptr() + c0 * b.stride(1) * b.element_size()
                 if plan.b_bytes:
                     held.append(_buffers.take("b", plan.b_bytes))
-                    p[P.b_packed] = _aligned(held[-1])
+                    p[P.b_packed] = aligned(held[-1])
             if out is not None:
                 _place(p, P.out, P.out_row, out, r0, c0)
             if end is not None:

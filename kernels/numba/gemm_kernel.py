@@ -6,20 +6,20 @@ tasks that each make one tile of C.
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
 from cllm.kernels.numba import activation, pack
+from cllm.kernels.numba.compiling import jit
 from cllm.kernels.numba.fields import fields
-from cllm.kernels.numba.gemm_block import LINE, block_fp32, block_pairs, block_tiles, prefetch_lines, tiles_off, tiles_on
-from cllm.kernels.numba.launch import Kernel, int64_at, share
-from cllm.kernels.numba.launch import _call as call
+from cllm.kernels.numba.gemm_block import LINE, block_tiles, block_vectors, prefetch_lines, tiles_off, tiles_on
+from cllm.kernels.numba.launch import Kernel
 from cllm.kernels.numba.matvec_words import fill_packed
 from cllm.kernels.numba.micro import BLOCK_BYTES, HAS_TILES, WORD, make_writing_micro
 from cllm.kernels.numba.pack import pack_lines, pack_strip
 from cllm.kernels.numba.simd import W, vadd, vload, vload_masked, vstore, vstore_bf16, vstore_bf16_masked, vstore_masked
 from cllm.kernels.strips import STRIP
-from cllm.runtime import threads
+from cllm.runtime.workers import run as launch
+from cllm.runtime.workers import table_of
 
 FINISH_ROWS = 8  # rows of C that are written while the lines of the next ones are on their way
 CHUNK_WORDS = 32  # words that are packed at a time where a panel is contiguous in memory
@@ -66,7 +66,7 @@ class _Arguments(NamedTuple):
     tasks_b: int
     num_tiles: int
     a_in_place: int  # whether AMX reads A from where it lies
-    dealt: int  # whether workers take tiles in turn, rather than each a piece of them
+    dealt: int  # whether workers take tiles in turn, rather than each out of a piece of its own
     what: int  # of an activation at the end: NONE, ACTIVATE or DIFFERENTIATE, see activation.py
     finish: int  # the address of what does it: activation.finish
     hidden: int
@@ -79,19 +79,18 @@ class _Arguments(NamedTuple):
 
 P, _ = fields(_Arguments)
 
-_jit = numba.njit(cache=True, nogil=True)
 if HAS_TILES:
     _tile_writing = make_writing_micro()
 
 
-@_jit
+@jit
 def _prefetch_rows(address, row, lines, rows):
     for _ in range(rows):
         prefetch_lines(address, 0, lines)
         address += row
 
 
-@_jit
+@jit
 def _prefetch_finish(p, r, c, rows, columns):
     """The lines that `_finish` will touch are on their way while the sums are made."""
     size = 2 if p[P.out_half] != 0 else 4
@@ -104,7 +103,7 @@ def _prefetch_finish(p, r, c, rows, columns):
                 _prefetch_rows(p[field] + r * p[P.hidden_row] + c * size, p[P.hidden_row], lines, rows)
 
 
-@_jit
+@jit
 def _finish_activation(p, sums, sums_row, r, c, rows, columns):
     """The same where the product ends in an activation (activation.py)."""
     half, row = p[P.out_half] != 0, p[P.hidden_row]
@@ -124,7 +123,7 @@ def _finish_activation(p, sums, sums_row, r, c, rows, columns):
     )  # fmt: skip
 
 
-@_jit
+@jit
 def _finish_rows(p, sums, sums_row, r, c, rows, columns):
     """Sums (+ old C) (+ bias) -> C[r : r + rows, c : c + columns]."""
     half, out_row, old_row = p[P.out_half] != 0, p[P.out_row], p[P.old_row]
@@ -160,7 +159,7 @@ def _finish_rows(p, sums, sums_row, r, c, rows, columns):
             old += old_row
 
 
-@_jit
+@jit
 def _finish(p, sums, sums_row, r, c, rows, columns):
     """The scratch tile's sums -> C[r : r + rows, c : c + columns], a few rows at a time while the lines of the next ones are on their way.
 
@@ -176,7 +175,7 @@ def _finish(p, sums, sums_row, r, c, rows, columns):
             _finish_rows(p, sums + first * sums_row, sums_row, r + first, c, now, columns)
 
 
-@_jit
+@jit
 def _pack_strips(mode, source, panel_stride, k_stride, lanes, num_k, words, target, strip_bytes, spare, rows_first):
     """Strips side by side. Where the panel is contiguous in memory, a few k at a time, so that its lines serve them all."""
     size = 2 if mode in (pack.BF16_WIDENED, pack.BF16_PAIRS) else 4
@@ -202,7 +201,7 @@ def _pack_strips(mode, source, panel_stride, k_stride, lanes, num_k, words, targ
             )
 
 
-@_jit
+@jit
 def _pack_a(p, group, spare):
     first = group * p[P.group_a]
     size = 2 if p[P.a_mode] in (pack.BF16_WIDENED, pack.BF16_PAIRS) else 4
@@ -213,7 +212,7 @@ def _pack_a(p, group, spare):
     _pack_strips(p[P.a_mode], source, p[P.a_row], p[P.a_k], lanes, p[P.depth], words, target, p[P.a_strip], spare, p[P.kernel] == BY_TILES)
 
 
-@_jit
+@jit
 def _pack_b(p, column, lanes, k, num_k, words, target, strip_bytes, spare):
     if p[P.b_mode] >= pack.STRIPS_F32:
         for first in range(column, column + lanes, W):
@@ -250,7 +249,7 @@ def _absent_last_tiles(p, a, a_strip, a_row, a_step, b, sums, sums_row, first, p
     pass
 
 
-_last_tiles = _jit(_last_tiles_py if HAS_TILES else _absent_last_tiles)
+_last_tiles = jit(_last_tiles_py if HAS_TILES else _absent_last_tiles)
 
 
 def _multiply_tiles_py(p, r0, c0, rows, columns, sums, sums_row):
@@ -280,10 +279,10 @@ def _absent_multiply_tiles(p, r0, c0, rows, columns, sums, sums_row):
     pass
 
 
-_multiply_tiles = _jit(_multiply_tiles_py if HAS_TILES else _absent_multiply_tiles)
+_multiply_tiles = jit(_multiply_tiles_py if HAS_TILES else _absent_multiply_tiles)
 
 
-@_jit
+@jit
 def _multiply(p, task, scratch):
     """One tile of C."""
     tiles_across = (p[P.columns] + p[P.tile_columns] - 1) // p[P.tile_columns]
@@ -318,10 +317,9 @@ def _multiply(p, task, scratch):
         out, out_row = sums, sums_row
         if last and direct:
             out, out_row = p[P.out] + r0 * p[P.out_row] + c0 * 4, p[P.out_row]
-        if p[P.kernel] == BY_CHAINS:
-            block_fp32(a, p[P.a_strip], b, b_strip, sums, sums_row, first, out, out_row, words, rows, columns, next_b)
-        elif p[P.kernel] == BY_PAIRS:
-            block_pairs(a, p[P.a_strip], b, b_strip, sums, sums_row, first, out, out_row, words, rows, columns)
+        if p[P.kernel] != BY_TILES:
+            pairs = p[P.kernel] == BY_PAIRS
+            block_vectors(pairs, a, p[P.a_strip], b, b_strip, sums, sums_row, first, out, out_row, words, rows, columns, next_b)
         else:
             a_strip, a_row, a_step = p[P.a_strip], W * WORD, BLOCK_BYTES
             if p[P.a_in_place] != 0:
@@ -348,33 +346,12 @@ def _task(p, f, task, worker):
         _pack_b(p, column, lanes, 0, p[P.depth], (p[P.b_strip] - LINE) // (W * WORD), target, p[P.b_strip], scratch)
 
 
-# Compiled by itself and called by its address: inlined into the parallel loop, which numba compiles in several forms, it took most of a minute.
-_kernel = Kernel(_task)
-
-
-@_jit
-def _run_alone(entry, p):
-    for task in range(int64_at(p, P.tasks_a) + int64_at(p, P.tasks_b) + int64_at(p, P.num_tiles)):
-        call(entry, p, 0, task, 0)
-
-
-@numba.njit(cache=True, nogil=True, parallel=True)
-def _run_workers(entry, p, workers):
-    packing = int64_at(p, P.tasks_a) + int64_at(p, P.tasks_b)
-    for stage in range(2):  # nothing is multiplied before everything is packed
-        before = stage * packing
-        tasks = int64_at(p, P.num_tiles) if stage else packing
-        dealt = stage == 0 or int64_at(p, P.dealt) != 0
-        for worker in numba.prange(workers):
-            first, end, step = share(tasks, worker, workers, dealt)
-            for task in range(first, end, step):
-                call(entry, p, 0, before + task, worker)
+kernel = Kernel(_task)
 
 
 def run(p: np.ndarray, workers: int) -> None:
-    """Packs what is not packed yet and multiplies, on so many workers."""
-    if workers <= 1:
-        _run_alone(_kernel.entry(), p.ctypes.data)
-    else:
-        threads.numba_workers(workers)
-        _run_workers(_kernel.entry(), p.ctypes.data, workers)
+    """Packs what is not packed yet and multiplies, on so many workers. Nothing is multiplied before everything is packed."""
+    address, packing = p.ctypes.data, int(p[P.tasks_a] + p[P.tasks_b])
+    multiplying = kernel.launch(address, 0, int(p[P.num_tiles]), packing)._replace(even=1 - int(p[P.dealt]))
+    stages = table_of((kernel.launch(address, 0, packing)._replace(even=0), multiplying))
+    launch(stages.buffer_info()[0], 2, workers, (p,))

@@ -5,11 +5,11 @@ The layouts are those of kernels/quantization.py. int8: strips of STRIP outputs,
 
 from typing import Any
 
-import numba
 import numpy as np
 from numba import types
 
 from cllm.kernels.numba import llvm
+from cllm.kernels.numba.compiling import jit
 from cllm.kernels.numba.integers import block_scale, rounded
 from cllm.kernels.numba.launch import float32_at, load, put_float32
 from cllm.kernels.numba.llvm import F32, FEATURES, I8, I32, I64, VF, VH, VI, const_int, intrinsic
@@ -43,7 +43,7 @@ def _int8_words(tc, source, scales, target):
     return types.void(types.intp, types.intp, types.intp), codegen
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def fill_words(source, scales, k, words, target):
     """A strip of int8 weights from their k-th element on, as float32; source and scales at its first block."""
     for word in range(0, words, 4):
@@ -67,7 +67,7 @@ def _int4_word(tc, source, shift, scales, target):
     return types.void(types.intp, types.intp, types.intp, types.intp), codegen
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def fill_words4(source, scales, k, words, target):
     """The same of int4 weights."""
     for word in range(words):
@@ -185,9 +185,8 @@ def _absent_multiply(digits, rows, depth, weights, strip_bytes, scales, scales_s
 
 
 # A CPU without the instructions must not see them: LLVM could not select them.
-_jit = numba.njit(cache=True, nogil=True)
-pack_digits = _jit(_pack_digits_py if HAS_INTEGERS else _absent_digits)
-multiply = _jit(_multiply_py if HAS_INTEGERS else _absent_multiply)
+pack_digits = jit(_pack_digits_py if HAS_INTEGERS else _absent_digits)
+multiply = jit(_multiply_py if HAS_INTEGERS else _absent_multiply)
 
 
 def _configurations() -> tuple[np.ndarray, int]:

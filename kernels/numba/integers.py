@@ -8,13 +8,13 @@ times the sum of its x.
 
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
 from cllm.kernels.numba import llvm
+from cllm.kernels.numba.compiling import jit
 from cllm.kernels.numba.launch import load, put_float32
 from cllm.kernels.numba.llvm import F32, FEATURES, I8, I16, I32, I64, VF, VH, VI, W, const, const_int, intrinsic, splat
 from cllm.kernels.numba.micro import WORD, _at, _emit_prefetch, _offset
@@ -31,7 +31,6 @@ _ROW_BLOCK = _BLOCK_BYTES + WORD + SCALE_BLOCK // SCALE_GROUP * WORD
 _VECTORS = STRIP // W
 _SHORTS = ir.VectorType(I16, 2 * W)
 _I = types.intp
-_jit = numba.njit(cache=True, nogil=True)
 
 
 def row_bytes(depth: int) -> int:
@@ -74,7 +73,7 @@ def _put_int32(tc, address, i, value):
     return types.void(_I, _I, types.int64), codegen
 
 
-@_jit
+@jit
 def block_scale(x, half, k, n):
     """(scale, its inverse) of the SCALE_BLOCK elements of x from k on, of which n are valid."""
     top = vzero()
@@ -84,7 +83,7 @@ def block_scale(x, half, k, n):
     return largest / LARGEST, LARGEST / largest if not largest < SMALLEST else np.float32(0.0)
 
 
-@_jit
+@jit
 def pack_words(x0, x_row, half, rows, depth, target):
     """Rows of x -> words and scales, `row_bytes` from row to row."""
     blocks = (depth + SCALE_BLOCK - 1) // SCALE_BLOCK
@@ -196,7 +195,7 @@ def _make_micro(rows: int, bits: int) -> Any:
 _micro8_1, _micro8_n, _micro4_1, _micro4_n = (_make_micro(rows, bits) for bits in (8, 4) for rows in (1, ROWS))
 
 
-@_jit
+@jit
 def multiply(bits, x, rows, depth, weights, strip_bytes, scales, scales_strip, strips, total, total_row):
     """total [row][strips * STRIP] of some strips of outputs, which begin at `weights` and `scales`."""
     blocks = (depth + SCALE_BLOCK - 1) // SCALE_BLOCK

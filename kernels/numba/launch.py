@@ -1,8 +1,8 @@
-"""One parallel loop for every CPU kernel: tasks of a fixed grid, shared out to any number of workers.
+"""One launch for every CPU kernel: tasks of a fixed grid, which any number of workers take.
 
 A kernel is a function body(p, f, task, worker): it computes one task of the grid, reading integers (addresses, sizes,
 strides) from p and scalars from f. It is compiled once for all dtypes: whether an address holds float32 or bfloat16 is
-one more integer in p. The loop over workers is compiled once for all kernels, and calls the body by its address.
+one more integer in p. The workers are those of `cllm.runtime.workers`, and call the body by its address.
 Which worker runs a task never changes what the task computes.
 """
 
@@ -17,11 +17,14 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from cllm import runtime
+import cllm.runtime as runtime
+from cllm.kernels.numba.compiling import inline as inline
+from cllm.kernels.numba.compiling import jit as jit
 from cllm.kernels.numba.llvm import F32, I64, intrinsic
 from cllm.kernels.numba.micro import prefetch_l1
 from cllm.kernels.numba.simd import W, vload, vload_bf16, vload_bf16_masked, vload_masked, vstore, vstore_bf16, vstore_bf16_masked, vstore_masked
-from cllm.runtime import threads
+from cllm.runtime import compile_ahead
+from cllm.runtime.workers import Launch, recorder, run
 
 FANOUT = 12  # partial sums are added up in trees of this fan-out, as in runtime.tree
 AHEAD_BYTES = 8192  # how far ahead the L1 cache is filled with what is read once: the processor stops at the end of a page
@@ -29,25 +32,6 @@ TARGET_PARTIALS = 256  # sums over rows are cut into about this many parts: enou
 
 _INTS, _FLOATS = types.CPointer(types.int64), types.CPointer(types.float64)
 _TASK = types.void(_INTS, _FLOATS, types.int64, types.int64)
-
-# Integer division is checked for zero in Python's error model; numpy's leaves it to us.
-jit = numba.njit(cache=True, nogil=True, error_model="numpy")
-inline = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
-
-
-@intrinsic
-def _call(tc, entry, p, f, task, worker):
-    signature = types.void(types.int64, types.int64, types.int64, types.int64, types.int64)
-
-    def codegen(ctx, bld, sig, args):
-        ints, floats = I64.as_pointer(), ir.DoubleType().as_pointer()
-        function = ir.FunctionType(ir.VoidType(), [ints, floats, I64, I64])
-        entry, p, f, task, worker = args
-        callee = bld.inttoptr(entry, function.as_pointer())
-        bld.call(callee, [bld.inttoptr(p, ints), bld.inttoptr(f, floats), task, worker])
-        return ctx.get_dummy_value()
-
-    return signature, codegen
 
 
 @intrinsic
@@ -111,40 +95,18 @@ def copy_bytes(tc, target, source, count):
     return types.void(types.int64, types.int64, types.int64), codegen
 
 
-@inline
-def share(tasks, worker, workers, dealt):
-    """(first, end, step) of a worker's tasks: one piece, or dealt in turn."""
-    if dealt:
-        return worker, tasks, workers
-    return worker * tasks // workers, (worker + 1) * tasks // workers, 1
-
-
-@numba.njit(cache=True, nogil=True)
-def _run_alone(entry, p, f, tasks):
-    for task in range(tasks):
-        _call(entry, p, f, task, 0)
-
-
-@numba.njit(cache=True, nogil=True, parallel=True)
-def _run_workers(entry, p, f, tasks, workers, dealt):
-    for worker in numba.prange(workers):
-        first, end, step = share(tasks, worker, workers, dealt)
-        for task in range(first, end, step):
-            _call(entry, p, f, task, worker)
-
-
 _NO_FLOATS = array("d", (0.0,))
 
 
 class Kernel:
     """A task function, compiled (or read from the cache on disk) at its first launch.
 
-    Each worker gets its tasks in one piece, so that it reads and writes memory in order and what it prefetches is its own; `dealt` shares them
-    out in turn, where some are longer than others.
+    Each worker takes its tasks out of one piece, so that it reads and writes memory in order and what it prefetches is its own. Where some tasks
+    are longer than others, `uneven`, they are taken in turn.
     """
 
-    def __init__(self, body: Callable[..., None], dealt: bool = False):
-        self.body, self.dealt = body, dealt
+    def __init__(self, body: Callable[..., None], uneven: bool = False):
+        self.body, self.uneven = body, uneven
         self._entry = 0
         self._compiled: Any = None
         self._lock = threading.Lock()
@@ -153,23 +115,28 @@ class Kernel:
         if not self._entry:
             with self._lock:
                 if not self._entry:
-                    self._compiled = numba.cfunc(_TASK, cache=True, error_model="numpy")(self.body)
-                    self._entry = self._compiled.address
+                    self._entry = compile_ahead.NOWHERE if compile_ahead.is_postponed(self._compile) else self._compile()
         return self._entry
 
-    def __call__(self, tasks: int, workers: int, ints: Sequence[int], floats: Sequence[float] = ()) -> None:
-        """Run body(p, f, task, worker) for every task < tasks; the caller keeps the memory behind addresses alive."""
-        if tasks <= 0:
+    def _compile(self) -> int:
+        self._compiled = numba.cfunc(_TASK, cache=True, error_model="numpy")(self.body)
+        return int(self._compiled.address)
+
+    def __call__(self, tasks: int, workers: int, ints: Sequence[int], floats: Sequence[float] = (), counted: int = 0) -> None:
+        """Run body(p, f, task, worker) for every task < tasks; the caller keeps the memory behind addresses alive.
+
+        counted: the address of the number of tasks, for a launch that is recorded and will have others at another time.
+        """
+        if tasks <= 0 and not counted:
             return
         # Arrays of the standard library are made in a third of the time of numpy's, and addresses pass numba's dispatcher faster than arrays.
         p, f = array("q", ints), array("d", floats) if floats else _NO_FLOATS
-        p_address, f_address = p.buffer_info()[0], f.buffer_info()[0]
-        workers = min(workers, tasks)
-        if workers <= 1:
-            _run_alone(self.entry(), p_address, f_address, tasks)
-        else:
-            threads.numba_workers(workers)
-            _run_workers(self.entry(), p_address, f_address, tasks, workers, self.dealt)
+        launch = array("q", self.launch(p.buffer_info()[0], f.buffer_info()[0], tasks, counted=counted))
+        run(launch.buffer_info()[0], 1, workers if counted else min(workers, tasks), (p, f))
+
+    def launch(self, ints: int, floats: int, tasks: int, first: int = 0, counted: int = 0) -> Launch:
+        """The line of a list of launches for this kernel. ints, floats: addresses of its arguments; first: the number of the first task."""
+        return Launch(self.entry(), ints, floats, first, tasks, not self.uneven, counted=counted)
 
 
 def num_workers(op: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, **options: Any) -> int:
@@ -192,15 +159,23 @@ class _Scratch(threading.local):
 
     def __call__(self, name: str, size: int) -> tuple[torch.Tensor, int]:
         """(owner to keep alive, 64-byte aligned address) of at least `size` bytes with arbitrary contents."""
-        held = self.held.get(name)
+        recorded = recorder() is not None  # what is replayed later has work space of its own
+        held = None if recorded else self.held.get(name)
         if held is None or held.numel() < size + 64:
             held = torch.empty(size + 64, dtype=torch.uint8)
-            if size <= self.KEPT_BYTES:
+            if size <= self.KEPT_BYTES and not recorded:
                 self.held[name] = held
         return held, (held.data_ptr() + 63) & ~63
 
 
 scratch = _Scratch()
+
+
+def hold(*arrays: object) -> None:
+    """Whoever records the launches of this thread keeps these: memory that is no tensor and no table of arguments, but whose address is in one."""
+    listening = recorder()
+    if listening is not None:
+        listening.hold(*arrays)
 
 
 def is_half(t: torch.Tensor) -> int:

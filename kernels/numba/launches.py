@@ -6,35 +6,15 @@ writes into the arrays that it gets here. N rows, E embed, K inputs.
 
 from collections.abc import Sequence
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from cllm.kernels.numba import matvec, norm
-from cllm.kernels.numba.launch import Kernel, _call, is_half
+from cllm.kernels.numba.launch import Kernel, is_half
 from cllm.kernels.numba.matvec import Output
 from cllm.kernels.stack import Layer, Linear, Norm
-from cllm.runtime import threads
-
-
-@numba.njit(cache=True, nogil=True)
-def _run_alone(entries, ints, floats, tasks):
-    for i in range(entries.size):
-        for task in range(tasks[i]):
-            _call(entries[i], ints[i], floats[i], task, 0)
-
-
-@numba.njit(cache=True, nogil=True, parallel=True)
-def _run_workers(entries, ints, floats, tasks, workers):
-    for i in range(entries.size):
-        entry, p, f, count = entries[i], ints[i], floats[i], tasks[i]
-        if count == 1:
-            _call(entry, p, f, 0, 0)
-        else:
-            for worker in numba.prange(workers):
-                for task in range(worker, count, workers):
-                    _call(entry, p, f, task, worker)
+from cllm.runtime.workers import Launch, run, table_of
 
 
 def aligned(memory: Tensor) -> int:
@@ -52,25 +32,20 @@ class Launches:
     def __init__(self, workers: int, scratch: int, scratch_bytes: int) -> None:
         self.workers, self.scratch, self.scratch_bytes = workers, scratch, scratch_bytes
         self.kept: list[object] = []  # whatever the launches hold addresses of
-        self._listed: list[tuple[int, int, int, int]] = []  # entry, address of the integers, of the floats, number of tasks
-        self._table: list[np.ndarray] = []
+        self._listed: list[Launch] = []
+        self._table = table_of(())
 
     def add(self, kernel: Kernel, tasks: int, ints: Sequence[int] | np.ndarray, floats: Sequence[float] = (0.0,)) -> np.ndarray:
         """The launch of a kernel behind those added before; the integers that it will read."""
         p, f = np.array(ints, np.int64), np.array(floats, np.float64)
         self.kept += [p, f]
-        self._listed.append((kernel.entry(), p.ctypes.data, f.ctypes.data, tasks))
+        self._listed.append(kernel.launch(p.ctypes.data, f.ctypes.data, tasks))
         return p
 
     def run(self) -> None:
         if not self._table:
-            self._table = [np.ascontiguousarray(column) for column in np.array(self._listed, np.int64).T]
-        entries, ints, floats, tasks = self._table
-        if self.workers <= 1:
-            _run_alone(entries, ints, floats, tasks)
-        else:
-            threads.numba_workers(self.workers)
-            _run_workers(entries, ints, floats, tasks, self.workers)
+            self._table = table_of(self._listed)
+        run(self._table.buffer_info()[0], len(self._listed), self.workers)
 
     def norm(self, x: Tensor, added: Tensor | None, weights: Norm, y: Tensor, eps: float) -> None:
         """x (N, E), with `added` the sum of both, which is then stored in x -> y."""

@@ -209,7 +209,7 @@ def _row(p, f, task, worker):
             _clear(row, size, p[P.half] != 0)
 
 
-_kernel = Kernel(_row, dealt=True)
+_kernel = Kernel(_row, uneven=True)
 
 
 def _row_blocks(rows: int, vocabulary: int) -> list[slice]:

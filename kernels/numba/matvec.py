@@ -11,12 +11,12 @@ made first: gate before up.
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from cllm.kernels.numba import activation, gemm, int8, integers, pack, stream
+from cllm.kernels.numba.compiling import jit
 from cllm.kernels.numba.fields import fields
 from cllm.kernels.numba.gemm_block import tiles_off, tiles_on
 from cllm.kernels.numba.gemm_kernel import BY_CHAINS, BY_PAIRS, BY_TILES
@@ -97,7 +97,7 @@ if HAS_TILES:
 # ---- a group of strips through K -------------------------------------------------------------------------------------
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _fill(job, c, lanes, k, num_k, words, target, spare):
     """One strip of the weights for one K block, as gemm.py packs it; rows first, as the A side, for AMX tiles."""
     mode, column, step, kernel = int64_at(job, JOB.b_mode), int64_at(job, JOB.b_column), int64_at(job, JOB.b_k), int64_at(job, JOB.kernel)
@@ -144,10 +144,10 @@ def _absent_tiles(x, x_strip, rows, b, b_strip, b_row, b_step, turned, steps, st
 
 
 # A CPU without the instructions must not see them: LLVM could not select them.
-_tiles_block = numba.njit(cache=True, nogil=True)(_tiles_block_py if HAS_TILES else _absent_tiles)
+_tiles_block = jit(_tiles_block_py if HAS_TILES else _absent_tiles)
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _turn_back(turned, spare, rows, strips, sums):
     """turned -> sums [row][outputs]."""
     for m0 in range(0, rows, W):
@@ -157,7 +157,7 @@ def _turn_back(turned, spare, rows, strips, sums):
                 vstore(sums + m * _SUMS_ROW, s * W, vload(spare, (m - m0) * W))
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _part(job, scratch, c, columns, k0, num_k, sums):
     """sums [row][columns] of one part of K."""
     kernel, rows, mode = int64_at(job, JOB.kernel), int64_at(job, JOB.rows), int64_at(job, JOB.b_mode)
@@ -199,7 +199,7 @@ def _part(job, scratch, c, columns, k0, num_k, sums):
 # ---- a launch --------------------------------------------------------------------------------------------------------
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _finish(job, total, c, columns):
     rows, half, row = int64_at(job, JOB.rows), int64_at(job, JOB.out_half), int64_at(job, JOB.out_row)
     size = 2 if half else 4
@@ -222,7 +222,7 @@ def _finish(job, total, c, columns):
             store(out + m * row, half, i, v, columns - i)
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _pack_x(job, scratch):
     """x as the kernel reads it: rows of words, or for AMX tiles strips of W rows as gemm.py packs B; 0 beyond K."""
     kernel, rows, num_k = int64_at(job, JOB.kernel), int64_at(job, JOB.rows), int64_at(job, JOB.depth)
@@ -249,7 +249,7 @@ def _pack_x(job, scratch):
             target += to_row
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _columns(job, scratch, begin, end):
     """Outputs [begin, end) of every row."""
     depth, rows, kernel, mode = int64_at(job, JOB.depth), int64_at(job, JOB.rows), int64_at(job, JOB.kernel), int64_at(job, JOB.b_mode)
@@ -298,7 +298,7 @@ def _launch(p, f, task, worker):
         tiles_off()
 
 
-kernel = Kernel(_launch, dealt=True)
+kernel = Kernel(_launch, uneven=True)
 
 
 # ---- on the Python side ----------------------------------------------------------------------------------------------

@@ -3,16 +3,14 @@ that lie in strips already (strips.py)."""
 
 from typing import Any
 
-import numba
 from numba import types
 
 from cllm.kernels.numba import llvm, pack
+from cllm.kernels.numba.compiling import jit
 from cllm.kernels.numba.llvm import F32, HAS_PAIRS, I64, VF, VI, BFloat, W, const_int, intrinsic
 from cllm.kernels.numba.micro import WORD, _at
 from cllm.kernels.numba.simd import vload, vstore
 from cllm.kernels.strips import STRIP
-
-_jit = numba.njit(cache=True, nogil=True)
 
 
 def _rounded_pairs(bld: Any, first: Any, second: Any) -> Any:
@@ -36,8 +34,14 @@ def _turned(bld: Any, v: list[Any]) -> list[Any]:
     return v
 
 
-def _make_block(mode: int, turned: bool) -> Any:
-    """block(source, row, target): W words of each of W rows -> [row][word], or turned [word][row]."""
+def _widened(bld: Any, pairs: Any) -> tuple[Any, Any]:
+    """W pairs of bfloat16 -> the first of each and the second, as the words of float32."""
+    return bld.shl(pairs, const_int(16)), bld.and_(pairs, const_int(-0x10000))
+
+
+def _make_block(mode: int, turned: bool, widened: bool = False) -> Any:
+    """block(source, row, target): W words of each of W rows -> [row][word], or turned [word][row]; widened: words are two bfloat16, and become two
+    lines of float32, for half of the shuffles that turning float32 takes."""
 
     @intrinsic
     def block(tc, source, row, target):
@@ -51,7 +55,10 @@ def _make_block(mode: int, turned: bool) -> Any:
                     v.append(_rounded_pairs(bld, *halves))
                 else:
                     v.append(pack._emit_along_k(bld, mode, address, None, False))
-            for i, words in enumerate(_turned(bld, v) if turned else v):
+            lines = _turned(bld, v) if turned else v
+            if widened:
+                lines = [line for words in lines for line in _widened(bld, bld.bitcast(words, VI))]
+            for i, words in enumerate(lines):
                 llvm.store(bld, words, bld.inttoptr(bld.add(target, I64(i * W * WORD)), F32.as_pointer()))
             return ctx.get_dummy_value()
 
@@ -61,17 +68,22 @@ def _make_block(mode: int, turned: bool) -> Any:
 
 
 _turn_float32, _turn_widened, _turn_pairs = (_make_block(mode, True) for mode in (pack.F32_AS_IS, pack.BF16_WIDENED, pack.BF16_PAIRS))
+_turn_widened_pairs = _make_block(pack.BF16_PAIRS, True, True)
 _rounded_rows = _make_block(pack.F32_ROUNDED_PAIRS, False)
 
 
-@_jit
+@jit
 def fill_chain(mode, source, row, words, target):
     """A strip of whole blocks, for chains of float32."""
-    for word in range(0, words, W):
+    word = 0
+    while mode != pack.F32_AS_IS and words - word >= 2 * W:
+        _turn_widened_pairs(source + word * 2, row, target + word * W * WORD)
+        word += 2 * W
+    for rest in range(word, words, W):
         if mode == pack.F32_AS_IS:
-            _turn_float32(source + word * 4, row, target + word * W * WORD)
+            _turn_float32(source + rest * 4, row, target + rest * W * WORD)
         else:
-            _turn_widened(source + word * 2, row, target + word * W * WORD)
+            _turn_widened(source + rest * 2, row, target + rest * W * WORD)
 
 
 def _fill_paired_py(rows_first, source, row, words, target):
@@ -88,7 +100,7 @@ def _absent_fill(rows_first, source, row, words, target):
 
 
 # A CPU without the instructions must not see them: LLVM could not select them.
-fill_paired = _jit(_fill_paired_py if W == 16 else _absent_fill)
+fill_paired = jit(_fill_paired_py if W == 16 else _absent_fill)
 
 
 @intrinsic
@@ -97,14 +109,14 @@ def _widened_line(tc, source, target):
 
     def codegen(ctx, bld, sig, args):
         both = llvm.load(bld, _at(bld, args[0]), VI)
-        llvm.store(bld, bld.shl(both, const_int(16)), _at(bld, args[1]))
-        llvm.store(bld, bld.and_(both, const_int(-0x10000)), _at(bld, args[1], W * WORD))
+        for i, line in enumerate(_widened(bld, both)):
+            llvm.store(bld, line, _at(bld, args[1], i * W * WORD))
         return ctx.get_dummy_value()
 
     return types.void(types.intp, types.intp), codegen
 
 
-@_jit
+@jit
 def fill_packed(mode, paired, source, k, words, target):
     """W outputs of weights packed at load, from their k-th element on, as gemm.py packs them; source: the first of them in their strip.
 

@@ -19,6 +19,7 @@ from numba import types
 
 from cllm.kernels.numba import llvm
 from cllm.kernels.numba.llvm import F32, FEATURES, I8, I32, I64, VF, VI, BFloat, W, const, intrinsic, load, splat, store
+from cllm.runtime.workers import lasting
 
 _I = types.intp
 WORD = 4
@@ -338,7 +339,7 @@ def _aligned_configuration() -> tuple[np.ndarray, int]:
     memory = np.zeros(128, np.uint8)
     start = -memory.ctypes.data % 64
     memory[start : start + 64] = np.frombuffer(tile_configuration(), np.uint8)
-    return memory, memory.ctypes.data + start
+    return memory, lasting(memory.ctypes.data + start)
 
 
 _configuration_memory, CONFIGURATION = _aligned_configuration()

@@ -110,7 +110,7 @@ def _add_residual(p, row, h):
 
 
 @inline
-def _sum(h, half, columns):
+def sum_of(h, half, columns):
     t0, t1, t2, t3 = vzero(), vzero(), vzero(), vzero()
     whole = columns - columns % (4 * W)
     for c in range(0, whole, 4 * W):
@@ -173,7 +173,7 @@ def _forward(p, f, task, worker):
             _add_residual(p, row, h)
         mean = _ZERO
         if p[FWD.mean] != 0:
-            mean = _sum(h, half, columns) / np.float32(columns)
+            mean = sum_of(h, half, columns) / np.float32(columns)
             put_float32(p[FWD.mean], row, mean)
         rstd = inverse_rms(h, half, columns, mean, f[F.eps])
         put_float32(p[FWD.rstd], row, rstd)
@@ -257,7 +257,7 @@ def launched_workers(planned: int, shapes: Shapes, dtype: torch.dtype, **options
     return at_most(planned, _tasks(math.prod(rows))) if columns else 1
 
 
-def _address(t: Tensor | None) -> int:
+def address_of(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
@@ -280,18 +280,18 @@ def _norm(
             forward_arguments(
                 x=rows.data_ptr(),
                 x_row=row_bytes(rows),
-                residual=_address(added),
+                residual=address_of(added),
                 residual_row=0 if added is None else row_bytes(added),
-                h=_address(h),
+                h=address_of(h),
                 h_row=row,
                 y=y.data_ptr(),
                 y_row=row,
                 half=is_half(x),
                 weight=weight.data_ptr(),
                 weight_half=is_half(weight),
-                bias=_address(bias),
+                bias=address_of(bias),
                 bias_half=0 if bias is None else is_half(bias),
-                mean=_address(mean),
+                mean=address_of(mean),
                 rstd=rstd.data_ptr(),
                 rows=rows.shape[0],
                 columns=rows.shape[1],
@@ -305,10 +305,10 @@ def _norm_backward(
     op: str, dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     dx = torch.empty(h.shape, dtype=h.dtype)
-    dweight = torch.zeros(weight.shape, dtype=weight.dtype)
-    dbias = torch.zeros_like(dweight) if has_bias else None
+    dweight = torch.empty(weight.shape, dtype=weight.dtype)
+    dbias = torch.empty_like(dweight) if has_bias else None
     if not h.numel():
-        return dx, dweight, dbias
+        return dx, dweight.zero_(), None if dbias is None else dbias.zero_()
     g, rows, also = as_rows(dy), as_rows(h), None if dh is None else as_rows(dh)
     weight, rstd = dense(weight), dense(rstd)
     mean = None if mean is None else dense(mean)
@@ -325,7 +325,7 @@ def _norm_backward(
         _backward_arguments(
             dy=g.data_ptr(),
             dy_row=row_bytes(g),
-            dh=_address(also),
+            dh=address_of(also),
             dh_row=0 if also is None else row_bytes(also),
             h=rows.data_ptr(),
             h_row=row_bytes(rows),
@@ -334,7 +334,7 @@ def _norm_backward(
             half=is_half(h),
             weight=weight.data_ptr(),
             weight_half=is_half(weight),
-            mean=_address(mean),
+            mean=address_of(mean),
             rstd=rstd.data_ptr(),
             partial=partial,
             partial_row=padded,

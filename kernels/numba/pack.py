@@ -5,12 +5,12 @@
 
 from typing import Any
 
-import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
 from cllm.kernels.numba import llvm, simd
+from cllm.kernels.numba.compiling import jit
 from cllm.kernels.numba.llvm import F32, I16, I32, I64, VF, VH, VI, const, const_int, intrinsic, load, store
 from cllm.kernels.numba.micro import WORD, prefetch_l1
 from cllm.kernels.numba.simd import W, vstore, vzero
@@ -164,7 +164,7 @@ def transpose(tc, source, source_row, target):
     return types.void(_I, _I, _I), codegen
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def pack_strip(mode, source, panel_stride, k_stride, lanes, num_k, num_words, target, spare, rows_first):
     """Pack `lanes` (<= W) panel elements x `num_k` into `num_words` (a multiple of W, zero beyond num_k) at `target`.
 
@@ -203,7 +203,7 @@ def pack_strip(mode, source, panel_stride, k_stride, lanes, num_k, num_words, ta
                 transpose(spare, W * WORD, block)
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def pack_lines(mode, source, k_stride, lanes, num_k, num_words, target, strip_bytes):
     """The same for strips side by side whose elements of one k are contiguous: line by line, so that each page is visited once."""
     size = 2 if mode in (BF16_WIDENED, BF16_PAIRS) else 4

@@ -1,7 +1,9 @@
 """The newest tokens of any sequences through a whole transformer on the CPU in one compiled call, over keys and values in pages.
 
-Every token is a row of its own with its position, its place in the pool and its row of page numbers, so that tokens of one sequence (a piece of a
-prompt, drafts) and of many are the same to the kernels. The bits are those of the operations called one by one.
+What a call is given are lists, copied to where the kernels read them: a token takes a few milliseconds, of which a tensor for each list and the
+operation that looks embeddings up would be a tenth. Every token is a row of its own with its position, its place in the pool and its row of page
+numbers, so that tokens of one sequence (a piece of a prompt, drafts) and of many are the same to the kernels. The bits are those of the operations
+called one by one.
 N tokens, E embed, H heads, Hkv key-value heads, D head dim, P pages, M page numbers of a token, V vocabulary.
 """
 
@@ -16,11 +18,13 @@ from torch import Tensor
 from cllm.kernels.numba import attention, matvec, norm, rotary
 from cllm.kernels.numba import attention_tile as at
 from cllm.kernels.numba.attention_tile import KEYS, SEGMENT
+from cllm.kernels.numba.compiling import called_by_python
 from cllm.kernels.numba.fields import fields
 from cllm.kernels.numba.gemm import TILES, bf16_kernel
-from cllm.kernels.numba.launch import Kernel, copy_bytes, dense, inline, int32_at, int64_at, is_half, jit, num_workers, put_int64
+from cllm.kernels.numba.launch import Kernel, copy_bytes, dense, inline, int32_at, int64_at, is_half, load, num_workers, put_int64, store
 from cllm.kernels.numba.launches import Launches, aligned, rows_of
 from cllm.kernels.numba.micro import CONFIGURATION
+from cllm.kernels.numba.simd import W, vadd
 from cllm.kernels.stack import Layer, Linear, Norm, Stack
 
 MOST_TOKENS = matvec.MOST_ROWS
@@ -84,19 +88,61 @@ def _store(p, f, task, worker):
 _store_kernel = Kernel(_store)
 
 
+class _Embedding(NamedTuple):
+    """Addresses, and in bytes the distance from row to row; of each table whether it is bfloat16."""
+
+    tokens: int  # int64
+    weight: int
+    weight_row: int
+    weight_half: int
+    positions: int  # int64
+    position_weight: int  # 0: none
+    position_row: int
+    position_half: int
+    out: int
+    spare: int  # of the shape of out
+    row: int
+    half: int
+    columns: int
+
+
+EMB, _embedding = fields(_Embedding)
+
+
+def _embed(p, f, task, worker):
+    """One token: its embedding, and that of its position, each rounded to the dtype of activations before they are added."""
+    out, spare, half, columns = p[EMB.out] + task * p[EMB.row], p[EMB.spare] + task * p[EMB.row], p[EMB.half], p[EMB.columns]
+    row = p[EMB.weight] + int64_at(p[EMB.tokens], task) * p[EMB.weight_row]
+    for c in range(0, columns, W):
+        store(out, half, c, load(row, p[EMB.weight_half], c, columns - c), columns - c)
+    if p[EMB.position_weight] == 0:
+        return
+    row = p[EMB.position_weight] + int64_at(p[EMB.positions], task) * p[EMB.position_row]
+    for c in range(0, columns, W):
+        n = columns - c
+        store(spare, half, c, load(row, p[EMB.position_half], c, n), n)
+        store(out, half, c, vadd(load(out, half, c, n), load(spare, half, c, n)), n)
+
+
+_embed_kernel = Kernel(_embed)
+
+
 _WRONG = (
     "",
     "a position lies behind its pages or the rotary tables",
     "a slot lies outside of the pool",
     "a page lies outside of the pool",
+    "a token lies outside of the vocabulary",
 )
 
 
-@jit
-def _place_tokens(positions, slots, pages, tokens, columns, own_positions, own_slots, segments, window, num_positions, num_pages):
-    """Writes where the tokens of a call are; returns the number of what is wrong, in `_WRONG`, for memory is addressed by these numbers."""
-    for i in range(tokens):
-        position, slot, row = int64_at(positions, i), int64_at(slots, i), pages + i * columns * 4
+@called_by_python
+def _place_tokens(tokens, positions, slots, pages, pages_row, count, columns, segments, window, num_embeddings, num_positions, num_pages):
+    """Writes what the tokens of a call see; returns the number of what is wrong, in `_WRONG`, for memory is addressed by these numbers."""
+    for i in range(count):
+        position, slot, row = int64_at(positions, i), int64_at(slots, i), pages + i * pages_row
+        if int64_at(tokens, i) < 0 or int64_at(tokens, i) >= num_embeddings:
+            return 4
         if position < 0 or position >= min(columns * KEYS, num_positions):
             return 1
         if slot < 0 or slot >= num_pages * KEYS:
@@ -105,8 +151,6 @@ def _place_tokens(positions, slots, pages, tokens, columns, own_positions, own_s
             page = int32_at(row, column)
             if page < 0 or page >= num_pages:
                 return 3
-        put_int64(own_positions, i, position)
-        put_int64(own_slots, i, slot)
         put_int64(segments, i * len(SEGMENT) + SEGMENT.num_keys, position + 1)
         put_int64(segments, i * len(SEGMENT) + SEGMENT.pages, row)
     return 0
@@ -118,7 +162,6 @@ class _Plan(NamedTuple):
     launches: Launches
     segments: int  # the address of their table: one for each token, shared by all layers
     output: np.ndarray  # the job that writes the logits
-    x: Tensor
 
 
 class PagedDecoder:
@@ -137,9 +180,16 @@ class PagedDecoder:
         self._scratch = torch.empty(self._scratch_bytes * self._workers + 64, dtype=torch.uint8)
         self._attention_bytes = attention.work_bytes(dim)
         self._attention_scratch = torch.empty(self._attention_bytes * self._workers + 64, dtype=torch.uint8)
-        self._slots, self._positions = np.zeros((2, most_tokens), np.int64)
-        self._addresses = (self._positions.ctypes.data, self._slots.ctypes.data)
-        self._num_positions = 1 << 62 if stack.rotary is None else len(stack.rotary[0])
+        # What the newest call was given.
+        self._tokens, self._positions, self._slots = np.zeros((3, most_tokens), np.int64)
+        self._addresses = self._tokens.ctypes.data, self._positions.ctypes.data, self._slots.ctypes.data
+        self._pages, self._pages_at = np.zeros((most_tokens, 0), np.int32), (0, 0)
+        self._num_pages, self._num_embeddings = len(keys[0]), len(stack.embedding)
+        self._embedding, self._position_embedding = dense(stack.embedding), None
+        if stack.position_embedding is not None:
+            self._position_embedding = dense(stack.position_embedding)
+        limits = (None if stack.rotary is None else stack.rotary[0], stack.position_embedding)
+        self._num_positions = min((len(each) for each in limits if each is not None), default=1 << 62)
         self._tables = None if stack.rotary is None else [table.detach().float().contiguous() for table in stack.rotary]
         hidden, kv = first.up.weight.shape[0], self.kv_heads * dim
         sizes = {
@@ -157,20 +207,23 @@ class PagedDecoder:
         self._lse = torch.empty(most_tokens * self.heads, dtype=torch.float32)
         self._plans: dict[int, _Plan] = {}
 
-    def __call__(self, x: Tensor, positions: Tensor, slots: Tensor, pages: Tensor) -> Tensor:
-        tokens, columns = pages.shape
-        plan = self._plans.get(tokens)
+    def __call__(self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], pages: Sequence[Sequence[int]]) -> Tensor:
+        count, columns = len(tokens), len(pages[0])
+        assert count == len(positions) == len(slots) == len(pages)
+        plan = self._plans.get(count)
         if plan is None:
-            assert 1 <= tokens <= self.most_tokens
-            plan = self._plans[tokens] = self._plan(tokens)
-        assert x.shape == plan.x.shape and positions.shape == slots.shape == pages.shape[:1]
-        assert positions.dtype == slots.dtype == torch.int64 and pages.dtype == torch.int32
-        positions, slots, pages = dense(positions), dense(slots), dense(pages)
-        given = (positions.data_ptr(), slots.data_ptr(), pages.data_ptr(), tokens, columns)
-        wrong = _place_tokens(*given, *self._addresses, plan.segments, self.stack.window, self._num_positions, self.keys[0].shape[0])
+            assert 1 <= count <= self.most_tokens
+            plan = self._plans[count] = self._plan(count)
+        if columns > self._pages.shape[1]:
+            self._pages = np.zeros((self.most_tokens, 2 * columns), np.int32)
+            self._pages_at = self._pages.ctypes.data, self._pages.strides[0]
+        self._tokens[:count], self._positions[:count], self._slots[:count], self._pages[:count, :columns] = tokens, positions, slots, pages
+        wrong = _place_tokens(
+            *self._addresses, *self._pages_at, count, columns, plan.segments, self.stack.window, self._num_embeddings, self._num_positions,
+            self._num_pages,
+        )  # fmt: skip
         assert not wrong, _WRONG[wrong]
-        plan.x.copy_(x)
-        logits = torch.empty((tokens, self.vocabulary), dtype=self.dtype)
+        logits = torch.empty((count, self.vocabulary), dtype=self.dtype)
         plan.output[matvec.JOB.out] = logits.data_ptr()
         plan.launches.run()
         return logits
@@ -189,6 +242,7 @@ class PagedDecoder:
         table[:, SEGMENT.start], table[:, SEGMENT.queries] = np.arange(tokens), 1
         grid = attention.grid_of(table, self.heads, self.kv_heads)
         launches.kept.append(grid)
+        launches.add(_embed_kernel, tokens, self._looking_up(x, branch))
         added: Tensor | None = None  # the branch that is still to be added to the residual stream x
         for layer, keys, values in zip(stack.layers, self.keys, self.values):
             launches.norm(x, added, layer.attention_norm, y, stack.eps)
@@ -202,7 +256,25 @@ class PagedDecoder:
         launches.norm(x, added, stack.norm, y, stack.eps)
         logits = matvec.Output(0, self.vocabulary * self._lse.new_empty(0, dtype=self.dtype).element_size())
         (output,) = launches.products([(y, stack.output, logits)])
-        return _Plan(launches, grid.table.ctypes.data, output, x)
+        return _Plan(launches, grid.table.ctypes.data, output)
+
+    def _looking_up(self, x: Tensor, spare: Tensor) -> Sequence[int]:
+        weight, of_positions = self._embedding, self._position_embedding
+        return _embedding(
+            tokens=self._tokens.ctypes.data,
+            weight=weight.data_ptr(),
+            weight_row=weight.stride(0) * weight.element_size(),
+            weight_half=is_half(weight),
+            positions=self._positions.ctypes.data,
+            position_weight=0 if of_positions is None else of_positions.data_ptr(),
+            position_row=0 if of_positions is None else of_positions.stride(0) * of_positions.element_size(),
+            position_half=0 if of_positions is None else is_half(of_positions),
+            out=x.data_ptr(),
+            spare=spare.data_ptr(),
+            row=x.stride(0) * x.element_size(),
+            half=is_half(x),
+            columns=x.shape[1],
+        )
 
     def _store(self, launches: Launches, layer: Layer, projected: tuple[Tensor, Tensor, Tensor], keys: Tensor, values: Tensor) -> None:
         q, k, v = projected

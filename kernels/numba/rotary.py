@@ -207,8 +207,10 @@ def norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dx (B, T, H, D) and dweight (H, D). Sums over tokens run in blocks that follow from their number alone, then in a tree."""
-    dx, dweight = torch.empty(x.shape, dtype=x.dtype), torch.zeros(weight.shape, dtype=weight.dtype)
-    if dx.numel():
+    dx, dweight = torch.empty(x.shape, dtype=x.dtype), torch.empty(weight.shape, dtype=weight.dtype)
+    if not dx.numel():
+        dweight.zero_()
+    else:
         dy = dy.detach().contiguous()
         arguments, kept = _prepared(x, dx, cos, sin, positions, True, weight, rstd)
         all_tokens = x.shape[0] * x.shape[1]

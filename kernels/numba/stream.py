@@ -6,18 +6,19 @@ word. Every sum is one chain over the words, from 0, as in micro.py.
 
 from typing import Any
 
-import numba
 from numba import types
 from numba.core import cgutils
 
 from cllm.kernels.numba import llvm
+from cllm.kernels.numba.compiling import jit
 from cllm.kernels.numba.llvm import F32, HAS_PAIRS, I32, I64, VF, VI, BFloat, W, const, const_int, intrinsic, load, splat, store
 from cllm.kernels.numba.micro import WORD, _at, _emit_prefetch, _offset
 from cllm.kernels.strips import STRIP
 
 STRIPS = 4  # strips that go through K together, so that no chain of additions waits for itself
 WORKED, FLOAT32, BFLOAT16 = range(3)  # strips: W outputs in the work space, in words of the kernel; of STRIP outputs, as strips.py lays them out
-ROWS = 4  # rows of x for which a strip is taken through the registers at a time
+# Rows of x and strips that go through the registers together, the largest first: with 32 registers of 16 lanes, 16 sums; else as many as fit.
+SHAPES = ((8, 2), (4, 2)) if W == STRIP else ((4, 1),)
 AHEAD_BYTES = 1024  # of each strip: the processor's own prefetching stops at the end of a page
 _L1 = 3
 _LINE = 64
@@ -59,7 +60,7 @@ def _make_micro(rows: int, strips: int, kind: int, pairs: bool = False) -> Any:
                 found = []
                 for j in range(strips):
                     start = bld.add(_offset(bld, b, (b_strip, j)), at)
-                    if rows == 1 and kind != WORKED:
+                    if kind != WORKED:
                         for more in range(0, line, _LINE):
                             _emit_prefetch(bld, _at(bld, start, AHEAD_BYTES + more), _L1)
                     found += [load(bld, _at(bld, start, v * W * WORD), VI if halves else VF) for v in range(vectors)]
@@ -98,23 +99,27 @@ def _make_micro(rows: int, strips: int, kind: int, pairs: bool = False) -> Any:
     return micro
 
 
-_jit = numba.njit(cache=True, nogil=True)
-
-
 def _make_block(kind: int, pairs: bool = False) -> Any:
     """block(x, x_row, b, b_strip, sums, sums_row, rows, words, strips, first): one K block of every row, sums [row][strips * WIDTH] = or += x B."""
-    one, all_of_one, several = (_make_micro(*each, kind, pairs) for each in ((1, 1), (1, STRIPS), (ROWS, 1)))
+    one, all_of_one = (_make_micro(1, each, kind, pairs) for each in (1, STRIPS))
+    (many_rows, wide), (few_rows, _) = SHAPES[0], SHAPES[-1]
+    many, few = (_make_micro(*each, kind, pairs) for each in (SHAPES[0], SHAPES[-1]))
     width = (W if kind == WORKED else STRIP) * WORD
 
-    @_jit
+    @jit
     def block(x, x_row, b, b_strip, sums, sums_row, rows, words, strips, first):
         m = 0
         while m < rows:
             at_x, to = x + m * x_row, sums + m * sums_row
-            if rows - m >= ROWS:
-                for s in range(strips):
-                    several(at_x, x_row, b + s * b_strip, 0, 0 if first else to + s * width, to + s * width, sums_row, words)
-                m += ROWS
+            if rows - m >= few_rows and strips % wide == 0:
+                now = many_rows if rows - m >= many_rows else few_rows
+                for s in range(0, strips, wide):
+                    at_b, at = b + s * b_strip, to + s * width
+                    if now == many_rows:
+                        many(at_x, x_row, at_b, b_strip, 0 if first else at, at, sums_row, words)
+                    else:
+                        few(at_x, x_row, at_b, b_strip, 0 if first else at, at, sums_row, words)
+                m += now
                 continue
             if strips == STRIPS:
                 all_of_one(at_x, 0, b, b_strip, 0 if first else to, to, 0, words)
@@ -126,7 +131,7 @@ def _make_block(kind: int, pairs: bool = False) -> Any:
     return block
 
 
-@_jit
+@jit
 def _absent(x, x_row, b, b_strip, sums, sums_row, rows, words, strips, first):
     pass
 
@@ -137,7 +142,7 @@ _worked_chains, _float32_chains, _bfloat16_chains = _chains
 _pairs = _make_block(BFLOAT16, True) if HAS_PAIRS else _absent
 
 
-@_jit
+@jit
 def multiply(kind, paired, x, x_row, b, b_strip, sums, sums_row, rows, words, strips, first):
     """One K block of `rows` rows of x and some strips; paired: by pairs of bfloat16, whose strips in the work space lie as those of BFLOAT16 do."""
     if paired:

@@ -98,8 +98,10 @@ def add_up(sums: int, sums_row: int, num_sums: int, total: Tensor, workers: int)
 
 def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x (N, C) -> (C,) in dtype, summed in float32."""
-    total = torch.zeros(x.shape[1], dtype=dtype)
-    if x.numel():
+    total = torch.empty(x.shape[1], dtype=dtype)
+    if not x.numel():
+        total.zero_()
+    else:
         rows = as_rows(x)
         num_rows, columns = rows.shape
         block_rows = rows_per_block(num_rows, ROWS_PER_BLOCK)

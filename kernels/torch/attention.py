@@ -45,22 +45,26 @@ def _scores(q: Tensor, k: Tensor, visible: Tensor, scale: float, softcap: float)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int, softcap: float, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Output (B, T, H, D) and log-sum-exp of the scaled scores (B, H, T); a query that sees nothing gets 0 and -inf."""
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int, softcap: float, cu_seqlens: Tensor | None,
+    factors: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output (B, T, H, D) and log-sum-exp of the scaled scores (B, H, T); a query that sees nothing gets 0 and -inf. factors: those of dropout, which
+    the probabilities (B, K, G, T, S) are multiplied by."""
     batch, num_queries, num_heads, _ = q.shape
     num_kv_heads = k.shape[2]
     visible = _visible(num_queries, k.shape[1], causal, window, cu_seqlens, q.device)
     scores = _scores(_heads_first(q, num_kv_heads), _heads_first(k, num_kv_heads), visible, scale, softcap)
     lse = torch.logsumexp(scores, dim=-1)  # (B, K, G, T)
     p = torch.exp(scores - lse.masked_fill(~visible.any(dim=-1), 0.0).unsqueeze(-1))
+    if factors is not None:
+        p = p * factors.to(p.dtype)
     out = p @ _heads_first(v, num_kv_heads)
     return _heads_last(out, q.dtype), lse.reshape(batch, num_heads, num_queries)
 
 
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    causal: bool, scale: float, window: int, softcap: float, cu_seqlens: Tensor | None,
+    causal: bool, scale: float, window: int, softcap: float, cu_seqlens: Tensor | None, factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v; the probabilities are computed again from the log-sum-exp."""
     num_queries, num_kv_heads = q.shape[1], k.shape[2]
@@ -69,7 +73,9 @@ def backward(
     scores = _scores(qh, kh, visible, scale, softcap)
     lse = lse.view(qh.shape[:-1]).masked_fill(~visible.any(dim=-1), 0.0).unsqueeze(-1)
     p = torch.exp(scores - lse)  # (B, K, G, T, S)
-    dp = douth @ vh.transpose(-1, -2)
+    dp, dropped = douth @ vh.transpose(-1, -2), p
+    if factors is not None:
+        dp, dropped = dp * factors.to(p.dtype), p * factors.to(p.dtype)
     correction = (p * dp).sum(dim=-1, keepdim=True)
     if dlse is not None:
         correction = correction - dlse.to(p.dtype).view(correction.shape)
@@ -79,5 +85,5 @@ def backward(
         dscores = dscores * (1 - (scores.masked_fill(~visible, 0.0) / softcap).square())
     dq = dscores @ kh * scale
     dk = (dscores.transpose(-1, -2) @ qh).sum(dim=2, keepdim=True) * scale
-    dv = (p.transpose(-1, -2) @ douth).sum(dim=2, keepdim=True)
+    dv = (dropped.transpose(-1, -2) @ douth).sum(dim=2, keepdim=True)
     return _heads_last(dq, q.dtype), _heads_last(dk, k.dtype), _heads_last(dv, v.dtype)

@@ -21,7 +21,7 @@ def backward(dy: Tensor, tokens: Tensor, num_rows: int, weight_dtype: torch.dtyp
     return dweight.to(weight_dtype)
 
 
-def backward_rows(dy: Tensor, tokens: Tensor, num_rows: int, weight_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(rows (U,) that were looked up, rising; their gradients (U, E)): what is not zero of `backward`."""
+def add_rows(dy: Tensor, tokens: Tensor, dweight: Tensor) -> None:
+    """Adds `backward` to dweight (V, E), whose rows that were not looked up stay as they are."""
     rows, places = torch.unique(tokens.reshape(-1), return_inverse=True)
-    return rows, backward(dy, places, rows.numel(), weight_dtype)
+    dweight.index_add_(0, rows, backward(dy, places, rows.numel(), dweight.dtype))  # each row once: in no order

@@ -6,15 +6,26 @@ that is how all configurations are compiled and inspected on a machine without a
 
 import os
 
-from cllm import runtime
+import cllm.runtime as runtime
 from cllm.kernels.backend import Backend
+from cllm.kernels.operations import Shapes
 
 # Under Triton's interpreter the kernels run on a CPU too, where they are asked for by name: slow, and exact enough to test every one of them.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 runtime.register_library("triton")
 
-BACKEND = Backend(
+LARGEST_HEAD_WITH_DROPOUT = 128  # beyond it no tile of the backward keeps its mask in registers
+
+
+class _Triton(Backend):
+    def can_serve(self, op: str, shapes: Shapes, dtype: str, device: str) -> tuple[bool, str]:
+        if op == "attention_dropout" and shapes and shapes[0][-1] > LARGEST_HEAD_WITH_DROPOUT:
+            return False, f"with dropout its kernels take heads of up to {LARGEST_HEAD_WITH_DROPOUT}, not {shapes[0][-1]}"
+        return super().can_serve(op, shapes, dtype, device)
+
+
+BACKEND = _Triton(
     package=__name__,
     priority={"cuda": 100} | ({"cpu": -1} if INTERPRETED else {}),
     reason="fused Triton kernels",

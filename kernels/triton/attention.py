@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cllm.kernels.philox import GROUP
 from cllm.kernels.triton.attention_backward import attention_delta_kernel, attention_keys_kernel, attention_queries_kernel
 from cllm.kernels.triton.attention_decode import attention_decode_kernel, attention_join_kernel
 from cllm.kernels.triton.attention_forward import attention_forward_kernel
+from cllm.kernels.triton.dropout import NO_DROPOUT
 from cllm.kernels.triton.launch import Calls, launch, next_power_of_2
 from cllm.kernels.triton.matmul import precision_of
 from cllm.runtime.gpu import GPU, gpu_of
 
 FEW_QUERIES = 16  # up to here the keys are split among blocks: queries alone are too few to fill a GPU
+NO_PERIOD = 1 << 30
 SECTION = 512  # keys of one block then; from the shape alone, so that the bits do not depend on the GPU
 
 
@@ -49,11 +52,21 @@ _FLOAT32: dict[str, dict[int, tuple[int, int, int, int]]] = {  # multiplied one 
     "decode": {64: (16, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
 }
 
+# The same with dropout, where the mask of a tile leaves no registers for the sizes above: heads of up to 128.
+_HALF_DROPOUT: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
+    "hopper": {"keys": {64: (32, 128, 8, 2)}, "queries": {128: (128, 32, 8, 2)}},
+    "blackwell": {"keys": {64: (32, 128, 8, 1)}},
+    "other": {"keys": {64: (32, 64, 8, 1)}, "queries": {128: (32, 32, 4, 2)}},
+}
 
-def _tiles(kind: str, width: int, dtype: torch.dtype, gpu: GPU) -> dict[str, int]:
+
+def _tiles(kind: str, width: int, dtype: torch.dtype, gpu: GPU, dropout: bool = False) -> dict[str, int]:
     family = "hopper" if gpu.is_hopper else "blackwell" if gpu.vendor == "nvidia" and gpu.arch // 10 == 10 else "other"
     table = _FLOAT32 if dtype == torch.float32 else _HALF[family]
-    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), table[kind][max(64, width)]))
+    sizes = table[kind][max(64, width)]
+    if dropout and dtype != torch.float32:
+        sizes = _HALF_DROPOUT[family].get(kind, {}).get(max(64, width), sizes)
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), sizes))
 
 
 def decode_tiles(width: int, dtype: torch.dtype, gpu: GPU) -> dict[str, int]:
@@ -87,19 +100,27 @@ def _options(q: Tensor, causal: bool, scale: float, window: int, softcap: float,
 
 def _ordered(constants: dict[str, Any], tiles: dict[str, int], split: int = 0) -> dict[str, Any]:
     """The constants in the order of the kernels' signatures; the backward's have SPLIT as well."""
-    names = ("CAUSAL", "LOWER", "FLIP", "SOFTCAP", "BLOCK_M", "BLOCK_N", "BLOCK_D", "SPLIT", "PADDED", "PRECISION", "num_warps", "num_stages")
+    flags, sizes = ("CAUSAL", "LOWER", "FLIP", "SOFTCAP"), ("BLOCK_M", "BLOCK_N", "BLOCK_D", "SPLIT")
+    names = (*flags, *sizes, "PADDED", "PRECISION", "ALIGNED", "num_warps", "num_stages")
     both = {**constants, **tiles, **({"SPLIT": split} if split else {})}
     return {name: both[name] for name in names if name in both}
 
 
-def _split(width: int, dtype: torch.dtype, gpu: GPU) -> int:
-    """Parts of the head that the backward's blocks share: Hopper's wgmma on heads of 256 leaves no registers for accumulators of 256."""
-    return 2 if width == 256 and gpu.is_hopper and dtype != torch.float32 else 1
+def _split(width: int, dtype: torch.dtype, gpu: GPU, dropout: bool) -> int:
+    """Parts of the head that the backward's blocks share: Hopper's wgmma on heads of 256, with dropout of 128, leaves no registers for accumulators
+    as wide."""
+    return 2 if width >= (128 if dropout else 256) and gpu.is_hopper and dtype != torch.float32 else 1
+
+
+def _with_dropout(dropout: tuple[Any, ...], period: int, cu_seqlens: Tensor | None) -> tuple[tuple[Any, ...], dict[str, bool]]:
+    """(key, threshold, place, scale, period), and whether rows begin at multiples of a group of draws. Without rows the period is beyond any key."""
+    return (*dropout, period or NO_PERIOD), {"ALIGNED": cu_seqlens is None or period % GROUP == 0}
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int, softcap: float, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int, softcap: float, cu_seqlens: Tensor | None,
+    dropout: tuple[Any, ...] = NO_DROPOUT, period: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (B, T, H, D) and the log-sum-exp of the scaled scores (B, H, T) float32."""
     batch, num_queries, num_heads, head_dim = q.shape
     num_keys, num_kv_heads = k.shape[1], k.shape[2]
@@ -112,10 +133,10 @@ def forward(
     q, k, v = map(_last_contiguous, (q, k, v))
     first, end = _documents(cu_seqlens, num_queries)
     numbers, constants = _options(q, causal, scale, window, softcap, cu_seqlens)
-    tiles = _tiles("forward", constants["BLOCK_D"], q.dtype, gpu_of(q.device))
+    tiles = _tiles("forward", constants["BLOCK_D"], q.dtype, gpu_of(q.device), dropout is not NO_DROPOUT)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     group = num_heads // num_kv_heads
-    if num_queries <= FEW_QUERIES and num_keys > SECTION:
+    if num_queries <= FEW_QUERIES and num_keys > SECTION and dropout is NO_DROPOUT:
         tiles = decode_tiles(constants["BLOCK_D"], q.dtype, gpu_of(q.device))
         sections, rows = -(-num_keys // SECTION), group * num_queries
         part = torch.empty((sections, batch, num_kv_heads, rows, head_dim), dtype=torch.float32, device=q.device)
@@ -129,16 +150,17 @@ def forward(
             BLOCK_D=constants["BLOCK_D"], num_warps=1,
         )  # fmt: skip
         return out, lse
+    draws, aligned = _with_dropout(dropout, period, cu_seqlens)
     launch(
         attention_forward_kernel, (-(-num_queries // tiles["BLOCK_M"]) * batch * num_heads,), q, k, v, out, lse, first, end, *strides, num_queries,
-        num_keys, num_heads, group, *numbers, head_dim, **_ordered(constants, tiles),
+        num_keys, num_heads, group, *numbers, head_dim, *draws, **_ordered({**constants, **aligned}, tiles),
     )  # fmt: skip
     return out, lse
 
 
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    causal: bool, scale: float, window: int, softcap: float, cu_seqlens: Tensor | None,
+    causal: bool, scale: float, window: int, softcap: float, cu_seqlens: Tensor | None, dropout: tuple[Any, ...] = NO_DROPOUT, period: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, contiguous. dout, out and lse contiguous."""
     batch, num_queries, num_heads, head_dim = q.shape
@@ -149,6 +171,8 @@ def backward(
     q, k, v = map(_last_contiguous, (q, k, v))
     first, end = _documents(cu_seqlens, num_queries)
     numbers, constants = _options(q, causal, scale, window, softcap, cu_seqlens)
+    draws, aligned = _with_dropout(dropout, period, cu_seqlens)
+    constants |= aligned
     gpu, width, group = gpu_of(q.device), constants["BLOCK_D"], num_heads // num_kv_heads
     delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
     launch(
@@ -156,16 +180,16 @@ def backward(
         ROWS=32, BLOCK_D=width,
     )  # fmt: skip
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    split = _split(width, q.dtype, gpu)
-    tiles = _tiles("keys", width, q.dtype, gpu)
+    split = _split(width, q.dtype, gpu, dropout is not NO_DROPOUT)
+    tiles = _tiles("keys", width, q.dtype, gpu, dropout is not NO_DROPOUT)
     launch(
         attention_keys_kernel, (-(-num_keys // tiles["BLOCK_N"]) * batch * num_kv_heads, split), q, k, v, dout, lse, delta, dk, dv, first, end,
-        *strides, num_queries, num_keys, num_kv_heads, group, *numbers, float(scale), head_dim, **_ordered(constants, tiles, split),
+        *strides, num_queries, num_keys, num_kv_heads, group, *numbers, float(scale), head_dim, *draws, **_ordered(constants, tiles, split),
     )  # fmt: skip
-    tiles = _tiles("queries", width, q.dtype, gpu)
+    tiles = _tiles("queries", width, q.dtype, gpu, dropout is not NO_DROPOUT)
     launch(
         attention_queries_kernel, (-(-num_queries // tiles["BLOCK_M"]) * batch * num_heads, split), q, k, v, dout, lse, delta, dq, first, end,
-        *strides, num_queries, num_keys, num_heads, group, *numbers, float(scale), head_dim, **_ordered(constants, tiles, split),
+        *strides, num_queries, num_keys, num_heads, group, *numbers, float(scale), head_dim, *draws, **_ordered(constants, tiles, split),
     )  # fmt: skip
     return dq, dk, dv
 

@@ -8,7 +8,7 @@ that share a key head are added up inside its block.
 import triton
 import triton.language as tl
 
-from cllm.kernels.triton.attention_forward import LOG2_E, block_and_pair, key_blocks, key_limits, scores_of
+from cllm.kernels.triton.attention_forward import LOG2_E, block_and_pair, kept_pairs, key_blocks, key_limits, row_offsets, scores_of
 
 
 @triton.jit
@@ -63,8 +63,9 @@ def query_limits(s, num_queries, num_keys, window, first_ptr, end_ptr, CAUSAL: t
 @triton.jit
 def query_steps(
     dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_stride, dout_stride, lo, hi, start, stop, num_queries, factor, softcap, d, own, head_dim,
-    MASK: tl.constexpr, UPPER: tl.constexpr, FLIP: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr,
-    PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    key_ptr, dropped, place, kept, period, first_ptr, first_token, first_key, MASK: tl.constexpr, UPPER: tl.constexpr, FLIP: tl.constexpr,
+    SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Queries start <= t < stop, a block at a time. With MASK a key is seen by the queries lo <= t, and with UPPER by those of them with t < hi
     alone. `own`: the columns of dk and dv, where they are not all."""
@@ -92,8 +93,15 @@ def query_steps(
             here = inside[:, None] & ((own < head_dim)[None, :] if PADDED else True)
             q_own = tl.load(q_ptr + (m[:, None] * q_stride + own[None, :]), mask=here, other=0.0)
             dout_own = tl.load(dout_ptr + (m[:, None] * dout_stride + own[None, :]), mask=here, other=0.0)
-        dv = tl.dot(p.to(dout.dtype), dout_own, dv, input_precision=PRECISION)
+        p_kept = p
+        if key_ptr is not None:
+            offset = row_offsets(t, inside, first_ptr, period)
+            keep = tl.trans(kept_pairs(key_ptr, dropped, place, first_token + t, offset, first_key, ALIGNED, BLOCK_N))
+            p_kept = tl.where(keep, p, 0.0)  # dv is scaled at its end
+        dv = tl.dot(p_kept.to(dout.dtype), dout_own, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        if key_ptr is not None:
+            dp = tl.where(keep, dp * kept, 0.0)
         ds = p * (dp - tl.load(delta_ptr + t, mask=inside, other=0.0)[None, :])
         if SOFTCAP:
             ds = ds * slope
@@ -105,12 +113,12 @@ def query_steps(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dropped", "place", "period"])
 def attention_keys_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, first_ptr, end_ptr, q_batch, q_token, q_head, k_batch, k_token, k_head,
-    v_batch, v_token, v_head, num_queries, num_keys, num_kv_heads, group, window, factor, softcap, scale, head_dim, CAUSAL: tl.constexpr,
-    LOWER: tl.constexpr, FLIP: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    SPLIT: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    v_batch, v_token, v_head, num_queries, num_keys, num_kv_heads, group, window, factor, softcap, scale, head_dim, key_ptr, dropped, place, kept,
+    period, CAUSAL: tl.constexpr, LOWER: tl.constexpr, FLIP: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """With SPLIT 2 a block makes half of the columns of dK and dV, from scores over all of them: accumulators that fit beside wgmma's tiles."""
     block, pair = block_and_pair(tl.cdiv(num_keys, BLOCK_N))
@@ -163,26 +171,30 @@ def attention_keys_kernel(
         if MASK:
             dk, dv = query_steps(
                 dk, dv, k, v, q_here, dout_here, lse_ptr + rows, delta_ptr + rows, q_token, dout_stride, lo, hi, begin, full_begin,
-                num_queries, factor, softcap, d, own, head_dim, True, LOWER, FLIP, SOFTCAP, BLOCK_M, SPLIT, PADDED, PRECISION,
+                num_queries, factor, softcap, d, own, head_dim, key_ptr, dropped, place + head.to(tl.int32), kept, period, first_ptr,
+                batch * num_queries, low, True, LOWER, FLIP, SOFTCAP, BLOCK_M, BLOCK_N, SPLIT, PADDED, PRECISION, ALIGNED,
             )  # fmt: skip
         if not ONE_LOOP:
             dk, dv = query_steps(
                 dk, dv, k, v, q_here, dout_here, lse_ptr + rows, delta_ptr + rows, q_token, dout_stride, lo, hi, full_begin, end,
-                num_queries, factor, softcap, d, own, head_dim, False, False, FLIP, SOFTCAP, BLOCK_M, SPLIT, PADDED, PRECISION,
+                num_queries, factor, softcap, d, own, head_dim, key_ptr, dropped, place + head.to(tl.int32), kept, period, first_ptr,
+                batch * num_queries, low, False, False, FLIP, SOFTCAP, BLOCK_M, BLOCK_N, SPLIT, PADDED, PRECISION, ALIGNED,
             )  # fmt: skip
-    place = ((batch * num_keys + low_64) * num_kv_heads + kv_head) * head_dim
+    if key_ptr is not None:
+        dv = dv * kept
+    at = ((batch * num_keys + low_64) * num_kv_heads + kv_head) * head_dim
     tile = n * (num_kv_heads * head_dim) + own[None, :]
     if SPLIT > 1:
         here = (s < num_keys)[:, None] & ((own < head_dim)[None, :] if PADDED else True)
-    tl.store(dk_ptr + place + tile, dk * scale, mask=here)
-    tl.store(dv_ptr + place + tile, dv, mask=here)
+    tl.store(dk_ptr + at + tile, dk * scale, mask=here)
+    tl.store(dv_ptr + at + tile, dv, mask=here)
 
 
 @triton.jit
 def key_steps(
-    dq, q, dout, lse, delta, k_ptr, v_ptr, k_stride, v_stride, lo, hi, start, stop, num_keys, factor, softcap, d, own, head_dim,
-    MASK: tl.constexpr, FLIP: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PADDED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    dq, q, dout, lse, delta, k_ptr, v_ptr, k_stride, v_stride, lo, hi, start, stop, num_keys, factor, softcap, d, own, head_dim, key_ptr, dropped,
+    place, kept, token, offset, MASK: tl.constexpr, FLIP: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    PADDED: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     for first in range(start, stop, BLOCK_N):
         s = first + tl.arange(0, BLOCK_N)
@@ -193,6 +205,8 @@ def key_steps(
         p, slope = probabilities_and_slope(scores, lse[:, None], factor, softcap, SOFTCAP)
         v = tl.load(v_ptr + row[:, None] * v_stride + d[None, :], mask=here, other=0.0)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        if key_ptr is not None:
+            dp = tl.where(kept_pairs(key_ptr, dropped, place, token, offset, first, ALIGNED, BLOCK_N), dp * kept, 0.0)
         ds = p * (dp - delta[:, None])
         if SOFTCAP:
             ds = ds * slope
@@ -206,12 +220,12 @@ def key_steps(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dropped", "place", "period"])
 def attention_queries_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, first_ptr, end_ptr, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch,
-    v_token, v_head, num_queries, num_keys, num_heads, group, window, factor, softcap, scale, head_dim, CAUSAL: tl.constexpr, LOWER: tl.constexpr,
-    FLIP: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
-    PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    v_token, v_head, num_queries, num_keys, num_heads, group, window, factor, softcap, scale, head_dim, key_ptr, dropped, place, kept, period,
+    CAUSAL: tl.constexpr, LOWER: tl.constexpr, FLIP: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     num_blocks = tl.cdiv(num_queries, BLOCK_M)
     block, pair = block_and_pair(num_blocks)
@@ -237,15 +251,21 @@ def attention_queries_kernel(
     lo, hi = key_limits(t, num_queries, num_keys, window, first_ptr, end_ptr, CAUSAL, LOWER)
     begin, full_end, end = key_blocks(lo, hi, inside, num_keys, BLOCK_N)
     dq = tl.zeros([BLOCK_M, BLOCK_D // SPLIT], tl.float32)
+    token = row
+    offset = t
+    if key_ptr is not None:
+        token = batch * num_queries + row
+        offset = row_offsets(t, inside, first_ptr, period)
+        place += head.to(tl.int32)
     if not LOWER:
         dq = key_steps(
-            dq, q, dout, lse, delta, k_ptr, v_ptr, k_token, v_token, lo, hi, 0, full_end, num_keys, factor, softcap, d, own, head_dim, False,
-            FLIP, SOFTCAP, BLOCK_N, SPLIT, PADDED, PRECISION,
+            dq, q, dout, lse, delta, k_ptr, v_ptr, k_token, v_token, lo, hi, 0, full_end, num_keys, factor, softcap, d, own, head_dim, key_ptr,
+            dropped, place, kept, token, offset, False, FLIP, SOFTCAP, BLOCK_N, SPLIT, PADDED, PRECISION, ALIGNED,
         )  # fmt: skip
         begin = full_end
     dq = key_steps(
-        dq, q, dout, lse, delta, k_ptr, v_ptr, k_token, v_token, lo, hi, begin, end, num_keys, factor, softcap, d, own, head_dim, True, FLIP,
-        SOFTCAP, BLOCK_N, SPLIT, PADDED, PRECISION,
+        dq, q, dout, lse, delta, k_ptr, v_ptr, k_token, v_token, lo, hi, begin, end, num_keys, factor, softcap, d, own, head_dim, key_ptr,
+        dropped, place, kept, token, offset, True, FLIP, SOFTCAP, BLOCK_N, SPLIT, PADDED, PRECISION, ALIGNED,
     )  # fmt: skip
     if SPLIT > 1:
         at = ((batch * num_queries + row) * num_heads + head)[:, None] * head_dim + own[None, :]

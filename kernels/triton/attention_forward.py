@@ -8,6 +8,8 @@ blocks of keys that all queries of a block see whole come first, and need no mas
 import triton
 import triton.language as tl
 
+from cllm.kernels.triton.dropout import kept_elements, kept_tile
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -63,10 +65,29 @@ def scores_of(q, k_t, factor, softcap, FLIP: tl.constexpr, SOFTCAP: tl.constexpr
 
 
 @triton.jit
+def row_offsets(t, inside, first_ptr, period):
+    """Where the row begins that the document of each query was cut from: its keys are counted from there as elements of dropout."""
+    offset = tl.zeros_like(t)
+    if first_ptr is not None:
+        offset = tl.load(first_ptr + t, mask=inside, other=0) // period * period
+    return offset
+
+
+@triton.jit
+def kept_pairs(key_ptr, dropped, place, token, offset, first, ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(M, BLOCK_N): which of the pairs of queries and the keys from `first` on dropout keeps. ALIGNED: offsets are multiples of 128."""
+    if ALIGNED:
+        keep = kept_tile(key_ptr, place, dropped, token, first - offset, BLOCK_N)
+    else:
+        keep = kept_elements(key_ptr, place, dropped, token[:, None], first + tl.arange(0, BLOCK_N)[None, :] - offset[:, None])
+    return keep
+
+
+@triton.jit
 def forward_steps(
     acc, largest, total, q, k_ptr, v_ptr, k_stride, v_stride, lo, hi, start, stop, num_keys, factor, softcap, d, head_dim, MASK: tl.constexpr,
     FLIP: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr = False,
+    EXACT: tl.constexpr = False, key_ptr=None, dropped=0, place=0, token=None, offset=None, ALIGNED: tl.constexpr = True,
 ):  # fmt: skip
     """Keys start <= s < stop, a block at a time. Exponentials are of base 2: exp(x) = exp2(x log2 e), which one multiply-add prepares.
 
@@ -96,6 +117,8 @@ def forward_steps(
         total = total * rescale + tl.sum(p, 1)
         acc = acc * rescale[:, None]
         largest = larger
+        if key_ptr is not None:
+            p = tl.where(kept_pairs(key_ptr, dropped, place, token, offset, first, ALIGNED, BLOCK_N), p, 0.0)
         if MASK:
             v = tl.load(v_ptr + row[:, None] * v_stride + d[None, :], mask=seen, other=0.0)
         elif PADDED:
@@ -106,12 +129,14 @@ def forward_steps(
     return acc, largest, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dropped", "place", "period"])
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, first_ptr, end_ptr, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
-    num_queries, num_keys, num_heads, group, window, factor, softcap, head_dim, CAUSAL: tl.constexpr, LOWER: tl.constexpr, FLIP: tl.constexpr,
-    SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    num_queries, num_keys, num_heads, group, window, factor, softcap, head_dim, key_ptr, dropped, place, kept, period, CAUSAL: tl.constexpr,
+    LOWER: tl.constexpr, FLIP: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PADDED: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
+    """key_ptr: the key of dropout, or None; `dropped` and what follows belongs to it."""
     num_blocks = tl.cdiv(num_queries, BLOCK_M)
     block, pair = block_and_pair(num_blocks)
     block = num_blocks - 1 - block  # under a causal mask the last queries see most keys: they begin first
@@ -130,16 +155,24 @@ def attention_forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    token = row
+    offset = t
+    if key_ptr is not None:
+        token = batch * num_queries + row
+        offset = row_offsets(t, inside, first_ptr, period)
+        place += head.to(tl.int32)
     if not LOWER:
         acc, largest, total = forward_steps(
             acc, largest, total, q, k_ptr, v_ptr, k_token, v_token, lo, hi, 0, full_end, num_keys, factor, softcap, d, head_dim, False,
-            FLIP, SOFTCAP, BLOCK_N, BLOCK_D, PADDED, PRECISION,
+            FLIP, SOFTCAP, BLOCK_N, BLOCK_D, PADDED, PRECISION, False, key_ptr, dropped, place, token, offset, ALIGNED,
         )  # fmt: skip
         begin = full_end
     acc, largest, total = forward_steps(
         acc, largest, total, q, k_ptr, v_ptr, k_token, v_token, lo, hi, begin, end, num_keys, factor, softcap, d, head_dim, True,
-        FLIP, SOFTCAP, BLOCK_N, BLOCK_D, PADDED, PRECISION,
+        FLIP, SOFTCAP, BLOCK_N, BLOCK_D, PADDED, PRECISION, False, key_ptr, dropped, place, token, offset, ALIGNED,
     )  # fmt: skip
+    if key_ptr is not None:
+        acc = acc * kept
     in_base_2 = LOG2_E if SOFTCAP else factor * LOG2_E
     nothing = total == 0.0
     out = acc / tl.where(nothing, 1.0, total)[:, None]

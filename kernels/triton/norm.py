@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cllm.kernels.triton.dropout import NO_DROPOUT, kept_elements, kept_tile
 from cllm.kernels.triton.launch import Calls, launch
 from cllm.kernels.triton.rows import LONGEST_ROW, long_row_warps, row_start, row_tile, rows_of
 from cllm.runtime.gpu import GPU, gpu_of
@@ -24,15 +25,28 @@ NO_ROWS: tuple[None, None, int, int] = (None, None, 0, 0)
 
 
 @triton.jit
-def sum_with_residual(x, r_ptr, r_start, column, inside):
-    """h = x + residual, rounded to x's dtype as it is stored."""
-    return (x.to(tl.float32) + tl.load(r_ptr + r_start + column, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
+def sum_with_residual(x, r_ptr, r_start, column, inside, dtype: tl.constexpr):
+    """h = x + residual, rounded as it is stored."""
+    return (x.to(tl.float32) + tl.load(r_ptr + r_start + column, mask=inside, other=0.0).to(tl.float32)).to(dtype)
 
 
 @triton.jit
+def with_dropout(x, row, first, key_ptr, dropped, place, kept, BLOCK: tl.constexpr):
+    """float32 rows of BLOCK columns from `first` on (ROWS, BLOCK), or one row (BLOCK,), zeroed or scaled; row n is token n of the draws."""
+    rows = row
+    if len(x.shape) == 1:
+        rows = tl.zeros([1], tl.int64) + row
+    if BLOCK >= 128:
+        keep = kept_tile(key_ptr, place, dropped, rows, (rows * 0).to(tl.int32) + first, BLOCK)
+    else:
+        keep = kept_elements(key_ptr, place, dropped, rows[:, None], first + tl.arange(0, BLOCK)[None, :])
+    return tl.where(tl.reshape(keep, x.shape), x.to(tl.float32) * kept, 0.0)
+
+
+@triton.jit(do_not_specialize=["dropped", "place"])
 def norm_forward_kernel(
     x_ptr, x_inner, x_outer_stride, x_inner_stride, r_ptr, r_inner, r_outer_stride, r_inner_stride, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr,
-    rstd_ptr, num_rows, num_columns, eps, CENTRE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    rstd_ptr, num_rows, num_columns, eps, key_ptr, dropped, place, kept, CENTRE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
@@ -40,8 +54,14 @@ def norm_forward_kernel(
     start = row_start(row, x_inner, x_outer_stride, x_inner_stride)[:, None]
     out = row[:, None] * num_columns + column
     x = tl.load(x_ptr + start + column, mask=inside, other=0.0)
+    branch = x
+    if key_ptr is not None:
+        branch = with_dropout(x, row, 0, key_ptr, dropped, place, kept, BLOCK)
     if r_ptr is not None:
-        x = sum_with_residual(x, r_ptr, row_start(row, r_inner, r_outer_stride, r_inner_stride)[:, None], column, inside)
+        x = sum_with_residual(branch, r_ptr, row_start(row, r_inner, r_outer_stride, r_inner_stride)[:, None], column, inside, x.dtype)
+    else:
+        x = branch.to(x.dtype)
+    if h_ptr is not None:
         tl.store(h_ptr + out, x, mask=inside)
     h = x.to(tl.float32)
     if CENTRE:
@@ -56,10 +76,10 @@ def norm_forward_kernel(
     tl.store(y_ptr + out, y, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dropped", "place"])
 def norm_forward_long_kernel(
     x_ptr, x_inner, x_outer_stride, x_inner_stride, r_ptr, r_inner, r_outer_stride, r_inner_stride, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr,
-    rstd_ptr, num_rows, num_columns, eps, CENTRE: tl.constexpr, BLOCK: tl.constexpr,
+    rstd_ptr, num_rows, num_columns, eps, key_ptr, dropped, place, kept, CENTRE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row_start(row, x_inner, x_outer_stride, x_inner_stride)
@@ -72,8 +92,13 @@ def norm_forward_long_kernel(
     for first in range(0, num_columns, BLOCK):
         inside = first + lane < num_columns
         x = tl.load(x_ptr + first + lane, mask=inside, other=0.0, eviction_policy="evict_last")
+        branch = x
+        if key_ptr is not None:
+            branch = with_dropout(x, row, first, key_ptr, dropped, place, kept, BLOCK)
         if r_ptr is not None:
-            x = sum_with_residual(x, r_ptr, r_start, first + lane, inside)
+            x = sum_with_residual(branch, r_ptr, r_start, first + lane, inside, x.dtype)
+        else:
+            x = branch.to(x.dtype)
         h = x.to(tl.float32)
         if CENTRE:
             count += 1.0
@@ -95,8 +120,14 @@ def norm_forward_long_kernel(
         column = first + lane
         inside = column < num_columns
         x = tl.load(x_ptr + column, mask=inside, other=0.0, eviction_policy="evict_first")
-        if r_ptr is not None:  # added again, not read back: another thread may have stored it
-            x = sum_with_residual(x, r_ptr, r_start, column, inside)
+        branch = x  # made again, not read back: another thread may have stored it
+        if key_ptr is not None:
+            branch = with_dropout(x, row, first, key_ptr, dropped, place, kept, BLOCK)
+        if r_ptr is not None:
+            x = sum_with_residual(branch, r_ptr, r_start, column, inside, x.dtype)
+        else:
+            x = branch.to(x.dtype)
+        if h_ptr is not None:
             tl.store(h_ptr + out + column, x, mask=inside)
         h = x.to(tl.float32)
         if CENTRE:
@@ -107,10 +138,10 @@ def norm_forward_long_kernel(
         tl.store(y_ptr + out + column, y, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dropped", "place"])
 def norm_backward_kernel(
-    dy_ptr, dh_ptr, h_ptr, h_inner, h_outer_stride, h_inner_stride, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr, num_rows,
-    num_columns, group_rows, CENTRE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    dy_ptr, dh_ptr, h_ptr, h_inner, h_outer_stride, h_inner_stride, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dr_ptr, dweight_ptr, dbias_ptr, num_rows,
+    num_columns, group_rows, key_ptr, dropped, place, kept, CENTRE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
@@ -135,6 +166,10 @@ def norm_backward_kernel(
         dx *= rstd
         if dh_ptr is not None:
             dx += tl.load(dh_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if dr_ptr is not None:
+            tl.store(dr_ptr + at, dx, mask=inside)
+        if key_ptr is not None:
+            dx = with_dropout(dx, row, 0, key_ptr, dropped, place, kept, BLOCK)
         tl.store(dx_ptr + at, dx, mask=inside)
         dweight += dy * normed
         if dbias_ptr is not None:
@@ -145,10 +180,10 @@ def norm_backward_kernel(
         tl.store(dbias_ptr + group * num_columns + here, tl.sum(dbias, 0), mask=here < num_columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dropped", "place"])
 def norm_backward_long_kernel(
-    dy_ptr, dh_ptr, h_ptr, h_inner, h_outer_stride, h_inner_stride, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, num_columns, CENTRE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    dy_ptr, dh_ptr, h_ptr, h_inner, h_outer_stride, h_inner_stride, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dr_ptr, num_columns, key_ptr, dropped,
+    place, kept, CENTRE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     h_ptr += row_start(row, h_inner, h_outer_stride, h_inner_stride)
@@ -180,6 +215,10 @@ def norm_backward_long_kernel(
         dx = rstd * (dnormed - shift - (h - mean) * rstd * along_normed)
         if dh_ptr is not None:
             dx += tl.load(dh_ptr + at + column, mask=inside, other=0.0).to(tl.float32)
+        if dr_ptr is not None:
+            tl.store(dr_ptr + at + column, dx, mask=inside)
+        if key_ptr is not None:
+            dx = with_dropout(dx, row, first, key_ptr, dropped, place, kept, BLOCK)
         tl.store(dx_ptr + at + column, dx, mask=inside)
 
 
@@ -228,7 +267,7 @@ def column_sums_kernel(
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
     """x and residual (..., E) of any strides -> y, h = x + residual in x's dtype (None without a residual), rstd (...,) float32."""
-    y, h, _, rstd = _forward(x, weight, None, eps, residual, centre=False)
+    y, h, _, rstd = forward(x, weight, None, eps, residual, centre=False)
     return y, h, rstd
 
 
@@ -236,22 +275,24 @@ def layer_norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """As `rms_norm_forward`; mean (...,) and rstd (...,) float32."""
-    y, h, mean, rstd = _forward(x, weight, bias, eps, residual, centre=True)
+    y, h, mean, rstd = forward(x, weight, bias, eps, residual, centre=True)
     assert mean is not None
     return y, h, mean, rstd
 
 
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None, centre: bool
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None, centre: bool, dropout: tuple[Any, ...] = NO_DROPOUT
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """(y, h, mean, rstd) of either norm; h is None where it would be x."""
     num_rows, num_columns = math.prod(x.shape[:-1]), x.shape[-1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    h = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    h = None if residual is None and dropout is NO_DROPOUT else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if centre else None
     added: Any = NO_ROWS if residual is None else rows_of(residual)
     arguments = (
         *rows_of(x), *added, weight.contiguous(), None if bias is None else bias.contiguous(), y, h, mean, rstd, num_rows, num_columns, eps,
+        *dropout,
     )  # fmt: skip
     if num_columns > LONGEST_ROW:
         inputs = 1 if residual is None else 2
@@ -266,14 +307,15 @@ def _forward(
 
 def rms_norm_backward(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of what was normed (`h`, any strides, which is x when there was no residual) and of the weight; dy and dh contiguous."""
-    dx, dweight, _ = _backward(dy, dh, h, weight, False, None, rstd)
+    dx, _, dweight, _ = backward(dy, dh, h, weight, False, None, rstd)
     return dx, dweight
 
 
 def layer_norm_backward(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, has_bias: bool, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    return _backward(dy, dh, h, weight, has_bias, mean, rstd)
+    dx, _, dweight, dbias = backward(dy, dh, h, weight, has_bias, mean, rstd)
+    return dx, dweight, dbias
 
 
 def group_rows(num_rows: int, tile_rows: int) -> int:
@@ -283,15 +325,18 @@ def group_rows(num_rows: int, tile_rows: int) -> int:
     return -(-rows // tile_rows) * tile_rows
 
 
-def _backward(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, has_bias: bool, mean: Tensor | None, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, has_bias: bool, mean: Tensor | None, rstd: Tensor,
+    dropout: tuple[Any, ...] = NO_DROPOUT, has_residual: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of x, of the residual where there is one that is not x's own, of the weight and of the bias."""
     num_rows, num_columns = math.prod(h.shape[:-1]), h.shape[-1]
     dx = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    dresidual = torch.empty_like(dx) if has_residual else None
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=h.device)
     dbias = torch.empty(weight.shape, dtype=weight.dtype, device=h.device) if has_bias else None
     if num_columns == 0:
-        return dx, dweight, dbias
+        return dx, dresidual, dweight, dbias
     fused = num_columns <= LONGEST_FUSED_BACKWARD
     rows, block, num_warps = row_tile(num_columns) if fused else (8, 512, 8)
     if fused and block * h.element_size() >= 16384:  # more values of each column to hold than forward has: fewer columns for each thread
@@ -303,13 +348,13 @@ def _backward(
     centre, what, contiguous_weight = mean is not None, rows_of(h), weight.contiguous()
     if fused:
         launch(
-            norm_backward_kernel, (num_groups,), dy, dh, *what, contiguous_weight, mean, rstd, dx, dweight_groups, dbias_groups, num_rows,
-            num_columns, rows_of_group, CENTRE=centre, ROWS=rows, BLOCK=block, num_warps=num_warps,
+            norm_backward_kernel, (num_groups,), dy, dh, *what, contiguous_weight, mean, rstd, dx, dresidual, dweight_groups, dbias_groups,
+            num_rows, num_columns, rows_of_group, *dropout, CENTRE=centre, ROWS=rows, BLOCK=block, num_warps=num_warps,
         )  # fmt: skip
     else:
         row_warps = long_row_warps(2 * num_columns * h.element_size(), gpu_of(h.device).warp_size)
         launch(
-            norm_backward_long_kernel, (num_rows,), dy, dh, *what, contiguous_weight, mean, rstd, dx, num_columns,
+            norm_backward_long_kernel, (num_rows,), dy, dh, *what, contiguous_weight, mean, rstd, dx, dresidual, num_columns, *dropout,
             CENTRE=centre, BLOCK=256 * row_warps, num_warps=row_warps,
         )  # fmt: skip
         launch(
@@ -317,7 +362,7 @@ def _backward(
             num_columns, rows_of_group, CENTRE=centre, ROWS=rows, COLUMNS=block, num_warps=num_warps,
         )  # fmt: skip
     add_up_groups(dweight_groups, dbias_groups, dweight, dbias)
-    return dx, dweight, dbias
+    return dx, dresidual, dweight, dbias
 
 
 def add_up_groups(dweight_groups: Tensor, dbias_groups: Tensor | None, dweight: Tensor, dbias: Tensor | None) -> None:

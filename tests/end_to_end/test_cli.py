@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from command import PATIENCE, TINY, cllm, lines, wait_until
+from command import TINY, Started, cllm, lines, wait_until
 from safetensors.torch import load_file
 
 
@@ -54,20 +54,20 @@ def test_a_plan_that_does_not_fit_says_what_takes_the_memory_and_measures_nothin
 
 def test_ctrl_c_writes_a_checkpoint_exits_130_and_the_same_command_goes_on(text, tmp_path):
     command = ["train", text, "--out", tmp_path / "run", "--steps", 100_000, "--checkpoint-every", 100_000, "--eval-every", 100_000, *TINY]
-    process = subprocess.Popen([sys.executable, "-m", "cllm", *map(str, command)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = Started(*command)
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_until(lambda: lines(metrics) > 3, process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=PATIENCE)
+    _, err = process.communicate()
     assert process.returncode == 130, err
     step = int((tmp_path / "run" / "checkpoints" / "latest").read_text().split("-")[-1])
     assert step >= 3 and "cllm train --resume" in err
     command[command.index("--steps") + 1] = 100_000
-    process = subprocess.Popen([sys.executable, "-m", "cllm", *map(str, command)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = Started(*command)
     rows = lines(metrics)
     wait_until(lambda: lines(metrics) >= rows + 3, process)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=PATIENCE)
+    _, err = process.communicate()
     assert process.returncode == 130 and f"resuming after step {step:,}" in err, err
 
 

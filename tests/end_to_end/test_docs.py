@@ -52,6 +52,12 @@ def test_the_commands_on_each_page_exist_with_their_options(page):
             assert given <= options_of(words[:group]), line
 
 
+def test_every_file_that_a_page_shows_or_links_to_exists():
+    for page in [*PAGES, ROOT / "README.md"]:
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+            assert "://" in target or (page.parent / target).exists() or "generated/" in target, (page.name, target)
+
+
 def test_every_setting_that_a_page_names_exists():
     from cllm.config.schema import SECTIONS, SETTINGS
 

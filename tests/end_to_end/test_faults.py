@@ -8,12 +8,11 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from command import PATIENCE, TINY, cllm
+from command import TINY, Started, cllm, lines
 
 from cllm.checkpoint.safetensors import sha256_of
 from cllm.checkpoint.store import CheckpointStore
@@ -23,14 +22,12 @@ STEPS = 120
 SETTINGS = (*TINY[:-2], "--steps", STEPS, "--grad-accum", 2, "--checkpoint-every", 9, "--eval-every", 30, "--set", "log.tensorboard=false")
 
 
-def start(text, out, threads=2) -> subprocess.Popen:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"OMP_WAIT_POLICY": "passive"}
-    command = [sys.executable, "-m", "cllm", "train", text, "--out", out, *SETTINGS, "--threads", threads]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+def start(text, out, threads=2) -> Started:
+    return Started("train", text, "--out", out, *SETTINGS, "--threads", threads)
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str]:
-    printed, errors = process.communicate(timeout=PATIENCE)
+def finish(process: Started) -> tuple[int, str]:
+    printed, errors = process.communicate()
     assert "Traceback" not in errors, errors
     return process.returncode, printed + errors
 
@@ -53,15 +50,19 @@ def straight(text, tmp_path_factory):
     return outcome(out)
 
 
-def killed(process: subprocess.Popen, out: Path, chance: random.Random) -> bool:
-    """Kills a training somewhere: at a random moment of its life, or while it writes a checkpoint. False when it had ended before."""
-    deadline, folder = time.monotonic() + chance.uniform(1.0, 9.0), out / "checkpoints"
-    writing = chance.random() < 0.5
-    while time.monotonic() < deadline and process.poll() is None:
-        if writing and folder.is_dir() and any(folder.glob(".step-*.tmp")):
-            break
-        time.sleep(0.001)
-    process.send_signal(chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+def killed(process: Started, out: Path, chance: random.Random) -> bool:
+    """Kills a training somewhere: while it begins, so many steps later, or while it writes a checkpoint. False when it had ended before."""
+    metrics, folder = out / "metrics.jsonl", out / "checkpoints"
+    if chance.random() < 0.25:
+        time.sleep(chance.uniform(0.0, 2.0))
+        process.kill()
+    else:
+        rows, writing = lines(metrics) + chance.randint(1, STEPS // 2), chance.random() < 0.5
+        while lines(metrics) < rows and process.poll() is None:
+            if writing and folder.is_dir() and any(folder.glob(".step-*.tmp")):
+                break
+            time.sleep(0.001)
+        process.send_signal(chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
     status, said = finish(process)
     assert status in (0, 130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT), said
     return status != 0

@@ -1,14 +1,10 @@
 """`cllm train --follow` as a user types it: text that grows, rounds that are kept or undone, a kill in the middle."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 
 import pytest
-from command import cllm, wait_until
+from command import Started, cllm, wait_until
 
 from cllm.checkpoint.safetensors import sha256_of
 from cllm.checkpoint.store import CheckpointStore
@@ -62,13 +58,10 @@ def test_a_killed_round_ends_with_the_bits_of_one_that_never_stopped(grown, tmp_
     assert len(rows) == 2 and rows[1]["documents"] == 20 and rows[1]["replayed_bytes"] > 0
 
     killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "cllm", "train", docs, "--follow", "--once", "--out", killed, *SETTINGS]
-    process = subprocess.Popen(
-        [str(each) for each in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_WAIT_POLICY": "passive"}
-    )
+    process = Started("train", docs, "--follow", "--once", "--out", killed, *SETTINGS)
     wait_until(lambda: CheckpointStore(killed / "rounds" / "0002" / "run" / "checkpoints").latest() in range(5, 30), process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.wait()
     grow(docs, range(40, 41))  # what comes meanwhile belongs to the next round
     again = told(follow(docs, killed, "--round-bytes", 100_000))
     assert again == rows and weights_of(killed) == weights_of(out)

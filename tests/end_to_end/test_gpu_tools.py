@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command import PATIENCE
+from command import PATIENCE, python
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -47,7 +47,8 @@ def test_without_a_gpu_it_says_what_to_do():
     import torch
 
     if not torch.cuda.is_available():
-        assert "there is no GPU here. python profiling/gpu_suite.py --tiny" in run("profiling/gpu_suite.py", status=2).stderr
+        done = python("profiling/gpu_suite.py", cwd=ROOT)
+        assert done.status == 2 and "there is no GPU here. python profiling/gpu_suite.py --tiny" in done.err
 
 
 def test_the_compile_check_prints_what_the_compiler_made_of_each_kernel():
@@ -70,5 +71,5 @@ def test_the_gpu_commands_of_the_documentation_are_these():
 def test_one_kernel_is_profiled_in_the_five_lines_of_the_readme_of_profiling():
     examples = re.findall(r"```py\n(.*?)```", (ROOT / "profiling/README.md").read_text(), re.DOTALL)
     (example,) = [text for text in examples if "kernels.attention" in text]
-    done = run("-c", example)
-    assert "cllm::attention" in done.stdout and "attention on " in done.stdout
+    done = python("-c", example, cwd=ROOT)
+    assert done.status == 0 and "cllm::attention" in done.out and "attention on " in done.out, done.err

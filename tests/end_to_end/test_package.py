@@ -15,16 +15,22 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def test_importing_cllm_compiles_nothing_and_opens_no_socket():
+def test_importing_cllm_and_loading_a_model_import_little_compile_nothing_and_open_no_socket(tmp_path):
     code = """
 import socket, sys, time, json
 def refuse(*args, **kwargs): raise AssertionError("a socket was opened")
 socket.socket.connect = refuse
 import cllm, cllm.runtime, cllm.kernels
 print(json.dumps(sorted(m for m in ("numba", "llvmlite", "transformers", "tokenizers", "triton", "cupy", "tensorboardX") if m in sys.modules)))
+from cllm import Model, ModelConfig, load, save
+save(Model(ModelConfig(vocab_size=20, embed_dim=8, num_layers=1, num_heads=1, max_seq_len=8)), sys.argv[1])
+model, _ = load(sys.argv[1])
+assert "sympy" not in sys.modules, "loading a model must not import what only PyTorch's compiler needs: it takes as long as all of CLLM"
+assert all(parameter.requires_grad and parameter.device.type == "cpu" for parameter in model.parameters())
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert json.loads(found) == []
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "model.cllm"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []
 
 
 def test_public_names_of_the_package_resolve():

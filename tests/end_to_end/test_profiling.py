@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from command import PATIENCE
+from command import Ran, python
 
 from cllm import runtime
 
@@ -18,10 +18,10 @@ MEMORY = {"cllm", "pytorch", "ratio", "predicted_step_bytes", "predicted_peak_by
 TRACE = {"kind", "name", "calls", "ms", "ms_per_step", "share_of_step", "gflops", "gbps", "share"}
 
 
-def run(*words: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=PROFILING, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
+def run(*words: object, status: int = 0) -> Ran:
+    done = python(*words, cwd=PROFILING)
+    assert done.status == status, done.err
+    assert "Traceback" not in done.err, done.err
     return done
 
 
@@ -52,7 +52,7 @@ def module(name: str) -> ModuleType:
     ],
 )
 def test_a_script_prints_a_table_and_an_object(script, arguments, keys):
-    rows = json.loads(run(script, *arguments, "--json").stdout.splitlines()[-1])
+    rows = json.loads(run(script, *arguments, "--json").out.splitlines()[-1])
     assert rows and all(keys <= row.keys() for row in rows)
 
 
@@ -62,7 +62,7 @@ def test_scaling_compares_the_bits_of_every_number_of_threads(tmp_path):
     done = run(
         "scaling.py", "--shapes", "tiny", "--precision", "fp32", "--threads", "1", "3", "70", "--rounds", "1", "--parts", "--plot", picture, "--json"
     )
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.out.splitlines()[-1])
     rows, parts = found[:3], {row["part"]: row["seconds"] for row in found[3:]}
     assert {"matmul", "attention backward", "adamw", "outside kernels"} <= parts.keys() and all(each["1"] > 0 for each in parts.values())
     assert [row["threads"] for row in rows] == [1, 3, 70] and all(row.keys() >= SCALING for row in rows)
@@ -70,9 +70,18 @@ def test_scaling_compares_the_bits_of_every_number_of_threads(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_scaling_predicts_more_workers_than_there_are_cores_and_names_what_limits_them():
+    done = run("scaling.py", "--shapes", "tiny", "--precision", "fp32", "--predict", "8", "--rounds", "1", "--json")
+    found = json.loads(done.out.splitlines()[-1])
+    rows, limits = [row for row in found if "part" not in row], [row for row in found if "part" in row]
+    assert [row["workers"] for row in rows] == [1, 2, 4, 8, 1741] and rows[0]["predicted_speed_up"] == 1.0
+    assert rows[0]["measured_seconds"] > 0 and all(row["predicted_seconds"] > 0 for row in rows)
+    assert "gemm_kernel._task" in {row["part"] for row in limits} and all(row["launches"] > 0 for row in limits)
+
+
 def test_a_trace_holds_our_kernels_inside_their_stages_and_says_their_rate(tmp_path):
     trace = tmp_path / "trace.json"
-    rows = json.loads(run("trace.py", "--shape", "tiny", "--steps", "1", "--out", trace, "--json").stdout.splitlines()[-1])
+    rows = json.loads(run("trace.py", "--shape", "tiny", "--steps", "1", "--out", trace, "--json").out.splitlines()[-1])
     assert all(row.keys() >= TRACE for row in rows)
     found = {row["name"]: row for row in rows}
     kernels = {
@@ -111,7 +120,7 @@ print({event.name: trace.work(event) for event in recording.kernels()})
 def test_a_trace_counts_the_norm_of_queries_and_keys_with_their_rotation():
     elements = 2 * 3 * 4 * 8
     forward, backward = (11.0 * elements, 2.0 * 4 * elements), (1.5 * 11.0 * elements, 3.0 * 4 * elements)
-    assert run("-c", NORM_AND_ROTARY).stdout.strip() == str({"rotary norm forward": forward, "rotary norm backward": backward})
+    assert run("-c", NORM_AND_ROTARY).out.strip() == str({"rotary norm forward": forward, "rotary norm backward": backward})
 
 
 def test_a_picture_without_matplotlib_is_refused_before_anything_is_measured(monkeypatch, tmp_path):
@@ -189,7 +198,7 @@ def test_results_and_notes_do_not_make_the_code_dirty(tmp_path, monkeypatch):
 
 def test_the_five_lines_of_the_readme_run():
     example = (PROFILING / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    assert "causal" in run("-c", example).stdout
+    assert "causal" in run("-c", example).out
 
 
 def test_the_comparison_of_optimizers_trains_through_the_command_line_and_keeps_what_it_trained(tmp_path):
@@ -197,9 +206,9 @@ def test_the_comparison_of_optimizers_trains_through_the_command_line_and_keeps_
     (tmp_path / "work" / "lion").mkdir(parents=True)
     (tmp_path / "work" / "lion" / "find-lr.json").write_text('{"suggestion": 2e-3}')
     words = ("optimizers.py", tmp_path / "text.txt", "--work", tmp_path / "work", "--optimizers", "lion", "--steps", "3", "--factors", "0.5")
-    (row,) = json.loads(run(*words, "--json").stdout.splitlines()[-1])
+    (row,) = json.loads(run(*words, "--json").out.splitlines()[-1])
     assert row["optimizer"] == "lion" and row["learning_rate"] == 1e-3 and row["validation_loss"] > 0
     latest = tmp_path / "work" / "lion" / "0.001" / "checkpoints" / "latest"
     trained = latest.stat().st_mtime_ns
-    (again,) = json.loads(run(*words, "--json").stdout.splitlines()[-1])
+    (again,) = json.loads(run(*words, "--json").out.splitlines()[-1])
     assert again == row and latest.stat().st_mtime_ns == trained

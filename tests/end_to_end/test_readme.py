@@ -1,6 +1,7 @@
 """Every command and the Python example of the README do what it says, on real text."""
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -9,10 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
-from command import PATIENCE, TINY
+from command import PATIENCE, TINY, cllm
 from growing_site import Site, articles
 
 ROOT = Path(__file__).parents[2]
@@ -51,8 +53,6 @@ def test_the_commands_of_the_readme_run_one_after_the_other(text, site, tmp_path
             continue
         if words[0] not in ("cllm", "torchrun"):
             continue
-        if words[0] == "torchrun":
-            words = ["torch.distributed.run", *words[1:]]
         if "gguf" in words and importlib.util.find_spec("gguf") is None:
             continue  # of the extra [export], which make setup installs
         if words[1] == "crawl":
@@ -64,13 +64,40 @@ def test_the_commands_of_the_readme_run_one_after_the_other(text, site, tmp_path
             _try_server(words, tmp_path)
             ran.append("serve")
             continue
+        if "--hours" in words:
+            continue  # test_train_time.py has it, with less time
+        if words[1] == "app":
+            continue  # begun last, when there is something to show
         begins = "train" in words and {"books/", "corpus/", "notes/"} & set(words)
         short = ("--batch-size", 4, "--threads", 2, "--steps", 3)  # a model to start from has its sizes and vocabulary
         extra = small if begins else short if "--from" in words else ("--max-tokens", "8") if words[1] == "generate" else ()
-        done = subprocess.run([sys.executable, "-m", *words, *map(str, extra)], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
-        assert done.returncode == 0, f"{words}: {done.stderr}"
-        ran.append(words[0] if words[0] != "cllm" else words[1])
-    assert {"train", "generate", "serve", "evaluate", "export", "doctor", "report", "checkpoint", "torch.distributed.run"} <= set(ran)
+        if words[0] == "torchrun":
+            command = [sys.executable, "-m", "torch.distributed.run", *words[1:], *map(str, extra)]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+            assert done.returncode == 0, f"{words}: {done.stderr}"
+            ran.append("torchrun")
+            continue
+        done = cllm(*words[1:], *extra, cwd=tmp_path)
+        assert done.status == 0, f"{words}: {done.err}"
+        ran.append(words[1])
+    _try_app(next(words for words in commands() if words[:2] == ["cllm", "app"]), tmp_path)
+    assert {"train", "generate", "serve", "evaluate", "export", "doctor", "report", "checkpoint", "torchrun"} <= set(ran)
+
+
+def _try_app(words: list[str], folder: Path) -> None:
+    """Starts the app, opens the address that it prints, and sees the runs of the commands before."""
+    app = subprocess.Popen([sys.executable, "-m", *words, "--port", "0", "--no-browser"], cwd=folder, stdout=subprocess.PIPE, text=True)
+    try:
+        assert app.stdout is not None
+        address = next(found[0] for line in app.stdout if (found := re.search(r"http://127\.0\.0\.1:\d+/\S*", line)))
+        browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        with browser.open(address, timeout=PATIENCE) as page:
+            assert "<main" in page.read().decode() and "token" not in page.url
+        with browser.open(page.url + "api/runs", timeout=PATIENCE) as answer:
+            assert "books" in {each["name"] for each in json.load(answer)}
+    finally:
+        app.send_signal(signal.SIGINT)
+        assert app.wait(PATIENCE) in (0, 130)
 
 
 def _try_server(words: list[str], folder: Path) -> None:
@@ -112,31 +139,13 @@ def test_the_demo_configuration_trains_on_this_machines_python_sources(tmp_path)
     """make demo, but for two steps: the same data, the same file of settings."""
     import sysconfig
 
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "cllm",
-            "train",
-            sysconfig.get_path("stdlib"),
-            "--config",
-            str(ROOT / "examples/demo.toml"),
-            "--out",
-            "demo",
-            "--steps",
-            "2",
-            "--set",
-            "data.exclude=site-packages, dist-packages, test, asyncio, email, unittest, idlelib, lib2to3, encodings, tkinter",
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 0, done.stderr
+    left_out = "site-packages, dist-packages, test, asyncio, email, unittest, idlelib, lib2to3, encodings, tkinter"
+    options = ("--config", ROOT / "examples/demo.toml", "--out", "demo", "--steps", 2, "--set", f"data.exclude={left_out}")
+    done = cllm("train", sysconfig.get_path("stdlib"), *options, cwd=tmp_path)
+    assert done.status == 0, done.err
     for words in ("device ", "compute ", "kernels ", "files:", "tokenizer:", "tokens:", "A sample", "cllm generate demo", "Validation:"):
-        assert words in done.stdout, words
-    assert re.search(r"step 2/2 .* tokens .* loss .* lr .* grad .* tok/s .* GB", done.stderr), done.stderr[-2000:]
+        assert words in done.out, words
+    assert re.search(r"step 2/2 .* tokens .* loss .* lr .* grad .* tok/s .* GB", done.err), done.err[-2000:]
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")

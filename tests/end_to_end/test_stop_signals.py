@@ -1,10 +1,8 @@
 """Ctrl-C and SIGTERM at every stage of `cllm train`: an answer at once, a checkpoint when there is something to save, and the same bits afterwards.
 
-Each command runs in a process of its own in which one function is made to last: it says on standard error that it was reached, and then stays
-where the real one would be, either in Python or inside a call into C that no handler of Python's can interrupt.
+Each command runs in a process of its own in which one function is made to last (see `command.Lasting`).
 """
 
-import os
 import re
 import signal
 import subprocess
@@ -13,78 +11,31 @@ import time
 from pathlib import Path
 
 import pytest
-from command import PATIENCE, TINY, cllm
+from command import PATIENCE, TINY, Lasting, cllm
 
 from cllm.checkpoint.safetensors import sha256_of
 from cllm.checkpoint.store import CheckpointStore
 from cllm.monitor.metrics import TIME_FIELDS, read_metrics
 from cllm.monitor.stop_signals import AT_ONCE, BEFORE_TRAINING, SAME
 
-CHILD = """
-import hashlib, importlib, os, sys, time
-module, _, name = sys.argv[1].rpartition(":")
-call, stays_in_c = int(sys.argv[2]), sys.argv[3] == "C"
-if module:
-    owner, _, kind = module.partition("/")
-    owner = importlib.import_module(owner)
-    owner = getattr(owner, kind) if kind else owner
-    original, calls = getattr(owner, name), 0
-    def lasting(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls == call:
-            os.write(2, b"REACHED\\n")
-            while stays_in_c:
-                hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)  # minutes, without the interpreter's lock
-            while True:
-                time.sleep(0.001)
-        return original(*args, **kwargs)
-    setattr(owner, name, lasting)
-sys.argv[1:] = sys.argv[4:]
-from cllm.cli import main
-main()
-"""
 
-
-class Command:
-    """`cllm` with one function that lasts at its call number `call`, after the Python code `before`. `err`: its standard error so far."""
-
-    def __init__(self, stage: str, call: int, where: str, *arguments: object, before: str = "") -> None:
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"OMP_WAIT_POLICY": "passive"}
-        program = [sys.executable, "-c", before + CHILD, stage, str(call), where, *map(str, arguments)]
-        self.process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
-        self.err = ""
-
-    def read_until(self, words: str) -> None:
-        """Returns once standard error holds these words; fails where it ends before."""
-        os.set_blocking(self.process.stderr.fileno(), False)
-        until = time.monotonic() + PATIENCE
-        while words not in self.err:
-            assert time.monotonic() < until, self.err
-            piece = self.process.stderr.read()
-            if piece:
-                self.err += piece.decode()
-            elif piece == b"":
-                raise AssertionError(f"it ended with {self.process.wait()} before {words!r}: {self.err}")
-            else:
-                time.sleep(0.005)
+class Command(Lasting):
+    """The command, until it ends."""
 
     def end(self, *signals: int) -> tuple[int, str, str]:
         """Sends the signals, each once the one before must count as another, and waits for the end: (status, standard output, standard error)."""
         for number, each in enumerate(signals):
             if number:
                 self._pass(SAME * 1.2)
-            self.process.send_signal(each)
-        os.set_blocking(self.process.stderr.fileno(), True)
-        out, err = self.process.communicate(timeout=PATIENCE)
-        self.err += err.decode()
-        assert "Traceback" not in self.err, self.err
-        return self.process.returncode, out.decode(), self.err
+            self.send_signal(each)
+        out, err = self.communicate()
+        assert "Traceback" not in err, err
+        return self.wait(), out, err
 
     def _pass(self, seconds: float) -> None:
         """Lets time pass; two signals in quick succession are one."""
         until = time.monotonic() + seconds
-        while time.monotonic() < until and self.process.poll() is None:
+        while time.monotonic() < until and self.poll() is None:
             time.sleep(0.01)
 
 
@@ -199,7 +150,7 @@ def test_a_signal_while_the_disk_is_waited_for_is_answered_and_everything_is_sav
     )
     command = Command("", 0, "", "train", text, "--out", tmp_path / "run", "--steps", 9, "--checkpoint-every", 1, *TINY, before=slow)
     command.read_until("REACHED")
-    command.process.send_signal(signal.SIGTERM)
+    command.send_signal(signal.SIGTERM)
     command.read_until("SIGTERM: finishing this step")
     gate.touch()
     status, _, err = command.end()

@@ -103,8 +103,12 @@ def test_an_error_in_one_process_ends_all_with_its_one_message(text, tmp_path):
     assert CheckpointStore(tmp_path / "run" / "checkpoints").newest_good().step >= 5
 
 
-def test_a_stop_signal_to_one_process_stops_all_after_the_same_step_with_a_checkpoint(text, tmp_path):
-    run = Torchrun(text, tmp_path / "run", tmp_path / "log", steps=100000)
+def test_a_stop_signal_to_one_process_stops_all_with_a_checkpoint_and_the_run_goes_on_with_its_own_tokens(text, tmp_path):
+    """After the same step in all. Then the run is compared with what a command names, and goes on though its text has gone."""
+    mine, other = tmp_path / "mine.txt", tmp_path / "other.txt"
+    mine.write_bytes(text.read_bytes())
+    other.write_text(WORDS.upper() * 60)
+    run = Torchrun(mine, tmp_path / "run", tmp_path / "log", steps=100000)
     run.wait_for_step(5)
     run.worker(1).terminate()
     status, log = run.end()
@@ -112,16 +116,6 @@ def test_a_stop_signal_to_one_process_stops_all_after_the_same_step_with_a_check
     assert len(errors(log)) == 1 and "stopped by SIGTERM after step" in errors(log)[0]
     step = int(re.search(r"after step ([\d,]+)", errors(log)[0])[1].replace(",", ""))
     assert CheckpointStore(tmp_path / "run" / "checkpoints").newest_good().step == step
-
-
-def test_a_run_is_compared_and_goes_on_with_its_own_tokens_in_several_processes_too(text, tmp_path):
-    mine, other = tmp_path / "mine.txt", tmp_path / "other.txt"
-    mine.write_bytes(text.read_bytes())
-    other.write_text(WORDS.upper() * 60)
-    run = Torchrun(mine, tmp_path / "run", tmp_path / "log", steps=100000)
-    run.wait_for_step(5)
-    run.worker(0).terminate()
-    run.end()
     mine.unlink()
     before = {each: each.read_bytes() for each in (tmp_path / "run").rglob("*") if each.is_file()}
     status, log = Torchrun(other, tmp_path / "run", tmp_path / "log", steps=100000).end()
@@ -129,7 +123,7 @@ def test_a_run_is_compared_and_goes_on_with_its_own_tokens_in_several_processes_
     assert {each: each.read_bytes() for each in (tmp_path / "run").rglob("*") if each.is_file()} == before
     run = Torchrun(mine, tmp_path / "run", tmp_path / "log", steps=100000)
     run.wait_for_step((CheckpointStore(tmp_path / "run" / "checkpoints").latest() or 0) + 5)
-    run.worker(1).terminate()
+    run.worker(0).terminate()
     status, log = run.end()
     assert "goes on with the tokens it began with" in log and "resuming after step" in log and "stopped by SIGTERM" in errors(log)[0]
 

@@ -26,6 +26,7 @@ GPT2 = {"vocab_size": 37, "embed_dim": 16, "num_layers": 1, "num_heads": 2, "ffn
 PREPARING = {
     "torch.nn.modules.module.Module.to": "a model moves",
     "cllm.model.model.Model.rotary_tables": "made once for each device",
+    "cllm.kernels.dropout.Dropout.of": "made once for a run",
     "cllm.train.step_graph.DeviceStep.__init__": "made once for a run",
     "gpu_emulation.device.install.<locals>.graph.__enter__": "a capture begins",
 }
@@ -53,7 +54,7 @@ def same_training(sizes, place, packed, **options):
     """Two steps on a GPU, each with two microbatches and with those of the next one made ahead, against the same steps on a CPU."""
     here, there = Model(ModelConfig(**sizes)), Model(ModelConfig(**sizes)).to(place)
     assert there.embedding_weight.device == torch.device(place)
-    reference = TrainStep(here, learning_rate=1e-2, optimizer=options.get("optimizer", "adamw"))
+    reference = TrainStep(here, learning_rate=1e-2, optimizer=options.get("optimizer", "adamw"), dropout=options.get("dropout", 0.0))
     step = TrainStep(there, learning_rate=1e-2, **options)
     coming = microbatches(0, packed)
     exact = 2e-5 if options.get("precision", "fp32") == "fp32" else 2e-2
@@ -144,7 +145,7 @@ def rules(folder):
 def train_llama(folder):
     """The second GPU, while the first one is current."""
     GPU.waiting_allowed |= {*PREPARING, STEP}
-    same_training(LLAMA | {"qk_norm": True}, "cuda:1", packed=True)
+    same_training(LLAMA | {"qk_norm": True}, "cuda:1", packed=True, dropout=0.2)
     assert GPU.contexts == {1}, f"memory is used on {GPU.contexts}"
 
 

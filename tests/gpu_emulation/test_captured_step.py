@@ -52,7 +52,7 @@ class Pair:
         model.compute_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         step._graphs = DeviceStep(
             model, step.optimizer, step.ema, grad_clip=step.grad_clip, label_smoothing=step.label_smoothing, z_loss=step.z_loss,
-            loss_scaling=precision == "fp16", graphs=graphs,
+            loss_scaling=precision == "fp16", dropout=step.dropout, graphs=graphs,
         )  # fmt: skip
         step._state._graphs = step._graphs
         return step
@@ -86,10 +86,21 @@ def test_captured_training_is_equal_bit_for_bit(sizes, precision, options):
     options = dict(options)
     packed = options.pop("packed", True)
     pair = Pair(sizes, precision, **options, label_smoothing=0.1, z_loss=1e-3)
-    for number in range(3):
+    for number in range(2):  # the second step replays what the first one captured, on other tokens and at another rate
         assert pair.run(microbatches(number, packed=packed), 1e-2 / (number + 1)).updated
     pair.check()
-    assert pair.graphs.replays == 3 * (2 + 1)
+    assert pair.graphs.replays == 2 * (2 + 1)
+
+
+def test_a_graph_draws_other_masks_at_every_replay():
+    """The same two microbatches at a rate that changes nothing: losses differ with the step, and are those of operations one by one."""
+    pair, resumed = (Pair(LLAMA, "bf16", "blocks", dropout=0.2, seed=3, weight_decay=0.0) for _ in range(2))
+    losses = [pair.run(microbatches(0), 1e-30).loss for _ in range(2)]
+    for step, state in zip(resumed.steps, [step.state_dict(training_weights=True) for step in pair.steps]):
+        step.load_state_dict({name: each.clone() for name, each in state.items()})
+    assert resumed.run(microbatches(0), 1e-30).loss == pair.run(microbatches(0), 1e-30).loss not in losses and losses[0] != losses[1]
+    assert pair.graphs.replays == 3 * (2 + 1) and len(pair.graphs.records) == 2
+    pair.check()
 
 
 @pytest.mark.parametrize(("optimizer", "precision"), [("muon", "bf16"), ("lion", "fp16"), ("schedule_free", "fp32")])

@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from cllm_kernel_oracle import Case, Inputs  # loaded by conftest.py under this name: test folders are no packages
@@ -119,6 +120,115 @@ ATTENTION = [
     attention_case("expanded_keys", _expanded_keys),
     attention_case("no_batch", qkv(0, 4, 4, 2, 2, 32), causal=True),
     attention_case("no_queries", qkv(1, 0, 4, 2, 2, 32)),
+]
+
+
+# ---- dropout ------------------------------------------------------------------------------------------------------------------------
+
+SEED, STEP, FIRST_TOKEN = 0x0123456789ABCDEF, 41, 2**32 - 9  # tokens are counted beyond a word
+
+
+def drawn(seed: int, step: int, place: Any, token: Any, element: Any) -> np.ndarray:
+    """The draws of 16 bits of whole numbers that broadcast, as the definition in `kernels/philox.py` says it: Philox4x32-10 of Salmon et al. 2011."""
+    word = np.uint64(0xFFFFFFFF)
+    place, token, element = (np.asarray(each, dtype=np.int64).astype(np.uint64) for each in (place, token, element))
+    group, lane, slot = element // np.uint64(128), element % np.uint64(16), element // np.uint64(16) % np.uint64(8)
+    x = [each & word for each in np.broadcast_arrays(group * np.uint64(16) + lane, token, place, np.uint64(step))]
+    key = [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32 & 0xFFFFFFFF)]
+    for _ in range(10):
+        first, second = np.uint64(0xD2511F53) * x[0], np.uint64(0xCD9E8D57) * x[2]
+        x = [(second >> np.uint64(32)) ^ x[1] ^ key[0], second & word, (first >> np.uint64(32)) ^ x[3] ^ key[1], first & word]
+        key = [(each + np.uint64(step)) & word for each, step in zip(key, (0x9E3779B9, 0xBB67AE85))]
+    words = np.stack(x, -1)
+    chosen = np.take_along_axis(words, np.broadcast_to(slot // np.uint64(2), words.shape[:-1])[..., None].astype(np.int64), -1)[..., 0]
+    return (chosen >> (slot % np.uint64(2) * np.uint64(16))) & np.uint64(0xFFFF)
+
+
+def dropout_factors(rate: float, place: Any, token: Any, element: Any) -> Tensor:
+    """float64: 0 where dropout drops, elsewhere 1 / (1 - rate), the rate being a multiple of 2**-16."""
+    limit = round(rate * 65536)
+    kept = drawn(SEED, STEP, place, np.asarray(token) + FIRST_TOKEN, element) >= limit
+    return torch.from_numpy(np.where(kept, 65536 / (65536 - limit), 0.0))
+
+
+def dropout_at(i: Inputs, rate: float) -> kernels.Dropout:
+    dropout = kernels.Dropout.of(rate, SEED, i.device)
+    dropout.go_to(STEP, FIRST_TOKEN)
+    return dropout
+
+
+def attention_factors(q: Tensor, k: Tensor, rate: float, place: int, cu_seqlens: Tensor | None, period: int) -> Tensor:
+    """(B, H, T, S)."""
+    (batch, queries, heads, _), keys = q.shape, k.shape[1]
+    element = np.arange(keys)
+    if cu_seqlens is not None and period:
+        for start, end in itertools.pairwise(cu_seqlens.tolist()):
+            element[start:end] -= start // period * period
+    token = np.arange(batch * queries).reshape(batch, 1, queries, 1)
+    return dropout_factors(rate, place + np.arange(heads).reshape(1, heads, 1, 1), token, element).to(q.device)
+
+
+def plain_attention_dropout(q, k, v, dropout, place, *, causal=False, window=None, softcap=None, cu_seqlens=None, period=0, return_lse=False):
+    seen, group = visible_keys(q.shape[1], k.shape[1], causal, window, cu_seqlens).to(q.device), q.shape[2] // k.shape[2]
+    factors = attention_factors(q, k, dropout.rate, place, cu_seqlens, period)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2).repeat_interleave(group, 1), v.transpose(1, 2).repeat_interleave(group, 1)
+    scores = q.to(wide) @ k.to(wide).transpose(-1, -2) * q.shape[-1] ** -0.5
+    scores = (scores if softcap is None else softcap * torch.tanh(scores / softcap)).masked_fill(~seen, float("-inf"))
+    out = ((torch.softmax(scores, -1) * factors.to(wide)).to(q.dtype) @ v).transpose(1, 2)
+    return (out, torch.logsumexp(scores, -1)) if return_lse else out
+
+
+def attention_dropout_case(
+    name: str, make: Callable[[Inputs], dict[str, Any]], rate: float, place: int = 7, cu_seqlens: Tensor | None = None, **options: Any
+) -> Case:
+    def ours(key: Tensor, **tensors: Any) -> Any:
+        return kernels.attention_dropout(dropout=kernels.Dropout(rate, key), place=place, **tensors, **options)
+
+    def plain(key: Tensor, **tensors: Any) -> Any:
+        return plain_attention_dropout(dropout=kernels.Dropout(rate, key), place=place, **tensors, **options)
+
+    def tensors(i: Inputs) -> dict[str, Any]:
+        packed = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens.to(i.device)}
+        return make(i) | packed | {"key": dropout_at(i, rate).key}
+
+    return Case("attention_dropout", name, tensors, ours, plain, lse_size=8.0)
+
+
+def norm_dropout_case(name: str, make: Callable[[Inputs], dict[str, Any]], rate: float, place: int = 3, centre: bool = False) -> Case:
+    def ours(key: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Any:
+        dropout = kernels.Dropout(rate, key)
+        if centre:
+            return kernels.layer_norm_dropout(x, weight, bias, dropout, place, residual=residual)
+        return kernels.rms_norm_dropout(x, weight, dropout, place, residual=residual)
+
+    def plain(key: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Any:
+        rows, columns = x.numel() // max(1, x.shape[-1]), x.shape[-1]
+        factors = dropout_factors(rate, place, np.arange(rows)[:, None], np.arange(columns)).view(x.shape).to(x.device)
+        h = x * factors.to(x.dtype)
+        h = h if residual is None else h + residual
+        if centre:
+            return F.layer_norm(h, h.shape[-1:], weight.to(x.dtype), None if bias is None else bias.to(x.dtype), 1e-5), h
+        return F.rms_norm(h, h.shape[-1:], weight.to(x.dtype), 1e-6), h
+
+    return Case("norm_dropout", name, lambda i: make(i) | {"key": dropout_at(i, rate).key}, ours, plain)
+
+
+_ROWS = torch.tensor([0, 5, 16, 16, 32, 40, 48], dtype=torch.int32)  # documents in three rows of 16
+DROPOUT = [
+    attention_dropout_case("causal_many_blocks", qkv(1, 150, 150, 2, 1, 32), 0.2, causal=True),
+    attention_dropout_case("grouped_query_batches", qkv(2, 37, 37, 4, 2, 20), 0.5, causal=True),
+    attention_dropout_case("packed_rows", qkv(1, 48, 48, 2, 2, 16), 0.2, cu_seqlens=_ROWS, causal=True, period=16),
+    attention_dropout_case("packed_window_softcap_no_rows", qkv(1, 48, 48, 2, 1, 16), 0.1, cu_seqlens=_ROWS, causal=True, window=6, softcap=3.0),
+    attention_dropout_case("lse_gradient_more_keys", qkv(1, 19, 40, 4, 2, 32), 0.3, causal=True, return_lse=True),
+    attention_dropout_case("slices_of_one_tensor", _slices_of_one_tensor, 0.9, causal=True),
+    attention_dropout_case("no_queries", qkv(1, 0, 4, 2, 2, 32), 0.2),
+    norm_dropout_case("rms_odd_width", lambda i: {"x": i.normal(4, 19, 67), "weight": i.normal(67)}, 0.2),
+    norm_dropout_case("rms_residual", lambda i: {"x": i.normal(37, 160), "weight": i.master(160), "residual": i.normal(37, 160)}, 0.1),
+    norm_dropout_case("rms_strided", lambda i: {"x": i.normal(48, 30).T[::2], "weight": i.normal(48), "residual": i.normal(15, 96)[:, ::2]}, 0.5),
+    norm_dropout_case("layer", lambda i: {"x": i.normal(33, 128), "weight": i.master(128), "bias": i.master(128)}, 0.2, centre=True),
+    norm_dropout_case("layer_residual", lambda i: {"x": i.normal(9, 300), "weight": i.normal(300), "residual": i.normal(9, 300)}, 0.7, centre=True),
+    norm_dropout_case("no_rows", lambda i: {"x": i.normal(0, 32), "weight": i.normal(32)}, 0.2),
 ]
 
 
@@ -408,4 +518,4 @@ MATMUL = [
     matmul_case("no_depth", lambda i: {"a": i.normal(5, 0), "b": i.normal(0, 8), "bias": i.normal(8)}),
 ]
 
-CASES = [*ATTENTION, *FEED_FORWARD, *NORM, *POINTWISE, *LOSSES, *MATMUL]
+CASES = [*ATTENTION, *DROPOUT, *FEED_FORWARD, *NORM, *POINTWISE, *LOSSES, *MATMUL]

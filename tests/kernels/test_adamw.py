@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from cllm import kernels, runtime
+from cllm.kernels.adamw import AdamWAgain, adamw_
+from cllm.runtime.errors import UserError
 
 SHAPES = [(33, 17), (5,), (1,), (0, 4), (2, 3, 40)]
 DECAYS = [0.1, 0.0, 0.0, 0.1, 0.3]
@@ -137,3 +139,32 @@ def test_the_statistics_alone_are_those_of_the_update_for_any_number_of_threads(
     assert float(found[0][0]) == pytest.approx(float(norm), rel=1e-6) and found[0][2] == 0
     large[0][7] = float("nan")
     assert kernels.gradient_statistics(large)[2] == 1 and torch.equal(kernels.gradient_statistics([]), torch.zeros(3, device="cpu"))
+
+
+def test_tensors_that_stay_where_they_are_get_the_bits_of_a_first_update():
+    """Their addresses are looked up once; moved, of another kind or with other decays they are new."""
+    pytest.importorskip("numba")
+    generator = torch.Generator().manual_seed(0)
+    shapes = (7, 5), (40,)
+    options = {"betas": (0.9, 0.95), "eps": 1e-8, "max_norm": 0.5}
+    ours, theirs = ([[torch.zeros(shape) for shape in shapes] for _ in range(3)] for _ in range(2))
+    grads, again, served = [torch.empty(shape) for shape in shapes], AdamWAgain(), []
+    for step in range(1, 8):
+        for grad in grads:
+            grad.copy_(torch.randn(grad.shape, generator=generator))
+        if step == 4:
+            grads = [grad.to(torch.bfloat16) for grad in grads]
+        numbers = {"learning_rate": 0.1 / step, "weight_decays": [0.1 if step < 6 else 0.2, 0.0], "step": step}
+        params, *moments = theirs
+        expected = adamw_(params, grads, *moments, **numbers, **options)
+        params, *moments = ours
+        found = again.call(params, grads, *moments, **numbers, **options)
+        served.append(found is not None)
+        if found is None:
+            found = adamw_(params, grads, *moments, **numbers, **options)
+        assert torch.equal(found, expected)
+        for mine, other in zip(ours, theirs):
+            assert all(map(torch.equal, mine, other))
+    assert served == [False, True, True, False, True, False, True]
+    with pytest.raises(UserError, match="learning_rate"):
+        again.call(ours[0], grads, *ours[1:], learning_rate=-1.0, weight_decays=[0.2, 0.0], step=8, **options)

@@ -9,6 +9,7 @@ from cllm.runtime.errors import UserError
 z = torch.zeros
 Q, K = z(1, 4, 4, 8), z(1, 4, 2, 8)
 LONG = torch.long
+DROPOUT = kernels.Dropout.of(0.1, 0)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,11 @@ LONG = torch.long
         (lambda: kernels.attention(Q, K, K, cu_seqlens=torch.tensor([0, 3, 2, 4], dtype=torch.int32)), "rise from 0"),
         (lambda: kernels.attention(z(2, 4, 4, 8), z(2, 4, 2, 8), z(2, 4, 2, 8), cu_seqlens=z(2).int()), "B = 1"),
         (lambda: kernels.attention(Q, K, K, sinks=z(3)), r"sinks must be floating point \(4,\)"),
+        (lambda: kernels.attention_dropout(Q, K, z(1, 5, 2, 8), DROPOUT, 0), "do not fit together"),
+        (lambda: kernels.attention_dropout(Q, K, K, DROPOUT, 0, period=-1), "period must be >= 0"),
+        (lambda: kernels.attention_dropout(Q, K, K, kernels.Dropout(0.1, z(3)), 0), r"key of dropout must be int64 \(3,\) on cpu, got torch.float32"),
+        (lambda: kernels.rms_norm_dropout(z(3, 4), z(5), DROPOUT, 0), "do not fit together"),
+        (lambda: kernels.layer_norm_dropout(z(3, 4), z(4), None, kernels.Dropout(0.1, z(2, dtype=LONG)), 0), "key of dropout must be int64"),
         (lambda: kernels.feed_forward(z(3, 4), None, z(5, 4), z(4, 5), activation="swish"), "silu, gelu, gelu_tanh, relu2"),
         (lambda: kernels.feed_forward(z(3, 4), z(6, 4), z(5, 4), z(4, 5)), r"w_gate \(6, 4\)"),
         (lambda: kernels.feed_forward(z(3, 4), None, z(5, 4).double(), z(4, 5)), "w_up is torch.float64"),

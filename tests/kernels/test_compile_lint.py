@@ -29,16 +29,16 @@ def lint(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize(
-    ("gpus", "dtypes"),
+    ("gpus", "dtypes", "extent"),
     [
-        pytest.param(["h200"], ["bfloat16", "float32"], id="sm_90"),
-        pytest.param(["a100"], ["bfloat16"], id="sm_80"),
-        pytest.param(list(DESCRIBED), ["bfloat16", "float16", "float32"], id="all", marks=pytest.mark.slow),
+        pytest.param(["h200"], ["bfloat16"], ["--few"], id="sm_90"),
+        pytest.param(["a100"], ["float32"], ["--largest"], id="sm_80"),
+        pytest.param(list(DESCRIBED), ["bfloat16", "float16", "float32"], [], id="all", marks=pytest.mark.slow),
     ],
 )
-def test_every_launch_compiles_without_complaints(gpus, dtypes):
-    """fp16 compiles like bf16. All of it, with Blackwell and consumer GPUs: --slow, or python profiling/compile_lint.py"""
-    done = lint(*(word for name in gpus for word in ("--gpu", name)), *(word for name in dtypes for word in ("--dtype", name)))
+def test_every_launch_compiles_without_complaints(gpus, dtypes, extent):
+    """Each kernel for two kinds of GPU, in one dtype each; fp16 compiles like bf16. Every combination: --slow, or profiling/compile_lint.py"""
+    done = lint(*extent, *(word for name in gpus for word in ("--gpu", name)), *(word for name in dtypes for word in ("--dtype", name)))
     assert done.returncode == 0, done.stderr[-6000:] or done.stdout[-2000:]
     builds = json.loads(done.stdout.splitlines()[-1])
     for module in inspection.MODULES:
@@ -48,6 +48,20 @@ def test_every_launch_compiles_without_complaints(gpus, dtypes):
             targets = {build["target"] for build in builds if build["call"].startswith(f"{module}:")}
             assert f"sm_{gpu.arch}" in targets, f"{module} launches nothing on {gpu.name}"
     print(f"{len(builds)} builds without a complaint")
+
+
+def test_few_launches_still_show_each_kernel_every_value_that_any_launch_has():
+    found = list(inspection.find_launches(DESCRIBED["h200"], ("attention", "norm", "gluon.attention_forward")))
+    few = inspection.covering(found)
+
+    def met(launches):
+        seen = set()
+        for _, launch in launches:
+            options = [("aligned", launch.aligned), ("warps", launch.num_warps), ("stages", launch.num_stages)]
+            seen |= {(launch.kernel, str(each)) for each in (*launch.constants, *launch.signature, *options)}
+        return seen
+
+    assert met(few) == met(found) and len(few) < len(found) / 3
 
 
 @pytest.mark.parametrize(

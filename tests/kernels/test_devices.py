@@ -50,7 +50,7 @@ def test_with_a_gpu_no_file_of_tests_is_left_out_and_every_case_is_made_on_it(tm
     (tmp_path / "a_gpu.py").write_text(f"FOUND = {str(tmp_path / 'found.json')!r}\n{PRETENDS}")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environment.get("PYTHONPATH", "")])
-    words = ["-p", "a_gpu", "-p", "no:cacheprovider", "--collect-only", "tests/kernels", "tests/gpu"]
+    words = ["-p", "a_gpu", "-p", "no:cacheprovider", "--assert=plain", "--collect-only", "tests/kernels", "tests/gpu"]
     done = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, env=environment)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     found = json.loads((tmp_path / "found.json").read_text())

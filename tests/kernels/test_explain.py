@@ -32,6 +32,16 @@ def _norm(op):
     return call
 
 
+def _attention_dropout(shapes, dtype, causal=False):
+    q = torch.zeros(shapes[0], dtype=dtype)
+    kernels.attention_dropout(q, q, q, kernels.Dropout.of(0.1, 0), 0, causal=causal)
+
+
+def _norm_dropout(shapes, dtype, residual=False):
+    x, weight = torch.zeros(shapes[0], dtype=dtype), torch.ones(shapes[0][-1])
+    kernels.rms_norm_dropout(x, weight, kernels.Dropout.of(0.1, 0), 0, residual=x if residual else None)
+
+
 def _rotary(shapes, dtype):
     x = torch.zeros(shapes[0], dtype=dtype)
     kernels.rotary(x, *torch.zeros(2, x.shape[1], x.shape[3] // 2))
@@ -67,6 +77,8 @@ def _paged_attention(shapes, dtype):
 
 CALLS = {
     "attention": _attention,
+    "attention_dropout": _attention_dropout,
+    "norm_dropout": _norm_dropout,
     "cached_attention": _cached_attention,
     "paged_attention": _paged_attention,
     "feed_forward": _feed_forward,
@@ -91,6 +103,9 @@ CASES = [
     ("attention", ((1, 1, 8, 64), (1, 40, 8, 64)), {"causal": True}),
     ("attention", ((3, 1, 8, 64), (3, 700, 8, 64)), {}),
     ("attention", ((2, 0, 4, 32), (2, 7, 4, 32)), {}),
+    ("attention_dropout", ((1, 300, 4, 32),), {"causal": True}),
+    ("norm_dropout", ((20, 1500),), {"residual": True}),
+    ("norm_dropout", ((5, 40_000),), {}),
     ("cached_attention", ((3, 1, 8, 64), (3, 700, 2, 64)), {}),
     ("paged_attention", ((3, 8, 64), (6, 128, 2, 64)), {}),
     ("paged_attention", ((1, 66, 64), (2, 128, 1, 64)), {}),

@@ -14,6 +14,12 @@ def _wide_cases(oracle):
         "attention_packed": oracle.attention_case(
             "packed", oracle.qkv(1, 260, 260, 4, 2, 64), causal=True, cu_seqlens=torch.tensor([0, 100, 101, 260], dtype=i32)
         ),
+        "attention_dropout": oracle.attention_dropout_case(
+            "wide", oracle.qkv(1, 260, 260, 4, 2, 64), 0.2, cu_seqlens=torch.tensor([0, 100, 130, 260], dtype=i32), causal=True, period=130
+        ),
+        "norm_dropout": oracle.norm_dropout_case(
+            "wide", lambda i: {"x": i.normal(700, 200), "weight": i.normal(200), "residual": i.normal(700, 200)}, 0.2
+        ),
         "feed_forward": oracle.feed_forward_case("wide", oracle.gated(96, 200, 150), "silu"),
         "feed_forward_plain": oracle.feed_forward_case("wide_plain", oracle.plain_mlp(96, 200, 150), "gelu"),
         "rms_norm": oracle.rms_norm_case("wide", lambda i: {"x": i.normal(700, 200), "weight": i.normal(200), "residual": i.normal(700, 200)}),
@@ -39,7 +45,8 @@ def _wide_cases(oracle):
 @pytest.mark.parametrize(
     "name",
     [
-        "attention", "attention_packed", "feed_forward", "feed_forward_plain", "rms_norm", "layer_norm", "rotary", "rotary_norm", "softmax",
+        "attention", "attention_packed", "attention_dropout", "norm_dropout", "feed_forward", "feed_forward_plain",
+        "rms_norm", "layer_norm", "rotary", "rotary_norm", "softmax",
         "embedding", "cross_entropy", "linear_cross_entropy", "linear_cross_entropy_rows", "matmul",
     ],
 )  # fmt: skip

@@ -30,7 +30,7 @@ def _operator_calls() -> dict[str, list[tuple]]:
     rows, row_targets = _normal(6, grad=False), targets
     params = [_normal(3, 4, grad=False), _normal(5, grad=False)]
     moments = [[torch.rand_like(p) for p in params] for _ in range(2)]
-    hidden_bias = _normal(16)
+    hidden_bias, key, z = _normal(16), kernels.Dropout.of(0.5, 3).key, torch.zeros
     with torch.no_grad(), runtime.use(backend="torch"):
         out, lse = kernels.attention(q, k, v, causal=True, return_lse=True)
     return {
@@ -38,6 +38,16 @@ def _operator_calls() -> dict[str, list[tuple]]:
         "attention_backward": [
             (out, lse, q.detach(), k.detach(), v.detach(), out, lse, True, 8**-0.5, 0, 0.0, None),
             (out, None, q.detach(), k.detach(), v.detach(), out, lse, True, 8**-0.5, 0, 0.0, bounds),
+        ],
+        "attention_dropout": [(q, k, v, True, 0.3, 3, 2.0, bounds, key, 0.5, 2, 4), (q, k, v, True, 0.3, 0, 0.0, None, key, 0.5, 2, 0)],
+        "attention_dropout_backward": [
+            (out, lse, q.detach(), k.detach(), v.detach(), out, lse, True, 8**-0.5, 0, 0.0, None, key, 0.5, 2, 0),
+            (out, None, q.detach(), k.detach(), v.detach(), out, lse, True, 8**-0.5, 0, 0.0, bounds, key, 0.5, 2, 4),
+        ],
+        "norm_dropout": [(x, None, weight, None, False, 1e-6, key, 0.5, 1), (x, (x_ * 2).requires_grad_(), weight, bias, True, 1e-5, key, 0.5, 1)],
+        "norm_dropout_backward": [
+            (x_, None, x_, weight_, False, z(0), torch.rand(2, 3), False, False, key, 0.5, 1),
+            (x_, x_, x_, weight_, True, torch.rand(2, 3), torch.rand(2, 3), True, True, key, 0.5, 1),
         ],
         "feed_forward": [
             (x, w_gate, w_up, w_down, "silu", None, None, True),
@@ -81,15 +91,21 @@ def _operator_calls() -> dict[str, list[tuple]]:
 
 @pytest.mark.parametrize("name", list(_operator_calls()))
 def test_opcheck(name):
-    for arguments in _operator_calls()[name]:
-        opcheck(getattr(torch.ops.cllm, name).default, arguments)
+    """The first call goes through the compiler too, which is most of the time; what the others differ in, the other checks see."""
+    first, *others = _operator_calls()[name]
+    opcheck(getattr(torch.ops.cllm, name).default, first)
+    for arguments in others:
+        opcheck(getattr(torch.ops.cllm, name).default, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
-def _layer(x, norm, w_qkv, cos, sin, gate, up, down, table, targets):
+def _layer(x, norm, w_qkv, cos, sin, gate, up, down, table, targets, key):
+    dropout = kernels.Dropout(0.2, key)
     h = kernels.matmul(kernels.rms_norm(x, norm), w_qkv.T)
     q, k, v = h.view(*h.shape[:2], 4, 8).split([2, 1, 1], dim=2)
     out = kernels.attention(kernels.rotary(q, cos, sin, None, norm.view(2, 8)), kernels.rotary(k, cos, sin), v, causal=True)
     y, x = kernels.rms_norm(out.flatten(2), norm, residual=x)
+    out = kernels.attention_dropout(q, k, v, dropout, 3, causal=True)
+    y, x = kernels.rms_norm_dropout(y + out.flatten(2), norm, dropout, 1, residual=x)
     x = x + kernels.feed_forward(y, gate, up, down)
     x = kernels.layer_norm(x, norm) + kernels.embedding(targets.clamp(min=0), table) + kernels.softmax(x)
     loss = kernels.linear_cross_entropy(x, table, targets, z_loss=1e-3)
@@ -103,17 +119,17 @@ def test_compiled_equals_eager_forward_and_backward():
     ]  # fmt: skip
     targets = torch.randint(0, 11, (2, 6), generator=torch.Generator().manual_seed(0))
     targets[0, 0] = -100
-    leaves = [t for t in arguments if t.requires_grad]
-    eager = _layer(*arguments, targets)
+    leaves, key = [t for t in arguments if t.requires_grad], kernels.Dropout.of(0.2, 5).key
+    eager = _layer(*arguments, targets, key)
     eager_grads = torch.autograd.grad(eager, leaves)
     torch._dynamo.reset()
-    compiled = torch.compile(_layer, fullgraph=True, backend="aot_eager")(*arguments, targets)
+    compiled = torch.compile(_layer, fullgraph=True, backend="aot_eager")(*arguments, targets, key)
     compiled_grads = torch.autograd.grad(compiled, leaves)
     assert torch.equal(eager, compiled)
     for index, (expected, found) in enumerate(zip(eager_grads, compiled_grads)):
         assert torch.equal(expected, found), index
     with torch.no_grad():
-        assert torch.equal(torch.compile(_layer, fullgraph=True, backend="aot_eager")(*arguments, targets), eager)
+        assert torch.equal(torch.compile(_layer, fullgraph=True, backend="aot_eager")(*arguments, targets, key), eager)
 
 
 def test_fake_and_meta_tensors_get_shapes_without_computing():
@@ -148,7 +164,7 @@ def _gradcheck_calls():
     cos, sin = _normal(4, 2, dtype=torch.float64, grad=False), _normal(4, 2, dtype=torch.float64, grad=False)
     bounds = torch.tensor([0, 1, 4], dtype=torch.int32)
     attention_inputs = (normal(1, 4, 2, 4), normal(1, 4, 1, 4), normal(1, 4, 1, 4) * 0.7)
-    loss_options = {"label_smoothing": 0.1, "z_loss": 0.05, "softcap": 3.0}
+    loss_options, dropout = {"label_smoothing": 0.1, "z_loss": 0.05, "softcap": 3.0}, kernels.Dropout.of(0.3, 2)
     return {
         "attention": (lambda q, k, v: kernels.attention(q, k, v, causal=True, softcap=2.0, return_lse=True), attention_inputs),
         "attention_packed": (lambda q, k, v: kernels.attention(q, k, v, window=2, cu_seqlens=bounds), attention_inputs),
@@ -166,6 +182,11 @@ def _gradcheck_calls():
         ),
         "rms_norm": (lambda x, w, r: kernels.rms_norm(x, w, residual=r), (normal(3, 4), normal(4), normal(3, 4))),
         "layer_norm": (lambda x, w, b, r: kernels.layer_norm(x, w, b, residual=r), (normal(3, 4), normal(4), normal(4), normal(3, 4))),
+        "attention_dropout": (
+            lambda q, k, v: kernels.attention_dropout(q, k, v, dropout, 1, causal=True, softcap=2.0, return_lse=True), attention_inputs,
+        ),
+        "norm_dropout": (lambda x, w, r: kernels.rms_norm_dropout(x, w, dropout, 0, residual=r), (normal(3, 4), normal(4), normal(3, 4))),
+        "layer_norm_dropout": (lambda x, w, b: kernels.layer_norm_dropout(x, w, b, dropout, 0), (normal(3, 4), normal(4), normal(4))),
         "rotary": (lambda x: kernels.rotary(x, cos, sin), (normal(1, 4, 2, 4),)),
         "rotary_norm": (lambda x, w: kernels.rotary(x, cos, sin, None, w, 1e-3), (normal(1, 4, 2, 4), normal(2, 4))),
         "softmax": (lambda x: kernels.softmax(x, 0), (normal(3, 4),)),

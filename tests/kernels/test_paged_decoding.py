@@ -1,5 +1,6 @@
 """Tokens of any sequences through a whole transformer in one call: the bits of the operations called one by one, in any company."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,11 +48,19 @@ def make_stack(kind: str, dtype: torch.dtype, weights: str) -> Stack:
     angles = torch.arange(POSITIONS).unsqueeze(1) * 10_000 ** -(torch.arange(dim // 2) / (dim // 2))
     tables = (angles.cos(), angles.sin()) if about["rotary"] else None
     layers = [layer(), layer()]
-    return Stack(layers, norm(embed), linear(VOCABULARY, embed, False), dim, about["activation"], 1e-5, tables, about.get("window", 0))
+    final, output = norm(embed), linear(VOCABULARY, embed, False)
+    embeddings = [normal(size, embed).to(dtype if weights == "same" else torch.float32) for size in (VOCABULARY, POSITIONS)]
+    of_positions = embeddings[1] if gpt2 else None
+    return Stack(layers, final, output, dim, about["activation"], 1e-5, tables, about.get("window", 0), embeddings[0], of_positions)
 
 
-def one_by_one(stack, keys, values, x, positions, slots, pages):
+def one_by_one(stack, keys, values, *given):
     """What a decoder does, with the operations of this package."""
+    tokens, positions, slots, pages = map(torch.tensor, given)
+    dtype, pages = keys[0].dtype, pages.int()
+    x = kernels.embedding(tokens, stack.embedding, dtype)
+    if stack.position_embedding is not None:
+        x = x + kernels.embedding(positions, stack.position_embedding, dtype)
 
     def product(x, linear):
         if isinstance(linear.weight, torch.Tensor):
@@ -93,7 +102,7 @@ class Sequences:
     def __init__(self, stack: Stack, dtype: torch.dtype):
         shape = (7, PAGE, stack.layers[0].k.weight.shape[0] // stack.head_dim, stack.head_dim)
         generator = torch.Generator().manual_seed(4)
-        self.x = torch.randn((3, 2 * PAGE + 20, stack.output.weight.shape[1]), generator=generator).to(dtype)
+        self.text = torch.randint(VOCABULARY, (3, 2 * PAGE + 20), generator=generator)
         self.keys, self.values = ([torch.full(shape, float("nan"), dtype=dtype) for _ in stack.layers] for _ in range(2))
         for pool in (*self.keys, *self.values):
             for held, row in zip(self.HELD, self.PAGES.tolist()):
@@ -102,11 +111,11 @@ class Sequences:
                     part.copy_(torch.randn(part.shape, generator=generator))
 
     def tokens(self, places: list[tuple[int, int]]):
-        """x, positions, slots and pages of these (sequence, position)."""
+        """Tokens, positions, slots and pages of these (sequence, position)."""
         sequence, position = torch.tensor(places).unbind(1)
         pages = self.PAGES[sequence]
         page = pages.gather(1, (position // PAGE).unsqueeze(1))[:, 0]
-        return self.x[sequence, position], position, page * PAGE + position % PAGE, pages
+        return tuple(each.tolist() for each in (self.text[sequence, position], position, page * PAGE + position % PAGE, pages))
 
 
 def calls() -> list[list[tuple[int, int]]]:
@@ -161,22 +170,24 @@ def test_numbers_that_lead_out_of_memory_are_refused():
     stack = make_stack("llama", torch.float32, "master")
     sequences = Sequences(stack, torch.float32)
     decoder = make_paged_decoder(stack, sequences.keys, sequences.values, torch.float32, 4)
-    x, positions, slots, pages = sequences.tokens([(0, 0), (2, 0)])
-    decoder(x, positions, slots, pages)
+    given = tuple(map(np.array, sequences.tokens([(0, 0), (2, 0)])))
+    decoder(*given)
+    tokens, positions, slots, pages = given
     wrong = [
-        (positions - 1, slots, pages),
-        (positions + 3 * PAGE, slots, pages),
-        (positions, slots - 5 * PAGE - 1, pages),
-        (positions, slots + 7 * PAGE, pages),
-        (positions, slots, pages + 1),
-        (positions, slots, pages - 6),
-        (positions, slots, pages.long()),
-        (positions, slots[:1], pages),
+        (tokens - VOCABULARY, positions, slots, pages),
+        (tokens + VOCABULARY, positions, slots, pages),
+        (tokens, positions - 1, slots, pages),
+        (tokens, positions + 3 * PAGE, slots, pages),
+        (tokens, positions, slots - 5 * PAGE - 1, pages),
+        (tokens, positions, slots + 7 * PAGE, pages),
+        (tokens, positions, slots, pages + 1),
+        (tokens, positions, slots, pages - 6),
+        (tokens[:1], positions, slots, pages),
+        (tokens, positions[:1], slots, pages),
+        (tokens, positions, slots[:1], pages),
+        (tokens, positions, slots, pages[:1]),
+        tuple(np.concatenate([each] * 3) for each in given),
     ]
     for arguments in wrong:
         with pytest.raises(AssertionError):
-            decoder(x, *arguments)
-    with pytest.raises(AssertionError):
-        decoder(x[:1], positions, slots, pages)
-    with pytest.raises(AssertionError):
-        decoder(*(torch.cat([each] * 3) for each in (x, positions, slots, pages)))
+            decoder(*arguments)

@@ -98,17 +98,17 @@ def test_other_folders_do_not_change_where_the_kernels_of_a_folder_are_kept(noth
     for folder in (first, second):
         folder.mkdir()
         (folder / "kernel.py").write_text(f"x = {folder.name!r}")
-    assert compiler._folder_of(str(first / "kernel.py")) is None
+    assert compiler.folder_of(str(first / "kernel.py")) is None
     compiler.register_kernels(first, ["CLLM_FIRST"])
-    alone = compiler._folder_of(str(first / "kernel.py"))
+    alone = compiler.folder_of(str(first / "kernel.py"))
     compiler.register_kernels(second, ["CLLM_SECOND"])
     monkeypatch.setenv("CLLM_SECOND", "1")
-    assert compiler._folder_of(str(first / "kernel.py")) == alone != compiler._folder_of(str(second / "kernel.py"))
+    assert compiler.folder_of(str(first / "kernel.py")) == alone != compiler.folder_of(str(second / "kernel.py"))
     compiler.kernel_cache_key.cache_clear()
     monkeypatch.setenv("CLLM_FIRST", "1")
-    assert compiler._folder_of(str(first / "kernel.py")) != alone
+    assert compiler.folder_of(str(first / "kernel.py")) != alone
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "mine"))
-    assert compiler._folder_of(str(first / "kernel.py")) is None
+    assert compiler.folder_of(str(first / "kernel.py")) is None
 
 
 def test_kernels_registered_after_numba_was_prepared_get_a_folder_of_their_own(nothing_registered, tmp_path, monkeypatch):

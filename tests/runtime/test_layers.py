@@ -19,6 +19,10 @@ ROOT = Path(__file__).parents[2]
 FLOORS = """
 cllm                                     the public names, each loaded when it is first asked for
 cllm.cli                                 the commands: what a person types and what is printed
+cllm.app.server                          everything in a browser: one application of all routes
+cllm.app.routes                          what the app answers
+cllm.app.readers                         what it tells, read from the workspace
+cllm.app                                 its security, jobs, live updates and page
 cllm.serve                               text for many clients over HTTP
 cllm.report                              one HTML page about finished or running runs
 cllm.train                               the training loop, one step of it, faults, fine-tuning
@@ -47,9 +51,11 @@ cllm.kernels.numba
 cllm.kernels.torch
 cllm.kernels.backend                     what a backend declares
 cllm.kernels.operations                  the operations and their work
+cllm.kernels.philox                      what dropout draws
 cllm.kernels.stack                       what a decoded token passes through
 cllm.kernels.quantization                matrices of 8-bit weights
 cllm.kernels.strips                      matrices in the order in which decoding reads them
+cllm.runtime.workers                     the threads of the CPU kernels
 cllm.runtime                             the machine, threads, and which backend an operation gets
 """
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cllm import runtime
-from cllm.runtime import ceiling, compiler, device, threads, tuning
+from cllm.runtime import ceiling, device, threads, tuning
 
 
 @pytest.mark.parametrize(
@@ -86,17 +86,6 @@ def test_the_blas_of_numpy_follows_the_scope():
     with runtime.use(threads=1):
         assert [read() for read, _ in pools] == [1] * len(pools)
     assert [read() for read, _ in pools] == before
-
-
-def test_numba_runs_with_any_number_of_workers():
-    pytest.importorskip("numba")
-    compiler.numba_setup()
-    import numba
-
-    for count in (1, 2, 7, 64, 1741):
-        threads.numba_workers(count)
-        assert numba.get_num_threads() == count or numba.threading_layer() != "omp"
-    threads.numba_workers(1)
 
 
 def test_a_stored_value_comes_back_and_a_damaged_cache_is_measured_again(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ typedef struct { unsigned int gpu, memory; } Utilization;
 static int first, second, fails;
 void let_fail(int code) { fails = code; }
 int nvmlInit_v2(void) { return fails; }
+int nvmlDeviceGetCount_v2(unsigned int *count) { *count = 2; return fails; }
 int nvmlDeviceGetHandleByUUID(const char *name, void **handle) {
   if (strcmp(name, "GPU-1111") == 0) *handle = &first;
   else if (strcmp(name, "MIG-2222") == 0) *handle = &second;
@@ -64,6 +65,26 @@ def test_free_memory_and_load_are_those_of_the_gpu_that_torch_counts(played, mon
     assert [nvml.utilization(index) for index in range(3)] == [0.42, None, None]
 
 
+@pytest.mark.parametrize(
+    ("variable", "names"),
+    [
+        (None, ["0", "1"]),
+        ("1", ["1"]),
+        ("1, 0", ["1", "0"]),
+        ("GPU-1111,MIG-2222", ["GPU-1111", "MIG-2222"]),
+        ("0,-1,1", ["0"]),
+        ("", []),
+        ("-1", []),
+    ],
+)
+def test_gpus_are_named_as_the_variable_names_them(played, monkeypatch, variable, names):
+    monkeypatch.setattr(nvml, "_LIBRARY", str(played))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    assert nvml.visible_gpus() == names and nvml.has_gpu() is bool(names)
+
+
 @pytest.mark.parametrize("code", [1, 3, 9, 15, 999])
 def test_every_error_of_the_library_is_an_unknown_figure(code, played, monkeypatch):
     monkeypatch.setattr(nvml, "_LIBRARY", str(played))
@@ -81,4 +102,4 @@ def test_every_error_of_the_library_is_an_unknown_figure(code, played, monkeypat
 @pytest.mark.parametrize("library", ["libnvidia-ml-that-is-not-here.so", "libm.so.6"])
 def test_without_the_library_nothing_is_known(library, monkeypatch):
     monkeypatch.setattr(nvml, "_LIBRARY", library)
-    assert nvml.utilization(0) is None and nvml.free_memory(0) is None
+    assert nvml.utilization(0) is None and nvml.free_memory(0) is None and nvml.visible_gpus() == []

@@ -47,10 +47,14 @@ def test_a_kernel_that_fails_is_recorded_and_its_error_passed_on():
 
 
 def test_spans_nest_and_threads_are_told_apart(tmp_path):
+    def work(name):
+        with profiler.span(name):
+            pass
+
     with profiler.record() as recording:
         with profiler.span("outer"):
-            profiler.spanned("inner", lambda: None)()
-        other = threading.Thread(target=profiler.spanned("elsewhere", lambda: None), name="helper")
+            work("inner")
+        other = threading.Thread(target=work, args=("elsewhere",), name="helper")
         other.start()
         other.join()
     recording.events[0].flops, recording.events[0].bytes = 8.0, 2.0

@@ -110,6 +110,8 @@ class Rules:
     """Documents with a private key are dropped."""
 
     # Duplicates.
+    newest_version: bool = True
+    """Of a page that was fetched several times, as by a crawl that goes on, only the newest version is kept."""
     near_threshold: float | None = 0.8
     """A document is dropped when its Jaccard similarity with one that is kept is at least this (word 5-grams)."""
     max_evaluation_overlap: float | None = 0.0

@@ -172,7 +172,7 @@ def load_corpus(
             used.append((file, held))
     if not used:
         raise DataError(no_text(Path(path), skipped))
-    rows = np.concatenate([info.rows for _, info in used])
+    rows = np.frombuffer(bytearray().join(info.rows.tobytes() for _, info in used), ROW)
     if read_now or set(last) != set(known):
         write_file(memory / "sources.bin", rows.tobytes(), DATA)
         entries = {file.name: known[file.name].to_dict() for file in files}  # in the order of the rows

@@ -7,6 +7,7 @@ chunks.
 """
 
 import hashlib
+import io
 import json
 import re
 from collections import Counter
@@ -30,6 +31,7 @@ from cllm.runtime.errors import DataError
 from cllm.runtime.printable import printable, quoted
 
 CHUNK_CHARS = 1 << 18
+SMALL_BYTES = 1 << 16  # a file of at most so many is read once and decoded at once: there may be a hundred thousand of them
 LONG_LINE = 5000  # characters in the longest line, and
 LONG_MEAN = 200  # on average, from which source code counts as minified or generated
 ROW = np.dtype([("key", "<u8"), ("chars", "<i8"), ("bytes", "<i8")])  # one document: hash of its text, its size in characters and in UTF-8
@@ -124,7 +126,7 @@ def scan(file: SourceFile, report: Callable[[int], None] | None = None, reading:
     """Read a file once and say what it holds, or why it is left out."""
     suffix = file.path.suffix.lower()
     try:
-        with open(file.path, "rb") as raw:
+        with _opened(file.path) as raw:
             digest = _digest(raw, report)
             raw.seek(0)
             if suffix != parquet.EXTENSION and raw.read(4) == parquet.MAGIC:
@@ -135,11 +137,12 @@ def scan(file: SourceFile, report: Callable[[int], None] | None = None, reading:
                 return found
             raw.seek(0)
             decided = charset.examine(charset.blocks(raw), reading.encoding)
+            source = raw.getvalue() if isinstance(raw, io.BytesIO) else file.path
         if isinstance(decided, Binary):
             return decided.reason
         if isinstance(decided, Evidence):
             return Undecided(digest, decided, found.reason)
-        return _scan_text(file.path, digest, decided, reading, found.reason)
+        return _scan_text(file.path, source, digest, decided, reading, found.reason)
     except OSError as error:
         return _unreadable(error)
 
@@ -147,7 +150,7 @@ def scan(file: SourceFile, report: Callable[[int], None] | None = None, reading:
 def scan_decoded(file: SourceFile, undecided: Undecided, codec: str, reading: Reading = Reading()) -> FileInfo | str:
     """What a file holds when it is decoded with this codec."""
     try:
-        return _scan_text(file.path, undecided.digest, charset.guessed(codec), reading, undecided.not_records)
+        return _scan_text(file.path, file.path, undecided.digest, charset.guessed(codec), reading, undecided.not_records)
     except OSError as error:
         return _unreadable(error)
 
@@ -186,22 +189,23 @@ def _digest(raw: IO[bytes], report: Callable[[int], None] | None) -> str:
 # -- text ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _scan_text(path: Path, digest: str, decoding: Charset, reading: Reading, not_records: str) -> FileInfo | str:
+def _scan_text(path: Path, source: Path | bytes, digest: str, decoding: Charset, reading: Reading, not_records: str) -> FileInfo | str:
+    """source: the content of a small file, the path of any other."""
     is_code = path.suffix.lower() in CODE_EXTENSIONS
     wanted: tuple[str, ...] = MARKERS if reading.separator == AUTO else (reading.separator,)
     if reading.separator == NONE or (reading.separator == AUTO and is_code):  # a program may well print a marker
         wanted = ()
     seen: list[bool] = []
-    row, longest, mean = _measure(passing(_read_text(path, decoding), wanted, seen))
+    row, longest, mean = _measure(passing(_read_text(source, decoding), wanted, seen))
     if row is None:
         return "empty"
     if is_code and longest > LONG_LINE and mean > LONG_MEAN:
         return "minified or generated"
     info = FileInfo("text", digest, decoding, np.array([row], dtype=ROW), not_records=not_records)
     guarded = reading.separator == AUTO
-    separator = (recognise(_read_text(path, decoding)) if guarded else reading.separator) if seen else ""
+    separator = (recognise(_read_text(source, decoding)) if guarded else reading.separator) if seen else ""
     if separator:
-        documents = Splitter(separator, guarded).documents(_read_text(path, decoding))
+        documents = Splitter(separator, guarded).documents(_read_text(source, decoding))
         rows = [each for each, _, _ in map(_measure, documents) if each is not None]
         if not rows:
             return "empty"
@@ -209,8 +213,27 @@ def _scan_text(path: Path, digest: str, decoding: Charset, reading: Reading, not
     return info
 
 
-def _read_text(path: Path, decoding: Charset) -> Iterator[str]:
-    with open(path, encoding=decoding.codec, errors=decoding.errors, newline=None) as text:
+def _opened(path: Path) -> IO[bytes]:
+    """A file of the disk; where it is small, its content in memory."""
+    raw = open(path, "rb", buffering=0)  # noqa: SIM115 - closed here, or by who gets it
+    content = raw.read(SMALL_BYTES + 1)
+    if len(content) <= SMALL_BYTES and not raw.read(1):
+        raw.close()
+        return io.BytesIO(content)
+    raw.seek(0)
+    return io.BufferedReader(raw)
+
+
+def _read_text(source: Path | bytes, decoding: Charset) -> Iterator[str]:
+    raw = io.BytesIO(source) if isinstance(source, bytes) else _opened(source)
+    if isinstance(raw, io.BytesIO) and decoding.codec == "utf-8":
+        whole = raw.getvalue().decode("utf-8", decoding.errors).removeprefix("\ufeff")
+        if "\r" in whole:
+            whole = whole.replace("\r\n", "\n").replace("\r", "\n")
+        if whole:
+            yield whole if whole.isascii() else clean(whole)
+        return
+    with io.TextIOWrapper(raw, encoding=decoding.codec, errors=decoding.errors, newline=None) as text:
         chunk = text.read(CHUNK_CHARS).removeprefix("\ufeff")
         while chunk:
             yield chunk if chunk.isascii() else clean(chunk)

@@ -2,6 +2,7 @@
 
     for member in members(path, name, options):
         if isinstance(member, Refused): ...                      # member.name, member.reason
+        elif isinstance(member, Again): ...                      # member.url, member.same_as
         else: sandbox.documents(member.source, member.name, member.kind, member.content_type)
 
 Names of members only name: "a.zip/b/c.pdf" is told to people, and no file of such a name is ever opened.
@@ -63,6 +64,14 @@ class Member:
     content_type: str = ""
 
 
+class Again(NamedTuple):
+    """A page that had the bytes of another one when it was fetched, and is stored there alone."""
+
+    url: str
+    date: str
+    same_as: str
+
+
 class Refused(NamedTuple):
     """Something that no reader can take, and why, in the words of `Unreadable`."""
 
@@ -70,7 +79,10 @@ class Refused(NamedTuple):
     reason: str
 
 
-def members(path: Path, name: str = "", options: Options = Options()) -> Iterator[Member | Refused]:
+Found = Member | Refused | Again
+
+
+def members(path: Path, name: str = "", options: Options = Options()) -> Iterator[Found]:
     """All that is in a file, in its order. name: what people call it; its path where nothing is given. Raises OSError where it cannot be opened."""
     name = printable(name or path.as_posix())
     with open(path, "rb") as file:
@@ -98,7 +110,7 @@ class _Walk:
         self._options = options
         self._budget = budget
 
-    def stream(self, stream: Readable, name: str, called: str, depth: int, layers: int = 0) -> Iterator[Member | Refused]:
+    def stream(self, stream: Readable, name: str, called: str, depth: int, layers: int = 0) -> Iterator[Found]:
         """What is in a stream. called: its name, without the endings of what was unpacked already. Raises Unreadable where it cannot be read on."""
         head = stream.read(HEAD_BYTES)
         if not head:
@@ -121,7 +133,7 @@ class _Walk:
         else:
             yield from self._single(joined, name, kind, depth)
 
-    def zip(self, file: IO[bytes], name: str, depth: int, path: Path | None = None) -> Iterator[Member | Refused]:
+    def zip(self, file: IO[bytes], name: str, depth: int, path: Path | None = None) -> Iterator[Found]:
         """What is in a zip archive, or the document that is packed as one. path: where the archive is a file of the disk."""
         archive = Zip(file, self._budget, self._options)
         kind = _kind_of_zip(archive)
@@ -144,7 +156,7 @@ class _Walk:
             except Unreadable as error:
                 yield Refused(inner, str(error))
 
-    def _tar(self, stream: Readable, name: str, depth: int) -> Iterator[Member | Refused]:
+    def _tar(self, stream: Readable, name: str, depth: int) -> Iterator[Found]:
         for entry in tars.entries(stream, self._options):
             inner = f"{name}/{printable(entry.name)}"
             problem = entry.problem or _left_out(entry.name)
@@ -160,15 +172,18 @@ class _Walk:
                     raise
                 yield Refused(inner, str(error))
 
-    def _warc(self, stream: Readable, name: str) -> Iterator[Member | Refused]:
+    def _warc(self, stream: Readable, name: str) -> Iterator[Found]:
         for page in warcs.pages(stream, self._options, self._budget):
             if page.problem:
                 yield Refused(f"{name} {page.part}", page.problem)
                 continue
+            if page.same_as:
+                yield Again(page.url, page.date, page.same_as)
+                continue
             kind = kind_of(urlsplit(page.url).path or "/", page.body[:HEAD_BYTES])
             yield Member(name, kind, page.body, page.part, page.url, page.date, page.content_type)
 
-    def _single(self, stream: Head, name: str, kind: str, depth: int) -> Iterator[Member | Refused]:
+    def _single(self, stream: Head, name: str, kind: str, depth: int) -> Iterator[Found]:
         """A file that is no archive. What can be read as a stream is not held. Of a compressed text that ends in the middle, what came is kept;
         members of an archive are whole or refused."""
         limit = _HELD_BYTES if kind in STREAMED else self._options.input_bytes

@@ -19,7 +19,8 @@ _STATUS = re.compile(rb"HTTP/\d(?:\.\d)? (\d{3})\b")
 
 @dataclass(frozen=True)
 class Page:
-    """A page, or why a record is none. `content_type` is what the server said."""
+    """A page, or why a record is none. `content_type` is what the server said. `same_as`: the address whose stored bytes the server gave again; such
+    a page has no body."""
 
     part: str
     url: str = ""
@@ -27,6 +28,7 @@ class Page:
     content_type: str = ""
     body: bytes = b""
     problem: str = ""
+    same_as: str = ""
 
 
 def pages(stream: Readable, options: Options, budget: Budget) -> Iterator[Page]:
@@ -43,11 +45,14 @@ def pages(stream: Readable, options: Options, budget: Budget) -> Iterator[Page]:
         if not length.isdecimal():
             raise Unreadable(f"damaged ({part} has no length)")
         kind = header.get("warc-type", "")
-        url = header.get("warc-target-uri", "").strip("<>")
+        url, date = header.get("warc-target-uri", "").strip("<>"), header.get("warc-date", "")
+        same_as = header.get("warc-refers-to-target-uri", "").strip("<>")
+        if kind == "revisit" and same_as not in ("", url):
+            yield Page(part, printable(url), date, same_as=printable(same_as))
         if kind not in ("response", "resource", "conversion") or url.startswith(("dns:", "filedesc:")):
             source.skip(int(length))
             continue
-        told = Page(part, printable(url), header.get("warc-date", ""), header.get("content-type", ""))
+        told = Page(part, printable(url), date, header.get("content-type", ""))
         if int(length) > options.input_bytes:
             source.skip(int(length))
             yield Page(part, told.url, problem=f"too large (more than {size(options.input_bytes)})")

@@ -20,6 +20,7 @@ from cllm.data.clean.rules import Rules
 from cllm.data.clean.words import split
 from cllm.data.preparation.duplicates import load, save, slice_of
 from cllm.data.preparation.rows import Row, read_rows
+from cllm.data.preparation.versions import reasons
 
 _PAGE = "one page of this site"
 
@@ -31,12 +32,13 @@ def site_of(row: Row) -> str:
     return urlsplit(row["url"]).netloc.lower() or row["source"]
 
 
-def count(place: str, inputs: list[str]) -> dict[str, Any]:
-    """Writes PLACE.lines: the lines of the pages of an extracted piece."""
+def count(place: str, inputs: list[str], piece: int = 0, replaced: str = "") -> dict[str, Any]:
+    """Writes PLACE.lines: the lines of the pages of an extracted piece, each page in its newest version."""
     found = []
-    for row in read_rows(Path(inputs[0]), ("text", "url", "source", "kind", "dropped_because")):
+    older = reasons(replaced, piece)
+    for number, row in enumerate(read_rows(Path(inputs[0]), ("text", "url", "source", "kind", "dropped_because"))):
         site = site_of(row)
-        if site and not row["dropped_because"]:
+        if site and not row["dropped_because"] and number not in older:
             found.append(np.concatenate([lines.line_keys(row["text"], site), _page_key(site)]))
     return {"files": {".lines": save(Path(place + ".lines"), lines.count(found))}}
 

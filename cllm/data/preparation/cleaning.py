@@ -28,23 +28,36 @@ from cllm.data.preparation.duplicates import BAND_ROW, EXACT_ROW, OWN, key_of, s
 from cllm.data.preparation.examples import grams_at, score_at
 from cllm.data.preparation.recipe import rules_of
 from cllm.data.preparation.rows import Row, as_json, file_facts, read_rows, writing
+from cllm.data.preparation.versions import reasons
 
 
 def clean(
-    place: str, inputs: list[str], changes: Mapping[str, Any], filter: bool, sign: bool, lines: list[str], evaluation: list[str], score: list[str]
+    place: str,
+    inputs: list[str],
+    piece: int,
+    changes: Mapping[str, Any],
+    filter: bool,
+    sign: bool,
+    replaced: str,
+    lines: list[str],
+    evaluation: list[str],
+    score: list[str],
 ) -> dict[str, Any]:
     """Writes PLACE.parquet; PLACE.lengths, the characters of each text as int32, -1 - characters where it is dropped; PLACE.exact and PLACE.bands,
     what the search for duplicates sorts (see duplicates.py).
 
-    lines: the counted lines of web pages. evaluation, score: place and digest of what `examples` has made, or nothing.
+    replaced: the file of older versions of pages. lines: the counted lines of web pages. evaluation, score: place and digest of what `examples` has
+    made, or nothing.
     """
     how = _How(rules_of(changes, filter), Boilerplate(lines), grams_at(*evaluation) if evaluation else None, score_at(*score) if score else None)
     signatures = _Signatures()
     lengths: list[int] = []
     counts: dict[str, int] = {}
     target = Path(place + ".parquet")
+    older = reasons(replaced, piece)
     with writing(target) as out:
-        for row in read_rows(Path(inputs[0])):
+        for number, row in enumerate(read_rows(Path(inputs[0]))):
+            row["dropped_because"] = row["dropped_because"] or older.get(number, "")
             if not row["dropped_because"]:
                 words = _cleaned(row, how, counts)
                 if sign and words is not None and not row["dropped_because"]:

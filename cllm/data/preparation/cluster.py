@@ -7,6 +7,7 @@ atomic. Whoever reaches a scheduler can run any program on its workers, so an ad
 from __future__ import annotations
 
 import ipaddress
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
@@ -54,6 +55,12 @@ def check_address(address: str) -> None:
         )
 
 
+def _knock(address: str) -> None:
+    """OSError where nobody listens. Dask would ask again until its time is over, and Ray for minutes, after which it ends this process."""
+    parts = urlsplit(address)
+    socket.create_connection((parts.hostname or "", parts.port or 0), timeout=20).close()
+
+
 def _same_versions(found: dict[str, dict[str, str]]) -> None:
     own = versions()
     for worker, theirs in sorted(found.items()):
@@ -75,6 +82,7 @@ class Dask:
         place = address if encrypted else f"tcp://{address.removeprefix('dask://')}"
         security = {"security": Security(require_encryption=True)} if encrypted else {}
         try:
+            _knock(address)
             self._client = Client(place, timeout=20, set_as_default=False, **security)
         except (OSError, TimeoutError, RuntimeError) as error:
             raise DataError(
@@ -129,27 +137,42 @@ class Ray:
         except ImportError:
             raise UserError("--runner ray:// needs Ray, which is not installed. Install it with pip, the same version as the cluster's.") from None
         self._ray = ray
-        ray.init(address=address.removeprefix("ray://"), log_to_driver=False, logging_level="error")
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        asked = [ray.remote(versions).options(scheduling_strategy="SPREAD").remote() for _ in nodes]
-        _same_versions({f"number {number}": found for number, found in enumerate(ray.get(asked))})
+        try:
+            _knock(address)
+            ray.init(address=address.removeprefix("ray://"), log_to_driver=False, logging_level="error")
+        except (OSError, RuntimeError) as error:
+            raise DataError(
+                f"there is no Ray cluster at {address}: {' '.join(str(error).split())[:200]}. Start its head on this machine, then run this again."
+            ) from None
+        try:
+            nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+            on = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+            asked = [ray.remote(versions).options(scheduling_strategy=on(node, soft=False)).remote() for node in nodes]
+            _same_versions(dict(zip(nodes, ray.get(asked))))
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, function: str, arguments: Sequence[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-        remote = self._ray.remote(_answer_of_ours).options(num_cpus=1, max_retries=ATTEMPTS, scheduling_strategy="SPREAD")
+        remote = self._ray.remote(_answer_of_ours).options(num_cpus=1, max_retries=ATTEMPTS - 1, scheduling_strategy="SPREAD")
         numbers: dict[Any, int] = {}
         to_come = iter(range(len(arguments)))
-        while True:
-            while len(numbers) < WINDOW and (number := next(to_come, None)) is not None:
-                numbers[remote.remote(function, arguments[number])] = number
-            if not numbers:
-                return
-            (ready,), _ = self._ray.wait(list(numbers), num_returns=1)
-            number = numbers.pop(ready)
-            try:
-                message = self._ray.get(ready)
-            except self._ray.exceptions.WorkerCrashedError as error:
-                raise DataError(blame(function, arguments[number], "it killed each worker that tried")) from error
-            yield number, result_of(message, function)
+        try:
+            while True:
+                while len(numbers) < WINDOW and (number := next(to_come, None)) is not None:
+                    numbers[remote.remote(function, arguments[number])] = number
+                if not numbers:
+                    return
+                (ready,), _ = self._ray.wait(list(numbers), num_returns=1)
+                number = numbers.pop(ready)
+                try:
+                    message = self._ray.get(ready)
+                except (self._ray.exceptions.WorkerCrashedError, self._ray.exceptions.OutOfMemoryError) as error:
+                    raise DataError(blame(function, arguments[number], "it killed each worker that tried")) from error
+                yield number, result_of(message, function)
+        finally:
+            for each in numbers:
+                self._ray.cancel(each, force=True)
 
     def close(self) -> None:
         self._ray.shutdown()

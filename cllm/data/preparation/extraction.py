@@ -8,29 +8,43 @@ from pathlib import Path
 from typing import Any
 
 from cllm.data.extract.document import Document, Unreadable
-from cllm.data.extract.members import Member, Refused, members
+from cllm.data.extract.members import Again, Found, Member, Refused, members
 from cllm.data.extract.options import Options
 from cllm.data.extract.sandbox import Sandbox
+from cllm.data.preparation.duplicates import key_of
 from cllm.data.preparation.rows import COLUMNS, Row, file_facts, writing
+from cllm.data.preparation.versions import Fetched
 
 _own = threading.local()  # the sandbox of this thread, which reads one file after the other
 
 
 def extract(place: str, piece: int, source: str, root: str, files: list[str], refused: dict[str, str], options: dict[str, Any]) -> dict[str, Any]:
-    """Writes PLACE.parquet. files: names below `root`, which may be a file itself; refused: those of them that need not be tried, and why."""
+    """Writes PLACE.parquet; PLACE.fetched, the pages in it that were fetched from the web, see versions.py.
+
+    files: names below `root`, which may be a file itself; refused: those of them that need not be tried, and why.
+    """
     target = Path(place + ".parquet")
     how = Options.from_dict(options)
     sandbox = _sandbox(how)
-    chars = pages = 0
+    chars = pages = first = 0
+    fetched = Fetched()
     with writing(target) as rows:
         for name in files:
-            found = iter([_refusal(name, refused[name])]) if name in refused else _rows_of(_path(root, name), name, how, sandbox)
-            for row in found:
+            before = None
+            for member, row in [(None, _refusal(name, refused[name]))] if name in refused else _rows_of(_path(root, name), name, how, sandbox):
                 row["id"], row["source"] = f"{piece:08x}{rows.num_rows:08x}", source
+                if isinstance(member, Again):
+                    fetched.add(member.url, member.date, key_of(row["id"]), key_of(row["id"]), member.same_as)
+                    continue
+                if isinstance(member, Member) and not row["dropped_because"]:
+                    first = first if member is before else key_of(row["id"])
+                    fetched.add(member.url, member.date, first, key_of(row["id"]))
+                    before = member
                 rows.add(row)
                 chars += len(row["text"])
                 pages += row["kind"] == "html"
-    return {"files": {".parquet": file_facts(target)}, "rows": rows.num_rows, "chars": chars, "pages": pages}
+    made = {".parquet": file_facts(target), ".fetched": fetched.save(Path(place + ".fetched"))}
+    return {"files": made, "rows": rows.num_rows, "chars": chars, "pages": pages, "fetched": len(fetched)}
 
 
 def _sandbox(options: Options) -> Sandbox:
@@ -51,16 +65,17 @@ def _refusal(path: str, reason: str, **more: str) -> Row:
     return {**dict.fromkeys(COLUMNS, ""), "path": path, "dropped_because": reason, **more}
 
 
-def _rows_of(path: Path, name: str, options: Options, sandbox: Sandbox) -> Iterator[Row]:
-    """The documents of a file or of all that is in it. What cannot be read costs itself, and where an archive breaks off, what is behind."""
+def _rows_of(path: Path, name: str, options: Options, sandbox: Sandbox) -> Iterator[tuple[Found | None, Row]]:
+    """The documents of a file or of all that is in it, each with what it was found in. What cannot be read costs itself, and where an archive breaks
+    off, what is behind. A page that is stored under another address has a row without anything in it."""
     try:
         for member in members(path, name, options):
-            if isinstance(member, Refused):
-                yield _refusal(member.name, member.reason)
+            if isinstance(member, Member):
+                yield from ((member, row) for row in _documents(member, sandbox))
             else:
-                yield from _documents(member, sandbox)
+                yield member, _refusal(member.name, member.reason) if isinstance(member, Refused) else _refusal("", "")
     except OSError as error:
-        yield _refusal(name, f"unreadable ({(error.strerror or str(error)).lower()})")
+        yield None, _refusal(name, f"unreadable ({(error.strerror or str(error)).lower()})")
 
 
 def _documents(member: Member, sandbox: Sandbox) -> Iterator[Row]:

@@ -113,7 +113,7 @@ class Ledger:
         if todo:
             total, so_far = sum(task.weight for task in tasks), sum(task.weight for task, known in zip(tasks, done) if known)
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-            with Progress(total, label, initial=so_far) as bar:
+            with Progress(total, label, initial=so_far, unit=unit) as bar:
                 arguments = [{"place": self._place(name, tasks[n].number), **tasks[n].arguments} for n in todo]
                 for place, result in runner.run(function, arguments):
                     number = todo[place]

@@ -1,6 +1,6 @@
 """`cllm prepare`: from sources to shards, as stages of tasks over finished files.
 
-    list -> extract -> lines -> clean -> exact, near -> forest -> verify -> write -> manifest
+    list -> extract -> versions -> lines -> clean -> exact, near -> forest -> verify -> write -> manifest
 
 Each stage is a list of idempotent tasks (see ledger.py); what they work on is in files, and this program only makes the plan: which tasks there are,
 and which files each reads. A document's text is in the files of `extract`, `clean` and the result, and nowhere else.
@@ -19,7 +19,7 @@ import numpy as np
 from cllm.data.clean.lines import COUNT
 from cllm.data.clean.near import BANDS
 from cllm.data.documents.files import Skipped
-from cllm.data.preparation import duplicates, manifest, shards, tally
+from cllm.data.preparation import duplicates, manifest, shards, tally, versions
 from cllm.data.preparation.inputs import Digests, Inputs, Piece, Source, find_sources
 from cllm.data.preparation.ledger import Done, Ledger, Runner, Task, tree
 from cllm.data.preparation.manifest import Prepared, Shard, open_prepared
@@ -107,25 +107,50 @@ class Preparation:
             digests.save()
         return self._stage("extract", "Reading documents", "extraction:extract", tasks, "bytes")
 
+    def _versions(self, extracted: list[Done]) -> np.ndarray:
+        """The documents that a newer version of their page has replaced; also written to the file of them."""
+        fetched = [
+            done
+            for piece, done in zip(self.pieces, extracted)
+            if done.result["fetched"] and rules_of(self._changes(self.sources[piece.source]), self.recipe.filter).newest_version
+        ]
+        found = (
+            self._partitions("versions", "Finding older versions of pages", "versions:outdated", fetched, ".fetched", "fetched") if fetched else []
+        )
+        rows = versions.replaced([done.path(".outdated") for done in found], [done.path(".copies") for done in found])
+        duplicates.save(self._replaced, rows)
+        return rows
+
+    @property
+    def _replaced(self) -> Path:
+        return self.ledger.folder / "replaced.rows"
+
     def _clean(self, extracted: list[Done]) -> list[Done]:
-        lines, evaluation, score = self._boilerplate(extracted), self._evaluation(), self._score(extracted)
+        older = self._versions(extracted)
+        lines, evaluation, score = self._boilerplate(extracted, older), self._evaluation(), self._score(extracted)
         tasks = []
         for piece, done in zip(self.pieces, extracted):
             changes, counted = self._changes(self.sources[piece.source]), lines[piece.generation] if done.result["pages"] else []
             arguments = {
-                "inputs": [done.path(".parquet")], "changes": changes, "filter": self.recipe.filter, "sign": self.recipe.dedup,
+                "inputs": [done.path(".parquet")], "piece": piece.number, "changes": changes, "filter": self.recipe.filter, "sign": self.recipe.dedup,
+                "replaced": str(self._replaced),
                 "lines": [each.path(".lines") for each in counted], "evaluation": _place(evaluation), "score": _place(score),
             }  # fmt: skip
             beside = [each.digest if each else "" for each in (evaluation, score)]
             rules = rules_of(changes, self.recipe.filter).digest()
-            depends = [done.digest, rules, self.recipe.dedup, [each.digest for each in counted], beside]
+            own = versions.of_piece(older, piece.number).tolist()
+            depends = [done.files[".parquet"], own, rules, self.recipe.dedup, [each.digest for each in counted], beside]
             tasks.append(Task(piece.number, arguments, depends, 1 + done.result["chars"]))
         return self._stage("clean", "Cleaning and filtering", "cleaning:clean", tasks, "bytes")
 
-    def _boilerplate(self, extracted: list[Done]) -> dict[int, list[Done]]:
+    def _boilerplate(self, extracted: list[Done], older: np.ndarray) -> dict[int, list[Done]]:
         """For each generation the counted lines of all pages up to it, in parts, so that pages that come later change nothing that was prepared."""
         own = [(piece, done) for piece, done in zip(self.pieces, extracted) if done.result["pages"]]
-        tasks = [Task(piece.number, {"inputs": [done.path(".parquet")]}, done.digest, 1 + done.result["chars"]) for piece, done in own]
+        tasks = []
+        for piece, done in own:
+            arguments = {"inputs": [done.path(".parquet")], "piece": piece.number, "replaced": str(self._replaced)}
+            depends = [done.files[".parquet"], versions.of_piece(older, piece.number)["key"].tolist()]
+            tasks.append(Task(piece.number, arguments, depends, 1 + done.result["chars"]))
         counted = self._stage("lines", "Counting the lines of pages", "boilerplate:count", tasks, "bytes")
         rules = [rules_of(self._changes(source), self.recipe.filter) for source in self.sources.values()]
         least = min((each.boilerplate_min_pages for each in rules if each.boilerplate_min_pages is not None), default=0)
@@ -196,24 +221,28 @@ class Preparation:
             duplicates.save(place, np.empty(0, duplicates.PAIR))
             return place
         signed = [reference.signed for reference in references] + cleaned
-        copies = self._partitions("exact", "Finding equal texts", "duplicates:exact", signed, ".exact", 1)
-        near = self._partitions("near", "Finding similar texts", "duplicates:near", signed, ".bands", BANDS)
+        copies = self._partitions("exact", "Finding equal texts", "duplicates:exact", signed, ".exact", "signed")
 
         def merge(level: int, groups: list[tuple[int, list[Done]]]) -> list[Done]:
             tasks = [Task(number, {"inputs": [each.path(".forest") for each in group]}, [each.digest for each in group]) for number, group in groups]
             name, label = f"forest-{level}", f"Joining similar texts ({level})"
             return self.ledger.stage(name, label, f"{_ROOM}.duplicates:merge_forests", VERSIONS["forest"], tasks, self.runner)
 
-        forest = tree(merge, near)
-        verified = self._verify(forest, copies, cleaned, references) if forest is not None else []
+        verified: list[Done] = []
+        threshold = rules_of(self._changes_for_all(), self.recipe.filter).near_threshold
+        if threshold is not None:
+            near = self._partitions("near", "Finding similar texts", "duplicates:near", signed, ".bands", "signed", BANDS)
+            forest = tree(merge, near)
+            verified = self._verify(forest, copies, cleaned, references, threshold) if forest is not None else []
         pairs = duplicates.merged([each.path(".pairs") for each in [*copies, *verified]])
         duplicates.save(place, pairs)
         self._check_losses(cleaned, pairs)
         return place
 
-    def _partitions(self, name: str, label: str, function: str, signed: list[Done], ending: str, rows_each: int) -> list[Done]:
-        parts = self._parts(sum(done.result["signed"] for done in signed) * rows_each)
-        inputs, depends = [done.path(ending) for done in signed], [done.files[ending] for done in signed]
+    def _partitions(self, name: str, label: str, function: str, done: list[Done], ending: str, counted: str, rows_each: int = 1) -> list[Done]:
+        """A stage of tasks that each read one range of the rows of all these files. counted: the result that says how many rows there are."""
+        parts = self._parts(sum(each.result[counted] for each in done) * rows_each)
+        inputs, depends = [each.path(ending) for each in done], [each.files[ending] for each in done]
         tasks = [Task(part, {"part": part, "parts": parts, "inputs": inputs}, [part, parts, depends]) for part in range(parts)]
         return self._stage(name, label, function, tasks)
 
@@ -221,13 +250,12 @@ class Preparation:
         """Into how many parts so many rows are cut."""
         return max(1, -(-rows // self.recipe.sizes.partition_rows))
 
-    def _verify(self, forest: Done, copies: list[Done], cleaned: list[Done], references: list[_Reference]) -> list[Done]:
+    def _verify(self, forest: Done, copies: list[Done], cleaned: list[Done], references: list[_Reference], threshold: float) -> list[Done]:
         members = duplicates.load(forest.path(".forest"), np.dtype("<u8")).reshape(-1, 2)
         files = {number: (str(each.path), each.signed.digest) for number, each in enumerate(references)}
         files |= {1 << 31 | piece.number: (done.path(".parquet"), done.digest) for piece, done in zip(self.pieces, cleaned)}
         texts = self.ledger.folder / "texts.json"
         write_file(texts, json.dumps({str(number): path for number, (path, _) in files.items()}).encode(), DATA)
-        threshold = rules_of(self._changes_for_all(), self.recipe.filter).near_threshold
         tasks = []
         for number, (first, last) in enumerate(duplicates.ranges(members, self.recipe.sizes.verify_documents)):
             own = np.array(members[first:last])

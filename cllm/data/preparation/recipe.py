@@ -17,7 +17,9 @@ from cllm.data.preparation.inputs import Source
 from cllm.data.preparation.rows import digest_of
 from cllm.runtime.errors import UserError
 
-VERSIONS = dict.fromkeys(("extract", "lines", "evaluation", "score", "clean", "sign", "exact", "near", "forest", "verify", "write"), 1)
+VERSIONS = dict.fromkeys(
+    ("extract", "versions", "lines", "evaluation", "score", "clean", "sign", "exact", "near", "forest", "verify", "write"), 1
+) | {"extract": 2}
 LARGE_LOSS = 100
 """Near duplicates that a source has to lose before half of it is worth a question."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}

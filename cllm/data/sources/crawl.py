@@ -98,7 +98,7 @@ class Crawl:
         self._begin()
         async with Fetcher(self._limits, self._guard, self._agent) as fetcher:
             self._fetcher = fetcher
-            self._robots = Robots(fetcher, back_off(self.settings.delay, 1, None))
+            self._robots = Robots(fetcher, back_off(self.settings.delay, 1, None), self.settings.content_signals)
             self._outcomes = Outcomes(self.frontier, self._discovery, self._writer, self.settings, self._enter)
             writing = asyncio.create_task(self._writer.run())
             try:

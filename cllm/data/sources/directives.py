@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 _PRODUCT = "cllm"
 _FOR_ALL = "robots"
-_AGAINST = ("noindex", "none", "noai", "noml", "tdm-reservation")
+NO_TRAINING = "ai-train=no"
+_AGAINST = ("noindex", "none", "noai", "noml", "tdm-reservation", NO_TRAINING)
+_SIGNAL = re.compile(r"\bai-train\s*=\s*no\b", re.IGNORECASE)
 _RULE = re.compile(r"[a-z-]+")
 # Other directives of the form "name: value", whose name is no robot's.
 _WITH_VALUE = ("unavailable_after", "max-snippet", "max-image-preview", "max-video-preview", "rating")
@@ -19,7 +21,8 @@ class Directives:
     """Both flags are false where nothing was said."""
 
     noindex: bool = False
-    """The page must not be kept: noindex, none, or one of the ways to keep texts out of the training of models (noai, noml, tdm-reservation: 1)."""
+    """The page must not be kept: noindex, none, or one of the ways to keep texts out of the training of models (noai, noml, tdm-reservation: 1,
+    Content-Signal: ai-train=no)."""
     nofollow: bool = False
     """Its links must not be followed."""
     words: str = ""
@@ -29,8 +32,13 @@ class Directives:
         return Directives(self.noindex or other.noindex, self.nofollow or other.nofollow, self.words or other.words)
 
 
-def of_headers(headers: Iterable[tuple[str, str]]) -> Directives:
-    """Of X-Robots-Tag and TDM-Reservation in the headers of an answer.
+def forbids_training(signal: str) -> bool:
+    """Whether the value of a Content-Signal, as "search=yes, ai-train=no", keeps texts out of the training of models (https://contentsignals.org)."""
+    return _SIGNAL.search(signal) is not None
+
+
+def of_headers(headers: Iterable[tuple[str, str]], signals: bool = True) -> Directives:
+    """Of X-Robots-Tag, TDM-Reservation and, with `signals`, Content-Signal in the headers of an answer.
 
     "cllm: noindex, nofollow" speaks to one robot: its name stands for all rules up to the next name.
     """
@@ -39,6 +47,8 @@ def of_headers(headers: Iterable[tuple[str, str]]) -> Directives:
         name = name.lower()
         if name == "tdm-reservation":
             rules |= _reserved(value)
+        elif name == "content-signal":
+            rules |= {NO_TRAINING} if signals and forbids_training(value) else set()
         elif name == "x-robots-tag":
             robot = _FOR_ALL
             for piece in value.lower().split(","):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import sqlite3
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -432,6 +433,8 @@ def explained(path: Path) -> Iterator[None]:
         words = str(error)
         if "full" in words or "disk I/O" in words:
             raise DataError(f"could not write {path}: {words}. Free some space and run the same command again; it goes on where it was.") from error
+        if "interrupted" in words:
+            raise DataError(f"{path} takes too long to look into. Use cllm crawl status, which has no limit of time.") from error
         if "locked" in words or "readonly" in words or "unable to open" in words:
             raise DataError(f"{path} cannot be used: {words}. Let the program that has it open end, or make it writable.") from error
         raise DataError(
@@ -439,19 +442,27 @@ def explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def open_frontier(path: Path, pause_until: float = 0.0, *, read_only: bool = False) -> Frontier:
+def open_frontier(path: Path, pause_until: float = 0.0, *, read_only: bool = False, seconds: float | None = None) -> Frontier:
     """The frontier of a crawl folder, which is made when there is none. Raises DataError for a file that is none, or is damaged.
 
     What was in flight when a crawl was killed is queued again. Nobody knows when its sites were asked last, so none is asked before `pause_until`.
+    seconds: in which everything that is asked of it has to be answered, for readers of files that anybody may have written.
     """
     with explained(path):
         place = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
         sql = sqlite3.connect(place, uri=True, isolation_level=None, check_same_thread=False, timeout=10)
         try:
+            if seconds is not None:
+                until = time.monotonic() + seconds
+                sql.set_progress_handler(lambda: time.monotonic() > until, 20_000)
+                sql.execute("PRAGMA trusted_schema = OFF")
             if not read_only:
                 sql.execute("PRAGMA journal_mode = WAL")
                 sql.execute("PRAGMA synchronous = FULL")
                 sql.execute("PRAGMA cache_size = -65536")
+                # URLs come in no order, so each transaction changes pages of the indexes all over the file: 64 MB of them are gathered before the
+                # file itself is written, where the usual 4 MB would have it written at almost every commit of a large frontier.
+                sql.execute("PRAGMA wal_autocheckpoint = 16384")
             sql.execute("PRAGMA mmap_size = 0")
             version = sql.execute("PRAGMA user_version").fetchone()[0]
             if version == 0 and not read_only:

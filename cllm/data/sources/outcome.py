@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from cllm.data.sources import urls
-from cllm.data.sources.directives import of_headers
+from cllm.data.sources.directives import NO_TRAINING, of_headers
 from cllm.data.sources.discovery import Discovery, key_of
 from cllm.data.sources.fetch import MAX_HOPS, Fetched
 from cllm.data.sources.frontier import DONE, FAILED, FEED, LEFT_OUT, PAGE, SITEMAP, SLOWEST, Entry, Frontier, Site
@@ -23,6 +23,7 @@ UNREACHABLE = 12  # failures in a row, after which a site is left for this run
 LARGE = 1 << 18  # bytes of a page whose links are looked for in another thread
 NO_ANSWER = "the site does not answer"
 ASKS_NOT = "the page asks not to be kept (noindex or noai)"
+ASKS_NO_TRAINING = "the page asks not to be trained on (Content-Signal: ai-train=no)"
 NOTHING_NEW = "a part of the site that brings nothing new"
 REDIRECT = "it redirects"
 A_LIST = "a sitemap or feed"
@@ -107,7 +108,7 @@ class Outcomes:
         self._finish(entry, DONE, A_LIST, now, status=answer.status, pace=0 if found.pages else 1)
 
     async def _read_page(self, site: Site, entry: Entry, answer: Fetched, now: float) -> None:
-        directives = of_headers(answer.headers)
+        directives = of_headers(answer.headers, self._settings.content_signals)
         digest = hashlib.blake2b(answer.body, digest_size=16).digest()
         if is_html(answer.content_type, answer.body):
             read = asyncio.to_thread(links, answer.body, entry.url, answer.charset) if len(answer.body) > LARGE else None
@@ -116,7 +117,7 @@ class Outcomes:
                 self._follow(page, entry)
             directives |= page.directives
         if directives.noindex:
-            self._finish(entry, LEFT_OUT, ASKS_NOT, now, status=answer.status, pace=1)
+            self._finish(entry, LEFT_OUT, ASKS_NO_TRAINING if directives.words == NO_TRAINING else ASKS_NOT, now, status=answer.status, pace=1)
             return
         if entry.digest == digest:
             self._finish(entry, DONE, "", now, status=answer.status, pace=entry.pace + 1)

@@ -9,6 +9,9 @@
     | more than 5 redirects, to where none   | after twice as long each time, up to an hour, or    |
     | may be followed                        | when Retry-After says so                            |
 
+A file that asks not to train on the site's pages ("Content-Signal: ai-train=no" in the group of this robot, https://contentsignals.org) closes the
+site, unless these signals are not to be obeyed.
+
 Where a file could be read in more than one way the one that forbids more is taken. The site of a robots.txt is scheme, host and port.
 """
 
@@ -22,6 +25,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cllm.data.sources.directives import forbids_training
 from cllm.data.sources.fetch import PRODUCT, Fetched, Fetcher
 from cllm.data.sources.urls import BadURL, clean, origin
 
@@ -39,6 +43,7 @@ _MAX_SITEMAPS = 100
 _ANY_TYPE = ("*",)
 
 _AGENT = re.compile(r"^[ \t]*user[- ]?agent[ \t]*:[ \t]*(\S+?)[ \t]*(?:#.*)?$", re.IGNORECASE | re.MULTILINE)
+_NO_TRAINING = "its robots.txt asks not to train on its pages (Content-Signal: ai-train=no)"
 _NOBODY = "\x01"  # a name that no group has, for which those of "*" are
 
 
@@ -76,8 +81,9 @@ class Site:
 class Robots:
     """The robots.txt of every site that was asked about, each fetched once in 24 hours however many ask at the same time."""
 
-    def __init__(self, fetcher: Fetcher, first_retry: float = _FIRST_RETRY) -> None:
-        self._fetcher, self._first_retry = fetcher, first_retry
+    def __init__(self, fetcher: Fetcher, first_retry: float = _FIRST_RETRY, signals: bool = True) -> None:
+        """signals: whether a site is closed that asks not to be trained on."""
+        self._fetcher, self._first_retry, self._signals = fetcher, first_retry, signals
         self._sites: OrderedDict[str, Site] = OrderedDict()
         self._asked: dict[str, asyncio.Task[Site]] = {}
         self._bytes = 0
@@ -126,7 +132,7 @@ class Robots:
     def _decided(self, answer: Fetched, before: Site | None) -> Site:
         now = time.monotonic()
         if not answer.problem:
-            site = parsed(answer.body, answer.final_url)
+            site = parsed(answer.body, answer.final_url, self._signals)
             site.until = now + _KEEP
             return site
         if answer.status in (401, 403):
@@ -140,8 +146,8 @@ class Robots:
         return Site(closed=f"its robots.txt cannot be read: {answer.problem}", temporary=True, until=now + wait, failures=failures)
 
 
-def parsed(body: bytes, url: str) -> Site:
-    """What a robots.txt says; where it is cut off, its last line is left out."""
+def parsed(body: bytes, url: str, signals: bool = True) -> Site:
+    """What a robots.txt says; where it is cut off, its last line is left out. signals: whether one against training closes the site."""
     from protego import Protego
 
     if len(body) >= MAX_BYTES:
@@ -164,7 +170,25 @@ def parsed(body: bytes, url: str) -> Site:
             sitemaps.setdefault(clean(each, url))
         except BadURL:
             continue
-    return Site(rules, agent, delay=min(max(pauses), MAX_DELAY), sitemaps=tuple(sitemaps), size=20 * len(body))
+    closed = _NO_TRAINING if signals and _forbids_training(text, PRODUCT if agent == PRODUCT else "*") else ""
+    return Site(rules, agent, closed, delay=min(max(pauses), MAX_DELAY), sitemaps=tuple(sitemaps), size=20 * len(body))
+
+
+def _forbids_training(text: str, name: str) -> bool:
+    """Whether a signal in a group of this name, or outside of all groups, is against training."""
+    group: set[str] = set()
+    is_heading = False
+    for line in text.splitlines():
+        field, colon, value = line.partition("#")[0].partition(":")
+        field = field.strip().lower()
+        if field in ("user-agent", "useragent", "user agent"):
+            group = {*(group if is_heading else ()), value.strip().lower().partition("/")[0]}
+            is_heading = True
+        elif colon:
+            is_heading = is_heading and field == "sitemap"
+            if field == "content-signal" and (not group or name in group) and forbids_training(value):
+                return True
+    return False
 
 
 def _text(body: bytes) -> str:

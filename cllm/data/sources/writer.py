@@ -94,6 +94,10 @@ class Writer:
     async def _flush(self) -> None:
         batch, self._batch, self._bytes = self._batch, [], 0
         now = time.time()
+        seen = None
+        if self.novelty.has_changed and (self._finishing or now - self._saved_at >= NOVELTY_SECONDS):
+            # As it is before more pages come: one that is seen and never stored would bring nothing new when it is fetched again.
+            self._saved_at, seen = now, self.novelty.save()
         if batch:
             self._opened_at = self._opened_at if self._store.size else now
             num_bytes = await asyncio.to_thread(self._write, batch)
@@ -103,9 +107,8 @@ class Writer:
                 self.new_pages -= not page.entry.stored
                 self._digests.pop(page.digest, None)
             self._frontier.grew(num_bytes, len(batch), self._opened_at)
-        if self.novelty.has_changed and (self._finishing or now - self._saved_at >= NOVELTY_SECONDS):
-            self._saved_at = now
-            self._frontier.set_fact("novelty", self.novelty.save())
+        if seen is not None:
+            self._frontier.set_fact("novelty", seen)
         if self._store.size >= SEGMENT_BYTES or (self._store.size and (self._finishing or now - self._opened_at >= SEGMENT_SECONDS)):
             self._seal()
         else:

@@ -20,6 +20,7 @@ class Batch(NamedTuple):
         them. None: every row is one document.
     documents: the numbers of the documents in the batch, ascending; `split.document_name` gives their names.
     positions: (B * T,) int64, the place of each token in its document, where it is known already; the bounds are then right.
+    first_row: the number of its first row among all that a run learns from, which dropout draws by. None: nobody has counted.
     """
 
     tokens: torch.Tensor
@@ -27,6 +28,7 @@ class Batch(NamedTuple):
     cu_seqlens: torch.Tensor | None = None
     documents: Sequence[int] = ()
     positions: torch.Tensor | None = None
+    first_row: int | None = None
 
     @property
     def num_targets(self) -> int:
@@ -40,7 +42,17 @@ class Batch(NamedTuple):
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """The batch with each of its tensors changed."""
         cu_seqlens, positions = (None if each is None else change(each) for each in (self.cu_seqlens, self.positions))
-        return Batch(change(self.tokens), change(self.targets), cu_seqlens, self.documents, positions)
+        return Batch(change(self.tokens), change(self.targets), cu_seqlens, self.documents, positions, self.first_row)
+
+
+def first_tokens(microbatches: Sequence[Batch]) -> list[int]:
+    """The number of the first token of each microbatch of an update. Rows that nobody has numbered are counted within the update."""
+    rows, found = 0, []
+    for each in microbatches:
+        rows = rows if each.first_row is None else each.first_row
+        found.append(rows * each.tokens.shape[1])
+        rows += each.tokens.shape[0]
+    return found
 
 
 class TrainingBatches(Protocol):

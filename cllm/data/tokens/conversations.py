@@ -136,7 +136,8 @@ class ChatBatches:
 
     def rows(self, first: int, count: int) -> Batch:
         """Rows `first` to `first + count` of the endless sequence as one batch, wherever the batches of `batch` begin and end."""
-        return gather_rows(self.split, [self._row(row) for row in range(first, first + count)], self.seq_len)
+        rows = [self._row(row) for row in range(first, first + count)]
+        return gather_rows(self.split, rows, self.seq_len)._replace(first_row=first)
 
     def _row(self, number: int) -> list[int]:
         while not self._ends or self._ends[-1] <= number:

@@ -83,7 +83,7 @@ class Batches:
             starts = [int(raw % room) for raw in _raw_from(self.seed, first, count)]
         else:
             starts = [self._start(window) for window in range(first, first + count)]
-        return gather(self.split, starts, self.seq_len, self.document_mask, ring=True)
+        return gather(self.split, starts, self.seq_len, self.document_mask, ring=True)._replace(first_row=first)
 
     def __getitem__(self, index: int) -> Batch:
         return self.batch(index)

@@ -68,9 +68,13 @@ class Optimizer(ABC):
         if not nonfinite:
             clip = min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0  # the formula of torch.nn.utils.clip_grad_norm_
             with torch.no_grad():
-                self.step(((name, grad.float() if clip == 1.0 else grad.float() * clip) for name, grad in zip(names, grads)), learning_rate)
+                self.step_clipped(names, grads, clip, learning_rate)
             self.num_updates += 1
         return GradientStatistics(norm, largest, int(nonfinite))
+
+    def step_clipped(self, names: Sequence[str], grads: Sequence[torch.Tensor], clip: float, learning_rate: float) -> None:
+        """`step` with gradients that are finite and still to be multiplied by `clip`."""
+        self.step(((name, grad.float() if clip == 1.0 else grad.float() * clip) for name, grad in zip(names, grads)), learning_rate)
 
     @abstractmethod
     def step(self, grads: Iterable[tuple[str, torch.Tensor]], learning_rate: float) -> None:
@@ -83,7 +87,7 @@ class Optimizer(ABC):
 
     def _gradients(self) -> tuple[list[str], list[torch.Tensor]]:
         # A parameter that took no part in the loss is skipped, as torch's own optimizers do: it is not decayed either.
-        found = {name: parameter.grad for name, parameter in self.parameters.items() if parameter.grad is not None}
+        found = {name: grad for name, parameter in self.parameters.items() if (grad := parameter.grad) is not None}
         return list(found), list(found.values())
 
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -1,10 +1,11 @@
 """Muon: momentum whose matrices are made orthogonal before they move the weights."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
+from cllm.kernels.muon import MuonAgain
 from cllm.train.optimizers.adamw import AdamW
 from cllm.train.optimizers.base import Optimizer
 
@@ -46,6 +47,21 @@ class Muon(Optimizer):
         self.slots = {"momentum": {name: torch.zeros_like(self.parameters[name], dtype=torch.float32) for name in matrices}}
         if self.adamw is not None:
             self.slots |= self.adamw.slots
+        self._again = MuonAgain(COEFFICIENTS, NUM_STEPS)
+
+    def step_clipped(self, names: Sequence[str], grads: Sequence[torch.Tensor], clip: float, learning_rate: float) -> None:
+        """On a CPU as one list of launches over all matrices, which multiplies bfloat16 where the processor does; elsewhere `step`."""
+        found = dict(zip(names, grads))
+        rest = {name: found.pop(name) for name in names if name not in self.slots["momentum"]}
+        served = self._again.call(
+            [self.parameters[name].detach() for name in found], list(found.values()), [self.slots["momentum"][name] for name in found],
+            learning_rate=learning_rate, momentum=self.momentum, weight_decays=[self.decays[name] for name in found], clip=clip,
+        )  # fmt: skip
+        if not served:
+            super().step_clipped(list(found), list(found.values()), clip, learning_rate)
+        if self.adamw is not None and rest:
+            self.adamw.num_updates = self.num_updates
+            self.adamw.step_clipped(list(rest), list(rest.values()), clip, learning_rate)
 
     def step(self, grads: Iterable[tuple[str, torch.Tensor]], learning_rate: float) -> None:
         rest = []

@@ -102,7 +102,9 @@ def test_a_training_that_cannot_fit_is_refused_before_a_model_is_built(look, pla
     assert ("predicted memory:" in told.out) == (look == ("--plan",))
 
 
-def test_a_wrong_name_is_answered_before_a_large_library_is_imported():
+def test_a_wrong_name_and_a_preset_beside_a_model_are_answered_before_a_large_library_is_imported(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
     commands = [
         ["generate", "nowhere", "--prompt", "x"],
         ["chat", "nowhere"],
@@ -111,7 +113,9 @@ def test_a_wrong_name_is_answered_before_a_large_library_is_imported():
         ["checkpoint", "inspect", "nowhere"],
         ["train", "nowhere"],
     ]
+    beside = ["train", str(text), "--from", str(text), "--preset", "cllm-1m"]
     script = "import sys\nsys.modules['torch'] = None\nfrom cllm.cli.app import main\n"
-    script += f"for words in {commands}:\n    try: main(words)\n    except SystemExit: pass\n"
+    script += f"for words in {[*commands, beside]}:\n    try: main(words)\n    except SystemExit: pass\n"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert ran.stderr.count("nowhere does not exist.") == len(commands) and ran.stderr.count("\n") == len(commands), ran.stderr
+    assert ran.stderr.count("nowhere does not exist.") == len(commands) and ran.stderr.count("\n") == len(commands) + 1, ran.stderr
+    assert ran.stderr.endswith(f"--from {text} gives the model's sizes and its tokenizer. Leave out: preset='cllm-1m'.\n")

@@ -1,6 +1,7 @@
 """`cllm bench` finds the repository's scripts, passes options through, and says plainly when there is no repository."""
 
 import json
+import os
 
 import pytest
 from command import cllm
@@ -47,6 +48,21 @@ def test_with_json_stdout_is_one_object_and_the_table_goes_to_stderr(checkout, c
     printed = capfd.readouterr()
     assert json.loads(printed.out) == {"benchmark": "train", "rows": ["--rounds", "3", "--json"]}
     assert printed.err == "a table\n"
+
+
+def test_a_script_ends_with_the_command_that_was_interrupted(checkout, tmp_path):
+    (checkout / "profiling" / "train.py").write_text("import os, time\nprint(os.getpid(), flush=True)\nprint('more', flush=True)\ntime.sleep(60)\n")
+    told = []
+
+    class Interrupted(Console):
+        def print(self, text="", end="\n"):
+            told.append(int(text))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("train", [], Interrupted(as_json=True), checkout)
+    with pytest.raises(ProcessLookupError):
+        os.kill(told[0], 0)
 
 
 @pytest.mark.parametrize(("status", "error"), [(1, CLLMError), (2, UserError)])

@@ -24,7 +24,8 @@ FLAGS = {
     "train": """--out --config --resume --plan --find-lr --follow --once --replay --tolerance --round-bytes --look-every --keep-text
         --set --json --from --lora-rank --tokenizer --tokenizer-sample --device --threads --precision --preset
         --vocab-size --embed-dim --num-layers --num-heads --num-kv-heads --ffn-dim --seq-len --batch-size --grad-accum --steps --epochs
-        --learning-rate --min-lr --warmup --schedule --seed --checkpoint-every --keep --eval-every --patience --sample-every --on-nonfinite
+        --hours --minutes
+        --learning-rate --min-lr --warmup --schedule --dropout --seed --checkpoint-every --keep --eval-every --patience --sample-every --on-nonfinite
         --overfit-one-batch""",
     "generate": """--context --stretch --prompt --prompt-file --encoding --max-tokens --stop --seed --samples --beams --length-penalty
         --json-schema --regex --grammar         --no-cache --stream --weights --device --threads --json

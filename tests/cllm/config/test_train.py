@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from cllm.config import schema
 from cllm.config.schema import SETTINGS
 from cllm.config.train import TrainConfig
+from cllm.runtime import compiler
 from cllm.runtime.errors import UserError
 
 
@@ -300,3 +301,12 @@ def test_model_sizes_start_from_the_preset_and_follow_what_is_given():
         TrainConfig(seq_len=64, max_seq_len=32).model_config(300)
     with pytest.raises(UserError, match="unknown preset"):
         TrainConfig(preset="cllm-9t").model_config(300)
+
+
+@pytest.mark.parametrize(
+    ("features", "precision"), [((), "fp32"), (("avx2", "avx512f"), "fp32"), (("avx512_bf16",), "bf16"), (("avx512_bf16", "amx_bf16"), "bf16")]
+)
+def test_precision_is_bf16_where_the_processor_multiplies_it(monkeypatch, features, precision):
+    monkeypatch.setattr(compiler, "cpu_features", lambda: frozenset(features))
+    found = resolved(precision="auto", device="cpu")
+    assert found.train.precision == precision and found.sources["train.precision"].startswith("derived: this machine")

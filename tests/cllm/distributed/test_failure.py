@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import signal
+import time
 from dataclasses import asdict
 from datetime import timedelta
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cllm.distributed import failure
+from cllm.distributed import failure, session
 from cllm.distributed.failure import FAILED, Failure, PeerFailed, Terminated, claim_report, end_together, is_peer_error, peer_failure
 from cllm.distributed.launch import environment_number
 from cllm.distributed.world import World
@@ -129,6 +131,37 @@ def test_sigterm_that_arrives_while_another_error_is_handled_does_not_hide_it():
     ending = Terminated("ended by SIGTERM.")
     ending.__context__ = dist.DistNetworkError("Connection was likely closed")
     assert is_peer_error(ending)
+    ending.__context__ = KeyError("met while the other error was on its way")
+    assert not is_peer_error(ending)
+    ending.__context__.__context__ = dist.DistNetworkError("Connection was likely closed")
+    assert is_peer_error(ending)
+
+
+def test_sigterm_of_torchrun_that_is_faster_than_the_broken_connection_is_no_failure_of_its_own(worlds, monkeypatch):
+    class Watch:
+        """Hears of the other process only once it is waited for."""
+
+        def __init__(self, world, stderr):
+            self.ended = False
+
+        def loss(self, seconds):
+            assert seconds > 0 and not self.ended
+            return lost(worlds[0].store)
+
+        def ending(self):
+            self.ended = True
+
+        def close(self):
+            assert self.ended
+
+    for name, value in {"RANK": 0, "WORLD_SIZE": 3, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(session, "_join", lambda device, timeout: worlds[0])
+    monkeypatch.setattr(session, "PeerWatch", Watch)
+    with pytest.raises(PeerFailed, match="another process of this run ended without a word") as failed, session.session("cpu", 60.0):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    assert "SIGTERM" not in str(failed.value)
 
 
 def test_variables_of_the_launcher_are_numbers(monkeypatch):

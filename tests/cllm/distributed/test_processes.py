@@ -65,8 +65,8 @@ def test_hybrid_sharding_gives_the_same_bits(pool, data, tmp_path, alone):
     assert pool.run(4, jobs.train, data, str(tmp_path / "run"), settings)[0] == alone
 
 
-@pytest.mark.parametrize("options", [({"unit": 5, "document_mask": False}, {}), ({"precision": "bf16", "weight_decay": 0.3}, {}), ({}, GPT2)],
-                         ids=["units-that-leave-a-rest", "bf16", "gpt2-tied"])  # fmt: skip
+@pytest.mark.parametrize("options", [({"unit": 5, "document_mask": False}, {}), ({"precision": "bf16", "weight_decay": 0.3, "dropout": 0.2}, {}),
+                                     ({}, GPT2)], ids=["units-that-leave-a-rest", "bf16", "gpt2-tied"])  # fmt: skip
 def test_other_settings_and_families_give_the_same_bits_too(pool, data, tmp_path, options):
     settings, sizes = {"deterministic": True, "steps": 3, **options[0]}, options[1]
     expected = jobs.train(None, data, tmp_path / "alone", settings, sizes)
@@ -77,8 +77,9 @@ def test_other_settings_and_families_give_the_same_bits_too(pool, data, tmp_path
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp", "hybrid"])
 def test_without_the_deterministic_mode_only_rounding_differs(pool, data, tmp_path, parallel):
-    usual = jobs.train(None, data, tmp_path / "alone")
-    found = pool.run(4, jobs.train, data, str(tmp_path / "run"), {"parallel": parallel, "shard_size": 2 if parallel == "hybrid" else None})
+    usual = jobs.train(None, data, tmp_path / "alone", {"dropout": 0.1})
+    settings = {"parallel": parallel, "shard_size": 2 if parallel == "hybrid" else None, "dropout": 0.1}
+    found = pool.run(4, jobs.train, data, str(tmp_path / "run"), settings)
     assert found[0][1:] == pytest.approx(usual[1:], rel=1e-5)
 
 

@@ -49,7 +49,7 @@ def written(tokenizer, new, seed=0, max_tokens=600, temperature=1.0):
     sampler = Sampler(Sampling(temperature=temperature), prompt=(), vocab_size=tokenizer.vocab_size, seed=seed, constraint=rule)
     tokens = []
     for _ in range(max_tokens):
-        token = sampler.choose(2 * torch.randn(tokenizer.vocab_size, generator=generator)).token
+        token = sampler.choose(2 * torch.randn(tokenizer.vocab_size, generator=generator).numpy()).token
         if token == tokenizer.eot_id:
             return tokenizer.decode(tokens), "end"
         tokens.append(token)

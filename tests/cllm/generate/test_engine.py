@@ -431,3 +431,18 @@ def test_it_is_told_once_when_a_text_outgrows_the_context(use_cache):
 
 def test_pages_for_counts_whole_pages():
     assert [pages_for(n) for n in (1, PAGE, PAGE + 1)] == [1, 1, 2]
+
+
+def test_torchs_threads_leave_the_cores_to_our_workers_for_the_time_of_a_step():
+    before, inside = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        engine = Engine(MODELS["llama", torch.bfloat16], vocab_size=V)
+        engine.submit(Request([1, 2, 3], 4, Sampling(temperature=0), on_token=lambda *_: inside.append(torch.get_num_threads()) or True))
+        while engine.step():
+            assert torch.get_num_threads() == 3
+        assert inside == [1] * 4
+        with make(dtype=torch.float64).torch_aside():
+            assert torch.get_num_threads() == 3, "torch's kernels serve float64"
+    finally:
+        torch.set_num_threads(before)

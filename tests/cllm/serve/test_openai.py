@@ -76,6 +76,7 @@ def test_the_options_beside_openais():
     assert options.sampling | {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2} == options.sampling
     assert (options.min_tokens, options.stop_token_ids, options.seed, options.timeout) == (2, (7,), -1, 3.0)
     assert completion_request({"prompt": "a", "top_k": -1}).options.sampling["top_k"] is None
+    assert completion_request({"prompt": "a", "truncation": "auto"}).may_leave_out and not completion_request(body).may_leave_out
 
 
 WRONG = [

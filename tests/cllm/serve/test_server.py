@@ -71,6 +71,20 @@ def test_a_text_that_outgrows_the_context_goes_on_as_in_the_command(client, part
     assert client.completions.create(model="tiny.cllm", prompt=PROMPT, **options).choices[0].text == expected(parts, **options)[0].text
 
 
+def test_only_the_end_of_a_longer_prompt_is_read_if_that_is_asked_for(client, parts):
+    model, tokenizer = parts
+    long = PROMPT * 100 + "ä"
+    for prompt in (long, tokenizer.encode(long)):
+        with pytest.raises(openai.BadRequestError, match="Shorten it"):
+            client.completions.create(**GREEDY | {"model": "tiny.cllm", "prompt": prompt})
+        options = GREEDY | {"model": "tiny.cllm", "prompt": prompt, "extra_body": {"truncation": "auto"}}
+        found = client.completions.create(**options)
+        assert found.choices[0].text == expected(parts, long, max_tokens=12, temperature=0, truncate_prompt=True)[0].text
+        assert found.usage.prompt_tokens == model.config.max_seq_len
+        echoed = client.completions.create(**options, echo=True).choices[0].text
+        assert echoed == tokenizer.decode(tokenizer.encode(long)[-model.config.max_seq_len :]) + found.choices[0].text
+
+
 def test_streams_are_the_same_text(client, parts):
     events = list(
         client.completions.create(model="tiny.cllm", prompt=PROMPT, max_tokens=20, seed=5, n=2, stream=True, stream_options={"include_usage": True})
@@ -107,6 +121,20 @@ def test_a_conversation_longer_than_the_context_is_refused_or_begins_later_if_th
     assert caught.value.code == "context_length_exceeded"
     found = client.chat.completions.create(model="tiny.cllm", messages=messages, max_tokens=5, extra_body={"truncation": "auto"})
     assert found.usage.prompt_tokens <= 251
+
+
+def test_an_answer_that_has_begun_goes_on_from_there(server, client, parts):
+    asked = {"model": "tiny.cllm", "temperature": 0, "max_tokens": 7}
+    question, begun = {"role": "user", "content": "What is two?"}, {"role": "assistant", "content": "It is four"}
+    prompt = server.service.models["tiny.cllm"].read_chat([question], [], None, False).tokens + parts[1].encode("It is four")
+    expected_text = client.completions.create(prompt=prompt, **asked).choices[0].text
+    for truncation in ("disabled", "auto"):
+        more = {"continue_final_message": True, "truncation": truncation}
+        answer = client.chat.completions.create(messages=[question, begun], extra_body=more, **asked)
+        assert answer.choices[0].message.content == expected_text and answer.usage.prompt_tokens == len(prompt)
+    for messages in ([question], [begun]):
+        with pytest.raises(openai.BadRequestError, match="continue_final_message needs a last message of the assistant"):
+            client.chat.completions.create(messages=messages, extra_body={"continue_final_message": True}, **asked)
 
 
 def test_log_probabilities_are_the_models_own(client, parts):
@@ -287,10 +315,15 @@ def test_beyond_the_queue_requests_are_told_when_to_come_again(server):
 
 def test_the_log_has_a_line_for_each_request_and_no_contents(server):
     secret = "a very private question"
+    before = len(server.log)
     server.ask(COMPLETIONS, {"prompt": secret, "max_tokens": 1, "user": "private user"}, Authorization="Bearer private-key")
-    wait_for(lambda: any(each.get("completion_tokens") == 1 for each in server.log[-3:]))
-    line = next(each for each in reversed(server.log) if each.get("completion_tokens") == 1)
-    assert line["status"] == 200 and line["route"] == COMPLETIONS and line["prompt_tokens"] > 1 and line["model"] == "tiny.cllm"
+
+    def whole_answers():  # lines of earlier requests, which were ended, may still come
+        return [each for each in server.log[before:] if each.get("finish") == "length"]
+
+    wait_for(whole_answers)
+    [line] = whole_answers()
+    assert line["status"] == 200 and line["completion_tokens"] == 1 and line["route"] == COMPLETIONS and line["prompt_tokens"] > 1 and line["model"] == "tiny.cllm"
     assert not [each for each in server.lines if "private" in each or PROMPT in each]
 
 

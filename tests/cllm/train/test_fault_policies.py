@@ -3,13 +3,11 @@
 import json
 import math
 import random
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from command import PATIENCE
+from command import Started
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -261,9 +259,9 @@ run.fit()
 
 
 def test_stalled_data_is_located_and_may_end_the_process(dataset, tmp_path):
-    arguments = [sys.executable, "-c", STALL, str(dataset.folder), str(tmp_path / "run"), repr(SETTINGS)]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 1
-    assert "while reading the data of step 8. The run ends (on_stall = stop). Go on with: cllm train --resume" in done.stderr
-    assert "in microbatches" in done.stderr  # the stack
+    process = Started(dataset.folder, tmp_path / "run", SETTINGS, program=STALL)
+    _, errors = process.communicate()
+    assert process.wait() == 1
+    assert "while reading the data of step 8. The run ends (on_stall = stop). Go on with: cllm train --resume" in errors
+    assert "in microbatches" in errors  # the stack
     assert trainer(dataset, tmp_path / "run").fit().resumed_from == 5

@@ -4,12 +4,11 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 
 import pytest
-from command import PATIENCE, lines, wait_until
+from command import PATIENCE, Started, lines, wait_until
 
 from cllm.checkpoint.safetensors import sha256_of
 from cllm.checkpoint.store import CheckpointStore
@@ -85,13 +84,12 @@ def outcome(out):
 
 def signalled(dataset, out, number):
     """Trains in a process of its own and signals it at a random step; returns its exit status and what it printed."""
-    arguments = [sys.executable, "-c", CHILD, str(dataset.folder), str(out), repr(SIZES), repr(SETTINGS)]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = Started(dataset.folder, out, SIZES, SETTINGS, program=CHILD)
     at = random.randint(8, 45)
     wait_until(lambda: lines(out / "metrics.jsonl") >= at, process)
     assert process.poll() is None, process.communicate()[1]
     process.send_signal(number)
-    printed, errors = process.communicate(timeout=PATIENCE)
+    printed, errors = process.communicate()
     return process.returncode, printed + errors
 
 

@@ -49,6 +49,36 @@ def test_accumulated_microbatches_equal_the_big_batch_in_float64(config):
         torch.testing.assert_close(gradients(small.model)[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize("numbered", [False, True])
+@pytest.mark.parametrize("config", [TINY, GPT2], ids=["cllm", "gpt2"])
+def test_accumulated_microbatches_draw_the_masks_of_the_big_batch(config, numbered):
+    """Of rows that were numbered, and of rows that are counted within the update; and the masks follow the count of updates."""
+    tokens, targets = batch(holes=True)
+    first = 9 if numbered else None
+    big, small = (TrainStep(Model(config, seed=1).double(), dropout=0.3, seed=5) for _ in range(2))
+    loss, _ = big.accumulate([Microbatch(tokens, targets, first_row=first)])
+    parts = [
+        Microbatch(tokens[i : i + size], targets[i : i + size], first_row=first + i if numbered else None) for i, size in ((0, 1), (1, 2), (3, 3))
+    ]
+    assert small.accumulate(parts)[0] == pytest.approx(loss, rel=1e-12)
+    for name, gradient in gradients(big.model).items():
+        torch.testing.assert_close(gradients(small.model)[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+    small.optimizer.num_updates = 1
+    assert small.accumulate(parts)[0] != pytest.approx(loss, rel=1e-6)
+
+
+def test_no_dropout_is_no_dropout_and_a_model_is_evaluated_without_it():
+    tokens, targets = batch()
+    with_none, without = TrainStep(Model(TINY), dropout=0.0), TrainStep(Model(TINY))
+    assert with_none.dropout is None and with_none(tokens, targets) == without(tokens, targets)
+    dropped = TrainStep(Model(TINY), dropout=0.5)
+    with torch.no_grad():
+        evaluated = dropped.model.loss(tokens, targets)
+    assert evaluated == pytest.approx(without.last.loss, rel=1e-5) and dropped(tokens, targets) != pytest.approx(without.last.loss, rel=1e-5)
+    with pytest.raises(UserError, match=r"dropout must be within \[0, 1\), got 1"):
+        TrainStep(Model(TINY), dropout=1)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("config", [TINY, GPT2], ids=["cllm", "gpt2"])
 def test_every_trainable_tensor_gets_a_finite_non_zero_float32_gradient(config, precision):
@@ -57,6 +87,21 @@ def test_every_trainable_tensor_gets_a_finite_non_zero_float32_gradient(config, 
     for name, gradient in gradients(step.model).items():
         assert gradient is not None and gradient.dtype == torch.float32, name
         assert torch.isfinite(gradient).all() and gradient.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize(("backend", "inside"), [(None, 1), ("torch", 3)])
+def test_torch_has_one_thread_in_a_step_of_our_kernels_and_all_of_its_own_in_others(backend, inside):
+    if backend is None:
+        pytest.importorskip("numba")
+    step, seen = TrainStep(Model(TINY)), []
+    with runtime.use(backend=backend):
+        before = torch.get_num_threads()
+        torch.set_num_threads(3)
+        try:
+            step.run([Microbatch(*batch())], before_update=lambda: seen.append(torch.get_num_threads()))
+            assert seen == [inside] and torch.get_num_threads() == 3
+        finally:
+            torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -158,6 +203,7 @@ WRONG = [
     ({"momentum": 1.0}, r"momentum must be within \[0, 1\), got 1.0"),
     ({"ema": -0.5}, r"ema must be within \[0, 1\), got -0.5"),
     ({"noise_scale_every": -1}, "noise_scale_every must be >= 0, got -1"),
+    ({"dropout": 1.0}, r"dropout must be within \[0, 1\), got 1.0"),
 ]
 
 
@@ -170,7 +216,7 @@ def test_wrong_settings_are_refused(settings, message):
 def test_every_parameter_is_documented_and_has_its_refusal_tested():
     parameters = set(inspect.signature(TrainStep).parameters) - {"model"}
     assert all(f"\n    {name}: " in TrainStep.__doc__ for name in parameters | {"model"})
-    assert parameters == {name for settings, _ in WRONG for name in settings}
+    assert parameters - {"seed"} == {name for settings, _ in WRONG for name in settings}, "any seed will do"
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,10 @@
 """Runs with every optimizer, with averages, ramp and plateau: killed they go on bit by bit, and what is stored is what was evaluated."""
 
 import random
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from command import PATIENCE, lines, wait_until
+from command import Started, lines, wait_until
 
 from cllm.checkpoint.folder import read_checkpoint
 from cllm.checkpoint.model_file import load
@@ -75,12 +72,11 @@ def outcome(out):
 
 def killed(dataset, out, at, settings):
     """Trains in a process of its own for `at` steps, then kills it."""
-    arguments = [sys.executable, "-c", CHILD, str(dataset.folder), str(out), repr(SIZES), repr({**SETTINGS, **settings}), str(at)]
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = Started(dataset.folder, out, SIZES, {**SETTINGS, **settings}, at, program=CHILD)
     wait_until(lambda: lines(out / "metrics.jsonl") >= at, process)
     assert process.poll() is None, process.communicate()[1]
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=PATIENCE)
+    process.kill()
+    process.wait()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

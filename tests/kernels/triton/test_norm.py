@@ -61,7 +61,7 @@ def test_norms_of_every_tile(num_columns, residual, dtype):
 
 
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("num_columns", [8193, 20_000])
+@pytest.mark.parametrize("num_columns", [8193, 16_400])
 def test_norms_of_long_rows(num_columns, residual):
     x, weight, bias = _draw(2, num_columns, dtype=torch.bfloat16), _draw(num_columns, seed=1), _draw(num_columns, seed=2)
     _both_norms(x, weight, bias, _draw(2, num_columns, dtype=torch.bfloat16, seed=3) if residual else None, torch.bfloat16)

@@ -73,6 +73,32 @@ def test_line_ends_and_the_byte_order_mark_are_normalised_and_nothing_else(tmp_p
     assert texts(tmp_path)[0]["a.txt"] == "one\ntwo\nthree\n\tfour  \x0c\n"
 
 
+SEPARATED = "one\r\n<|endoftext|>\r\ntwo\rthree\r\n<|endoftext|>\nfour\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbfone\r\ntwo\rthree\n", SEPARATED.encode(), b"\r\n \r\n", b"caf\xc3\xa9 \xe2\x80\xa8 au lait\n" * 9 + b"\xff and more\n",
+        GERMAN.encode("latin-1"), RUSSIAN.encode("utf-16"), JAPANESE.encode("shift_jis") * 9, b"plain\x00" * 40,
+    ],
+)  # fmt: skip
+def test_a_small_file_which_is_read_at_once_gives_what_a_large_one_gives(content, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_bytes(content)
+
+    def seen():
+        (file,), _ = find(tmp_path)
+        found = scan(file)
+        found = scan_decoded(file, found, found.evidence.alone()) if isinstance(found, Undecided) else found
+        if isinstance(found, str):
+            return found
+        return found.to_dict(), found.rows.tolist(), [(document.name, "".join(document.chunks)) for document in read(file, found)]
+
+    at_once = seen()
+    monkeypatch.setattr("cllm.data.documents.scan.SMALL_BYTES", 0)
+    assert seen() == at_once
+
+
 @pytest.mark.parametrize(
     "content", [b"%PDF-1.7 text", b"\x7fELF" + bytes(50), bytes(range(256)) * 4, b"one\0two\0three\n" * 20, bytes(range(1, 32)) * 9, b"\x89PNG\r\n"]
 )

@@ -7,7 +7,7 @@ import pytest
 import sample_files
 
 from cllm.data.extract.document import Unreadable
-from cllm.data.extract.members import Refused, members
+from cllm.data.extract.members import Member, Refused, members
 from cllm.data.extract.options import Options
 from cllm.data.extract.sandbox import Sandbox
 
@@ -55,8 +55,8 @@ def campaign(tmp_path, seeds):
             name, content = samples[seed % len(samples)]
             path.write_bytes(damaged(content, contents, random.Random(seed)))
             for member in members(path, name, options):
-                if isinstance(member, Refused):
-                    reasons.append((seed, member.reason))
+                if not isinstance(member, Member):
+                    reasons += [(seed, member.reason)] if isinstance(member, Refused) else []
                     continue
                 try:
                     for document in sandbox.documents(member.source, member.name, member.kind, member.content_type):

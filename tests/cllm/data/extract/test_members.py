@@ -12,7 +12,7 @@ import zlib
 import pytest
 
 from cllm.data.extract import zip_cipher
-from cllm.data.extract.members import Member, Refused, members
+from cllm.data.extract.members import Again, Member, Refused, members
 from cllm.data.extract.options import Options
 
 
@@ -235,15 +235,16 @@ WARC = """WARC/1.0\r
 WARC-Type: {kind}\r
 WARC-Target-URI: {url}\r
 WARC-Date: 2026-11-29T01:02:03Z\r
-Content-Type: application/http; msgtype=response\r
+{more}Content-Type: application/http; msgtype=response\r
 Content-Length: {length}\r
 \r
 """
 
 
-def record(url, body, status="200 OK", kind="response", headers=""):
+def record(url, body, status="200 OK", kind="response", headers="", same_as=""):
     http = f"HTTP/1.1 {status}\r\nContent-Type: text/html; charset=koi8-r\r\n{headers}\r\n".encode() + body
-    return WARC.format(kind=kind, url=url, length=len(http)).encode() + http + b"\r\n\r\n"
+    more = f"WARC-Refers-To-Target-URI: {same_as}\r\n" if same_as else ""
+    return WARC.format(kind=kind, url=url, length=len(http), more=more).encode() + http + b"\r\n\r\n"
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
@@ -256,6 +257,8 @@ def test_pages_of_a_crawl(tmp_path, pack):
         record("http://a.example/z", gzip.compress(page), headers="Content-Encoding: gzip\r\n"),
         record("http://a.example/c", chunked, headers="Transfer-Encoding: chunked\r\n"),
         record("http://a.example/", b"", kind="request"),
+        record("http://a.example/y", b"", kind="revisit", same_as="http://a.example/x"),
+        record("http://a.example/x", b"", "304 Not Modified", kind="revisit", same_as="http://a.example/x"),
     ]
     path = tmp_path / "p.warc.gz"
     path.write_bytes(b"".join(map(pack, records)))
@@ -265,4 +268,5 @@ def test_pages_of_a_crawl(tmp_path, pack):
         ("http://a.example/x", "record 1", page), ("http://a.example/z", "record 3", page), ("http://a.example/c", "record 4", page)
     ]  # fmt: skip
     assert {(each.kind, each.date, each.content_type) for each in pages} == {("html", "2026-11-29T01:02:03Z", "text/html; charset=koi8-r")}
+    assert [each for each in results if isinstance(each, Again)] == [("http://a.example/y", "2026-11-29T01:02:03Z", "http://a.example/x")]
     assert [each for each in results if isinstance(each, Refused)] == [("p.warc.gz record 2", "no page (the server answered with status 404)")]

@@ -2,11 +2,9 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
-from command import cllm, wait_until
+from command import Started, cllm, wait_until
 from made import prose
 
 pytest.importorskip("pyarrow", reason="the data extra is not installed")
@@ -41,17 +39,15 @@ def test_a_box_of_files_is_prepared_and_looked_into(folder, tmp_path):
     assert cllm("data", "diff", out, out).out == "no difference\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_with_its_workers_and_the_next_run_goes_on(folder, tmp_path, number):
+def test_signals_end_it_with_its_workers_and_the_next_run_goes_on(folder, tmp_path):
     out = tmp_path / "prepared"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cllm", "prepare", folder, "--out", out, "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    wait_until((out / ".ledger/extract").is_dir, process)
-    process.send_signal(number)
-    _, said = process.communicate()
-    assert process.returncode == 130
-    assert said.splitlines()[-1] == "interrupted; nothing is lost: the same command goes on where this one stopped"
+    for number, stage in ((signal.SIGINT, "extract"), (signal.SIGTERM, "clean")):
+        process = Started("prepare", folder, "--out", out, "--workers", 2)
+        wait_until((out / ".ledger" / stage).is_dir, process)
+        process.send_signal(number)
+        _, said = process.communicate()
+        assert process.returncode == 130
+        assert said.splitlines()[-1] == "interrupted; nothing is lost: the same command goes on where this one stopped"
     assert not [each for each in os.listdir(out) if each.endswith((".parquet", ".html"))]
     assert cllm("data", "stats", out).err == f"error: {out} holds no prepared data yet. Run the same cllm prepare again.\n"
     assert cllm("prepare", folder, "--out", out, "--json").json["kept"] == 30

@@ -1,4 +1,4 @@
-"""The result has the same bytes for any number of workers, on a cluster, after a kill at any moment, and for files listed in any order."""
+"""The result has the same bytes for any number of workers, after a kill at any moment, and for files listed in any order."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from made import digest, make, recipe
 
 from cllm.data.preparation.manifest import open_prepared
 from cllm.data.preparation.plan import prepare
-from cllm.data.preparation.runner import Pool, runner_of
+from cllm.data.preparation.runner import Pool
 
 pytest.importorskip("pyarrow", reason="the data extra is not installed")
 
@@ -77,16 +77,4 @@ def test_five_workers_and_files_that_are_listed_in_another_order(sources, expect
     # The places of the sources are told in the mark, and nothing else of them anywhere.
     mark = tmp_path / "out" / "prepared.json"
     mark.write_text(mark.read_text().replace(str(tmp_path / "others"), str(Path(sources[0]).parent)))
-    assert digest(tmp_path / "out") == expected
-
-
-def test_a_dask_cluster_of_two(sources, expected, tmp_path):
-    distributed = pytest.importorskip("distributed", reason="the cluster extra is not installed")
-    environment = {"PYTHONPATH": os.pathsep.join(each for each in sys.path if each)}
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0", worker_dashboard_address="127.0.0.1:0", env=environment
-    ) as cluster:
-        runner = runner_of(cluster.scheduler_address.replace("tcp://", "dask://"), 1)
-        prepare(sources, tmp_path / "out", recipe(), runner)
-        runner.close()
     assert digest(tmp_path / "out") == expected

@@ -2,18 +2,17 @@
 
 import asyncio
 import io
+import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from itertools import pairwise
 
 import pytest
-from command import PATIENCE, cllm, wait_until
+from command import PATIENCE, Started, cllm, wait_for, wait_until
 
 aiohttp = pytest.importorskip("aiohttp", reason="the crawler's library, of the extra [data]")
 pytest.importorskip("protego", reason="reads robots.txt, of the extra [data]")
@@ -163,6 +162,21 @@ def test_a_site_is_crawled_once_and_every_page_that_is_left_out_has_its_reason(t
     assert summary.not_queued == {"outside of --scope": 1}
     kinds = {path: kind for kind, path, _ in records(tmp_path / "out")}
     assert sorted(kinds[each] for each in ("/b", "/c")) == ["response", "revisit"]
+
+
+def test_what_asks_not_to_be_trained_on_is_left_out_unless_that_is_ignored(tmp_path):
+    reserved = web.Response(text=page(text="reserved"), content_type="text/html", headers={"Content-Signal": "search=yes, ai-train=no"})
+    pages = {"/": page("/a", "/b"), "/a": lambda request: reserved, "/b": page(text="free")}
+    with LocalSite(pages) as site:
+        summary = crawl(site, tmp_path / "page")
+        assert sorted(stored(tmp_path / "page")) == ["/", "/b"]
+        assert summary.left_out == {"the page asks not to be trained on (Content-Signal: ai-train=no)": 1}
+    pages |= {"/a": page(text="a"), "/robots.txt": "User-agent: *\nContent-Signal: search=yes,ai-train=no\nAllow: /\n"}
+    with LocalSite(pages) as site:
+        summary = crawl(site, tmp_path / "site")
+        assert summary.pages == 0 and list(summary.left_out) == ["its robots.txt asks not to train on its pages (Content-Signal: ai-train=no)"]
+        assert site.count("/") == 0
+        assert crawl(site, tmp_path / "ignored", content_signals=False).pages == 3
 
 
 def test_depth_and_the_number_of_pages_are_limits(tmp_path):
@@ -341,7 +355,7 @@ def start(site, folder, **settings):
     folder.mkdir(exist_ok=True)
     seeds = tuple(f"http://127.0.0.{number + 1}:{site.port}/" for number in range(site.num_hosts))
     write_settings(folder, Settings(**{"seeds": seeds, "delay": 0.0} | settings))
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), str(site.num_hosts)])
+    return Started(folder, site.num_hosts, program=SCRIPT)
 
 
 PER_HOST = 500
@@ -389,10 +403,10 @@ def test_a_signal_pauses_within_seconds_and_the_same_command_goes_on(tmp_path):
     with LocalSite(tree, num_hosts=2) as site:
         arguments = ["crawl", f"{site.url}/", f"http://127.0.0.2:{site.port}/", "--allow-private", "127.0.0.1", "--allow-private", "127.0.0.2"]
         arguments += ["--out", out, "--delay", "0", "--max-pages", "300"]
-        process = subprocess.Popen([sys.executable, "-m", "cllm", *map(str, arguments)], stderr=subprocess.PIPE, text=True)
+        process = Started(*arguments)
         wait_until(lambda: len(site.asked) > 40, process)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=PATIENCE)
+        _, said = process.communicate()
         assert process.returncode == 130 and "the same command goes on" in said and "Traceback" not in said
         assert not list((out / "pages").glob("*.open"))
         before = read_summary(out)[1]
@@ -419,8 +433,10 @@ def test_a_disk_that_is_full_ends_the_crawl_with_what_was_stored(tmp_path, monke
     append = Store.append
 
     def full(self, rows):
+        """Pages go on coming while the first ones are written."""
         if self.size > 3000:
             raise DataError("the disk is full")
+        wait_for(lambda: len(site.asked) > 250)
         append(self, rows)
 
     with LocalSite(tree) as site:
@@ -439,6 +455,9 @@ def test_settings_are_kept_and_changes_are_told(tmp_path):
     first, changes = merged(None, {"seeds": ("http://a/",), "delay": 1.0, "max_pages": None})
     assert changes == [] and first.delay == 1.0
     write_settings(tmp_path, first)
+    assert read_settings(tmp_path) == first
+    older = {name: value for name, value in first.to_json().items() if name != "content_signals"}  # of a crawl that knew no such signals
+    (tmp_path / "crawl.json").write_text(json.dumps(older))
     assert read_settings(tmp_path) == first
     second, changes = merged(read_settings(tmp_path), {"seeds": ("http://b/",), "delay": 3.0, "scope": None})
     assert second.seeds == ("http://a/", "http://b/") and second.delay == 3.0

@@ -239,3 +239,13 @@ def test_urls_that_begin_alike_are_one_group_and_wait_the_longer_the_more_there_
     assert prefix_name("http://a/calendar/2031/05/03?view=day") == "/calendar/#?" and prefix_name("http://a/") == "/"
     waits = [surplus(found) for found in range(2000)]
     assert waits[:FREE] == [0] * FREE and waits == sorted(waits) and waits[-1] == 6
+
+
+def test_the_database_itself_is_not_written_at_every_commit(frontier, tmp_path):
+    size = os.path.getsize(tmp_path / "crawl.sqlite")
+    for number in range(6000):
+        add(frontier, f"{HOST}/{number}")
+        if number % 100 == 0:
+            frontier.commit()
+    assert os.path.getsize(tmp_path / "crawl.sqlite") == size
+    assert os.path.getsize(tmp_path / "crawl.sqlite-wal") > 4 << 20

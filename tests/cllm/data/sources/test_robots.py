@@ -88,6 +88,28 @@ def test_pauses_are_kept_up_to_a_limit(line, delay):
     assert parsed(f"User-agent: *\n{line}\n".encode(), URL).delay == delay
 
 
+@pytest.mark.parametrize(
+    ("text", "closed"),
+    [
+        ("User-Agent: *\nContent-Signal: search=yes,ai-train=no,use=reference\nAllow: /\n", True),
+        ("user-agent: *\nAllow: /\ncontent-signal: AI-Train = No # reserved\n", True),
+        ("User-agent: *\nContent-Signal: search=yes, ai-train=yes, ai-input=no\n", False),
+        ("# Content-Signal: ai-train=no\nUser-agent: *\nAllow: /\n", False),
+        ("User-agent: GPTBot\nContent-Signal: ai-train=no\n\nUser-agent: *\nAllow: /\n", False),
+        ("User-agent: GPTBot\nUser-agent: *\nContent-Signal: ai-train=no\n", True),
+        ("User-agent: cllm/0.1\nAllow: /\n\nUser-agent: *\nContent-Signal: ai-train=no\n", False),
+        ("User-agent: cllm\nContent-Signal: ai-train=no\n\nUser-agent: *\nAllow: /\n", True),
+        ("Content-Signal: ai-train=no\nUser-agent: *\nAllow: /\n", True),
+        ("User-agent: *\nSitemap: /a.xml\nContent-Signal: ai-train=no\n", True),
+    ],
+)
+def test_a_signal_against_training_closes_the_site_unless_it_is_ignored(text, closed):
+    found = parsed(text.encode(), URL)
+    assert bool(found.closed) == closed and (not closed or "asks not to train on its pages" in found.closed)
+    ignoring = parsed(text.encode(), URL, signals=False)
+    assert not ignoring.closed and ignoring.rules.can_fetch("https://example.org/x", ignoring.agent)
+
+
 def test_sitemaps_are_clean_addresses():
     text = (
         b"Sitemap: /a.xml\nSitemap: https://other.example/b.xml\nSitemap: file:///etc/passwd\nSitemap: https://u:p@x/\n" + b"Sitemap: /a.xml\n" * 500

@@ -32,4 +32,4 @@ def test_only_targets_that_are_predicted_count():
 
 def test_a_microbatch_is_a_batch():
     assert cllm.train.Microbatch is Batch
-    assert Batch(TOKENS, TARGETS) == (TOKENS, TARGETS, None, (), None)
+    assert Batch(TOKENS, TARGETS) == (TOKENS, TARGETS, None, (), None, None)

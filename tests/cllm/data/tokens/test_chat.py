@@ -219,6 +219,8 @@ def test_packed_chats_are_evaluated_on_what_training_learns_from(tokenizer, tmp_
     assert f"on all {targets:,} tokens" in ran.out and f"the validation part of {parts.folder}" in ran.out
     assert f"Scored are the answers of {parts.val.num_documents} conversations" in ran.out
     assert "None" not in ran.out + ran.err and "val 0" not in ran.out
+    ran = cllm(*command, path, "--stride", 8, "--by", "file", "--worst", 5)
+    assert ran.status == 2 and f"{path} holds chats, whose answers are scored as one text" in ran.err and "--stride, --by, --worst" in ran.err
 
 
 FORMS = {  # how a form is called, and a record of it

@@ -5,9 +5,13 @@ import math
 import pytest
 import torch
 
+pytest.importorskip("numba")
+
 from cllm import runtime
 from cllm.config.model import ModelConfig
 from cllm.config.schema import OPTIMIZERS
+from cllm.kernels.muon import MuonAgain
+from cllm.kernels.numba import muon
 from cllm.model.model import Model
 from cllm.runtime.errors import CheckpointError, UserError
 from cllm.train.optimizers import Lion, Muon, ScheduleFreeAdamW, make_optimizer
@@ -114,7 +118,10 @@ def newton_schulz(matrix):
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
-def test_muon_is_its_papers_update_for_matrices_and_adamw_for_the_rest():
+@pytest.mark.parametrize(("way", "tolerance"), [("fp32", 2e-6), ("widened", 5e-3), (None, 5e-3)])
+def test_muon_is_its_papers_update_for_matrices_and_adamw_for_the_rest(monkeypatch, way, tolerance):
+    if way is not None:
+        monkeypatch.setattr(muon, "way", lambda: way)
     momentum = 0.95
     reference = parameters(dtype=torch.float64)
     weights = {name: weight.detach().clone() for name, weight in reference.items() if name.startswith("layers")}
@@ -132,7 +139,7 @@ def test_muon_is_its_papers_update_for_matrices_and_adamw_for_the_rest():
             group["lr"], reference[name].grad = rate, grads[name]
         adamw.step()
     ours, optimizer = updated(lambda named: Muon(named, weight_decay=DECAY, momentum=momentum))
-    assert_close(ours, weights | {name: reference[name] for name in rest})
+    assert_close(ours, weights | {name: reference[name] for name in rest}, tolerance)
     assert set(optimizer.slots["momentum"]) == set(weights) and set(optimizer.slots["exp_avg"]) == set(rest)
 
 
@@ -166,6 +173,59 @@ def test_newton_schulz_brings_singular_values_near_one_and_keeps_the_directions(
     core = u.T @ found.double() @ v.T  # diagonal: the singular vectors are the matrix's own
     assert (core - torch.diag(core.diag())).abs().max() < 1e-3
     assert not orthogonal(torch.zeros(4, 6)).any()
+
+
+def jordan(matrix):
+    """The iteration in bfloat16, as its author publishes it."""
+    a, b, c = COEFFICIENTS
+    x = (matrix.T if matrix.shape[0] > matrix.shape[1] else matrix).bfloat16()
+    x = x / (x.norm() + 1e-7)
+    for _ in range(NUM_STEPS):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.T if matrix.shape[0] > matrix.shape[1] else x).double()
+
+
+# One and several blocks of a panel, sizes that are no multiple of a vector's, groups of several matrices, and both ways round.
+TOGETHER = [(1, 9), (17, 64), (64, 17), (33, 33), (130, 200), (352, 128), (96, 300), (5, 5), (128, 128)]
+
+
+@pytest.mark.parametrize("way", ["fp32", "widened", None])  # bfloat16 is forced where the processor has no products of it, and has its own
+@pytest.mark.parametrize("group_bytes", [1, 1 << 20, 1 << 30])
+def test_muon_of_many_matrices_at_once_is_as_near_to_the_truth_as_the_original(monkeypatch, way, group_bytes):
+    monkeypatch.setattr(muon, "GROUP_BYTES", group_bytes)
+    if way is not None:
+        monkeypatch.setattr(muon, "way", lambda: way)
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(shape, generator=generator) for shape in TOGETHER]
+    ends = []
+    for threads in (1, 3, 64):
+        params = [torch.zeros(shape) for shape in TOGETHER]
+        with runtime.use(threads=threads, backend="numba"):
+            update = MuonAgain(COEFFICIENTS, NUM_STEPS)
+            served = update.call(
+                params, grads, [torch.zeros_like(each) for each in params],
+                learning_rate=1.0, momentum=0.0, weight_decays=[0.0] * len(params), clip=0.5,
+            )  # fmt: skip
+        assert served
+        ends.append(params)
+    assert all(torch.equal(found, expected) for end in ends[1:] for found, expected in zip(end, ends[0]))
+    for shape, grad, param in zip(TOGETHER, grads, ends[0]):
+        truth, found = newton_schulz(grad), -param.double() / (0.2 * math.sqrt(max(shape)))
+        error, theirs = ((each - truth).norm() / truth.norm() for each in (found, jordan(grad)))
+        assert error < (3e-6 if way == "fp32" else 2 * theirs + 2**-8), (shape, float(error), float(theirs))
+
+
+def test_muon_at_once_leaves_zero_gradients_alone_and_takes_those_of_bfloat16():
+    params = [torch.ones(8, 24), torch.ones(24, 8)]
+    update, momenta = MuonAgain(COEFFICIENTS, NUM_STEPS), [torch.zeros_like(each) for each in params]
+    options = {"learning_rate": 1.0, "momentum": 0.95, "weight_decays": [0.0, 0.0], "clip": 1.0}
+    grads = [torch.zeros(8, 24), torch.randn(24, 8, generator=torch.Generator().manual_seed(0)).bfloat16()]
+    assert update.call(params, grads, momenta, **options)
+    assert (params[0] == 1).all() and (params[1] != 1).all()
+    assert torch.equal(momenta[1], grads[1].float() * torch.tensor(1 - 0.95))
+    assert not update.call(params, [each.double() for each in grads], momenta, **options)
+    assert not update.call(params, [grads[0].T.contiguous().T, grads[1]], momenta, **options)
 
 
 def test_the_matrices_of_both_families_go_to_muon_and_their_tables_to_adamw():

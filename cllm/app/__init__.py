@@ -1,0 +1,1 @@
+"""The app in a browser: everything that CLLM does, from one command, offline."""

@@ -1,0 +1,1 @@
+"""What the routes tell, read from the folders of the workspace."""
