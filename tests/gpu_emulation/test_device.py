@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import PATIENCE
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -41,6 +42,6 @@ def test_on_a_gpu_that_is_not_there(names, library, tmp_path):
     settings = {"TRITON_INTERPRET": "1", "CLLM_THREADS": "1", "OMP_NUM_THREADS": "1", "CLLM_CACHE_DIR": str(tmp_path / "cache")}
     environment = os.environ | settings | {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-c", code, library, tmp_path, *scenarios]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.split("\n")[-2] == f"ran {' '.join(scenarios)}"

@@ -37,7 +37,7 @@ signal.signal(signal.SIGINT, asked)
 print(name, "begins", file=sys.stderr, flush=True)
 print(json.dumps({"event": "begun"}), flush=True)
 progress_file.tell(lambda: {"label": name, "text": "at it", "done": 1, "total": 4, "unit": "steps", "eta_seconds": 3.0})
-until = time.time() + 60
+until = time.time() + 1500
 while time.time() < until and not os.path.exists("go-" + name): time.sleep(0.01)
 if how == "silent": os._exit(7)
 status = 3 if how == "fails" else 0

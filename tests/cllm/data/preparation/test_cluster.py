@@ -68,7 +68,11 @@ def test_the_bytes_are_those_of_the_pool(cluster, tmp_path):
 
 
 def test_a_task_whose_worker_is_killed_runs_again(cluster, tmp_path):
+    """One of four tasks kills, and no worker that has only just begun: Dask gives up one that dies before its nanny has heard of it, and a cluster
+    that has lost all of them so waits for ever."""
     arguments = [{"place": str(tmp_path), "number": number} for number in range(4)]
+    for number in range(1, 4):
+        (tmp_path / f"died-{number}").touch()
     assert doubles(cluster, "dies_once", arguments) == {number: 2 * number for number in range(4)}
     assert len(list(tmp_path.iterdir())) == 4
 
@@ -83,6 +87,7 @@ def test_what_a_task_raises_reaches_the_user_and_the_cluster_goes_on(cluster):
 
 
 def test_a_task_that_kills_every_worker_is_named(cluster):
+    # The last test: four deaths of two workers, each of which may then be gone for good (see above).
     with pytest.raises(DataError, match=r"it killed each worker that tried \(dies of /some/file\.pdf\)"):
         list(cluster.run("tasks:dies", [{"place": "/some/file.pdf", "number": 1}]))
 

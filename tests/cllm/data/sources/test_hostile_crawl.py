@@ -137,7 +137,7 @@ class Harm:
 def test_each_trick_costs_one_url_and_good_pages_are_stored(tmp_path, monkeypatch):
     monkeypatch.setattr(politeness, "SHORTEST_BACK_OFF", 0.01)
     with Harm() as site:
-        settings = Settings(seeds=(f"http://127.0.0.1:{site.port}/",), delay=0.0, timeout=0.7, retries=1, max_bytes=1_000_000)
+        settings = Settings(seeds=(f"http://127.0.0.1:{site.port}/",), delay=0.0, timeout=1.5, retries=1, max_bytes=1_000_000)
         write_settings(tmp_path, settings)
         crawl = Crawl(tmp_path, settings, Guard([f"127.0.0.1:{site.port}"]))
         assert crawl.run()
