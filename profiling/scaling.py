@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,21 +159,22 @@ def print_predictions(options: argparse.Namespace) -> None:
     from scaling_predict import predict
 
     runtime.threads.checked(options.predict, "--predict")
-    shapes = [(SHAPES[name], precision) for name in options.shapes for precision in options.precision]
-    if len(shapes) > 1:
-        raise UserError(
-            f"--predict takes one shape and precision at a time, got {len(shapes)}. Write for example --shapes shakespeare --precision bf16"
-        )
-    ((shape, precision),) = shapes
-    with runtime.progress.Stage(f"{shape.name} {precision}: timing each task of a step"):
-        rows, limits = predict(lambda: new_step(shape, precision), make_batch(shape), options.predict, options.rounds)
-    about = {"shape": shape.name, "precision": precision}
+    found: list[dict[str, Any]] = []
+    for name in options.shapes:
+        for precision in options.precision:
+            with runtime.progress.Stage(f"{name} {precision}: timing each task of a step"):
+                rows, limits = predict(partial(new_step, SHAPES[name], precision), make_batch(SHAPES[name]), options.predict, options.rounds)
+            print_prediction(f"{name} {precision}", rows, limits, options.predict)
+            found += [{"shape": name, "precision": precision} | row for row in rows + limits]
+    finish(options, found, lambda path: plots.check(path), threads=options.predict)
 
+
+def print_prediction(what: str, rows: list[dict[str, Any]], limits: list[dict[str, Any]], most: int) -> None:
     def milliseconds(seconds: float | None) -> str:
         return "" if seconds is None else f"{1e3 * seconds:.2f}"
 
     print_table(
-        ("workers", "ms a step, predicted", "speed-up", "if cores shared nothing", "measured", "error"),
+        (f"{what}: workers", "ms a step, predicted", "speed-up", "if cores shared nothing", "measured", "error"),
         [
             (
                 f"{r['workers']:,}",
@@ -186,10 +188,9 @@ def print_predictions(options: argparse.Namespace) -> None:
         ],
     )
     print_table(
-        (f"what limits it on {options.predict:,}", "launches", "ms lost"),
+        (f"what limits it on {most:,}", "launches", "ms lost"),
         [(r["part"], str(r["launches"]), milliseconds(r["lost_seconds"])) for r in limits],
     )
-    finish(options, [about | row for row in rows + limits], lambda path: plots.check(path), threads=options.predict)
 
 
 def main() -> None:

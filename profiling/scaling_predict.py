@@ -1,8 +1,10 @@
 """`scaling.py --predict N`: a step's own launches with measured task times, shared out by the model of `scaling_model.py`.
 
-A step is replayed with each task of each launch run and timed by itself, on one thread. What a launch may use on N workers is what the plan gives it
-there. How much of a launch is stretched by what the cores share is taken from its time on two workers, and how that grows from one curve, that of
-copying memory on one and on two. The costs of a launch are those of launches whose tasks do nothing.
+A step is replayed with each task of each launch run and timed by itself, on one thread. All of them are then lengthened evenly to what the launches
+of an undisturbed step take on one worker: what such a step takes less what it spends in the compiled calls that walk through its launches is what
+lies outside of them. What a launch may use on N workers is what the plan gives it there. How much of a launch is stretched by what the cores share is
+taken from its time on two workers, and how that grows from one curve, that of copying memory on one and on two. The costs of a launch are those of
+launches whose tasks do nothing.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from scaling_model import Costs, Launch, launch_seconds, losses, saturating, step_seconds
+from scaling_model import Costs, Launch, in_a_step, launch_seconds, losses, saturating, step_seconds
 
 from cllm import TrainStep, runtime
+from cllm.runtime import workers as room
 from cllm.runtime.workers import loop, table_of
 from cllm.runtime.workers import run as run_launches
 
@@ -35,6 +38,43 @@ class Heard(NamedTuple):
     workers: int  # the most that may share it
     seconds: float  # of the whole launch
     tasks: tuple[float, ...]  # of each task, where they were timed
+
+
+@contextmanager
+def run_by(run: Callable[[int, int, int, int], None]) -> Iterator[None]:
+    """Lists of launches are given to `run` inside, in place of the compiled loop."""
+    module: Any = loop
+    original, module.run = module.run, run
+    try:
+        yield
+    finally:
+        module.run = original
+
+
+@contextmanager
+def clocked() -> Iterator[list[float]]:
+    """The seconds that each compiled call takes which walks through a list of launches."""
+    found: list[float] = []
+    original: Any = loop.run
+
+    def timed(pool: int, table: int, count: int, workers: int) -> None:
+        began = time.perf_counter()
+        original(pool, table, count, workers)
+        found.append(time.perf_counter() - began)
+
+    with run_by(timed):
+        yield found
+
+
+@contextmanager
+def few_threads() -> Iterator[None]:
+    """No thread is started inside, however many workers are asked for."""
+    pool = room._pool
+    most, pool._most = pool._most, pool.size
+    try:
+        yield
+    finally:
+        pool._most = most
 
 
 @contextmanager
@@ -60,12 +100,8 @@ def listening(share: bool, by_task: bool) -> Iterator[list[Heard]]:
                 seconds.append(time.perf_counter() - began)
             heard.append(Heard(each, min(workers, each.workers), sum(seconds), tuple(seconds) if by_task else ()))
 
-    module: Any = loop
-    module.run = timed
-    try:
+    with run_by(timed):
         yield heard
-    finally:
-        module.run = original
 
 
 def least(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -153,6 +189,17 @@ def heard_step(step: TrainStep, batch: Batch, threads: int, rounds: int, share: 
     return middle, wholes
 
 
+def outside_seconds(timed: Callable[[], object], rounds: int) -> float:
+    """What a step does outside of its launches, the least of some rounds."""
+    found = []
+    for _ in range(rounds):
+        with clocked() as walks:
+            began = time.perf_counter()
+            timed()
+            found.append(time.perf_counter() - began - sum(walks))
+    return min(found)
+
+
 def predict(new_step: Callable[[], TrainStep], batch: Batch, most: int, rounds: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(one row for each number of workers, one for each launch that keeps `most` from being that many times as fast as one)."""
     cores = runtime.device.usable_cores()
@@ -169,19 +216,17 @@ def predict(new_step: Callable[[], TrainStep], batch: Batch, most: int, rounds: 
         for _ in range(RECORDED_AFTER):
             timed(n)
     seconds = least({str(n): lambda n=n: timed(n) for n in real}, 3 * rounds)
+    outside = outside_seconds(lambda: timed(1), 3 * rounds)
     alone, _ = heard_step(step, batch, 1, rounds, share=False, by_task=False)
     by_task, _ = heard_step(step, batch, 1, 3, share=False, by_task=True)
     together = heard_step(step, batch, 2, rounds, share=True, by_task=False)[0] if cores > 1 else alone
     alone, together = ([each._replace(seconds=max(1e-9, each.seconds - timing)) for each in found] for found in (alone, together))
-    outside = max(0.0, seconds["1"] - sum(each.seconds for each in alone))
     names = kernel_names()
-    from cllm.runtime import workers as room
-
-    room._pool.stop()  # on more workers than cores only the plan is asked for, and the work is done by this thread
-    plans = {
-        n: [each.workers for each in heard_step(step, batch, n, 1, share=False, by_task=False)[0]]
-        for n in dict.fromkeys([*(n for n in COUNTS if n <= most), most, MANY])
-    }
+    with few_threads():  # on more workers than cores only the plan is asked for, and the work is done by this thread
+        plans = {
+            n: [each.workers for each in heard_step(step, batch, n, 1, share=False, by_task=False)[0]]
+            for n in dict.fromkeys([*(n for n in COUNTS if n <= most), most, MANY])
+        }
 
     def launches(workers: int) -> list[Launch]:
         listed = []
@@ -193,7 +238,7 @@ def predict(new_step: Callable[[], TrainStep], batch: Batch, most: int, rounds: 
             plain = launch_seconds(made._replace(workers=two.workers), 2, costs)
             stretch = (two.seconds / plain - 1.0) / max(1e-9, curve(2) - 1.0) if two.workers > 1 else 0.0
             listed.append(made._replace(share=min(1.0, max(0.0, stretch))))
-        return listed
+        return in_a_step(listed, seconds["1"] - outside)
 
     base = step_seconds(launches(1), outside, 1, costs, curve)
     rows = []
@@ -204,7 +249,7 @@ def predict(new_step: Callable[[], TrainStep], batch: Batch, most: int, rounds: 
         rows.append({
             "workers": n, "predicted_seconds": predicted, "predicted_speed_up": base / predicted,
             "unshared_speed_up": base / unshared, "measured_seconds": measured,
-            "error": None if measured is None else predicted / measured - 1.0,
+            "error": None if measured is None else predicted / measured - 1.0, "outside_seconds": outside,
         })  # fmt: skip
     limits = [
         {"workers": most, "part": name, "launches": count, "lost_seconds": lost}

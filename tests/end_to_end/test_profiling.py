@@ -70,13 +70,18 @@ def test_scaling_compares_the_bits_of_every_number_of_threads(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_scaling_predicts_more_workers_than_there_are_cores_and_names_what_limits_them():
-    done = run("scaling.py", "--shapes", "tiny", "--precision", "fp32", "--predict", "8", "--rounds", "1", "--json")
+def test_scaling_predicts_more_workers_than_there_are_cores_and_names_what_limits_them_for_all_that_is_asked_for():
+    done = run("scaling.py", "--shapes", "tiny", "--predict", "8", "--rounds", "1", "--json")
     found = json.loads(done.out.splitlines()[-1])
-    rows, limits = [row for row in found if "part" not in row], [row for row in found if "part" in row]
-    assert [row["workers"] for row in rows] == [1, 2, 4, 8, 1741] and rows[0]["predicted_speed_up"] == 1.0
-    assert rows[0]["measured_seconds"] > 0 and all(row["predicted_seconds"] > 0 for row in rows)
-    assert "gemm_kernel._task" in {row["part"] for row in limits} and all(row["launches"] > 0 for row in limits)
+    assert {row["precision"] for row in found} == {"fp32", "bf16"}
+    for precision in ("fp32", "bf16"):
+        of_it = [row for row in found if row["precision"] == precision]
+        rows, limits = [row for row in of_it if "part" not in row], [row for row in of_it if "part" in row]
+        assert [row["workers"] for row in rows] == [1, 2, 4, 8, 1741] and rows[0]["predicted_speed_up"] == 1.0
+        assert rows[0]["measured_seconds"] > 0 and all(row["predicted_seconds"] > 0 for row in rows)
+        assert rows[0]["predicted_seconds"] == pytest.approx(rows[0]["measured_seconds"])
+        assert 0 < rows[0]["outside_seconds"] < rows[0]["measured_seconds"]
+        assert "gemm_kernel._task" in {row["part"] for row in limits} and all(row["launches"] > 0 for row in limits)
 
 
 def test_a_trace_holds_our_kernels_inside_their_stages_and_says_their_rate(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "profiling"))
 
-from scaling_model import Costs, Launch, launch_seconds, losses, saturating, step_seconds
+from scaling_model import Costs, Launch, in_a_step, launch_seconds, losses, saturating, step_seconds
 
 
 def launch(tasks, even=True, workers=1 << 30, share=0.0, name="k"):
@@ -52,3 +52,10 @@ def test_a_step_follows_amdahl_and_names_what_it_loses():
     (first, lost, count), (second, outside, _), *_ = losses(launches, 5.0, 90)
     assert (first, count) == ("one task", 1) and lost == pytest.approx(10 - 10 / 90)
     assert second == "outside of launches" and outside == pytest.approx(5 - 5 / 90)
+
+
+def test_tasks_are_as_long_as_inside_of_a_step_so_that_only_what_is_outside_of_launches_is_not_shared():
+    by_themselves = [launch([1.0] * 8), launch([2.0] * 4)]
+    found = in_a_step(by_themselves, 20.0)  # a step of 23 seconds on one worker, 3 of them outside of launches
+    assert [each.tasks for each in found] == [(1.25,) * 8, (2.5,) * 4]
+    assert step_seconds(found, 3.0, 1) == 23.0 and step_seconds(found, 3.0, 2) == 13.0
