@@ -13,13 +13,13 @@ compiler.numba_setup()
 import numba  # noqa: E402
 from numba import types  # noqa: E402
 
-_njit: Any = numba.njit  # numba's annotations leave out the last two of these options
+from cllm.runtime.workers.linked import linked  # noqa: E402
 
 # Integer division is checked for zero in Python's error model; numpy's leaves it to us. numba compiles a function again for each constant that it is
 # called with.
-jit = _njit(cache=True, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-called_by_python = _njit(cache=True, nogil=True, error_model="numpy")
-_inline = _njit(cache=True, nogil=True, error_model="numpy", forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+jit = linked(cache=True)
+called_by_python: Any = numba.njit(cache=True, nogil=True, error_model="numpy")
+_inline = linked(cache=True, forceinline=True)
 
 
 def inline(function: Callable[..., Any]) -> Any:

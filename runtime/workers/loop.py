@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numba
 from numba import types
 
+from cllm.runtime.workers.linked import linked
 from cllm.runtime.workers.words import WAIT, WAKE, add, futex, load, nanoseconds, nanoseconds_run, nap, pause, replace, run_task, store
 
 LINE = 128  # bytes: two lines of a cache, because processors fetch them in pairs
@@ -57,9 +58,7 @@ class Launch(NamedTuple):
 
 FIELDS = len(Launch._fields)
 
-_njit: Any = numba.njit  # numba's annotations leave out the last two of these options
-# Called by compiled code alone: without what Python would need to call them they take a fifth less time to compile.
-jit = _njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+jit = linked()
 
 
 @jit

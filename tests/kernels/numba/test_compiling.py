@@ -4,10 +4,12 @@ import ctypes
 import gc
 
 import numba
+import pytest
 from numba import types
 
 from cllm.kernels.numba.compiling import called_by_python, inline, jit
 from cllm.runtime import kernel_linking
+from cllm.runtime.workers import loop
 
 LIMIT = 3
 
@@ -48,6 +50,12 @@ def test_only_what_is_called_from_outside_is_translated():
         (compiled,) = part.overloads.values()  # one for all constants
         assert getattr(compiled.library, "is_only_linked", False) == is_known == (not compiled.library._finalized)
     assert _outer._library._finalized
+
+
+@pytest.mark.parametrize(("part", "arguments"), [(_called, (7,)), (_inlined, (7, 5)), (loop._claim, (0,))])
+def test_python_that_calls_what_is_only_linked_gets_an_error_and_the_process_lives_on(part, arguments):
+    with pytest.raises(TypeError, match=rf"\.{part.py_func.__name__} is compiled for other compiled functions alone.*called_by_python"):
+        part(*arguments)
 
 
 def test_versions_of_numba_whose_compiler_was_not_looked_at_compile_as_they_do():
