@@ -1,5 +1,7 @@
 """Muon's update of all matrices at once on a CPU: what `cllm.train.optimizers.muon` says in plain operations, as one list of launches."""
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,6 +12,25 @@ import cllm.runtime as runtime
 from cllm.kernels._register import backend_for
 from cllm.runtime import profiler
 
+NUM_STEPS = 5  # of the iteration
+
+
+def work_bytes(shapes: Sequence[tuple[int, int]]) -> int:
+    """Of memory that `MuonAgain` keeps for updates of float32 matrices of these shapes on a CPU; 0 where it does not serve."""
+    return _work_bytes(tuple(shapes), runtime.settings()) if shapes and _is_served_by_numba(shapes[0]) else 0
+
+
+@lru_cache(maxsize=64)
+def _work_bytes(shapes: tuple[tuple[int, int], ...], settings: object) -> int:
+    from cllm.kernels.numba import muon
+
+    return muon.work_bytes(shapes, NUM_STEPS)
+
+
+def _is_served_by_numba(shape: Sequence[int]) -> bool:
+    rows, columns = shape
+    return backend_for("matmul", ((rows, columns), (columns, rows)), torch.float32, "cpu").name == "numba"
+
 
 class MuonAgain:
     """Muon's update of float32 matrices on a CPU. What follows from the matrices alone is found out once, for as long as they lie where they lay.
@@ -17,7 +38,7 @@ class MuonAgain:
     coefficients: a, b and c of the polynomial a X + (b X X^T + c (X X^T)^2) X. steps: how often it is applied.
     """
 
-    def __init__(self, coefficients: tuple[float, float, float], steps: int) -> None:
+    def __init__(self, coefficients: tuple[float, float, float], steps: int = NUM_STEPS) -> None:
         self._polynomial = coefficients, steps
         self._key: tuple[object, ...] = ()
         self._places: Any = None
@@ -28,11 +49,7 @@ class MuonAgain:
     ) -> bool:  # fmt: skip
         """One update in place of matrices (R, C), from gradients that are multiplied by `clip`; False, with nothing done, where it is not served: on
         other devices, for other dtypes than float32 (gradients also bfloat16), for empty matrices and for those that do not lie row by row."""
-        if (
-            not params
-            or params[0].device.type != "cpu"
-            or backend_for("matmul", (params[0].shape, params[0].T.shape), torch.float32, "cpu").name != "numba"
-        ):
+        if not params or params[0].device.type != "cpu" or not _is_served_by_numba(params[0].shape):
             return False
         key = (
             *(each.data_ptr() if each.is_contiguous() and each.numel() else None for matrices in (params, momenta) for each in matrices),

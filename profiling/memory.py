@@ -2,6 +2,7 @@
 
     python profiling/memory.py                                       # the small recipes, fp32 and bf16
     python profiling/memory.py --shapes gpt2 --plot memory.png
+    python profiling/memory.py --optimizer muon                      # ours with it; PyTorch's step keeps AdamW
 
 Each process first takes a step of the tiny shape, so that libraries and compiled kernels are loaded: that is its baseline. Then it makes model and
 optimizer and takes two steps; the peak is the largest resident size during the second. "step" is peak less baseline: weights, gradients, moments,
@@ -23,6 +24,7 @@ import plots
 from report import add_output_options, finish, print_table, run
 
 from cllm import runtime
+from cllm.config.schema import OPTIMIZERS
 from cllm.runtime.errors import CLLMError, UserError
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -51,7 +53,7 @@ def settle() -> None:
         trim(0)
 
 
-def child(who: str, name: str, precision: str) -> dict[str, Any]:
+def child(who: str, name: str, precision: str, optimizer: str) -> dict[str, Any]:
     """Takes the steps in this process and measures it."""
     import torch
     from peers import SHAPES, PlainStep, Shape
@@ -65,7 +67,7 @@ def child(who: str, name: str, precision: str) -> dict[str, Any]:
         tokens = torch.randint(shape.vocab_size, (shape.batch_size, shape.seq_len))
         targets = torch.randint(shape.vocab_size, (shape.batch_size, shape.seq_len))
         step = (
-            TrainStep(Model(our_config(shape)), precision=precision, learning_rate=1e-3, grad_clip=1.0)
+            TrainStep(Model(our_config(shape)), precision=precision, learning_rate=1e-3, grad_clip=1.0, optimizer=optimizer)
             if who == "cllm"
             else PlainStep(shape, precision)
         )
@@ -87,8 +89,8 @@ def child(who: str, name: str, precision: str) -> dict[str, Any]:
     }
 
 
-def in_own_process(who: str, name: str, precision: str, threads: int | None) -> dict[str, Any]:
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", who, "--shapes", name, "--precision", precision]
+def in_own_process(who: str, name: str, precision: str, optimizer: str, threads: int | None) -> dict[str, Any]:
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", who, "--shapes", name, "--precision", precision, "--optimizer", optimizer]
     if threads is not None:
         command += ["--threads", str(threads)]
     with runtime.progress.Stage(f"{name} {precision}: memory of {who}"):
@@ -100,18 +102,19 @@ def in_own_process(who: str, name: str, precision: str, threads: int | None) -> 
     return found
 
 
-def measure(name: str, precision: str, threads: int | None) -> dict[str, Any]:
+def measure(name: str, precision: str, optimizer: str, threads: int | None) -> dict[str, Any]:
     from peers import SHAPES
     from train import our_config
 
     from cllm.model.memory import predict
 
     shape = SHAPES[name]
-    ours, peer = (in_own_process(who, name, precision, threads) for who in ("cllm", "pytorch"))
-    expected = predict(our_config(shape), shape.batch_size, shape.seq_len, precision)
+    ours, peer = (in_own_process(who, name, precision, optimizer, threads) for who in ("cllm", "pytorch"))
+    expected = predict(our_config(shape), shape.batch_size, shape.seq_len, precision, optimizer=optimizer)
     return {
         "shape": name,
         "precision": precision,
+        "optimizer": optimizer,
         "parameters": our_config(shape).num_parameters(),
         "cllm": ours,
         "pytorch": peer,
@@ -142,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["shakespeare-cpu", "shakespeare"], choices=SHAPES)
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS, help="of our step")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--child", choices=["cllm", "pytorch"], help=argparse.SUPPRESS)
     add_output_options(parser)
@@ -151,9 +155,9 @@ def main() -> None:
         raise UserError("memory.py reads /proc/self/status, which this system does not have. Measure on Linux.")
     if options.child:
         with runtime.use(threads=options.threads):
-            print(json.dumps(child(options.child, options.shapes[0], options.precision[0])))
+            print(json.dumps(child(options.child, options.shapes[0], options.precision[0], options.optimizer)))
         return
-    rows = [measure(name, precision, options.threads) for name in options.shapes for precision in options.precision]
+    rows = [measure(name, precision, options.optimizer, options.threads) for name in options.shapes for precision in options.precision]
     print_table(
         ("shape", "precision", "ours MB", "PyTorch MB", "ratio", "predicted MB", "whole process, ours", "PyTorch", "predicted"),
         [

@@ -38,10 +38,12 @@ class MemoryPrediction:
     checkpoint: int = 0
     logit_rows: int = LOGIT_ROWS
     program: int = 0
+    update: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.process + self.checkpoint + self.program
+        kept = self.weights + self.gradients + self.optimizer + self.update + self.checkpoint + self.program
+        return kept + self.activations + self.logits + self.process
 
     def rows(self) -> list[tuple[str, int, str]]:
         """(part, bytes, what it counts), largest first."""
@@ -52,6 +54,7 @@ class MemoryPrediction:
             ("activations", self.activations, "kept for the backward of one microbatch"),
             ("logits", self.logits, f"one chunk of {self.logit_rows:,} rows and the gradient of the output matrix"),
             ("process", self.process, "Python, torch, compiled kernels"),
+            *([("update", self.update, "what Muon computes its updates in")] if self.update else []),
             *([("checkpoint", self.checkpoint, "the copy that is written while training goes on")] if self.checkpoint else []),
             *([("program", self.program, "the recorded step: activations, gradients and logits at places of their own")] if self.program else []),
         ]
@@ -92,7 +95,21 @@ def predict(
         program=recorded if device.type == "cpu" and recorded <= MOST_PROGRAM_BYTES else 0,
         checkpoint=4 * parameters + state if background_checkpoint and device.type == "cpu" else 0,
         logit_rows=logit_rows,
+        update=_update_bytes(config) if optimizer == "muon" and device.type == "cpu" else 0,
     )
+
+
+def _update_bytes(config: ModelConfig) -> int:
+    """Of Muon's work space for the matrices inside the blocks, as `cllm/model/layers.py` shapes them."""
+    from cllm.kernels.muon import work_bytes
+
+    embed, ffn = config.embed_dim, config.ffn_size
+    queries, keys = config.num_heads * config.head_size, config.kv_heads * config.head_size
+    if config.norm == "layer":
+        block = [(embed, 3 * embed), (embed, embed), (embed, ffn), (ffn, embed)]
+    else:
+        block = [(queries, embed), (keys, embed), (keys, embed), (embed, queries), *[(ffn, embed)] * (2 if config.gated else 1), (embed, ffn)]
+    return work_bytes(block * config.num_layers)
 
 
 def _logit_bytes(config: ModelConfig, tokens: int, width: int, device: torch.device) -> tuple[int, int]:

@@ -76,7 +76,7 @@ class _Options(NamedTuple):
     root_correction2: float
 
 
-TENSOR, _tensor = fields(_Tensor)
+TENSOR, _ = fields(_Tensor)
 P, _arguments = fields(_Arguments)
 F, _options = fields(_Options)
 
@@ -205,22 +205,20 @@ class Table:
     """Addresses of all tensors and which tensor each block belongs to."""
 
     def __init__(self, params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor]):
-        rows, num_blocks = np.zeros((len(params), len(TENSOR)), np.int64), 0
-        counts = np.zeros(len(params), np.int64)
-        for i, (param, grad, avg, avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
-            counts[i] = _num_blocks(param.numel())
-            rows[i] = _tensor(
-                param=param.data_ptr(),
-                grad=grad.data_ptr(),
-                avg=avg.data_ptr(),
-                avg_sq=avg_sq.data_ptr(),
-                grad_half=is_half(grad),
-                size=param.numel(),
-                first_block=num_blocks,
-            )
-            num_blocks += int(counts[i])
-        self.rows, self.num_blocks = rows, num_blocks
+        self.rows = rows = np.zeros((len(params), len(TENSOR)), np.int64)
+        for place, tensors in ((TENSOR.param, params), (TENSOR.avg, exp_avgs), (TENSOR.avg_sq, exp_avg_sqs)):
+            rows[:, place] = list(map(Tensor.data_ptr, tensors))
+        rows[:, TENSOR.size] = list(map(Tensor.numel, params))
+        counts = -(-rows[:, TENSOR.size] // BLOCK_ELEMENTS)
+        self.num_blocks = int(counts.sum())
+        rows[:, TENSOR.first_block] = np.cumsum(counts) - counts
         self.block_tensor = np.repeat(np.arange(len(params), dtype=np.int64), counts)
+        self.take(grads)
+
+    def take(self, grads: list[Tensor]) -> None:
+        """From now on the gradients are these."""
+        self.rows[:, TENSOR.grad] = list(map(Tensor.data_ptr, grads))
+        self.rows[:, TENSOR.grad_half] = list(map(is_half, grads))
 
 
 def _num_blocks(elements: int) -> int:

@@ -30,8 +30,8 @@ from cllm.kernels.numba.adamw import (
 )
 from cllm.kernels.numba.fields import fields
 from cllm.kernels.numba.gemm import FP32, WIDENED, kernel_for
-from cllm.kernels.numba.launch import Kernel, float32_at, int64_at, is_half, load, num_workers, put_float32, store
-from cllm.kernels.numba.products import Product, Products, packed_bytes
+from cllm.kernels.numba.launch import Kernel, float32_at, int64_at, load, num_workers, put_float32, store
+from cllm.kernels.numba.products import Product, Products, packed_bytes, scratch_bytes
 from cllm.kernels.numba.simd import W, vadd, vmul, vset, vsub
 from cllm.kernels.numba.together import together
 from cllm.runtime.workers import Launch, run, table_of
@@ -126,6 +126,52 @@ def way() -> str:
     return FP32 if found == WIDENED else found
 
 
+def work_bytes(shapes: Sequence[tuple[int, int]], steps: int) -> int:
+    """Of memory that `Places` takes for the work on matrices of these shapes."""
+    found, workers, groups = way(), _workers(shapes, steps), _groups(shapes)
+    memory = max(sum(_bytes(shapes[number], found) for number in group) for group in groups)
+    kinds = {(*shapes[number], _shared(group, workers)) for group in groups for number in group}
+    scratch = max(
+        scratch_bytes(*product, found, shared)
+        for rows, columns, shared in kinds
+        for small, large in [sorted((rows, columns))]
+        for product in ((small, large, small), (small, small, small), (rows, small, columns))
+    )
+    return memory + workers * scratch + 64
+
+
+def _workers(shapes: Sequence[Sequence[int]], steps: int) -> int:
+    work = sum(6.0 * steps * min(each) * math.prod(each) for each in shapes)
+    return num_workers("matmul", (), torch.float32, work=work)
+
+
+def _shared(group: list[int], workers: int) -> int:
+    """How many workers share a single product of a group: with many products each worker has some of its own."""
+    return workers if len(group) < 4 * workers else 1
+
+
+def _bytes(shape: Sequence[int], way: str) -> int:
+    """Of work space for a matrix: Y, the square, and packed operands, each beginning at a line of the cache."""
+    small, large = sorted(shape)
+    packed = max(packed_bytes(small, large, small, way), packed_bytes(small, small, large, way), packed_bytes(large, small, small, way))
+    return sum(-(-each // 64) * 64 + 64 for each in (4 * small * large, 4 * small * small, packed))
+
+
+def _groups(shapes: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The numbers of the matrices of each group."""
+    found = way()
+    groups: list[list[int]] = []
+    filled = 0
+    for number, shape in enumerate(shapes):
+        size = _bytes(shape, found)
+        if not groups or filled + size > GROUP_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(number)
+        filled += size
+    return groups
+
+
 class Places:
     """Where contiguous matrices (R, C) lie that are updated together, and the launches that do it. It holds addresses only: whoever uses it again
     makes sure that the matrices are still there. coefficients: a, b and c of the polynomial. steps: of the iteration."""
@@ -138,10 +184,9 @@ class Places:
         self._weight_decays = np.array(weight_decays, np.float64)
         self._sizes = np.array([0.2 * math.sqrt(max(each.shape)) for each in params])
         self._coefficients, self._steps = coefficients, steps
-        work = sum(6.0 * steps * min(each.shape) * each.numel() for each in params)
-        self._workers = num_workers("matmul", (), torch.float32, work=work)
-        groups = self._groups([tuple(each.shape) for each in params])
-        memory = torch.empty(max(sum(each) for group in groups for each in [[self._bytes(params[i].shape) for i in group]]), dtype=torch.uint8)
+        shapes = [tuple(each.shape) for each in params]
+        self._workers, groups = _workers(shapes, steps), _groups(shapes)
+        memory = torch.empty(max(sum(_bytes(shapes[number], self._way) for number in group) for group in groups), dtype=torch.uint8)
         self._kept: list[object] = [memory]
         ys, squares, rooms = self._laid_out(params, groups, memory)
         table = self._matrices = Table(params, ys, momenta, ys)
@@ -162,33 +207,14 @@ class Places:
                 each.launch(table_arguments.ctypes.data, self._floats.ctypes.data, end - first, first)
                 for each in (_average_kernel, _normalise_kernel, _move_kernel)
             ]
-            products.spread = len(group) < 4 * self._workers
+            products.spread = _shared(group, self._workers) == self._workers
             launches += [*blocks[:2], *self._iteration(products, group, ys, squares, rooms), blocks[2]]
         scratch = torch.empty(self._workers * products.scratch_bytes + 64, dtype=torch.uint8)
         products.settle(scratch)
         self._kept += [products, scratch]
+        self.bytes = memory.numel() + scratch.numel()
+        """Of work space."""
         self._table, self._count = table_of(launches), len(launches)
-
-    def _bytes(self, shape: Sequence[int]) -> int:
-        """Of work space for a matrix: Y, the square, and packed operands, each beginning at a line of the cache."""
-        small, large = sorted(shape)
-        packed = max(
-            packed_bytes(small, large, small, self._way), packed_bytes(small, small, large, self._way), packed_bytes(large, small, small, self._way)
-        )
-        return sum(-(-each // 64) * 64 + 64 for each in (4 * small * large, 4 * small * small, packed))
-
-    def _groups(self, shapes: list[tuple[int, ...]]) -> list[list[int]]:
-        """The numbers of the matrices of each group."""
-        groups: list[list[int]] = []
-        filled = 0
-        for number, shape in enumerate(shapes):
-            size = self._bytes(shape)
-            if not groups or filled + size > GROUP_BYTES:
-                groups.append([])
-                filled = 0
-            groups[-1].append(number)
-            filled += size
-        return groups
 
     def _laid_out(self, params: list[Tensor], groups: list[list[int]], memory: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """(Y, the square, room for packed operands) of each matrix; groups share their memory."""
@@ -197,7 +223,7 @@ class Places:
             at = 0
             for number in group:
                 shape, small = params[number].shape, min(params[number].shape)
-                size = self._bytes(shape)
+                size = _bytes(shape, self._way)
                 part, at = memory[at : at + size], at + size
                 offset = -part.data_ptr() % 64
                 for matrix, where in ((shape, found[0]), ((small, small), found[1])):
@@ -235,8 +261,7 @@ class Places:
 
     def update(self, grads: list[Tensor], learning_rate: float, clip: float) -> None:
         """From gradients, contiguous float32 or bfloat16, that are multiplied by `clip`."""
-        self._matrices.rows[:, TENSOR.grad] = [each.data_ptr() for each in grads]
-        self._matrices.rows[:, TENSOR.grad_half] = [is_half(each) for each in grads]
+        self._matrices.take(grads)
         self._floats[int(F.clip)] = clip
         self._factors[:, 0] = 1.0 - learning_rate * self._weight_decays
         self._factors[:, 1] = learning_rate * self._sizes

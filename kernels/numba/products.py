@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from cllm.kernels.numba.gemm import TILES, aligned, block_plan, k_parts, pack_group, strip_bytes
@@ -33,6 +34,18 @@ def _strips(lanes: int) -> int:
 def packed_bytes(rows: int, depth: int, columns: int, way: str) -> int:
     """Of the copies of both operands of a product. way: how it is multiplied, FP32 or PAIRS or ..."""
     return (_strips(rows) + _strips(columns)) * strip_bytes(way, min(depth, k_parts(depth)[0][1])) + 128
+
+
+def scratch_bytes(rows: int, depth: int, columns: int, way: str, workers: int) -> int:
+    """Of work space that each worker needs for a product. workers: among how many a single product is shared out."""
+    return max(
+        int(
+            block_plan(
+                rows, columns, num_k, way, workers, (num_k, 1), torch.float32, (1, num_k), torch.float32, torch.float32, False, True,
+            ).fields[P.scratch_stride]
+        )
+        for _, num_k in k_parts(depth)
+    )  # fmt: skip
 
 
 class Products:

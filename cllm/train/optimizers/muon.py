@@ -5,14 +5,13 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from cllm.kernels.muon import MuonAgain
+from cllm.kernels.muon import NUM_STEPS, MuonAgain
 from cllm.train.optimizers.adamw import AdamW
 from cllm.train.optimizers.base import Optimizer
 
 # Five steps of an odd quintic polynomial with these coefficients bring singular values into about [0.7, 1.2]: the slope at 0 is as steep as it
 # can be, and 1 is not quite reached (Keller Jordan, https://kellerjordan.github.io/posts/muon/).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-NUM_STEPS = 5
 TABLES = ("embed_tokens", "wte", "wpe", "lm_head")  # matrices that are looked up, or that write the logits: AdamW's
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from command import Started, lines, wait_until
 
+from cllm import runtime
 from cllm.checkpoint.folder import read_checkpoint
 from cllm.checkpoint.model_file import load
 from cllm.checkpoint.safetensors import sha256_of
@@ -181,3 +182,17 @@ def test_the_predicted_memory_of_the_optimizer_is_that_of_its_state(settings, no
     state = [tensor for name, tensor in step.state_dict().items() if not name.startswith("training.")]
     predicted = predict(config, 1, 32, "fp32", "none", settings.get("optimizer", "adamw"), average="ema" in settings).optimizer
     assert predicted == pytest.approx(sum(tensor.numel() * tensor.element_size() for tensor in state), rel=0.02)
+
+
+# One group of matrices, several, and groups of one matrix.
+@pytest.mark.parametrize(("norm", "embed_dim", "threads"), [("rms", 32, 3), ("rms", 256, 1), ("layer", 320, 3)])
+def test_the_predicted_memory_of_an_update_with_muon_is_what_it_keeps_for_its_work(norm, embed_dim, threads):
+    pytest.importorskip("numba")
+    config = ModelConfig(vocab_size=64, embed_dim=embed_dim, num_layers=3, num_heads=2, max_seq_len=8, norm=norm)
+    with runtime.use(threads=threads):
+        step = TrainStep(Model(config), optimizer="muon")
+        step(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int64))
+        found = predict(config, 1, 8, optimizer="muon")
+    assert found.update == step.optimizer._again._places.bytes > 0
+    assert found.update in [size for _, size, _ in found.rows()] and found.total == sum(size for _, size, _ in found.rows())
+    assert predict(config, 1, 8).update == predict(config, 1, 8, optimizer="muon", device=torch.device("meta")).update == 0
