@@ -32,7 +32,7 @@ class Optimizer(ABC):
 
     The state lies in `slots[kind][name]`, a float32 tensor of the parameter's shape.
 
-    Elementwise work in `step` uses only operations that round once (mul, add, sub, div, sqrt, sign), never lerp, addcmul or add with a factor.
+    Elementwise work in `step` uses only operations that round once (mul, add, sub, div, sign), never sqrt, lerp, addcmul or add with a factor.
     PyTorch cuts a tensor among its threads and may process the end of each part in scalar code, and scalar and vector code need not agree on
     whether they fuse a multiplication with an addition. Reductions and matrix products use `cllm.kernels`. Therefore the number of threads never
     changes a bit.

@@ -1,9 +1,10 @@
 """Lion: the sign of an interpolated momentum."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
+from cllm.kernels.update import UpdateAgain
 from cllm.train.optimizers.base import Optimizer
 
 
@@ -25,6 +26,17 @@ class Lion(Optimizer):
     ) -> None:
         super().__init__(named_parameters, weight_decay=weight_decay)
         self.betas = betas
+        self._again = UpdateAgain("lion")
+
+    def step_clipped(self, names: Sequence[str], grads: Sequence[torch.Tensor], clip: float, learning_rate: float) -> None:
+        """On a CPU as one launch over all parameters, with the bits of `step`."""
+        momenta = [self.slots["momentum"][name] for name in names]
+        served = self._again.call(
+            [self.parameters[name].detach() for name in names], list(grads), momenta, momenta, [self.decays[name] for name in names],
+            learning_rate=learning_rate, clip=clip, betas=self.betas,
+        )  # fmt: skip
+        if not served:
+            super().step_clipped(names, grads, clip, learning_rate)
 
     def step(self, grads: Iterable[tuple[str, torch.Tensor]], learning_rate: float) -> None:
         beta1, beta2 = self.betas

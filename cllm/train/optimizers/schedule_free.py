@@ -1,12 +1,23 @@
 """Schedule-free AdamW: an average of the iterates takes the place of the learning rate's decay."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from cllm.kernels.update import UpdateAgain
 from cllm.runtime.errors import UserError
 from cllm.train.optimizers.base import Optimizer
+
+
+class _Numbers(NamedTuple):
+    """Of one update."""
+
+    root: float  # sqrt(1 - beta2^t)
+    share: float  # c
+    direct: float  # what d is multiplied with before it is added to y
 
 
 class ScheduleFreeAdamW(Optimizer):
@@ -42,23 +53,42 @@ class ScheduleFreeAdamW(Optimizer):
             z.copy_(self.parameters[name].detach())
         # float64: the sum grows by small squares for as long as the run lasts.
         self.weights = torch.zeros(2, dtype=torch.float64)  # the sum of squared learning rates, the largest learning rate
+        self._again = UpdateAgain("schedule_free")
+
+    def step_clipped(self, names: Sequence[str], grads: Sequence[torch.Tensor], clip: float, learning_rate: float) -> None:
+        """On a CPU as one launch over all parameters, with the bits of `step`."""
+        weights, numbers = self._numbers(learning_rate)
+        served = self._again.call(
+            [self.parameters[name].detach() for name in names], list(grads), [self.slots["z"][name] for name in names],
+            [self.slots["exp_avg_sq"][name] for name in names], [self.decays[name] for name in names],
+            learning_rate=learning_rate, clip=clip, beta2=self.betas[1], eps=self.eps, **numbers._asdict(),
+        )  # fmt: skip
+        if served:
+            self.weights.copy_(weights)
+        else:
+            super().step_clipped(names, grads, clip, learning_rate)
 
     def step(self, grads: Iterable[tuple[str, torch.Tensor]], learning_rate: float) -> None:
-        beta1, beta2 = self.betas
-        largest = max(learning_rate, float(self.weights[1]))
-        total = float(self.weights[0]) + largest**2
-        self.weights.copy_(torch.tensor([total, largest], dtype=torch.float64))
-        share = largest**2 / total if total else 0.0
-        root = math.sqrt(1 - beta2 ** (self.num_updates + 1))
+        beta2 = self.betas[1]
+        weights, (root, share, direct) = self._numbers(learning_rate)
+        self.weights.copy_(weights)
         for name, grad in grads:
             y, z, v = self.parameters[name].detach(), self.slots["z"][name], self.slots["exp_avg_sq"][name]
             v.mul_(beta2).add_((grad * grad).mul_(1 - beta2))
-            direction = grad / v.sqrt().div_(root).add_(self.eps)
+            direction = grad / rounded_root(v).div_(root).add_(self.eps)
             if self.decays[name]:
                 direction.add_(y * self.decays[name])
             # The equations above with x left out: y goes the share c towards z, then what z's step moves, directly and through x.
-            y.add_((z - y).mul_(share)).add_(direction * (learning_rate * (beta1 * (1 - share) - 1)))
+            y.add_((z - y).mul_(share)).add_(direction * direct)
             z.sub_(direction.mul_(learning_rate))
+
+    def _numbers(self, learning_rate: float) -> tuple[torch.Tensor, _Numbers]:
+        """(what `weights` will be after this update, the numbers that it goes by)."""
+        largest = max(learning_rate, float(self.weights[1]))
+        total = float(self.weights[0]) + largest**2
+        share = largest**2 / total if total else 0.0
+        root = math.sqrt(1 - self.betas[1] ** (self.num_updates + 1))
+        return torch.tensor([total, largest], dtype=torch.float64), _Numbers(root, share, learning_rate * (self.betas[0] * (1 - share) - 1))
 
     def averages(self) -> dict[str, torch.Tensor]:
         """x = y + (1 - 1 / beta1) (z - y) of each parameter."""
@@ -68,3 +98,12 @@ class ScheduleFreeAdamW(Optimizer):
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return super().state_dict() | {"weights": self.weights}
+
+
+def rounded_root(x: torch.Tensor) -> torch.Tensor:
+    """sqrt(x), rounded once: torch's own on a CPU is that of MKL, which is now and then one unit off."""
+    if x.device.type != "cpu":
+        return x.sqrt()
+    root = torch.empty_like(x)
+    np.sqrt(x.numpy(), out=root.numpy())
+    return root

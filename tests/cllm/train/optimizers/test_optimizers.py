@@ -16,6 +16,7 @@ from cllm.model.model import Model
 from cllm.runtime.errors import CheckpointError, UserError
 from cllm.train.optimizers import Lion, Muon, ScheduleFreeAdamW, make_optimizer
 from cllm.train.optimizers.muon import COEFFICIENTS, NUM_STEPS, orthogonal
+from cllm.train.optimizers.schedule_free import rounded_root
 
 SHAPES = {"layers.0.wide.weight": (24, 40), "layers.0.tall.weight": (56, 16), "embed_tokens.weight": (30, 24), "norm.weight": (24,)}
 RATES = [1e-3, 4e-3, 1e-2, 1e-2, 3e-3, 2e-2]
@@ -105,6 +106,12 @@ def test_schedule_free_is_algorithm_1_of_its_paper():
     assert_close(optimizer.slots["z"], z)
     with pytest.raises(UserError, match="beta1 > 0"):
         ScheduleFreeAdamW(parameters().items(), betas=(0.0, 0.9))
+
+
+def test_a_root_is_the_nearest_number_to_the_true_one():
+    x = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 3
+    assert torch.equal(rounded_root(x), x.double().sqrt().float())  # a float64 root that is rounded again is the nearest float32
+    assert rounded_root(torch.tensor(9.0)) == 3.0
 
 
 def newton_schulz(matrix):
@@ -226,6 +233,53 @@ def test_muon_at_once_leaves_zero_gradients_alone_and_takes_those_of_bfloat16():
     assert torch.equal(momenta[1], grads[1].float() * torch.tensor(1 - 0.95))
     assert not update.call(params, [each.double() for each in grads], momenta, **options)
     assert not update.call(params, [grads[0].T.contiguous().T, grads[1]], momenta, **options)
+
+
+AT_ONCE = {"wide.weight": (130, 257), "norm.weight": (37,), "scalar": (), "empty.weight": (0, 3)}  # several blocks, and ends of all lengths
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["lion", "schedule_free"])
+def test_an_update_of_all_tensors_at_once_has_the_bits_of_the_plain_operations(name, dtype):
+    generator = torch.Generator().manual_seed(3)
+    start = {key: torch.randn(shape, generator=generator) for key, shape in AT_ONCE.items()}
+    special = torch.tensor([0.0, -0.0, 1e-30, -1e-42, 3e18, -1e-8])  # whose squares are 0, denormal or infinite
+    ends = []
+    for threads in (1, 3, 0):  # the last one by plain operations
+        params = {key: torch.nn.Parameter(each.clone()) for key, each in start.items()}
+        with runtime.use(threads=threads or 1, backend="numba"):
+            optimizer = make(name, params.items())
+            served, again = [], optimizer._again.call
+            optimizer._again.call = lambda *args, **numbers: served.append(bool(threads) and again(*args, **numbers)) or served[-1]  # noqa: B023
+            draws = torch.Generator().manual_seed(4)
+            for rate, clip in ((1e-2, 1.0), (0.0, 0.7), (3e-3, 1e-3), (1e-2, 1.0)):
+                grads = [torch.randn(shape, generator=draws) for shape in AT_ONCE.values()]
+                grads[0].view(-1)[-6:] = grads[1][:6] = special
+                with torch.no_grad():
+                    optimizer.step_clipped(list(params), [each.to(dtype) for each in grads], clip, rate)
+                optimizer.num_updates += 1
+        assert served == [bool(threads)] * 4
+        ends.append([each.detach().view(-1).view(torch.int32) for each in (*params.values(), *optimizer.state_dict().values()) if each.dim()])
+    assert all(torch.equal(found, expected) for end in ends[:2] for found, expected in zip(end, ends[2], strict=True))
+    assert not torch.equal(ends[2][0], start["wide.weight"].view(-1).view(torch.int32))
+
+
+@pytest.mark.parametrize("name", ["lion", "schedule_free"])
+def test_what_an_update_at_once_does_not_serve_runs_by_plain_operations(name):
+    ends = []
+    for served in (True, False):
+        params = {key: torch.nn.Parameter(each.detach().clone()) for key, each in parameters().items()}
+        if not served:
+            wide = params["layers.0.wide.weight"]
+            wide.data = wide.data.T.contiguous().T
+        optimizer = make(name, params.items())
+        for update in range(3):
+            for key, gradient in gradients(update).items():
+                params[key].grad = gradient
+            optimizer.update(RATES[update], CLIP)
+        assert bool(optimizer._again._key) == served
+        ends.append(params)
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
 def test_the_matrices_of_both_families_go_to_muon_and_their_tables_to_adamw():
