@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from cllm.data.tokens.batch import IGNORE
+from cllm.evaluate.programs import EvaluationPrograms
 from cllm.runtime.errors import DataError, UserError
 from cllm.runtime.quantities import counted
 
@@ -75,16 +76,20 @@ def evaluate(
 
 
 @torch.no_grad()
-def evaluate_part(model: Model, part: EvaluationBatches, whole: EvaluationBatches, progress: Callable[[int, int], None] | None = None) -> Evaluation:
-    """The same over `part`, some of the rows of `whole`. Both have targets."""
+def evaluate_part(
+    model: Model, part: EvaluationBatches, whole: EvaluationBatches, progress: Callable[[int, int], None] | None = None,
+    programs: EvaluationPrograms | None = None,
+) -> Evaluation:  # fmt: skip
+    """The same over `part`, some of the rows of `whole`. Both have targets. programs: those of the model, where they are kept from call to call."""
+    programs = programs or EvaluationPrograms(model)
     nats, correct, num_targets, rows = 0.0, 0, 0, 0
     device = model.embedding_weight.device
     for here in part:
         batch = here.to(device)
         with model.torch_aside():
-            _, stats = model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, return_stats=True)
-        nats += float(stats.losses.double().sum())
-        correct += int(stats.correct.sum())
+            losses, ranked_first = programs.losses(batch)
+        nats += float(losses.double().sum())
+        correct += int(ranked_first.sum())
         num_targets += here.num_targets
         rows += len(here.tokens)
         if progress is not None:

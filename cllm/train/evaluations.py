@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cllm.config.evaluation_plan import EvaluationPlan, class_rows_of, least_rows
 from cllm.evaluate.loss import Evaluation, evaluate_part, unigram_loss
+from cllm.evaluate.programs import EvaluationPrograms
 
 if TYPE_CHECKING:
     from cllm.config.train import TrainConfig
@@ -47,6 +48,7 @@ class Evaluations:
         self.plan = EvaluationPlan.of(config, self._whole.num_rows)
         self.steps = settings.steps  # of the run, which a clock may move
         self._unigram: dict[int, float] = {}
+        self._programs = EvaluationPrograms(model)
 
     def keep_to(self, rows: int | None) -> None:
         """Takes over the number of rows that the run began with; None: of a run from before there was a plan, which read the whole split."""
@@ -78,7 +80,7 @@ class Evaluations:
                 moved(done, total)
                 check()
 
-            found = evaluate_part(self._model, rows, self._whole, progress)
+            found = evaluate_part(self._model, rows, self._whole, progress, self._programs)
             return Measured(found, self._unigram_loss(rows))
 
     def _rows(self, whole: bool) -> EvaluationBatches:

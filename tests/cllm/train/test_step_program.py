@@ -10,10 +10,9 @@ pytest.importorskip("numba")
 
 from cllm import Model, ModelConfig, TrainStep, runtime
 from cllm.data import IGNORE, Batch
-from cllm.model import memory
+from cllm.model import memory, programs
 from cllm.runtime import profiler
 from cllm.runtime.errors import UserError
-from cllm.train import step_program
 
 SIZES = {"vocab_size": 37, "embed_dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 48, "max_seq_len": 16}
 LLAMA = SIZES | {"num_kv_heads": 1}
@@ -320,7 +319,7 @@ def test_steps_that_need_much_memory_are_not_recorded(monkeypatch):
         pair.run(microbatches(number))
     pair.check(replayed=0)
     monkeypatch.undo()
-    monkeypatch.setattr(step_program, "MOST_PROGRAM_BYTES", 20_000)  # more is needed than was predicted
+    monkeypatch.setattr(programs, "MOST_PROGRAM_BYTES", 20_000)  # more is needed than was predicted
     pair = Pair(monkeypatch)
     for number in range(4):
         pair.run(microbatches(number))
@@ -328,7 +327,7 @@ def test_steps_that_need_much_memory_are_not_recorded(monkeypatch):
 
 
 def test_shapes_that_always_differ_leave_little_behind(monkeypatch):
-    monkeypatch.setattr(step_program, "MOST_KINDS", 3)
+    monkeypatch.setattr(programs, "MOST_KINDS", 3)
     pair = Pair(monkeypatch)
     for number in range(7):
         pair.run(microbatches(number, shape=(1 + number, 8)))
