@@ -6,14 +6,18 @@ might tip it, the answer is UNDECIDED and the caller asks sampling.py. So the to
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
 
-from cllm.runtime.compiler import numba_setup
+from cllm.runtime import compiler
 
-numba_setup()
+compiler.register_kernels(Path(__file__).parent)
+compiler.numba_setup()
 
 import numba  # noqa: E402 - its settings are read when it is imported
+
+from cllm.runtime.workers.linked import linked  # noqa: E402
 
 UNDECIDED = -1
 TOLERANCE = 1e-10  # of probabilities: far above the rounding of sums over 256 k tokens, far below what would be undecided often
@@ -22,11 +26,10 @@ _SURE = 1e-12  # the weights of tokens in the wrong order differ by less
 _MANY, _FEW = 1024, 64  # tokens that are looked at by themselves, and that are sorted
 _BLOCK, _LINE = 512, 32  # tokens that are computed together, and that are looked at together
 
-# All functions stand in this one file, which numba itself watches: its cache needs no further key.
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy")
-_jit_sum = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})  # sums in vectors; NaN keeps its meaning
-
-_jit_contract = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+_jit = linked(cache=True)
+_jit_sum = linked(cache=True, fastmath={"reassoc", "nsz", "contract"})  # sums in vectors; NaN keeps its meaning
+_jit_contract = linked(cache=True, fastmath={"contract"})
+_called_by_python = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 _LOG2E, _LN2_HIGH, _LN2_LOW = 1.4426950408889634, 6.93147180369123816490e-01, 1.90821492927058770002e-10
 _ROUND = 6755399441055744.0  # 1.5 * 2**52: added to a number it leaves the nearest integer in the low bits
@@ -193,7 +196,7 @@ def _doubtful(weights: np.ndarray, bound: float) -> float:
     return total
 
 
-@_jit
+@_called_by_python
 def draw_token(x: np.ndarray, top: float, temperature: float, top_k: int, top_p: float, min_p: float, uniform: float) -> int:
     """The token drawn by a uniform number in [0, 1) from adjusted logits x (V,) float64, the largest of which is `top`; UNDECIDED where rounding
     decides.
@@ -213,6 +216,12 @@ def draw_token(x: np.ndarray, top: float, temperature: float, top_k: int, top_p:
             return UNDECIDED
         _drop_below(weights, min_p)
     return _at(weights, uniform)
+
+
+def compile_draw() -> None:
+    """Compiles `draw_token` for the types that it is always called with."""
+    number = numba.types.float64
+    draw_token.compile((number[::1], number, number, numba.types.int64, number, number, number))
 
 
 @_jit
@@ -235,7 +244,7 @@ def _at(weights: np.ndarray, uniform: float) -> int:
     return UNDECIDED
 
 
-@_jit
+@_called_by_python
 def log_of_sum(x: np.ndarray) -> float:
     """log(sum(exp(x))) of x (V,) float64 without NaN and +inf."""
     weights = np.empty_like(x)
@@ -244,7 +253,7 @@ def log_of_sum(x: np.ndarray) -> float:
     return top + math.log(_sum(weights))
 
 
-@_jit
+@_called_by_python
 def likeliest(x: np.ndarray, count: int) -> np.ndarray:
     """The tokens of the largest `count` logits x (V,), the largest first, ties by id: (count,) int64."""
     tokens = np.empty(count, dtype=np.int64)

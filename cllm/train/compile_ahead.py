@@ -1,7 +1,7 @@
 """Compiles the kernels of a training to come while its text is read: `start` in the process that trains, the rest in the one that it starts.
 
-That one takes a step of the model with the sizes and settings of the run, cut down to two layers, and evaluates it, all with launches that do nothing
-(`runtime/compile_ahead.py`).
+That one takes a step of the model with the sizes and settings of the run, cut down to two layers, evaluates it and goes on with a text, all with
+launches that do nothing (`runtime/compile_ahead.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from cllm.runtime import compile_ahead
 if TYPE_CHECKING:
     from cllm.config.model import ModelConfig
     from cllm.config.train import TrainConfig
+    from cllm.model.model import Model
 
 LAYERS = 2
 VOCABULARY = 1024  # where there is no tokenizer yet
@@ -74,6 +75,19 @@ def main() -> None:
                 each.entry()
         with torch.no_grad():
             step.model.loss(tokens, tokens, return_stats=True)
+            _go_on_with_a_text(step.model)
+
+
+def _go_on_with_a_text(model: Model) -> None:
+    """What samples need, and `cllm generate` after the training."""
+    from cllm.generate import compiled_draw
+    from cllm.model.pages import PAGE, Part
+
+    compile_ahead.is_postponed(compiled_draw.compile_draw)
+    pool = model.make_pool(1)
+    page = pool.take()
+    for num_tokens in (1, min(PAGE, model.config.max_seq_len)):  # a token of an answer, and a prompt
+        model.step(pool, [Part([0] * num_tokens, 0, [page], 1)])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """One continuation's choices: the tokens of the plain functions, whatever the settings, and what is told beside them."""
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -167,8 +168,13 @@ def test_a_bias_outside_the_vocabulary_is_refused():
         Sampler(Sampling(logit_bias={9: 1.0}), prompt=(), vocab_size=9, seed=0)
 
 
+@numba.njit
+def weigh(x, top, temperature, weights):
+    compiled_draw._weigh(x, top, temperature, weights)
+
+
 def test_the_exponential_is_exact_to_a_few_units():
     x = -np.abs(np.random.default_rng(0).normal(size=5000)) * np.geomspace(1e-9, 600, 5000)
     weights = np.empty_like(x)
-    compiled_draw._weigh(x, 0.0, 1.0, weights)
+    weigh(x, 0.0, 1.0, weights)
     np.testing.assert_allclose(weights, np.exp(np.maximum(x, -700)), rtol=1e-14)

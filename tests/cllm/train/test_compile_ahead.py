@@ -16,6 +16,9 @@ TRAIN = """
 import torch
 from cllm import Model, TrainStep
 from cllm.config.model import ModelConfig
+from cllm.config.sampling import Sampling
+from cllm.generate.engine import Engine
+from cllm.generate.request import Request
 from numba.core import event
 
 class Compiled(event.Listener):
@@ -30,6 +33,11 @@ for _ in range(3):
     step(tokens, tokens)
 with torch.no_grad():
     step.model.loss(tokens, tokens, return_stats=True)
+for prompt in ([1], [1] * 40):  # a sample, and a text that goes on with more tokens than one
+    engine = Engine(step.model, vocab_size=64)
+    engine.submit(Request(prompt, 2, Sampling(temperature=0.8, top_p=0.95)))
+    while engine.step():
+        pass
 print(Compiled.names)
 """
 
@@ -38,7 +46,7 @@ def test_afterwards_a_training_compiles_nothing():
     """Also where the cache has all of them already: then nothing is compiled, and this is quick."""
     settings = {"train.precision": "fp32", "train.batch_size": 2, "train.seq_len": 16, "train.device": "cpu", "data.path": "text"}
     config = TrainConfig.from_layers(sets=[f"{key}={value}" for key, value in settings.items()])
-    sizes = {"vocab_size": 64, "embed_dim": 32, "num_layers": 3, "num_heads": 2, "max_seq_len": 16}
+    sizes = {"vocab_size": 64, "embed_dim": 32, "num_layers": 3, "num_heads": 2, "max_seq_len": 64}
     given = json.dumps({"config": config.to_dict(), "sizes": sizes})
     run = {"env": {**os.environ, "CLLM_THREADS": "2"}, "capture_output": True, "text": True, "check": True}
     told = subprocess.run([sys.executable, "-m", "cllm.train.compile_ahead"], input=given, **run).stdout.split()
