@@ -20,7 +20,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 demo: setup
 	@$(BIN)/cllm train "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" --config examples/demo.toml --out $(RUN)
-	@echo "In a browser, with this model and for your own text: make app"
+	@if [ -t 1 ]; then echo "Next, in a browser, with this model and for your own text (Ctrl-C ends it, make app begins it again):"; \
+		$(BIN)/cllm app --port 0; else echo "In a browser, with this model and for your own text: make app"; fi
 
 # The repository's folder is the workspace; in a folder of your own say path/to/.venv/bin/cllm app.
 app: setup

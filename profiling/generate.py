@@ -84,7 +84,7 @@ def measure(shape: LlamaShape, weights: str, options: argparse.Namespace, thread
     count, prompt = options.tokens, min(options.prompt, shape.seq_len - options.tokens - 1)
     tokens = torch.randint(shape.vocab_size, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
     matrix, vector = torch.ones(READ_BYTES >> 14, 1 << 12), torch.ones(1 << 12)
-    with tempfile.TemporaryDirectory(prefix="cllm-generate-") as folder:
+    with tempfile.TemporaryDirectory(prefix="cllm-generate-") as folder, runtime.progress.Stage(f"{shape.name} {weights}: generating") as stage:
         found = contestants(shape, weights, Path(folder), threads, options.llama)
         firsts: dict[str, list[float]] = {name: [] for name in found}
         rests: dict[str, list[float]] = {name: [] for name in found}
@@ -98,6 +98,7 @@ def measure(shape: LlamaShape, weights: str, options: argparse.Namespace, thread
             begun = time.perf_counter()
             torch.mv(matrix, vector)
             readings.append(time.perf_counter() - begun)
+            stage.advance(round_ + 1, options.rounds + 1, "rounds")
         if "llama.cpp" in found:
             found["llama.cpp"].close()
     prefill = {name: statistics.median(each) for name, each in firsts.items()}

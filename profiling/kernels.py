@@ -261,11 +261,12 @@ def main() -> None:
         torch.set_num_threads(options.threads or runtime.device.usable_cores())
         for name in options.dtypes:
             dtype = getattr(torch, name)
-            for contest in contests(dtype, options.tiny):
-                if not options.ops or contest.op in options.ops:
-                    rows += measure(contest, dtype, options.rounds)
+            chosen = [contest for contest in contests(dtype, options.tiny) if not options.ops or contest.op in options.ops]
+            for contest in runtime.progress.track(chosen, len(chosen), f"{name}: timing operations"):
+                rows += measure(contest, dtype, options.rounds)
         if not options.ops or "adamw_" in options.ops:
-            rows.append(adamw(options.rounds, 40_000 if options.tiny else 124_000_000))
+            with runtime.progress.Stage("timing the optimizer"):
+                rows.append(adamw(options.rounds, 40_000 if options.tiny else 124_000_000))
     ceilings = runtime.ceilings()
     fastest = {"float32": ceilings.fp32_gflops * 1e9, "bfloat16": ceilings.bf16_gflops * 1e9}
     for row in rows:

@@ -194,8 +194,8 @@ def main() -> None:
         for name in options.shapes:
             stepper = Stepper(SHAPES[name], options.precision)
             measure = {"step": outside_kernels, "optimizers": optimizers, "dropout": dropout, "checkpoints": checkpoints, "monitoring": monitoring}
-            found = [row for each in options.only for row in measure[each](stepper, options.rounds)]
-            rows += [{"shape": name, "precision": options.precision, **row} for row in found]
+            for each in runtime.progress.track(options.only, len(options.only), f"{name} {options.precision}: measuring"):
+                rows += [{"shape": name, "precision": options.precision, **row} for row in measure[each](stepper, options.rounds)]
     print_table(
         ("shape", "what", "step", "held up, or outside kernels", "of a step", "steps beside", "lasted", "in all"),
         [(r["shape"], r["what"], f"{1e3 * r['step_seconds']:.1f} ms", f"{1e3 * r['stall_seconds']:.2f} ms", f"{100 * r['stall_of_step']:.2f} %",

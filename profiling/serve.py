@@ -70,13 +70,13 @@ def prompts_of(shape: LlamaShape, number: int, length: int, seed: int) -> list[l
 def measure(shape: LlamaShape, weights: str, options: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     most = max(*options.requests, options.streams + 1)
-    with tempfile.TemporaryDirectory(prefix="cllm-serve-") as folder:
+    with tempfile.TemporaryDirectory(prefix="cllm-serve-") as folder, runtime.progress.Stage(f"{shape.name} {weights}: answering") as stage:
         found: dict[str, Any] = {"cllm": Ours(shape, weights)}
         if LlamaCpp.is_present(options.llama):
             found["llama.cpp"] = LlamaCpp(options.llama, shape, weights, Path(folder), threads, most)
         works = [(f"{number} requests", number, options.answer, False) for number in options.requests]
         works.append((f"first token beside {options.streams}", options.streams, 4, True))
-        for name, number, count, late in works:
+        for place, (name, number, count, late) in enumerate(works):
             measured: dict[str, list[float]] = {each: [] for each in found}
             for round_ in range(options.rounds + 1):  # the first one warms up
                 *prompts, extra = prompts_of(shape, number + 1, options.prompt, round_)
@@ -84,6 +84,7 @@ def measure(shape: LlamaShape, weights: str, options: argparse.Namespace, thread
                     answer = contestant.together(prompts, count, extra if late else None)
                     if round_:
                         measured[each].append(answer["late_first"] if late else number * count / answer["seconds"])
+                stage.advance(place * (options.rounds + 1) + round_ + 1, len(works) * (options.rounds + 1), "rounds")
             medians = {each: statistics.median(values) for each, values in measured.items()}
             ratio = None if len(medians) == 1 else medians["cllm"] / medians["llama.cpp"]
             rows.append({"shape": shape.name, "weights": weights, "work": name, "unit": "s" if late else "tokens/s", **medians, "ratio": ratio})

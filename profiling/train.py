@@ -80,7 +80,8 @@ def main() -> None:
         torch.set_num_threads(options.threads or runtime.device.usable_cores())
         for name in options.shapes:
             for precision in options.precision:
-                rows.append(measure(SHAPES[name], precision, options.rounds, options.compile, options.nanogpt))
+                with runtime.progress.Stage(f"{name} {precision}: timing a step of each"):
+                    rows.append(measure(SHAPES[name], precision, options.rounds, options.compile, options.nanogpt))
     print_table(
         ("shape", "precision", "ours tok/s", "best PyTorch tok/s", "ratio", "our GFLOP/s"),
         [

@@ -35,6 +35,8 @@ def clean(
     place: str,
     inputs: list[str],
     piece: int,
+    first: int,
+    last: int,
     changes: Mapping[str, Any],
     filter: bool,
     sign: bool,
@@ -43,8 +45,8 @@ def clean(
     evaluation: list[str],
     score: list[str],
 ) -> dict[str, Any]:
-    """Writes PLACE.parquet; PLACE.lengths, the characters of each text as int32, -1 - characters where it is dropped; PLACE.exact and PLACE.bands,
-    what the search for duplicates sorts (see duplicates.py).
+    """Cleans rows `first` to `last` of an extracted piece. Writes PLACE.parquet; PLACE.lengths, the characters of each text as int32, -1 - characters
+    where it is dropped; PLACE.exact and PLACE.bands, what the search for duplicates sorts (see duplicates.py).
 
     replaced: the file of older versions of pages. lines: the counted lines of web pages. evaluation, score: place and digest of what `examples` has
     made, or nothing.
@@ -56,7 +58,7 @@ def clean(
     target = Path(place + ".parquet")
     older = reasons(replaced, piece)
     with writing(target) as out:
-        for number, row in enumerate(read_rows(Path(inputs[0]))):
+        for number, row in enumerate(read_rows(Path(inputs[0]), first=first, last=last), first):
             row["dropped_because"] = row["dropped_because"] or older.get(number, "")
             if not row["dropped_because"]:
                 words = _cleaned(row, how, counts)

@@ -104,7 +104,8 @@ def ranges(forest: np.ndarray, size: int) -> list[tuple[int, int]]:
 def verify(place: str, forest: str, first: int, last: int, copies: list[str], texts: str, threshold: float) -> dict[str, Any]:
     """Writes PLACE.pairs: the near duplicates in rows `first` to `last` of a forest, which are whole components.
 
-    copies: files of exact duplicates, which are no candidates any more. texts: a file that says where the documents of each piece are. threshold: the
+    copies: files of exact duplicates, which are no candidates any more. texts: a file that says where the documents of each piece are: its parts with
+    their first rows. threshold: the
     similarity from which on a document repeats another. Of each document the hashes of its words are held, 8 bytes a word.
     """
     members = np.array(load(forest, np.dtype("<u8")).reshape(-1, 2)[first:last])
@@ -127,13 +128,16 @@ def verify(place: str, forest: str, first: int, last: int, copies: list[str], te
     return {"files": {".pairs": save(Path(place + ".pairs"), pairs[np.argsort(pairs["key"])])}, "pairs": len(pairs)}
 
 
-def _texts_of(keys: np.ndarray, texts: dict[str, str]) -> Iterator[tuple[int, str]]:
+def _texts_of(keys: np.ndarray, texts: dict[str, list[tuple[int, str]]]) -> Iterator[tuple[int, str]]:
     """(key, text) in the order of keys, which is that of pieces; of each file only the row groups that hold some of them are read."""
     pieces = keys >> np.uint64(32)
     for piece in np.unique(pieces).tolist():
         rows = (keys[pieces == piece] & np.uint64(0xFFFFFFFF)).astype(np.int64)
-        for row, text in texts_at(Path(texts[str(piece)]), rows):
-            yield piece << 32 | row, text
+        parts = texts[str(piece)]
+        for (first, place), last in zip(parts, [*(begin for begin, _ in parts[1:]), 1 << 32]):
+            own = rows[(rows >= first) & (rows < last)]
+            for row, text in texts_at(Path(place), own - first):
+                yield piece << 32 | first + row, text
 
 
 def merged(inputs: Sequence[str]) -> np.ndarray:

@@ -18,8 +18,11 @@ from cllm.data.preparation.versions import Fetched
 _own = threading.local()  # the sandbox of this thread, which reads one file after the other
 
 
-def extract(place: str, piece: int, source: str, root: str, files: list[str], refused: dict[str, str], options: dict[str, Any]) -> dict[str, Any]:
-    """Writes PLACE.parquet; PLACE.fetched, the pages in it that were fetched from the web, see versions.py.
+def extract(
+    place: str, piece: int, source: str, root: str, files: list[str], refused: dict[str, str], options: dict[str, Any], part_chars: int
+) -> dict[str, Any]:
+    """Writes PLACE.parquet; PLACE.fetched, the pages in it that were fetched from the web, see versions.py. Tells in which rows a new part of so many
+    characters begins.
 
     files: names below `root`, which may be a file itself; refused: those of them that need not be tried, and why.
     """
@@ -27,6 +30,7 @@ def extract(place: str, piece: int, source: str, root: str, files: list[str], re
     how = Options.from_dict(options)
     sandbox = _sandbox(how)
     chars = pages = first = 0
+    parts = [(0, 0)]  # the first row of each part, and the characters before it
     fetched = Fetched()
     with writing(target) as rows:
         for name in files:
@@ -40,11 +44,13 @@ def extract(place: str, piece: int, source: str, root: str, files: list[str], re
                     first = first if member is before else key_of(row["id"])
                     fetched.add(member.url, member.date, first, key_of(row["id"]))
                     before = member
+                if chars - parts[-1][1] >= part_chars:
+                    parts.append((rows.num_rows, chars))
                 rows.add(row)
                 chars += len(row["text"])
                 pages += row["kind"] == "html"
     made = {".parquet": file_facts(target), ".fetched": fetched.save(Path(place + ".fetched"))}
-    return {"files": made, "rows": rows.num_rows, "chars": chars, "pages": pages, "fetched": len(fetched)}
+    return {"files": made, "rows": rows.num_rows, "chars": chars, "parts": parts, "pages": pages, "fetched": len(fetched)}
 
 
 def _sandbox(options: Options) -> Sandbox:

@@ -8,6 +8,7 @@ and which files each reads. A document's text is in the files of `extract`, `cle
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,18 @@ class _Reference:
     signed: Done
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Rows `first` to `last` of an extracted piece, which one task cleans."""
+
+    piece: Piece
+    number: int
+    """Of its task: that of the piece, and of those behind its first part another."""
+    first: int
+    last: int
+    chars: int
+
+
 class Preparation:
     """One run over one folder of results."""
 
@@ -53,6 +66,7 @@ class Preparation:
         self.ledger = Ledger(out)
         self.inputs = Inputs(self.ledger.folder)
         self.pieces: list[Piece] = []
+        self.parts: list[_Part] = []
 
     def run(self) -> Prepared:
         """Raises DataError where there is nothing to prepare, and where a loss was asked about and is not wanted."""
@@ -63,6 +77,7 @@ class Preparation:
         if not self.pieces:
             raise DataError(f"there are no files in {', '.join(self.sources)}. Give a folder with documents.")
         extracted = self._extract()
+        self.parts = [part for piece, done in zip(self.pieces, extracted) for part in _parts_of(piece, done)]
         cleaned = self._clean(extracted)
         references = self._references()
         pairs = self._duplicates(cleaned, references)
@@ -100,9 +115,10 @@ class Preparation:
                 options = dict(self.recipe.extraction)
                 arguments = {
                     "piece": piece.number, "source": source.name, "root": source.root, "files": there, "refused": refused, "options": options,
+                    "part_chars": self.recipe.sizes.part_chars,
                 }  # fmt: skip
                 size = sum(source.found[name].st_size for name in there if name in source.found)
-                tasks.append(Task(piece.number, arguments, [source.name, files, _without_secrets(options)], 1 + size))
+                tasks.append(Task(piece.number, arguments, [source.name, files, _without_secrets(options), self.recipe.sizes.part_chars], 1 + size))
         finally:
             digests.save()
         return self._stage("extract", "Reading documents", "extraction:extract", tasks, "bytes")
@@ -128,20 +144,24 @@ class Preparation:
     def _clean(self, extracted: list[Done]) -> list[Done]:
         older = self._versions(extracted)
         lines, evaluation, score = self._boilerplate(extracted, older), self._evaluation(), self._score(extracted)
-        tasks = []
-        for piece, done in zip(self.pieces, extracted):
+        tasks, by_piece = [], {piece.number: done for piece, done in zip(self.pieces, extracted)}
+        for part in self.parts:
+            piece, done = part.piece, by_piece[part.piece.number]
             changes, counted = self._changes(self.sources[piece.source]), lines[piece.generation] if done.result["pages"] else []
             arguments = {
-                "inputs": [done.path(".parquet")], "piece": piece.number, "changes": changes, "filter": self.recipe.filter, "sign": self.recipe.dedup,
-                "replaced": str(self._replaced),
+                "inputs": [done.path(".parquet")], "piece": piece.number, "first": part.first, "last": part.last, "changes": changes,
+                "filter": self.recipe.filter, "sign": self.recipe.dedup, "replaced": str(self._replaced),
                 "lines": [each.path(".lines") for each in counted], "evaluation": _place(evaluation), "score": _place(score),
             }  # fmt: skip
             beside = [each.digest if each else "" for each in (evaluation, score)]
             rules = rules_of(changes, self.recipe.filter).digest()
             own = versions.of_piece(older, piece.number).tolist()
-            depends = [done.files[".parquet"], own, rules, self.recipe.dedup, [each.digest for each in counted], beside]
-            tasks.append(Task(piece.number, arguments, depends, 1 + done.result["chars"]))
-        return self._stage("clean", "Cleaning and filtering", "cleaning:clean", tasks, "bytes")
+            rows = [done.files[".parquet"], part.first, part.last]
+            depends = [rows, own, rules, self.recipe.dedup, [each.digest for each in counted], beside]
+            tasks.append(Task(part.number, arguments, depends, 1 + part.chars))
+        cleaned = self._stage("clean", "Cleaning and filtering", "cleaning:clean", tasks, "bytes")
+        self.ledger.tidy("clean", {task.number for task in tasks})
+        return cleaned
 
     def _boilerplate(self, extracted: list[Done], older: np.ndarray) -> dict[int, list[Done]]:
         """For each generation the counted lines of all pages up to it, in parts, so that pages that come later change nothing that was prepared."""
@@ -252,10 +272,12 @@ class Preparation:
 
     def _verify(self, forest: Done, copies: list[Done], cleaned: list[Done], references: list[_Reference], threshold: float) -> list[Done]:
         members = duplicates.load(forest.path(".forest"), np.dtype("<u8")).reshape(-1, 2)
-        files = {number: (str(each.path), each.signed.digest) for number, each in enumerate(references)}
-        files |= {1 << 31 | piece.number: (done.path(".parquet"), done.digest) for piece, done in zip(self.pieces, cleaned)}
+        files = {number: [(0, str(each.path), each.signed.digest)] for number, each in enumerate(references)}
+        for part, done in zip(self.parts, cleaned):
+            files.setdefault(1 << 31 | part.piece.number, []).append((part.first, done.path(".parquet"), done.digest))
         texts = self.ledger.folder / "texts.json"
-        write_file(texts, json.dumps({str(number): path for number, (path, _) in files.items()}).encode(), DATA)
+        where = {number: [(first, path) for first, path, _ in parts] for number, parts in files.items()}
+        write_file(texts, json.dumps(where).encode(), DATA)
         tasks = []
         for number, (first, last) in enumerate(duplicates.ranges(members, self.recipe.sizes.verify_documents)):
             own = np.array(members[first:last])
@@ -265,7 +287,7 @@ class Preparation:
                 "texts": str(texts), "threshold": threshold,
             }  # fmt: skip
             depends = [own.tobytes().hex() if len(own) < 8 else digest_of(own.tolist()), [each.digest for each in copies]]
-            tasks.append(Task(number, arguments, [*depends, [files[each][1] for each in touched], threshold], last - first))
+            tasks.append(Task(number, arguments, [*depends, [[digest for *_, digest in files[each]] for each in touched], threshold], last - first))
         found = self._stage("verify", "Comparing similar texts", "duplicates:verify", tasks, "documents")
         self.ledger.tidy("verify", set(range(len(tasks))))
         return found
@@ -274,9 +296,9 @@ class Preparation:
         """Asks where a source would lose more than half of its documents as near duplicates: that is a mistake more often than it is meant."""
         near = pairs[pairs["similarity"] != duplicates.EXACT]
         lost, had = dict.fromkeys(self.sources, 0), dict.fromkeys(self.sources, 0)
-        for piece, done in zip(self.pieces, cleaned):
-            had[piece.source] += done.result["signed"]
-            lost[piece.source] += len(shards.pairs_in(near, piece.number, 0, (1 << 32) - 1))
+        for part, done in zip(self.parts, cleaned):
+            had[part.piece.source] += done.result["signed"]
+            lost[part.piece.source] += len(shards.pairs_in(near, part.piece.number, part.first, part.last))
         for root, count in lost.items():
             if count >= LARGE_LOSS and 2 * count > had[root]:
                 question = (
@@ -292,33 +314,32 @@ class Preparation:
 
     def _write(self, cleaned: list[Done], pairs: Path, references: list[_Reference]) -> list[tuple[Shard, dict[str, Any]]]:
         duplicate = duplicates.load(str(pairs), duplicates.PAIR)
-        chars: dict[int, np.ndarray] = {}
+        chars: list[np.ndarray] = []
         totals = dict.fromkeys(self.sources, 0)
-        for piece, done in zip(self.pieces, cleaned):
+        for part, done in zip(self.parts, cleaned):
             lengths = np.fromfile(done.path(".lengths"), np.int32)
-            own = shards.pairs_in(duplicate, piece.number, 0, len(lengths))
-            rows = (own["key"] & np.uint64(0xFFFFFFFF)).astype(np.int64)
+            own = shards.pairs_in(duplicate, part.piece.number, part.first, part.last)
+            rows = (own["key"] & np.uint64(0xFFFFFFFF)).astype(np.int64) - part.first
             lengths[rows] = -1 - lengths[rows]
-            chars[piece.number] = lengths
-            totals[piece.source] += int(lengths[lengths > 0].sum(dtype=np.int64))
+            chars.append(lengths)
+            totals[part.piece.source] += int(lengths[lengths > 0].sum(dtype=np.int64))
         epochs = epochs_of(self.recipe.mixes, totals)
-        by_piece = {piece.number: (piece, done) for piece, done in zip(self.pieces, cleaned)}
         tasks: list[Task] = []
         numbers, shard_chars = {True: 0, False: 0}, self.recipe.sizes.shard_chars
         for generation in range(max(piece.generation for piece in self.pieces) + 1):
-            pieces = [piece for piece in self.pieces if piece.generation == generation]
             both: dict[bool, list[tuple[shards.Segment, int]]] = {True: [], False: []}
-            for piece in pieces:
-                lengths = chars[piece.number]
-                times = np.where(lengths >= 0, shards.take_of(shards.keys_of(piece.number, len(lengths)), epochs[piece.source]), 0)
+            for number, (part, lengths) in enumerate(zip(self.parts, chars)):
+                if part.piece.generation != generation:
+                    continue
+                times = np.where(lengths >= 0, shards.take_of(shards.keys_of(part.piece.number, part.first, part.last), epochs[part.piece.source]), 0)
                 all_chars = np.where(lengths >= 0, lengths, -1 - lengths).astype(np.int64)
-                kept, dropped = shards.plan(piece.number, all_chars, times, max(1, shard_chars // 4))
+                kept, dropped = shards.plan(number, part.first, all_chars, times, max(1, shard_chars // 4))
                 both[True] += kept
                 both[False] += dropped
             for kept_ones, segments in both.items():
                 for group in shards.groups(segments, shard_chars):
                     name = f"{shards.KEPT if kept_ones else shards.DROPPED}/{numbers[kept_ones]:06d}.parquet"
-                    tasks.append(self._shard(name, len(tasks), group, kept_ones, by_piece, pairs, duplicate, epochs, references))
+                    tasks.append(self._shard(name, len(tasks), group, kept_ones, cleaned, pairs, duplicate, epochs, references))
                     numbers[kept_ones] += 1
 
         def intact(task: Task, done: Done) -> bool:
@@ -340,25 +361,27 @@ class Preparation:
         number: int,
         group: list[shards.Segment],
         kept: bool,
-        by_piece: Mapping[int, tuple[Piece, Done]],
+        cleaned: list[Done],
         pairs: Path,
         duplicate: np.ndarray,
         epochs: Mapping[str, float],
         references: list[_Reference],
     ) -> Task:
-        sources = [self.sources[by_piece[segment.piece][0].source] for segment in group]
+        parts = [self.parts[segment.part] for segment in group]
+        sources = [self.sources[part.piece.source] for part in parts]
+        rows = [[part.piece.number, part.first, each.first, each.last] for each, part in zip(group, parts)]
         own_epochs = {source.name: epochs[source.root] for source in sources}
         arguments = {
             "out": str(self.out / name),
-            "segments": [[by_piece[each.piece][1].path(".parquet"), each.piece, each.first, each.last] for each in group],
+            "segments": [[cleaned[each.part].path(".parquet"), *where] for each, where in zip(group, rows)],
             "pairs": str(pairs),
             "epochs": own_epochs,
             "reasons": {name: f"not drawn ({name} is taken {share:.4g} times)" for name, share in own_epochs.items()},
             "earlier": [each.name for each in references],
             "kept": kept,
         }
-        own_pairs = [shards.pairs_in(duplicate, each.piece, each.first, each.last).tolist() for each in group]
-        inputs = [[by_piece[each.piece][1].files[".parquet"], each.piece, each.first, each.last] for each in group]
+        own_pairs = [shards.pairs_in(duplicate, piece, first, last).tolist() for piece, _, first, last in rows]
+        inputs = [[cleaned[each.part].files[".parquet"], *where] for each, where in zip(group, rows)]
         depends = [name, inputs, digest_of(own_pairs), own_epochs, arguments["earlier"], kept]
         return Task(number, arguments, depends, sum(each.last - each.first for each in group))
 
@@ -403,6 +426,15 @@ def prepare(roots: Sequence[str], out: Path, recipe: Recipe, runner: Runner, ask
     preparation = Ledger(out)
     with preparation.held():
         return Preparation(sources, out, recipe, runner, ask).run()
+
+
+def _parts_of(piece: Piece, extracted: Done) -> list[_Part]:
+    """What one task each cleans of a piece. There is one part even of a piece without documents."""
+    begins = [*extracted.result["parts"], [extracted.result["rows"], extracted.result["chars"]]]
+    return [
+        _Part(piece, number << 32 | piece.number, first, last, end - begin)
+        for number, ((first, begin), (last, end)) in enumerate(itertools.pairwise(begins))
+    ]
 
 
 def _place(done: Done | None) -> list[str]:

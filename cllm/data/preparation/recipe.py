@@ -19,7 +19,7 @@ from cllm.runtime.errors import UserError
 
 VERSIONS = dict.fromkeys(
     ("extract", "versions", "lines", "evaluation", "score", "clean", "sign", "exact", "near", "forest", "verify", "write"), 1
-) | {"extract": 2}
+) | {"extract": 3}
 LARGE_LOSS = 100
 """Near duplicates that a source has to lose before half of it is worth a question."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -32,6 +32,8 @@ class Sizes:
 
     piece_bytes: int = 8 << 20
     """Of input files that one task reads; a larger file is a piece of its own."""
+    part_chars: int = 16 << 20
+    """Of extracted text that one task cleans, about: a large file, or an archive, is read by one task and cleaned by many."""
     piece_files: int = 500
     shard_chars: int = 64 << 20
     """Of text in a shard of the result, about."""

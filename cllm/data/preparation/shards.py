@@ -26,16 +26,17 @@ KEPT, DROPPED = "kept", "dropped"
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows `first` to `last` of a cleaned piece."""
+    """Rows `first` to `last` of a piece, all in one cleaned part of it."""
 
-    piece: int
+    part: int
+    """Which of all parts."""
     first: int
     last: int
 
 
-def keys_of(piece: int, count: int) -> np.ndarray:
-    """The keys of the first `count` rows of a piece."""
-    return OWN | np.uint64(piece << 32) | np.arange(count, dtype=np.uint64)
+def keys_of(piece: int, first: int, last: int) -> np.ndarray:
+    """The keys of some rows of a piece."""
+    return OWN | np.uint64(piece << 32) | np.arange(first, last, dtype=np.uint64)
 
 
 def pairs_in(pairs: np.ndarray, piece: int, first: int, last: int) -> np.ndarray:
@@ -55,24 +56,22 @@ def take_of(keys: np.ndarray, epochs: float) -> np.ndarray:
     return whole + (drawn < np.uint64(round((epochs - whole) * 2**53))).astype(np.int64)
 
 
-def plan(piece: int, chars: np.ndarray, times: np.ndarray, size: int) -> tuple[list[tuple[Segment, int]], list[tuple[Segment, int]]]:
-    """The segments of a piece, for the kept and for the dropped shards, each with the characters that it adds there.
+def plan(part: int, first: int, chars: np.ndarray, times: np.ndarray, size: int) -> tuple[list[tuple[Segment, int]], list[tuple[Segment, int]]]:
+    """The segments of a part, for the kept and for the dropped shards, each with the characters that it adds there.
 
-    chars: of each document. times: how often each is taken; 0 where it is dropped. size: of a segment, about, in characters.
+    first: its first row. chars: of each document. times: how often each is taken; 0 where it is dropped. size: of a segment, about, in characters.
     """
 
-    def cut(amounts: np.ndarray) -> list[tuple[Segment, int]]:
+    def cut(amounts: np.ndarray, wanted: np.ndarray) -> list[tuple[Segment, int]]:
         sums = np.cumsum(amounts)
         if not len(sums):
             return []
         steps = np.flatnonzero(np.diff(sums // size)) + 1
         ends = [*steps.tolist(), len(sums)]
-        found = [(Segment(piece, a, b), int(sums[b - 1] - (sums[a - 1] if a else 0))) for a, b in zip([0, *ends], ends)]
-        return found
+        bounds = zip([0, *ends], ends)
+        return [(Segment(part, first + a, first + b), int(sums[b - 1] - (sums[a - 1] if a else 0))) for a, b in bounds if wanted[a:b].any()]
 
-    kept = [each for each in cut(chars * times) if (times[each[0].first : each[0].last] > 0).any()]
-    dropped = [each for each in cut(chars * (times == 0)) if (times[each[0].first : each[0].last] == 0).any()]
-    return kept, dropped
+    return cut(chars * times, times > 0), cut(chars * (times == 0), times == 0)
 
 
 def groups(segments: Sequence[tuple[Segment, int]], shard_chars: int) -> Iterator[list[Segment]]:
@@ -94,21 +93,22 @@ def write(
 ) -> dict[str, Any]:
     """Writes one shard, the file `out`.
 
-    segments: [file of the cleaned piece, number of the piece, first row, last row]. pairs: all duplicates. epochs: name of a source -> how often its
-    documents are taken. reasons: name of a source -> why those of it that are not drawn are dropped. earlier: the shards of earlier data sets.
+    segments: [file of the cleaned part, its piece, its first row in that, first row, last row]. pairs: all duplicates. epochs: name of a source -> how
+    often its documents are taken. reasons: name of a source -> why those of it that are not drawn are dropped. earlier: the shards of earlier data
+    sets.
     """
     duplicates = load(pairs, PAIR)
     tally = Tally()
     with new_file(out, DATA) as beside:
         rows = RowWriter(beside)
-        for file, piece, first, last in segments:
+        for file, piece, begin, first, last in segments:
             own = pairs_in(duplicates, piece, first, last)
             because = {int(pair["key"] & np.uint64(0xFFFFFFFF)): _repeats(pair, earlier) for pair in own}
             times: dict[str, list[int]] = {}
-            for number, row in enumerate(read_rows(Path(file), first=first, last=last), first):
+            for number, row in enumerate(read_rows(Path(file), first=first - begin, last=last - begin), first):
                 source = row["source"]
                 if source not in times:
-                    times[source] = take_of(keys_of(piece, last)[first:], epochs.get(source, 1.0)).tolist()
+                    times[source] = take_of(keys_of(piece, first, last), epochs.get(source, 1.0)).tolist()
                 row["dropped_because"] = (
                     row["dropped_because"] or because.get(number, "") or ("" if times[source][number - first] else reasons[source])
                 )

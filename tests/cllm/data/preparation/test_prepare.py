@@ -47,6 +47,26 @@ def test_a_short_chinese_text_is_long_enough_to_tell_its_language(tmp_path):
     assert row["language"] == "zh"
 
 
+def test_a_large_file_is_cleaned_in_parts_and_nothing_else_changes(tmp_path):
+    texts = [prose(number) for number in range(12)]
+    texts[3], texts[10], texts[11] = texts[8], edited(texts[0], 1, 0.01), texts[1]  # copies lie in other parts than what they repeat
+    lines = [json.dumps({"text": text}) + "\n" for text in [*texts, "Too short."]]
+    (tmp_path / "all.jsonl").write_text("".join(lines))
+    one, many = (
+        run([tmp_path / "all.jsonl"], tmp_path / f"out-{chars}", Recipe(mixes={"all.jsonl": Mix(epochs=1.5)}, sizes=Sizes(part_chars=chars)))
+        for chars in (10**9, 3_000)
+    )
+    cleaned = sorted((tmp_path / "out-3000" / ".ledger" / "clean").glob("*.parquet"))
+    assert len(cleaned) > 3 and len(list((tmp_path / "out-1000000000" / ".ledger" / "clean").glob("*.parquet"))) == 1
+    assert rows(one, True) == rows(many, True) and rows(one, False) == rows(many, False)
+    reasons = [row["dropped_because"].split(" of ")[0] for row in rows(many, False)]
+    assert reasons.count("exact duplicate") == 2 and reasons.count("near duplicate") == 1
+    # With fewer parts than before, what the others have left behind goes.
+    (tmp_path / "all.jsonl").write_text("".join(lines[:2]))
+    run([tmp_path / "all.jsonl"], tmp_path / "out-3000", Recipe(sizes=Sizes(part_chars=3_000)))
+    assert len(list((tmp_path / "out-3000" / ".ledger" / "clean").glob("*.parquet"))) == 1
+
+
 def test_every_document_has_a_row_and_training_reads_the_kept_ones(folder, tmp_path):
     (folder / "8-copy.txt").write_text("\n" + prose(0).replace(" ", "  "))
     (folder / "9-near.txt").write_text(edited(prose(1), 1, 0.01))
