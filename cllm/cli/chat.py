@@ -14,12 +14,14 @@ from cllm.cli.options import (
     Checkpoint,
     Context,
     Device,
+    Draft,
     Json,
     Stretch,
     Threads,
     Weights,
     check_model,
     examples,
+    load_draft,
     load_model,
     read_settings,
     text_option,
@@ -51,6 +53,7 @@ def chat(
     context: Context = None,
     stretch: Stretch = None,
     weights: Weights = None,
+    draft: Draft = None,
     device: Device = "auto",
     threads: Threads = None,
     as_json: Json = False,
@@ -64,7 +67,8 @@ def chat(
 
     with runtime.use(threads=threads):
         model, tokenizer = load_model(checkpoint, weights=weights, device=device, generating=True, context=context, stretch=stretch)
-        talk = converse(console, model, tokenizer, standard_input(), system, **options)
+        guesser = load_draft(draft, tokenizer, weights, device)
+        talk = converse(console, model, tokenizer, standard_input(), system, draft=guesser, **options)
     console.result(talk.to_dict())
 
 
@@ -90,9 +94,11 @@ class Talk:
 
 
 def converse(
-    console: Console, model: Model, tokenizer: Tokenizer, lines: Iterable[str], system: str | None, *, max_tokens: int = 200, **options: Any
-) -> Talk:
-    """Answers each line; options as in `cllm.generate.decoding`. What the model no longer sees of the conversation is told once.
+    console: Console, model: Model, tokenizer: Tokenizer, lines: Iterable[str], system: str | None, *, draft: Model | None = None,
+    max_tokens: int = 200, **options: Any,
+) -> Talk:  # fmt: skip
+    """Answers each line; draft: a model that guesses tokens ahead; options as in `cllm.generate.decoding`. What the model no longer sees of the
+    conversation is told once.
 
     Raises UserError for a model without a chat template, and for a system message that leaves no room in the model's context.
     """
@@ -109,7 +115,7 @@ def converse(
     talk = Talk([] if system is None else [{"role": "system", "content": system}])
     check_system(tokenizer, talk.messages, context)
     told: set[str] = set()
-    engine = None if model.embedding_weight.device.type == "cuda" else _engine_of(model, tokenizer)
+    engine = None if model.embedding_weight.device.type == "cuda" and draft is None else _engine_of(model, tokenizer, draft)
     for line in lines:
         if not line.strip():
             continue
@@ -128,13 +134,13 @@ def converse(
     return talk
 
 
-def _engine_of(model: Model, tokenizer: Tokenizer) -> Engine:
+def _engine_of(model: Model, tokenizer: Tokenizer, draft: Model | None) -> Engine:
     """One that remembers the conversation, so that each answer computes only what is new in it."""
     from cllm.generate.engine import Engine
     from cllm.model.pages import page_bytes, pages_for
 
     pages = 2 * pages_for(model.config.max_seq_len)
-    return Engine(model, vocab_size=tokenizer.vocab_size, memory=pages * page_bytes(model.config, model.compute_dtype), most_rows=1)
+    return Engine(model, vocab_size=tokenizer.vocab_size, memory=pages * page_bytes(model.config, model.compute_dtype), most_rows=1, draft=draft)
 
 
 def _tell_left_out(seen: Seen, context: int, told: set[str]) -> None:

@@ -14,12 +14,14 @@ from cllm.cli.options import (
     Checkpoint,
     Context,
     Device,
+    Draft,
     Json,
     Stretch,
     Threads,
     Weights,
     check_model,
     examples,
+    load_draft,
     load_model,
     option,
     read_settings,
@@ -72,6 +74,7 @@ def generate(
     context: Context = None,
     stretch: Stretch = None,
     weights: Weights = None,
+    draft: Draft = None,
     device: Device = "auto",
     threads: Threads = None,
     as_json: Json = False,
@@ -90,8 +93,16 @@ def generate(
         raise UserError("--length-penalty is for a beam search. Give --beams as well.")
     if beams is not None:
         given = {SAMPLING[name].option: value is not None for name, value in settings.items()}
-        given |= {"--samples": samples != 1, "--seed": seed != 0, "--no-cache": no_cache, "--json-schema, --regex and --grammar": form is not None}
+        given |= {
+            "--samples": samples != 1,
+            "--seed": seed != 0,
+            "--no-cache": no_cache,
+            "--draft": draft is not None,
+            "--json-schema, --regex and --grammar": form is not None,
+        }
         _check_beams([name for name, is_given in given.items() if is_given])
+    if draft is not None and no_cache:
+        raise UserError("--no-cache computes every token by itself, and --draft guesses several ahead. Leave one of them out.")
     check_model(checkpoint)
     from cllm import runtime
     from cllm.generate.constraint import compile_constraint
@@ -100,6 +111,7 @@ def generate(
 
     with runtime.use(threads=threads):
         model, tokenizer = load_model(checkpoint, weights=weights, device=device, generating=True, context=context, stretch=stretch)
+        options["draft"] = load_draft(draft, tokenizer, weights, device)
         options["on_slide"] = lambda: say(_slides(model.config.max_seq_len))
         if form is not None:
             options["constraint"] = compile_constraint(tokenizer, *form)

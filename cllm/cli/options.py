@@ -115,6 +115,10 @@ Weights = Annotated[
         choices=("fp32", "bf16", "int8", "int4"),
     ),
 ]
+Draft = Annotated[
+    str | None,
+    text_option("--draft", "A smaller model with the same tokenizer that guesses tokens ahead. The text is the same, sooner.", "MODEL"),
+]
 Context = Annotated[
     int | None,
     option(
@@ -228,6 +232,19 @@ def load_model(
     if need_tokenizer and tokenizer is None:
         raise DataError(f"{path} holds no tokenizer, so text cannot be read or written. Save one with it: cllm.save(model, path, tokenizer=...).")
     return model, tokenizer
+
+
+def load_draft(path: str | None, tokenizer: "Tokenizer", weights: str | None = None, device: str = "cpu") -> Any:
+    """The model that guesses for one with this tokenizer; None where none was asked for. Raises UserError where it has another tokenizer."""
+    if path is None:
+        return None
+    model, own = load_model(path, weights=weights, device=device, generating=True)
+    if own != tokenizer:
+        raise UserError(
+            f"--draft {path} has another tokenizer than the model, so it cannot guess the model's tokens. Train it with the tokenizer of the model: "
+            "cllm train DATA --tokenizer FILE"
+        )
+    return model
 
 
 def load_tokenizer(place: Path) -> "Tokenizer":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cllm.cli.console import Console, open_console
-from cllm.cli.options import Device, Json, Threads, Weights, argument, check_model, examples, load_model, option, text_option
+from cllm.cli.options import Device, Draft, Json, Threads, Weights, argument, check_model, examples, load_draft, load_model, option, text_option
 from cllm.cli.until_told import until_told
 from cllm.runtime.errors import CLLMError, UserError
 from cllm.shell import quoted
@@ -39,6 +39,7 @@ def serve(
     ] = None,
     follow: Annotated[list[str] | None, text_option("--follow", "A run whose better checkpoints are taken as it writes them.", "RUN")] = None,
     weights: Weights = None,
+    draft: Draft = None,
     device: Device = "auto",
     threads: Threads = None,
     cache_mb: Annotated[
@@ -71,7 +72,10 @@ def serve(
         with runtime.use(threads=threads):
             model, tokenizer = load_model(path, weights=weights, device=device)
             memory = None if cache_mb is None else cache_mb << 20
-            engine = Engine(model, vocab_size=tokenizer.vocab_size, memory=memory, most_rows=most_rows, most_waiting=most_waiting)
+            guesser = load_draft(draft, tokenizer, weights, device)
+            engine = Engine(
+                model, vocab_size=tokenizer.vocab_size, memory=memory, most_rows=most_rows, most_waiting=most_waiting, draft=guesser
+            )  # fmt: skip
             served = Served(identity, model, tokenizer, engine)
             served.warm_up()
         return served

@@ -63,6 +63,7 @@ def generate(
     on_piece: Callable[[int, str], None] | None = None,
     constraint: Callable[[], Constraint] | None = None,
     engine: Engine | None = None,
+    draft: Model | None = None,
     on_slide: Callable[[], None] | None = None,
     **sampling: Any,
 ) -> list[Generation]:
@@ -71,13 +72,27 @@ def generate(
     `sampling` are the settings of `cllm.config.sampling.Sampling`: temperature, top_k, top_p, min_p, typical_p, the penalties and logit_bias. A
     prompt longer than the model's context is refused, or with `truncate_prompt` only its end is seen. `on_piece(sample, text)` is called as text
     becomes certain. `constraint` makes what each sample must keep to (`cllm.generate.constraint.compile_constraint`). An `engine` that is kept from
-    call to call remembers the beginnings of earlier texts; by default each call has its own. `on_slide()` is called when a text outgrows the model's
-    context, so that from there on the model sees its last half context.
+    call to call remembers the beginnings of earlier texts; by default each call has its own, in which a smaller `draft` model of the same tokenizer
+    may guess tokens ahead: the text is the same. `on_slide()` is called when a text outgrows the model's context, so that from there on the model
+    sees its last half context.
 
     Raises UserError for wrong settings, an empty prompt, or a tokenizer with more tokens than the model.
     """
     run = _Run(
-        model, tokenizer, prompt, max_tokens, Sampling(**sampling), stop, seed, samples, use_cache, truncate_prompt, constraint, engine, on_slide
+        model,
+        tokenizer,
+        prompt,
+        max_tokens,
+        Sampling(**sampling),
+        stop,
+        seed,
+        samples,
+        use_cache,
+        truncate_prompt,
+        constraint,
+        engine,
+        draft,
+        on_slide,
     )
     for index, piece in run.pieces():
         if on_piece is not None:
@@ -96,6 +111,7 @@ def stream(
     use_cache: bool = True,
     truncate_prompt: bool = False,
     constraint: Callable[[], Constraint] | None = None,
+    draft: Model | None = None,
     on_slide: Callable[[], None] | None = None,
     **sampling: Any,
 ) -> Iterator[str]:
@@ -104,7 +120,9 @@ def stream(
 
     Wrong settings raise at the call, not at the first piece.
     """
-    run = _Run(model, tokenizer, prompt, max_tokens, Sampling(**sampling), stop, seed, 1, use_cache, truncate_prompt, constraint, None, on_slide)
+    run = _Run(
+        model, tokenizer, prompt, max_tokens, Sampling(**sampling), stop, seed, 1, use_cache, truncate_prompt, constraint, None, draft, on_slide
+    )
     return (piece for _, piece in run.pieces())
 
 
@@ -152,6 +170,7 @@ class _Run:
         truncate_prompt: bool,
         constraint: Callable[[], Constraint] | None,
         engine: Engine | None,
+        draft: Model | None,
         on_slide: Callable[[], None] | None,
     ) -> None:
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -160,7 +179,7 @@ class _Run:
         if max_tokens < 1 or samples < 1:
             raise UserError(f"max_tokens and samples must be at least 1, got {max_tokens} and {samples}.")
         self.model, self.sampling, self.max_tokens, self.seed = model, sampling, max_tokens, seed
-        self.use_cache, self.constraint, self.engine, self.on_slide = use_cache, constraint, engine, on_slide
+        self.use_cache, self.constraint, self.engine, self.draft, self.on_slide = use_cache, constraint, engine, draft, on_slide
         self.vocab_size = tokenizer.vocab_size
         self.eot = tokenizer.eot_id
         self.prompt = prompt_tokens(model, tokenizer, prompt, truncate_prompt)
@@ -186,7 +205,7 @@ class _Run:
         return Generation(continuation.text, tokens, continuation.finish_reason, len(self.prompt), seconds, rate)
 
     def _runs_as_a_graph(self) -> bool:
-        return self.use_cache and self.constraint is None and _computes_on_a_gpu(self.model)
+        return self.use_cache and self.constraint is None and self.draft is None and _computes_on_a_gpu(self.model)
 
     def _engine_pieces(self) -> Iterator[tuple[int, str]]:
         told: list[tuple[int, str]] = []
@@ -221,7 +240,7 @@ class _Run:
         rows = min(samples, MOST_ROWS)
         pages = rows * pages_for(min(config.max_seq_len, len(self.prompt) + self.max_tokens))
         memory = pages * page_bytes(config, self.model.compute_dtype)
-        return Engine(self.model, vocab_size=self.vocab_size, memory=memory, most_rows=rows, most_waiting=samples)
+        return Engine(self.model, vocab_size=self.vocab_size, memory=memory, most_rows=rows, most_waiting=samples, draft=self.draft)
 
     def _device_pieces(self) -> Iterator[tuple[int, str]]:
         """On a GPU: all samples together, one token after the other, as one CUDA graph."""

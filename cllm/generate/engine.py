@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cllm.generate.draft_model import DraftModel, DraftText, Wanted
 from cllm.generate.drafts import Drafts
 from cllm.generate.prefixes import Prefixes
 from cllm.generate.request import QueueFull, Request, Row, Stats, Ticket
@@ -41,12 +42,14 @@ class Engine:
 
     vocab_size: the tokenizer's. memory: bytes for keys and values, by default what `most_rows` answers of full length take, at most a quarter of
     the free memory. most_rows: the most samples that run at once. chunk: the most prompt tokens in a step while no answer is being written.
-    most_waiting: the most samples that wait. Raises UserError where the memory does not hold one page.
+    most_waiting: the most samples that wait. draft: a smaller model of the same tokenizer that guesses where a text does not repeat itself; its keys
+    and values take as many pages as those of the model. Raises UserError where the memory does not hold one page.
     """
 
     def __init__(
-        self, model: Model, *, vocab_size: int, memory: int | None = None, most_rows: int = 64, chunk: int = 256, most_waiting: int = 256
-    ) -> None:
+        self, model: Model, *, vocab_size: int, memory: int | None = None, most_rows: int = 64, chunk: int = 256, most_waiting: int = 256,
+        draft: Model | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.vocab_size = model, vocab_size
         self.most_rows, self.chunk, self.most_waiting = most_rows, chunk, most_waiting
         self.limit = model.config.max_seq_len
@@ -57,6 +60,7 @@ class Engine:
             raise UserError(f"{memory:,} bytes for keys and values do not hold one page of {PAGE} tokens, which takes {size:,} bytes.")
         self.pool = model.make_pool(memory // size)
         self.prefixes = Prefixes(self.pool)
+        self.draft = None if draft is None else DraftModel(draft, vocab_size, self.pool.num_pages)
         self._running: list[Row] = []
         self._waiting: dict[str, deque[Row]] = {}  # by client; the one whose turn it is first
         self._calls: deque[Callable[[], None]] = deque()
@@ -127,8 +131,9 @@ class Engine:
         if not self._running:
             return False
         self._work.set()
-        rows, parts = self._parts()
         with self.model.torch_aside():
+            self._guess()
+            rows, parts = self._parts()
             try:
                 logits = self.model.step(self.pool, parts)
             except Exception as error:
@@ -155,32 +160,38 @@ class Engine:
         room = min(self.chunk, BUSY_CHUNK * reading) if reading < len(self._running) else self.chunk
         rows, parts = [], []
         for row in self._running:
-            row.guesses = []
-            if row.pending == 1:
-                count, guesses = 1, self._guesses(row)
-            else:
-                count, guesses = min(row.pending, room), []
+            count = 1
+            if row.pending > 1:
+                count = min(row.pending, room)
                 room -= count
             if not count:
                 continue
-            row.guesses = guesses
             end = row.stored + count
-            tokens = row.context[row.stored : end] + guesses
-            wanted = 1 + len(guesses) if end == len(row.context) else 0
+            tokens = row.context[row.stored : end] + row.guesses
+            wanted = 1 + len(row.guesses) if end == len(row.context) else 0
             if row.scored < end and row.request.prompt_logprobs:
                 wanted = len(tokens)
-            while len(row.pages) < pages_for(end + len(guesses)):
+            while len(row.pages) < pages_for(end + len(row.guesses)):
                 row.pages.append(self._take_page())
             rows.append(row)
             parts.append(Part(tokens, row.stored, row.pages, wanted))
         return rows, parts
 
-    def _guesses(self, row: Row) -> list[int]:
-        if row.drafts is None or not row.produced:
-            return []
-        # The last token of an answer is never stored, and nothing is stored behind the context or the row's pages.
-        room = min(row.request.max_tokens - row.produced - 1, self.limit - len(row.context))
-        return row.drafts.guess(row.context, room)
+    def _guess(self) -> None:
+        """The guesses of every row whose answer is being written: from its own text, else of the draft model."""
+        asked: list[tuple[Row, Wanted]] = []
+        for row in self._running:
+            row.guesses = []
+            if row.drafts is None or not row.produced or row.pending > 1:
+                continue
+            # The last token of an answer is never stored, and nothing is stored behind the context or the row's pages.
+            room = min(row.request.max_tokens - row.produced - 1, self.limit - len(row.context))
+            row.guesses, row.trust = row.drafts.guess(row.context, room), row.drafts.trust
+            if not row.guesses:
+                asked.append((row, Wanted(row.drafted, row.context, room)))
+        if self.draft is not None and asked:
+            for (row, _), guesses in zip(asked, self.draft.guess([wanted for _, wanted in asked])):
+                row.guesses, row.trust = guesses, row.drafted.trust
 
     def _use(self, rows: Sequence[Row], parts: Sequence[Part], logits: np.ndarray) -> None:
         """Chooses tokens from the logits (W, V) float32 of a step; what was guessed right is stored already."""
@@ -205,8 +216,7 @@ class Engine:
                     break
                 right += 1
                 row.stored += 1
-            if row.drafts is not None:
-                row.drafts.learn(len(row.guesses), right)
+            row.trust.learn(len(row.guesses), right)
             self._guessed += len(row.guesses)
             self._guessed_right += right
             if not row.finish_reason and len(row.context) > self.limit:
@@ -252,6 +262,7 @@ class Engine:
         row.pages, row.stored = [], 0
         row.context = row.context[-max(1, self.limit // 2) :]
         row.drafts = Drafts() if row.request.speculate else None
+        self._forget_draft(row)
         client = row.request.client
         with self._lock:
             self._waiting = {client: deque([row, *self._waiting.pop(client, ())]), **self._waiting}
@@ -311,6 +322,11 @@ class Engine:
             self.prefixes.evict(max(1, self.pool.num_pages // 64))
         return self.pool.take()
 
+    def _forget_draft(self, row: Row) -> None:
+        if self.draft is not None:
+            self.draft.release(row.drafted)
+        row.drafted = DraftText()
+
     def _finish(self, row: Row, reason: str) -> None:
         """Ends a row: its pages stay as long as nobody needs them, for whoever begins with the same text."""
         row.finish_reason = reason
@@ -321,6 +337,7 @@ class Engine:
             for page in row.pages:
                 self.pool.release(page)
             row.pages = []
+            self._forget_draft(row)
             self._finished_at.append(time.monotonic())
         else:
             with self._lock:

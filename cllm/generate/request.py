@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cllm.config.sampling import Sampling
+from cllm.generate.draft_model import DraftText
 from cllm.generate.drafts import Drafts
 from cllm.generate.sampler import Chosen, Sampler
 from cllm.runtime.errors import CLLMError
@@ -114,7 +115,9 @@ class Row:
         self.scored = 1  # tokens of the prompt whose log-probability was told or is not asked for
         self.finish_reason = ""
         self.drafts = Drafts() if request.speculate else None
+        self.drafted = DraftText()  # the text as an engine's draft model knows it
         self.guesses: list[int] = []
+        self.trust = self.drafted.trust  # of whoever made these guesses
         self.sampler = Sampler(
             request.sampling, prompt=request.prompt, vocab_size=vocab_size, seed=request.seed, index=index, end_tokens=request.end_tokens,
             min_tokens=request.min_tokens, logprobs=request.logprobs, constraint=None if request.constraint is None else request.constraint(),

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from command import TINY, Started, cllm, lines, wait_until
 from safetensors.torch import load_file
+from served_model import write_model
 
 
 def test_train_leaves_a_whole_run_and_tells_what_comes_next(run):
@@ -77,6 +78,15 @@ def test_generate_is_repeatable_and_greedy_needs_no_cache(run):
     assert first.status == 0 and first.json["texts"] == second.json["texts"]
     greedy = [cllm(*options, "--temperature", 0, *extra).json["tokens"] for extra in ((), ("--no-cache",))]
     assert greedy[0] == greedy[1] and len(greedy[0][0]) > 0
+
+
+def test_a_draft_model_changes_nothing_and_has_to_know_the_same_tokens(run, tmp_path):
+    options = ("generate", run, "--prompt", "def ", "--max-tokens", 20, "--seed", 3)
+    assert cllm(*options, "--draft", run).out == cllm(*options).out
+    write_model(tmp_path / "other.cllm")
+    refused = cllm(*options, "--draft", tmp_path / "other.cllm")
+    assert refused.status == 2 and "has another tokenizer" in refused.err
+    assert cllm(*options, "--draft", run, "--no-cache").status == cllm("generate", run, "--prompt", "a", "--beams", 2, "--draft", run).status == 2
 
 
 def test_a_prompt_may_be_in_any_charset_and_begin_with_a_mark(run, tmp_path):

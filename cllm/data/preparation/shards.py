@@ -93,9 +93,9 @@ def write(
 ) -> dict[str, Any]:
     """Writes one shard, the file `out`.
 
-    segments: [file of the cleaned part, its piece, its first row in that, first row, last row]. pairs: all duplicates. epochs: name of a source -> how
-    often its documents are taken. reasons: name of a source -> why those of it that are not drawn are dropped. earlier: the shards of earlier data
-    sets.
+    segments: [file of the cleaned part, its piece, its first row in that, first row, last row]. pairs: all duplicates. epochs: name of a source ->
+    how often its documents are taken. reasons: name of a source -> why those of it that are not drawn are dropped. earlier: the shards of earlier
+    data sets.
     """
     duplicates = load(pairs, PAIR)
     tally = Tally()

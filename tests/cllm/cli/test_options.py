@@ -28,9 +28,9 @@ FLAGS = {
         --learning-rate --min-lr --warmup --schedule --dropout --seed --checkpoint-every --keep --eval-every --patience --sample-every --on-nonfinite
         --overfit-one-batch""",
     "generate": """--context --stretch --prompt --prompt-file --encoding --max-tokens --stop --seed --samples --beams --length-penalty
-        --json-schema --regex --grammar         --no-cache --stream --weights --device --threads --json
+        --json-schema --regex --grammar --no-cache --stream --weights --draft --device --threads --json
         --temperature --top-k --top-p --min-p --typical-p --repetition-penalty --presence-penalty --frequency-penalty""",
-    "chat": """--context --stretch --system --max-tokens --seed --weights --device --threads --json
+    "chat": """--context --stretch --system --max-tokens --seed --weights --draft --device --threads --json
         --temperature --top-k --top-p --min-p --typical-p --repetition-penalty --presence-penalty --frequency-penalty""",
 }
 
@@ -41,7 +41,7 @@ def test_the_flags_of_commands_are_frozen(command):
     assert set(options(command)) == set(FLAGS[command].split())
 
 
-@pytest.mark.parametrize(("command", "settings", "others"), [("train", SETTINGS | FOLLOW, 9), ("generate", SAMPLING, 20), ("chat", SAMPLING, 9)])
+@pytest.mark.parametrize(("command", "settings", "others"), [("train", SETTINGS | FOLLOW, 9), ("generate", SAMPLING, 21), ("chat", SAMPLING, 10)])
 def test_the_help_of_a_flag_is_the_help_of_its_setting(command, settings, others):
     declared = {each.option: each for each in settings.values()}
     made = {

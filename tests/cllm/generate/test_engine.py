@@ -37,6 +37,8 @@ def make(name="llama", dtype=torch.float32, **more):
     return model
 
 
+# Guessers: the model itself, whose guesses are right, and a smaller one with a shorter context, whose guesses are mostly wrong.
+DRAFTS = {"none": None, "same": make("llama"), "small": make("llama", num_layers=1, max_seq_len=150)}
 MODELS = {(name, dtype): make(name, dtype) for name in CONFIGS for dtype in (torch.float32, torch.bfloat16)}
 
 
@@ -74,7 +76,8 @@ def run(engine):
     stats = engine.stats()
     assert stats.running == stats.waiting == 0
     engine.prefixes.clear()
-    assert engine.pool.num_free == engine.pool.num_pages, "every page came back"
+    for pool in (engine.pool, *([engine.draft.pool] if engine.draft else [])):
+        assert pool.num_free == pool.num_pages, "every page came back"
 
 
 def alone(model, request):
@@ -132,7 +135,8 @@ def test_an_answer_is_the_same_whoever_else_asks_and_when(key, data):
     model = MODELS[key]
     wanted = [Asked(**each) for each in data.draw(st.lists(requests(), min_size=1, max_size=6))]
     arrivals = data.draw(st.lists(st.integers(0, 8), min_size=len(wanted), max_size=len(wanted)))
-    engine = engine_of(model, pages=data.draw(st.integers(5, 20)), most_rows=data.draw(st.sampled_from([2, 5, 64])),
+    draft = DRAFTS[data.draw(st.sampled_from(list(DRAFTS)))]
+    engine = engine_of(model, pages=data.draw(st.integers(5, 20)), draft=draft, most_rows=data.draw(st.sampled_from([2, 5, 64])),
                        chunk=data.draw(st.sampled_from([7, 32, 256])))  # fmt: skip
     with runtime.use(threads=data.draw(st.sampled_from([1, 2, 5]))):
         pending = sorted(zip(arrivals, range(len(wanted))))
@@ -205,6 +209,28 @@ def test_guesses_save_steps_where_a_text_repeats_itself():
         steps[speculate] = engine.stats().steps
         assert asked.tokens[0] == reference(model, pattern, 120)
     assert steps[False] == 120 and steps[True] < 60  # greedy text of a small model falls into a loop
+
+
+@pytest.mark.parametrize("prompt", [SYSTEM[:20], SYSTEM[:290]], ids=["short", "long"])
+def test_a_draft_model_saves_steps_as_long_as_it_guesses_right(prompt):
+    model = MODELS["llama", torch.float32]
+    steps = {}
+    for name, draft in DRAFTS.items():
+        asked = [Asked(prompt, 60, sampling=Sampling(temperature=0)), Asked(prompt[1:], 60, seed=4)]
+        engine = engine_of(model, draft=draft)
+        for each in asked:
+            engine.submit(each.request)
+        run(engine)
+        steps[name] = engine.stats().steps
+        assert [each.tokens for each in asked] == [alone(model, each.request).tokens for each in asked]
+        # A step reads the text, one chooses its first token, and what follows is guessed, up to seven tokens at a time.
+        assert name != "same" or engine.stats().guessed_right > 50
+    assert steps["same"] <= steps["none"]
+
+
+def test_a_draft_model_with_fewer_tokens_than_the_tokenizer_is_refused():
+    with pytest.raises(UserError, match="do not belong together"):
+        engine_of(MODELS["llama", torch.float32], draft=make("llama", vocab_size=V - 1))
 
 
 def test_a_text_longer_than_the_context_ends_or_goes_on_with_half_of_it():
