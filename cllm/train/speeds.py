@@ -21,7 +21,7 @@ from cllm.train.build import make_step
 if TYPE_CHECKING:
     from cllm.config.train import TrainConfig
 
-SHORT, LONG = 2, 8  # sequences in the updates that are measured
+SHORT, LONG = 2, 16  # sequences in the updates that are measured; fewer would fit into caches that those of a training leave
 WARM, ROUNDS = 3, 3  # updates that compile, are recorded and are compared (`step_program.py`), and those that are measured
 
 
@@ -96,7 +96,7 @@ class Speeds:
         settings, optim = self._config.train, self._config.optim
         machine: Any = runtime.device.cpu() if self._device.type == "cpu" else torch.cuda.get_device_name(self._device)
         threads = settings.threads or runtime.device.usable_cores()
-        return "speed of updates " + tuning.digest(__version__, machine, threads, sizes, settings.seq_len, settings.precision, optim.optimizer)
+        return "speed of updates " + tuning.digest(__version__, machine, threads, sizes, LONG, settings.seq_len, settings.precision, optim.optimizer)
 
     def _cached(self, sizes: ModelConfig) -> Speed | None:
         kept = tuning.load(self._key(sizes))

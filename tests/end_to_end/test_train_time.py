@@ -1,14 +1,18 @@
 """`cllm train --minutes`: chosen, told, trained, continued, and refused where it cannot be."""
 
+import importlib
 import json
+from pathlib import Path
 
 from command import cllm
+
+PROFILING = Path(__file__).parents[2] / "profiling"
 
 PLAIN = ("--threads", 2, "--set", "log.tensorboard=false", "--json")
 TEXT = "the quick brown fox jumps over the lazy dog number {} and comes back to sleep for {} hours\n"
 
 
-def test_a_fifth_of_a_minute_from_text_to_model(tmp_path):
+def test_a_fifth_of_a_minute_from_text_to_model(tmp_path, monkeypatch):
     (tmp_path / "fox.txt").write_text("".join(TEXT.format(number, number % 24) for number in range(3000)))
     minutes, ran = 0.2, None
     while ran is None or "leaves too little" in ran.err:  # on a machine that takes so long to get ready
@@ -19,6 +23,9 @@ def test_a_fifth_of_a_minute_from_text_to_model(tmp_path):
     assert found["step"] >= 1 and found["validation"]["loss"] <= found["best_loss"] * (1 + 1e-6)
     assert "in 8 of 10 cases" in ran.err and "tokens/s" in ran.err and "muon" in ran.err and "the lowest predicted loss of" in ran.err
     assert found["sample"] is None
+    monkeypatch.syspath_prepend(PROFILING)
+    promise = importlib.import_module("time_promise").figures(found, ran.err)
+    assert promise["low"] < promise["predicted"] < promise["high"] and promise["tokens"] == found["tokens"] and promise["planned_tokens"] > 0
     config = (tmp_path / "runs" / "fox" / "config.toml").read_text()
     assert f"minutes = {minutes}" in config and "pace = " in config and "wsd" in config
     again = cllm("train", "fox.txt", "--minutes", minutes, *PLAIN, cwd=tmp_path)
