@@ -7,14 +7,12 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import urllib.request
 from pathlib import Path
 
 import pytest
-from command import PATIENCE, TINY, cllm
+from command import PATIENCE, TINY, Started, cllm, python, wait_until
 from growing_site import Site, articles
 
 ROOT = Path(__file__).parents[2]
@@ -72,9 +70,8 @@ def test_the_commands_of_the_readme_run_one_after_the_other(text, site, tmp_path
         short = ("--batch-size", 4, "--threads", 2, "--steps", 3)  # a model to start from has its sizes and vocabulary
         extra = small if begins else short if "--from" in words else ("--max-tokens", "8") if words[1] == "generate" else ()
         if words[0] == "torchrun":
-            command = [sys.executable, "-m", "torch.distributed.run", *words[1:], *map(str, extra)]
-            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
-            assert done.returncode == 0, f"{words}: {done.stderr}"
+            launcher = Started(*words[1:], *extra, program="from torch.distributed.run import main; main()", cwd=tmp_path)
+            assert launcher.wait() == 0, f"{words}: {launcher.communicate()}"
             ran.append("torchrun")
             continue
         done = cllm(*words[1:], *extra, cwd=tmp_path)
@@ -86,10 +83,10 @@ def test_the_commands_of_the_readme_run_one_after_the_other(text, site, tmp_path
 
 def _try_app(words: list[str], folder: Path) -> None:
     """Starts the app, opens the address that it prints, and sees the runs of the commands before."""
-    app = subprocess.Popen([sys.executable, "-m", *words, "--port", "0", "--no-browser"], cwd=folder, stdout=subprocess.PIPE, text=True)
+    app = Started(*words[1:], "--port", 0, "--no-browser", cwd=folder)
     try:
-        assert app.stdout is not None
-        address = next(found[0] for line in app.stdout if (found := re.search(r"http://127\.0\.0\.1:\d+/\S*", line)))
+        wait_until(lambda: re.search(r"http://127\.0\.0\.1:\d+/\S*\n", app.out), app)
+        address = re.search(r"http://127\.0\.0\.1:\d+/\S*", app.out)[0]
         browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
         with browser.open(address, timeout=PATIENCE) as page:
             assert "<main" in page.read().decode() and "token" not in page.url
@@ -97,35 +94,33 @@ def _try_app(words: list[str], folder: Path) -> None:
             assert "books" in {each["name"] for each in json.load(answer)}
     finally:
         app.send_signal(signal.SIGINT)
-        assert app.wait(PATIENCE) in (0, 130)
+        assert app.wait() in (0, 130), app.communicate()
 
 
 def _try_server(words: list[str], folder: Path) -> None:
     """Starts the server, sends it what the README sends, and ends it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", *words, "--port", str(port)], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    server = Started(*words[1:], "--port", 0, cwd=folder)
     try:
-        assert server.stdout is not None and any(line.startswith(b"Serving books") for line in server.stdout)
+        wait_until(lambda: re.search(r"Serving books.*\n", server.out), server)
+        port = re.search(r"Serving books.*http://\S+:(\d+)", server.out)[1]
         for asked in commands():
             if asked[0] == "curl":
                 asked = [each.replace(":8000", f":{port}") for each in asked]
                 done = subprocess.run([*asked, "--silent", "--fail-with-body"], capture_output=True, text=True, timeout=PATIENCE)
                 assert done.returncode == 0 and '"choices"' in done.stdout, done
         (example,) = (block.replace(":8000", f":{port}") for block in blocks("python") if "openai" in block)
-        done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=PATIENCE)
-        assert done.returncode == 0 and done.stdout, done.stderr
+        done = python("-c", example)
+        assert done.status == 0 and done.out, done.err
     finally:
         server.send_signal(signal.SIGINT)
-        assert server.wait(PATIENCE) == 0
+        assert server.wait() == 0, server.communicate()
 
 
 def test_the_python_example_of_the_readme_runs(tmp_path):
     example = next(block for block in blocks("python") if "openai" not in block)
-    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
-    assert "torch.Size([1, 128, 4, 32])" in done.stdout and (tmp_path / "model.cllm").exists()
+    done = python("-c", example, cwd=tmp_path)
+    assert done.status == 0, done.err
+    assert "torch.Size([1, 128, 4, 32])" in done.out and (tmp_path / "model.cllm").exists()
 
 
 def test_make_demo_and_make_test_are_what_the_makefile_offers():

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from command import PATIENCE, TINY, Lasting, cllm
+from command import PATIENCE, TINY, Lasting, cllm, wait_until
 
 from cllm.checkpoint.safetensors import sha256_of
 from cllm.checkpoint.store import CheckpointStore
@@ -25,7 +25,8 @@ class Command(Lasting):
     def end(self, *signals: int) -> tuple[int, str, str]:
         """Sends the signals, each once the one before must count as another, and waits for the end: (status, standard output, standard error)."""
         for number, each in enumerate(signals):
-            if number:
+            if number:  # a busy process may answer late, and two in quick succession are one
+                wait_until(lambda number=number: len(re.findall(r"^SIG", self.err, re.MULTILINE)) >= number, self)
                 self._pass(SAME * 1.2)
             self.send_signal(each)
         out, err = self.communicate()
@@ -33,7 +34,7 @@ class Command(Lasting):
         return self.wait(), out, err
 
     def _pass(self, seconds: float) -> None:
-        """Lets time pass; two signals in quick succession are one."""
+        """Lets time pass."""
         until = time.monotonic() + seconds
         while time.monotonic() < until and self.poll() is None:
             time.sleep(0.01)

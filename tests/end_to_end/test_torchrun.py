@@ -8,7 +8,7 @@ import sys
 
 import psutil
 import pytest
-from command import PATIENCE, wait_until
+from command import PATIENCE, Started, cllm, wait_until
 
 from cllm.checkpoint.store import CheckpointStore
 
@@ -26,12 +26,13 @@ def text(tmp_path_factory):
 
 
 class Torchrun:
-    def __init__(self, text, out, log, *extra, steps, processes=2, launcher=()):
-        self.out, self.log = out, log
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, "--standalone", *launcher,
-                   "-m", "cllm", "train", text, "--out", out, "--steps", steps, *SETTINGS, *extra]  # fmt: skip
-        with open(log, "w") as file:
-            self.process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=subprocess.STDOUT)
+    """The launcher, forked from a process that has imported torch; the processes that it starts are a user's."""
+
+    def __init__(self, text, out, *extra, steps, processes=2, launcher=()):
+        self.out = out
+        launched = ("--nproc-per-node", processes, "--standalone", *launcher, "-m", "cllm")
+        trained = ("train", text, "--out", out, "--steps", steps, *SETTINGS, *extra)
+        self.process = Started(*launched, *trained, program="from torch.distributed.run import main; main()")
 
     def worker(self, rank):
         for child in psutil.Process(self.process.pid).children(recursive=True):
@@ -42,19 +43,26 @@ class Torchrun:
                 pass
         raise AssertionError(f"no process {rank}")
 
-    def wait_for_step(self, step):
-        store = CheckpointStore(self.out / "checkpoints")
-        wait_until(lambda: (store.latest() or 0) >= step, self.process)
+    @property
+    def step(self):
+        return CheckpointStore(self.out / "checkpoints").latest() or 0
 
-    def end(self, seconds=PATIENCE):
+    @property
+    def log(self):
+        return self.process.out + self.process.err
+
+    def wait_for_step(self, step):
+        wait_until(lambda: self.step >= step, self.process)
+
+    def end(self):
         try:
-            status = self.process.wait(timeout=seconds)
-        finally:
-            if self.process.poll() is None:
-                for child in psutil.Process(self.process.pid).children(recursive=True):
-                    child.kill()
-                self.process.kill()
-        return status, self.log.read_text()
+            status = self.process.wait()
+        except BaseException:
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                child.kill()
+            raise
+        self.process.communicate()
+        return status, self.log
 
 
 def errors(log):
@@ -72,24 +80,24 @@ def bits(out):
 
 def test_killed_processes_are_restarted_and_the_bits_are_those_of_one_undisturbed_process(text, tmp_path):
     steps = 120
-    run = Torchrun(text, tmp_path / "run", tmp_path / "log", steps=steps, launcher=("--max-restarts", 2))
-    run.wait_for_step(20)
+    run = Torchrun(text, tmp_path / "run", steps=steps, launcher=("--max-restarts", 2))
+    run.wait_for_step(10)
     run.worker(1).kill()
-    run.wait_for_step(60)
+    wait_until(lambda: "resuming after step" in run.log, run.process)
+    run.wait_for_step(run.step + 5)  # which the restarted processes have made
     run.worker(0).kill()
     status, log = run.end()
     assert status == 0, log[-3000:]
     assert log.count("resuming after step") == 2
     assert len(errors(log)) == 2 and all("another process of this run ended without a word" in line for line in errors(log))
-    alone = subprocess.run(list(map(str, [sys.executable, "-m", "cllm", "train", text, "--out", tmp_path / "alone", "--steps", steps, *SETTINGS])),
-                           capture_output=True, text=True, timeout=PATIENCE)  # fmt: skip
-    assert alone.returncode == 0, alone.stderr
+    alone = cllm("train", text, "--out", tmp_path / "alone", "--steps", steps, *SETTINGS)
+    assert alone.status == 0, alone.err
     assert bits(tmp_path / "run") == bits(tmp_path / "alone") and bits(tmp_path / "run")[0] == steps
 
 
 def test_an_error_in_one_process_ends_all_with_its_one_message(text, tmp_path):
     """The disk of the checkpoints fails for process 1 alone: its part cannot be written."""
-    run = Torchrun(text, tmp_path / "run", tmp_path / "log", "--set", "train.parallel=fsdp", steps=100000)
+    run = Torchrun(text, tmp_path / "run", "--set", "train.parallel=fsdp", steps=100000)
     run.wait_for_step(5)
     try:
         psutil.Process(run.worker(1).pid).rlimit(psutil.RLIMIT_FSIZE, (100, 100))
@@ -108,7 +116,7 @@ def test_a_stop_signal_to_one_process_stops_all_with_a_checkpoint_and_the_run_go
     mine, other = tmp_path / "mine.txt", tmp_path / "other.txt"
     mine.write_bytes(text.read_bytes())
     other.write_text(WORDS.upper() * 60)
-    run = Torchrun(mine, tmp_path / "run", tmp_path / "log", steps=100000)
+    run = Torchrun(mine, tmp_path / "run", steps=100000)
     run.wait_for_step(5)
     run.worker(1).terminate()
     status, log = run.end()
@@ -118,18 +126,18 @@ def test_a_stop_signal_to_one_process_stops_all_with_a_checkpoint_and_the_run_go
     assert CheckpointStore(tmp_path / "run" / "checkpoints").newest_good().step == step
     mine.unlink()
     before = {each: each.read_bytes() for each in (tmp_path / "run").rglob("*") if each.is_file()}
-    status, log = Torchrun(other, tmp_path / "run", tmp_path / "log", steps=100000).end()
+    status, log = Torchrun(other, tmp_path / "run", steps=100000).end()
     assert status != 0 and len(errors(log)) == 1 and f"learns from {mine}, and this command names {other}" in errors(log)[0]
     assert {each: each.read_bytes() for each in (tmp_path / "run").rglob("*") if each.is_file()} == before
-    run = Torchrun(mine, tmp_path / "run", tmp_path / "log", steps=100000)
-    run.wait_for_step((CheckpointStore(tmp_path / "run" / "checkpoints").latest() or 0) + 5)
+    run = Torchrun(mine, tmp_path / "run", steps=100000)
+    run.wait_for_step(run.step + 5)
     run.worker(0).terminate()
     status, log = run.end()
     assert "goes on with the tokens it began with" in log and "resuming after step" in log and "stopped by SIGTERM" in errors(log)[0]
 
 
 def test_a_wrong_option_is_told_once(text, tmp_path):
-    status, log = Torchrun(text, tmp_path / "run", tmp_path / "log", "--set", "train.parallell=fsdp", steps=5).end()
+    status, log = Torchrun(text, tmp_path / "run", "--set", "train.parallell=fsdp", steps=5).end()
     assert status != 0 and len(errors(log)) == 1 and "Did you mean 'train.parallel'?" in errors(log)[0]
 
 
