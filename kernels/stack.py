@@ -53,8 +53,8 @@ class Layer(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """All that a token passes. rotary: cos and sin (P, D/2) float32, or None. embedding: (V, E), and position_embedding (P, E), which is added to it,
-    or None; a `Decoder` is given what comes after them."""
+    """All that a token passes. rotary: cos and sin (P, D/2) float32, or None. embedding: (V, E), and what is added to it: position_embedding (P, E)
+    or None, then ngram_embeddings, tables (R, E) whose rows the caller knows. A `Decoder` is given what comes after them."""
 
     layers: Sequence[Layer]
     norm: Norm
@@ -66,6 +66,7 @@ class Stack(NamedTuple):
     window: int
     embedding: Tensor
     position_embedding: Tensor | None
+    ngram_embeddings: Sequence[Tensor] = ()
 
 
 Decoder = Callable[[Tensor, int], Tensor]
@@ -76,4 +77,7 @@ class PagedDecoder(Protocol):
 
     most_tokens: int
 
-    def __call__(self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], pages: Sequence[Sequence[int]]) -> Tensor: ...
+    def __call__(
+        self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], pages: Sequence[Sequence[int]],
+        ngram_rows: Sequence[Sequence[int]] = (),
+    ) -> Tensor: ...  # fmt: skip

@@ -121,7 +121,7 @@ def _plans(
     until = time.perf_counter() + MEASURING * config.seconds
     while True:
         candidates = [
-            Candidate(name, each.num_parameters(), each.num_parameters() - each.vocab_size * each.embed_dim, speeds.of(each), _Memory(memory, each))
+            Candidate(name, _parameters(each), _parameters(each) - each.vocab_size * each.embed_dim, speeds.of(each), _Memory(memory, each))
             for name, each in sizes.items()
         ]
         found = plans(candidates, text, replace(limits, seconds=max(0.0, time_left(config, began) - recipe.TAIL)))
@@ -129,6 +129,11 @@ def _plans(
         if speeds.knows(chosen) or time.perf_counter() + speeds.seconds_to_measure(chosen) > until:
             return found
         speeds.measure(chosen)
+
+
+def _parameters(sizes: ModelConfig) -> int:
+    """As the scaling law counts them: it was fitted to models without tables of n-grams."""
+    return sizes.num_parameters(ngrams=False)
 
 
 class _Memory:

@@ -5,7 +5,8 @@ Two families, named after the Hugging Face architectures whose tensor names and 
   cllm   RMSNorm, rotary positions, gated feed-forward, no biases: a Llama, a Qwen3 (`qk_norm=True`) or a Qwen2 (`attention_bias=True`)
   gpt2   LayerNorm, learned positions, plain feed-forward, biases: a GPT-2
 
-A mixture that neither can hold is refused, because no other program could run what would be trained.
+A mixture that neither can hold is refused, because no other program could run what would be trained. What the cllm family may have besides is told by
+`only_here`: such a model runs in CLLM alone.
 """
 
 import dataclasses
@@ -80,6 +81,10 @@ class ModelConfig:
     """A token sees only the last so many tokens, itself included. None: all."""
     softcap: float | None = None
     """Logits become softcap * tanh(logits / softcap). None: unchanged."""
+    bigram_rows: int = 0
+    """Rows of a table of embeddings that is looked up by a hash of a token and the one before it: memory instead of arithmetic. 0: none."""
+    trigram_rows: int = 0
+    """The same by a hash of a token and the two before it. 0: none."""
 
     def __post_init__(self) -> None:
         if self.norm not in ("rms", "layer"):
@@ -104,6 +109,7 @@ class ModelConfig:
         self._derive("ffn_dim", _round_up(8 * self.embed_dim / 3, 32) if self.gated else 4 * self.embed_dim)
         self._check_numbers("num_kv_heads", "head_dim", "ffn_dim")
         self._check_numbers("sliding_window", optional=True)
+        self._check_numbers("bigram_rows", "trigram_rows", least=0)
         self._check_positive("norm_eps", "rope_theta")
         if self.softcap is not None:
             self._check_positive("softcap")
@@ -126,13 +132,13 @@ class ModelConfig:
         if getattr(self, name) is None:
             object.__setattr__(self, name, value)
 
-    def _check_numbers(self, *names: str, optional: bool = False) -> None:
+    def _check_numbers(self, *names: str, optional: bool = False, least: int = 1) -> None:
         for name in names:
             value = getattr(self, name)
             if optional and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"{name} must be a whole number of at least 1, got {value!r}.")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UserError(f"{name} must be a whole number of at least {least}, got {value!r}.")
 
     def _check_positive(self, *names: str) -> None:
         for name in names:
@@ -150,6 +156,7 @@ class ModelConfig:
         else:
             needs = {"position": "learned", "gated": False, "bias": True, "qk_norm": False, "sliding_window": None}
             needs |= {"attention_bias": False}  # the biases of `bias` are the queries', keys' and values' as well
+            needs |= {"bigram_rows": 0, "trigram_rows": 0}
             needs |= {"num_kv_heads": self.num_heads, "head_dim": self.embed_dim // self.num_heads}
             family = 'gpt2 (norm="layer": a GPT-2)'
         wrong = [f"{name}={getattr(self, name)!r} (needs {value!r})" for name, value in needs.items() if getattr(self, name) != value]
@@ -195,6 +202,16 @@ class ModelConfig:
     def family(self) -> str:
         """ "cllm" (Llama or Qwen3 layout) or "gpt2"."""
         return "cllm" if self.norm == "rms" else "gpt2"
+
+    @property
+    def ngram_tables(self) -> tuple[tuple[int, int], ...]:
+        """(tokens of an n-gram, rows of its table) of each hashed embedding."""
+        return tuple((length, rows) for length, rows in ((2, self.bigram_rows), (3, self.trigram_rows)) if rows)
+
+    @property
+    def only_here(self) -> dict[str, Any]:
+        """The settings, with their values, that no other program knows: a model that has one can be exported to none."""
+        return {name: getattr(self, name) for name in ("bigram_rows", "trigram_rows") if getattr(self, name)}
 
     # The derived fields with the type that they have once constructed.
     @property
@@ -269,15 +286,21 @@ class ModelConfig:
         attention = self.head_size * (self.num_heads + 2 * self.kv_heads) + self.embed_dim
         return norms + self.num_layers * (attention + self.ffn_size + self.embed_dim)
 
-    def num_parameters(self, embeddings: bool = True) -> int:
+    def num_parameters(self, embeddings: bool = True, ngrams: bool = True) -> int:
         """Number of trainable values. `embeddings=False` leaves out the tables that are only looked up (learned
-        positions, and the token embedding unless it is also the output projection): what remains works on every
-        token."""
+        positions, hashed n-grams, and the token embedding unless it is also the output projection): what remains works
+        on every token. `ngrams=False` leaves out those of n-grams alone, of which a token uses few rows of many."""
         count = self._matmul_parameters() + self._vector_parameters()
         if embeddings:
             count += 0 if self.tie_embeddings else self.vocab_size * self.embed_dim
             count += self.max_seq_len * self.embed_dim if self.position == "learned" else 0
+            count += self.ngram_parameters if ngrams else 0
         return count
+
+    @property
+    def ngram_parameters(self) -> int:
+        """Values of the hashed tables."""
+        return sum(rows for _, rows in self.ngram_tables) * self.embed_dim
 
     def flops_per_token(self, seq_len: int | None = None, *, backward: bool = True, causal: bool = True) -> float:
         """Floating-point operations per token in sequences of `seq_len` tokens, by count: each multiply-add of a matrix

@@ -244,7 +244,7 @@ class TrainConfig:
             derive(
                 "train.steps", config.steps_of_epochs(num_train_tokens), f"epochs x {num_train_tokens:,} tokens / {tokens_per_step:,} tokens per step"
             )
-        parameters = model.num_parameters()
+        parameters = model.num_parameters(ngrams=False)
         wanted = min(20 * parameters, 4 * num_train_tokens)
         rule = "20 tokens per parameter (Hoffmann et al. 2022), at most 4 epochs (Muennighoff et al. 2023)"
         derive("train.steps", max(1, ramp.steps_for(math.ceil(wanted / tokens_per_microbatch))), rule)

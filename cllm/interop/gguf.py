@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cllm.files import MODEL, new_file
+from cllm.interop.hf_config import check_others_have
 from cllm.model.rope import frequencies, plain_frequencies
 from cllm.runtime.errors import UserError
 
@@ -98,6 +99,7 @@ def library() -> Any:
 
 def _architecture(config: ModelConfig) -> str:
     """llama.cpp's name of the architecture. What its graph has built in, and we do otherwise, is refused."""
+    check_others_have(config)
     name = "gpt2" if config.family == "gpt2" else "qwen3" if config.qk_norm else "qwen2" if config.attention_bias else "llama"
     activation = "gelu_tanh" if name == "gpt2" else "silu"
     wrong = {

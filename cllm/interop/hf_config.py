@@ -52,9 +52,20 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
 def config_to_hf(config: ModelConfig, eot_id: int | None = None) -> dict[str, Any]:
     """A ModelConfig -> the content of config.json. Raises UserError when no Hugging Face architecture computes the
     same."""
+    check_others_have(config)
     if config.softcap is not None:
         raise UserError(f"softcap={config.softcap} cannot be exported: no Hugging Face Llama, Qwen2, Qwen3 or GPT-2 has it. Train with softcap=None.")
     return _gpt2_to_hf(config, eot_id) if config.family == "gpt2" else _llama_to_hf(config, eot_id)
+
+
+def check_others_have(config: ModelConfig) -> None:
+    """UserError for a model with something that no other program has."""
+    if config.only_here:
+        found = ", ".join(f"{name}={value!r}" for name, value in config.only_here.items())
+        raise UserError(
+            f"{found} cannot be exported: no other program has such a model. Keep it as a .cllm file (cllm export --to cllm), or train one without, "
+            f"with {' '.join(f'--set model.{name}=0' for name in config.only_here)}."
+        )
 
 
 def _llama_from_hf(values: dict[str, Any], architecture: str) -> ModelConfig:

@@ -20,6 +20,7 @@ from cllm.kernels.embedding import tied_embedding
 from cllm.kernels.quantized import quantized_feed_forward, quantized_matmul
 from cllm.kernels.stack import Layer, Linear, Norm, Packed
 from cllm.model.cache import DeviceCache, KVCache
+from cllm.model.ngrams import row_of, tokens_before
 from cllm.model.pages import PageBatch
 
 # The places at which dropout draws: norm n, which takes in what the branch before it has computed (norm 0 the embedding), is place n, and head h of
@@ -70,6 +71,14 @@ class Context:
             return kernels.embedding(tokens, weight, dtype)
         x, self.output_weight = tied_embedding(tokens, weight, dtype)
         return x
+
+    def ngram_rows(self, tokens: Tensor, length: int, rows: int) -> Tensor:
+        """tokens (B, T) -> the rows (B, T) of the n-grams that end with them, in a table of so many rows."""
+        earlier = [
+            tokens_before(tokens, self.positions, distance) if self.cache is None else self.cache.before(tokens, distance)
+            for distance in range(1, length)
+        ]
+        return row_of([tokens.long(), *(each.long() for each in earlier)], rows)
 
     def through(self, blocks: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x through all blocks, keeping inside them what `recompute` says."""
@@ -217,6 +226,8 @@ class LlamaBackbone(nn.Module):
         super().__init__()
         self.eps = config.eps
         self.embed_tokens = Weights(config.vocab_size, config.embed_dim)
+        self.embed_bigrams = Weights(config.bigram_rows, config.embed_dim) if config.bigram_rows else None
+        self.embed_trigrams = Weights(config.trigram_rows, config.embed_dim) if config.trigram_rows else None
         self.layers = nn.ModuleList(LlamaBlock(config, layer) for layer in range(config.num_layers))
         self.norm = Weights(config.embed_dim)
 
@@ -227,15 +238,22 @@ class LlamaBackbone(nn.Module):
     def decoding_norm(self) -> Norm:
         return Norm(self.norm.weight)
 
-    def decoding_embeddings(self) -> tuple[Tensor, Tensor | None]:
-        return self.embed_tokens.weight, None
+    def decoding_embeddings(self) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        return self.embed_tokens.weight, None, [weight for _, weight in self._ngram_tables()]
 
-    def embed(self, tokens: Tensor, positions: Tensor | None, dtype: torch.dtype, look_up: Callable[..., Tensor] = kernels.embedding) -> Tensor:
-        """tokens (B, T) -> (B, T, E)."""
-        return look_up(tokens, self.embed_tokens.weight, dtype)
+    def _ngram_tables(self) -> list[tuple[int, Tensor]]:
+        """(tokens of an n-gram, its table)."""
+        return [(length, each.weight) for length, each in ((2, self.embed_bigrams), (3, self.embed_trigrams)) if each is not None]
+
+    def embed(self, tokens: Tensor, context: Context, dtype: torch.dtype) -> Tensor:
+        """tokens (B, T) -> (B, T, E). Each look-up is rounded to `dtype` before they are added."""
+        x = context.look_up(tokens, self.embed_tokens.weight, dtype)
+        for length, weight in self._ngram_tables():
+            x = x + kernels.embedding(context.ngram_rows(tokens, length, len(weight)), weight, dtype)
+        return x
 
     def forward(self, tokens: Tensor, context: Context, dtype: torch.dtype) -> Tensor:
-        x, h = context.through(self.layers, self.embed(tokens, context.positions, dtype, context.look_up))
+        x, h = context.through(self.layers, self.embed(tokens, context, dtype))
         return _rms_norm(x, h, self.norm, self.eps, context, 2 * len(self.layers))[0]
 
 
@@ -312,18 +330,20 @@ class GPT2Backbone(nn.Module):
     def decoding_norm(self) -> Norm:
         return Norm(self.ln_f.weight, self.ln_f.bias)
 
-    def decoding_embeddings(self) -> tuple[Tensor, Tensor | None]:
-        return self.wte.weight, self.wpe.weight
+    def decoding_embeddings(self) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        return self.wte.weight, self.wpe.weight, []
 
-    def embed(self, tokens: Tensor, positions: Tensor | None, dtype: torch.dtype, look_up: Callable[..., Tensor] = kernels.embedding) -> Tensor:
-        """tokens (B, T) at positions (T,), from 0 on where None -> (B, T, E)."""
+    def embed(self, tokens: Tensor, context: Context, dtype: torch.dtype) -> Tensor:
+        """tokens (B, T) -> (B, T, E)."""
+        positions = context.positions
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         # Expanded before the lookup: its backward then sums over the batch in the kernel's fixed order.
-        return look_up(tokens, self.wte.weight, dtype) + kernels.embedding(positions.expand(tokens.shape), self.wpe.weight, dtype)
+        of_positions = kernels.embedding(positions.expand(tokens.shape), self.wpe.weight, dtype)
+        return context.look_up(tokens, self.wte.weight, dtype) + of_positions
 
     def forward(self, tokens: Tensor, context: Context, dtype: torch.dtype) -> Tensor:
-        x, h = context.through(self.h, self.embed(tokens, context.positions, dtype, context.look_up))
+        x, h = context.through(self.h, self.embed(tokens, context, dtype))
         return _layer_norm(x, h, self.ln_f, self.eps, context, 2 * len(self.h))[0]
 
 

@@ -78,7 +78,7 @@ def predict(
     branches = 4 * config.embed_dim + 2 * (queries + 2 * keys) + queries
     activated = config.ffn_size * (2 if config.gated else 1)
     per_layer = branches * width + 4 * (config.num_heads + 2) + (activated * width if recompute == "none" else 0)
-    per_token = config.num_layers * per_layer + 3 * config.embed_dim * width
+    per_token = config.num_layers * per_layer + 3 * config.embed_dim * width + 8 * len(config.ngram_tables)
     if recompute == "blocks":  # both streams between the blocks, and one block as a whole
         per_token = (2 * config.num_layers + 3) * config.embed_dim * width + per_layer + activated * width
     feed_forward = tokens * config.ffn_size * width * (3 if config.gated else 2)  # hidden values and gradients of one layer at a time
@@ -133,6 +133,7 @@ def _optimizer_bytes(config: ModelConfig, optimizer: str) -> int:
     if optimizer == "muon":
         tables = config.vocab_size * config.embed_dim * (1 if config.tie_embeddings else 2)
         tables += config.max_seq_len * config.embed_dim if config.position == "learned" else 0
+        tables += config.ngram_parameters
         return 4 * (parameters + tables)
     return (4 if optimizer == "lion" else 8) * parameters
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 INIT_STD = 0.02
 MOST_DECODED = 64  # tokens of one step that are taken through the layers in one call, where a backend takes so many
 # The last matrix of each branch: what it writes is added to the residual stream, 2 * num_layers times.
+NGRAMS = ("embed_bigrams.weight", "embed_trigrams.weight")  # added to the token embedding: they begin with nothing
 RESIDUAL_PROJECTIONS = ("self_attn.o_proj.weight", "mlp.down_proj.weight", "attn.c_proj.weight", "mlp.c_proj.weight")
 
 
@@ -158,13 +159,16 @@ class Model(nn.Module):
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """GPT-2's initialisation (Radford et al. 2019, section 2.3, and its released code): matrices and embeddings
-        N(0, 0.02), those that write to the residual stream divided by sqrt(2 * num_layers), biases 0, norms 1. Each
-        tensor has its own generator, keyed by seed and name."""
+        N(0, 0.02), those that write to the residual stream divided by sqrt(2 * num_layers), biases 0, norms 1, embeddings
+        of n-grams 0. Each tensor has its own generator, keyed by seed and name."""
         for name, parameter in self.named_parameters():
             if parameter.is_meta:
                 continue
             if parameter.dim() < 2:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            if name.endswith(NGRAMS):
+                parameter.zero_()
                 continue
             std = INIT_STD / math.sqrt(2 * self.config.num_layers) if name.endswith(RESIDUAL_PROJECTIONS) else INIT_STD
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -221,8 +225,8 @@ class Model(nn.Module):
         with _gradients_unless(cache):
             decoder = None if cache is None or cu_seqlens is not None else self._decoder(tokens, cache)
             if decoder is not None and cache is not None:
-                positions = torch.tensor([cache.length])
-                x = self.backbone.embed(tokens, positions, self.compute_dtype)[:, 0]
+                context = Context(torch.tensor([cache.length]), None, None, cache, None)
+                x = self.backbone.embed(tokens, context, self.compute_dtype)[:, 0]
                 logits = decoder(x, cache.length)[:, None]
                 cache.advance(1)
             else:
@@ -336,9 +340,7 @@ class Model(nn.Module):
         max_len = self.config.max_seq_len if max_len is None else max_len
         if batch < 1 or not 1 <= max_len <= self.config.max_seq_len:
             raise UserError(f"a cache needs batch >= 1 and max_len from 1 to {self.config.max_seq_len}, got {batch} and {max_len}.")
-        config = self.config
-        device = self.embedding_weight.device
-        return KVCache(config.num_layers, batch, max_len, config.kv_heads, config.head_size, self.compute_dtype, device)
+        return KVCache(self.config, batch, max_len, self.compute_dtype, self.embedding_weight.device)
 
     def rotary_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin, (max_seq_len, D/2) float32: not parameters, not in the state dict, float32 in every compute

@@ -7,6 +7,7 @@ gives a row the same bits whatever rows lie beside it, so that each token's logi
 N tokens, R sequences, M pages of the longest one, W tokens whose logits are wanted, V vocabulary.
 """
 
+from array import array
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from cllm import kernels
 from cllm.kernels.paged_attention import PAGE
+from cllm.model.ngrams import NONE, row_of
 from cllm.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,6 +45,9 @@ class PagePool:
         shape = (num_pages, PAGE, config.kv_heads, config.head_size)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.ngram_tables = config.ngram_tables
+        # The token of each place, on the host, where the model looks n-grams up.
+        self.tokens = array("q", bytes(8 * num_pages * PAGE)) if config.ngram_tables else None
         self.num_pages = num_pages
         self.device = device
         self.decoder: Any = None  # what the model prepared to decode into these pages, and for which settings
@@ -76,6 +81,9 @@ class PagePool:
         """The first `num_tokens` places of a page into another."""
         for layer in (*self.keys, *self.values):
             layer[target, :num_tokens] = layer[source, :num_tokens]
+        if self.tokens is not None:
+            begin, there = source * PAGE, target * PAGE
+            self.tokens[there : there + num_tokens] = self.tokens[begin : begin + num_tokens]
 
 
 class Part(NamedTuple):
@@ -113,12 +121,38 @@ class PageBatch:
         self._parts, self._owners, self._device = parts, owners, pool.device
         self._pages = [[*part.pages[:most], *([0] * (most - len(part.pages)))] for part in parts]
         self._tokens, self._positions, self._slots, self._wanted = tokens, positions, slots, wanted
+        self._before = self._tokens_before() if pool.tokens is not None else []
         self.num_tokens = len(tokens)
         self.wants_all = len(wanted) == len(tokens)
 
-    def lists(self) -> tuple[list[int], list[int], list[int], list[list[int]]]:
-        """Tokens, positions, slots and the pages of each token's sequence, as a decoder takes them."""
-        return self._tokens, self._positions, self._slots, [self._pages[owner] for owner in self._owners]
+    def lists(self) -> tuple[list[int], list[int], list[int], list[list[int]], list[list[int]]]:
+        """Tokens, positions, slots, the pages of each token's sequence, and for each table of n-grams the row of each token, as a decoder takes
+        them."""
+        pages = [self._pages[owner] for owner in self._owners]
+        return self._tokens, self._positions, self._slots, pages, self._ngram_rows()
+
+    def before(self, tokens: Tensor, distance: int) -> Tensor:
+        """Of each of the new tokens, (1, N), the one so many places before it in its sequence."""
+        return self._tensor(self._before[distance - 1]).unsqueeze(0)
+
+    def _tokens_before(self) -> list[list[int]]:
+        """For each distance that an n-gram reaches back, the token so many places before each new one. All new tokens are stored first."""
+        stored = self.pool.tokens
+        assert stored is not None
+        for slot, token in zip(self._slots, self._tokens):
+            stored[slot] = token
+        reach = max(length for length, _ in self.pool.ngram_tables) - 1
+        found: list[list[int]] = [[] for _ in range(reach)]
+        for position, owner in zip(self._positions, self._owners):
+            pages = self._pages[owner]
+            for distance, tokens in enumerate(found, 1):
+                place = position - distance
+                tokens.append(stored[pages[place // PAGE] * PAGE + place % PAGE] if place >= 0 else NONE)
+        return found
+
+    def _ngram_rows(self) -> list[list[int]]:
+        """For each table the row of the n-gram that ends with each new token."""
+        return [[row_of(gram, rows) for gram in zip(self._tokens, *self._before[: length - 1])] for length, rows in self.pool.ngram_tables]
 
     @cached_property
     def tokens(self) -> Tensor:

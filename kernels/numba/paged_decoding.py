@@ -88,17 +88,21 @@ def _store(p, f, task, worker):
 _store_kernel = Kernel(_store)
 
 
-class _Embedding(NamedTuple):
-    """Addresses, and in bytes the distance from row to row; of each table whether it is bfloat16."""
+class _Table(NamedTuple):
+    """A table of embeddings: addresses, in bytes the distance from row to row, and whether it is bfloat16."""
 
-    tokens: int  # int64
+    numbers: int  # int64: the row of each token
     weight: int
-    weight_row: int
-    weight_half: int
-    positions: int  # int64
-    position_weight: int  # 0: none
-    position_row: int
-    position_half: int
+    row: int
+    half: int
+    num_rows: int
+
+
+class _Embedding(NamedTuple):
+    """Addresses, and in bytes the distance from token to token."""
+
+    tables: int  # of int64 numbers, `TABLE` of each table
+    num_tables: int
     out: int
     spare: int  # of the shape of out
     row: int
@@ -106,22 +110,25 @@ class _Embedding(NamedTuple):
     columns: int
 
 
+TABLE, _table = fields(_Table)
 EMB, _embedding = fields(_Embedding)
 
 
 def _embed(p, f, task, worker):
-    """One token: its embedding, and that of its position, each rounded to the dtype of activations before they are added."""
+    """One token: the sum of its rows of all tables, each rounded to the dtype of activations before it is added."""
     out, spare, half, columns = p[EMB.out] + task * p[EMB.row], p[EMB.spare] + task * p[EMB.row], p[EMB.half], p[EMB.columns]
-    row = p[EMB.weight] + int64_at(p[EMB.tokens], task) * p[EMB.weight_row]
-    for c in range(0, columns, W):
-        store(out, half, c, load(row, p[EMB.weight_half], c, columns - c), columns - c)
-    if p[EMB.position_weight] == 0:
-        return
-    row = p[EMB.position_weight] + int64_at(p[EMB.positions], task) * p[EMB.position_row]
-    for c in range(0, columns, W):
-        n = columns - c
-        store(spare, half, c, load(row, p[EMB.position_half], c, n), n)
-        store(out, half, c, vadd(load(out, half, c, n), load(spare, half, c, n)), n)
+    for number in range(p[EMB.num_tables]):
+        at = number * len(TABLE)
+        place = int64_at(int64_at(p[EMB.tables], at + TABLE.numbers), task)
+        row = int64_at(p[EMB.tables], at + TABLE.weight) + place * int64_at(p[EMB.tables], at + TABLE.row)
+        of_half = int64_at(p[EMB.tables], at + TABLE.half)
+        for c in range(0, columns, W):
+            n = columns - c
+            if number == 0:
+                store(out, half, c, load(row, of_half, c, n), n)
+            else:
+                store(spare, half, c, load(row, of_half, c, n), n)
+                store(out, half, c, vadd(load(out, half, c, n), load(spare, half, c, n)), n)
 
 
 _embed_kernel = Kernel(_embed)
@@ -132,17 +139,19 @@ _WRONG = (
     "a position lies behind its pages or the rotary tables",
     "a slot lies outside of the pool",
     "a page lies outside of the pool",
-    "a token lies outside of the vocabulary",
+    "a token lies outside of the vocabulary, or an n-gram outside of its table",
 )
 
 
 @called_by_python
-def _place_tokens(tokens, positions, slots, pages, pages_row, count, columns, segments, window, num_embeddings, num_positions, num_pages):
+def _place_tokens(tables, num_tables, positions, slots, pages, pages_row, count, columns, segments, window, num_positions, num_pages):
     """Writes what the tokens of a call see; returns the number of what is wrong, in `_WRONG`, for memory is addressed by these numbers."""
     for i in range(count):
         position, slot, row = int64_at(positions, i), int64_at(slots, i), pages + i * pages_row
-        if int64_at(tokens, i) < 0 or int64_at(tokens, i) >= num_embeddings:
-            return 4
+        for number in range(num_tables):
+            place = int64_at(int64_at(tables, number * len(TABLE) + TABLE.numbers), i)
+            if place < 0 or place >= int64_at(tables, number * len(TABLE) + TABLE.num_rows):
+                return 4
         if position < 0 or position >= min(columns * KEYS, num_positions):
             return 1
         if slot < 0 or slot >= num_pages * KEYS:
@@ -182,12 +191,11 @@ class PagedDecoder:
         self._attention_scratch = torch.empty(self._attention_bytes * self._workers + 64, dtype=torch.uint8)
         # What the newest call was given.
         self._tokens, self._positions, self._slots = np.zeros((3, most_tokens), np.int64)
-        self._addresses = self._tokens.ctypes.data, self._positions.ctypes.data, self._slots.ctypes.data
+        self._ngram_rows = np.zeros((len(stack.ngram_embeddings), most_tokens), np.int64)
+        self._embeddings = self._tables_of(stack)
+        self._addresses = self._embeddings.ctypes.data, len(self._embeddings), self._positions.ctypes.data, self._slots.ctypes.data
         self._pages, self._pages_at = np.zeros((most_tokens, 0), np.int32), (0, 0)
-        self._num_pages, self._num_embeddings = len(keys[0]), len(stack.embedding)
-        self._embedding, self._position_embedding = dense(stack.embedding), None
-        if stack.position_embedding is not None:
-            self._position_embedding = dense(stack.position_embedding)
+        self._num_pages = len(keys[0])
         limits = (None if stack.rotary is None else stack.rotary[0], stack.position_embedding)
         self._num_positions = min((len(each) for each in limits if each is not None), default=1 << 62)
         self._tables = None if stack.rotary is None else [table.detach().float().contiguous() for table in stack.rotary]
@@ -207,9 +215,12 @@ class PagedDecoder:
         self._lse = torch.empty(most_tokens * self.heads, dtype=torch.float32)
         self._plans: dict[int, _Plan] = {}
 
-    def __call__(self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], pages: Sequence[Sequence[int]]) -> Tensor:
+    def __call__(
+        self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], pages: Sequence[Sequence[int]],
+        ngram_rows: Sequence[Sequence[int]] = (),
+    ) -> Tensor:  # fmt: skip
         count, columns = len(tokens), len(pages[0])
-        assert count == len(positions) == len(slots) == len(pages)
+        assert count == len(positions) == len(slots) == len(pages) and len(ngram_rows) == len(self._ngram_rows)
         plan = self._plans.get(count)
         if plan is None:
             assert 1 <= count <= self.most_tokens
@@ -218,10 +229,11 @@ class PagedDecoder:
             self._pages = np.zeros((self.most_tokens, 2 * columns), np.int32)
             self._pages_at = self._pages.ctypes.data, self._pages.strides[0]
         self._tokens[:count], self._positions[:count], self._slots[:count], self._pages[:count, :columns] = tokens, positions, slots, pages
+        for there, rows in zip(self._ngram_rows, ngram_rows):
+            there[:count] = rows
         wrong = _place_tokens(
-            *self._addresses, *self._pages_at, count, columns, plan.segments, self.stack.window, self._num_embeddings, self._num_positions,
-            self._num_pages,
-        )  # fmt: skip
+            *self._addresses, *self._pages_at, count, columns, plan.segments, self.stack.window, self._num_positions, self._num_pages
+        )
         assert not wrong, _WRONG[wrong]
         logits = torch.empty((count, self.vocabulary), dtype=self.dtype)
         plan.output[matvec.JOB.out] = logits.data_ptr()
@@ -258,17 +270,30 @@ class PagedDecoder:
         (output,) = launches.products([(y, stack.output, logits)])
         return _Plan(launches, grid.table.ctypes.data, output)
 
+    def _tables_of(self, stack: Stack) -> np.ndarray:
+        """`_Table` of each table of embeddings, (tables, 5) int64: of tokens first."""
+        looked_up = [(self._tokens, stack.embedding), *zip(self._ngram_rows, stack.ngram_embeddings)]
+        if stack.position_embedding is not None:
+            looked_up.insert(1, (self._positions, stack.position_embedding))
+        self._kept = [dense(weight) for _, weight in looked_up]
+        return np.array(
+            [
+                _table(
+                    numbers=numbers.ctypes.data,
+                    weight=weight.data_ptr(),
+                    row=weight.stride(0) * weight.element_size(),
+                    half=is_half(weight),
+                    num_rows=len(weight),
+                )
+                for (numbers, _), weight in zip(looked_up, self._kept)
+            ],
+            np.int64,
+        )
+
     def _looking_up(self, x: Tensor, spare: Tensor) -> Sequence[int]:
-        weight, of_positions = self._embedding, self._position_embedding
         return _embedding(
-            tokens=self._tokens.ctypes.data,
-            weight=weight.data_ptr(),
-            weight_row=weight.stride(0) * weight.element_size(),
-            weight_half=is_half(weight),
-            positions=self._positions.ctypes.data,
-            position_weight=0 if of_positions is None else of_positions.data_ptr(),
-            position_row=0 if of_positions is None else of_positions.stride(0) * of_positions.element_size(),
-            position_half=0 if of_positions is None else is_half(of_positions),
+            tables=self._embeddings.ctypes.data,
+            num_tables=len(self._embeddings),
             out=x.data_ptr(),
             spare=spare.data_ptr(),
             row=x.stride(0) * x.element_size(),

@@ -40,7 +40,7 @@ SIZES = {"vocab_size": 64, "embed_dim": 32, "num_layers": 2, "max_seq_len": 40}
 FAMILIES = {
     "cllm": ModelConfig(**SIZES, num_heads=4, num_kv_heads=2, qk_norm=True),
     "gpt2": ModelConfig(**SIZES, num_heads=2, norm="layer"),
-    "window": ModelConfig(**SIZES, num_heads=2, sliding_window=7, softcap=20.0, tie_embeddings=False),
+    "window": ModelConfig(**SIZES, num_heads=2, sliding_window=7, softcap=20.0, tie_embeddings=False, bigram_rows=50, trigram_rows=70),
 }
 CALLS = {
     "greedy": {"temperature": 0, "max_tokens": 30},
@@ -72,7 +72,9 @@ def model_of(family, dtype=torch.float32):
     """Weights as large as those of a trained model, so that tokens depend on what was written before."""
     model = Model(FAMILIES[family], seed=3)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for key, parameter in model.named_parameters():
+            if key.endswith("grams.weight"):
+                parameter.normal_(0, 0.01, generator=torch.Generator().manual_seed(1))
             if parameter.dim() == 2:
                 parameter.mul_(3 if parameter is model.embedding_weight else 8)
     return model.to(dtype)

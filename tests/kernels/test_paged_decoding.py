@@ -15,7 +15,10 @@ matvec = pytest.importorskip("cllm.kernels.numba.matvec")
 
 LLAMA = {"embed": 64, "heads": 6, "kv_heads": 2, "dim": 16, "hidden": 100, "activation": "silu", "rotary": True}
 GPT2 = {"embed": 72, "heads": 3, "kv_heads": 3, "dim": 24, "hidden": 96, "activation": "gelu_tanh", "rotary": False}
-KINDS = {"llama": LLAMA, "qk_norm_and_biases": LLAMA | {"qk_norm": True, "biases": True}, "window": LLAMA | {"window": 70}, "gpt2": GPT2}
+KINDS = {
+    "llama": LLAMA, "qk_norm_and_biases": LLAMA | {"qk_norm": True, "biases": True}, "window": LLAMA | {"window": 70, "ngrams": (30, 50)},
+    "gpt2": GPT2,
+}  # fmt: skip
 POSITIONS, VOCABULARY = 400, 90
 
 
@@ -51,16 +54,19 @@ def make_stack(kind: str, dtype: torch.dtype, weights: str) -> Stack:
     final, output = norm(embed), linear(VOCABULARY, embed, False)
     embeddings = [normal(size, embed).to(dtype if weights == "same" else torch.float32) for size in (VOCABULARY, POSITIONS)]
     of_positions = embeddings[1] if gpt2 else None
-    return Stack(layers, final, output, dim, about["activation"], 1e-5, tables, about.get("window", 0), embeddings[0], of_positions)
+    of_ngrams = [normal(rows, embed).to(dtype if weights == "same" else torch.float32) for rows in about.get("ngrams", ())]
+    return Stack(layers, final, output, dim, about["activation"], 1e-5, tables, about.get("window", 0), embeddings[0], of_positions, of_ngrams)
 
 
 def one_by_one(stack, keys, values, *given):
     """What a decoder does, with the operations of this package."""
-    tokens, positions, slots, pages = map(torch.tensor, given)
+    tokens, positions, slots, pages = map(torch.tensor, given[:4])
     dtype, pages = keys[0].dtype, pages.int()
     x = kernels.embedding(tokens, stack.embedding, dtype)
     if stack.position_embedding is not None:
         x = x + kernels.embedding(positions, stack.position_embedding, dtype)
+    for rows, table in zip(given[4], stack.ngram_embeddings, strict=True):
+        x = x + kernels.embedding(torch.tensor(rows), table, dtype)
 
     def product(x, linear):
         if isinstance(linear.weight, torch.Tensor):
@@ -103,6 +109,7 @@ class Sequences:
         shape = (7, PAGE, stack.layers[0].k.weight.shape[0] // stack.head_dim, stack.head_dim)
         generator = torch.Generator().manual_seed(4)
         self.text = torch.randint(VOCABULARY, (3, 2 * PAGE + 20), generator=generator)
+        self.ngram_rows = [torch.randint(len(table), self.text.shape, generator=generator) for table in stack.ngram_embeddings]
         self.keys, self.values = ([torch.full(shape, float("nan"), dtype=dtype) for _ in stack.layers] for _ in range(2))
         for pool in (*self.keys, *self.values):
             for held, row in zip(self.HELD, self.PAGES.tolist()):
@@ -111,11 +118,12 @@ class Sequences:
                     part.copy_(torch.randn(part.shape, generator=generator))
 
     def tokens(self, places: list[tuple[int, int]]):
-        """Tokens, positions, slots and pages of these (sequence, position)."""
+        """Tokens, positions, slots, pages and rows of n-grams of these (sequence, position)."""
         sequence, position = torch.tensor(places).unbind(1)
         pages = self.PAGES[sequence]
         page = pages.gather(1, (position // PAGE).unsqueeze(1))[:, 0]
-        return tuple(each.tolist() for each in (self.text[sequence, position], position, page * PAGE + position % PAGE, pages))
+        given = (self.text[sequence, position], position, page * PAGE + position % PAGE, pages)
+        return (*(each.tolist() for each in given), [rows[sequence, position].tolist() for rows in self.ngram_rows])
 
 
 def calls() -> list[list[tuple[int, int]]]:
@@ -167,11 +175,11 @@ def test_no_decoder_where_no_backend_offers_one():
 
 
 def test_numbers_that_lead_out_of_memory_are_refused():
-    stack = make_stack("llama", torch.float32, "master")
+    stack = make_stack("window", torch.float32, "master")
     sequences = Sequences(stack, torch.float32)
     decoder = make_paged_decoder(stack, sequences.keys, sequences.values, torch.float32, 4)
-    given = tuple(map(np.array, sequences.tokens([(0, 0), (2, 0)])))
-    decoder(*given)
+    *given, ngram_rows = map(np.array, sequences.tokens([(0, 0), (2, 0)]))
+    decoder(*given, ngram_rows)
     tokens, positions, slots, pages = given
     wrong = [
         (tokens - VOCABULARY, positions, slots, pages),
@@ -190,4 +198,7 @@ def test_numbers_that_lead_out_of_memory_are_refused():
     ]
     for arguments in wrong:
         with pytest.raises(AssertionError):
-            decoder(*arguments)
+            decoder(*arguments, ngram_rows[:, [0, 1, 0, 1, 0, 1][: len(arguments[0])]])
+    for rows in (ngram_rows - 50, ngram_rows + [[0], [50]], ngram_rows[:1]):
+        with pytest.raises(AssertionError):
+            decoder(*given, rows)

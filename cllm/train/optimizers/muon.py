@@ -12,7 +12,8 @@ from cllm.train.optimizers.base import Optimizer
 # Five steps of an odd quintic polynomial with these coefficients bring singular values into about [0.7, 1.2]: the slope at 0 is as steep as it
 # can be, and 1 is not quite reached (Keller Jordan, https://kellerjordan.github.io/posts/muon/).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-TABLES = ("embed_tokens", "wte", "wpe", "lm_head")  # matrices that are looked up, or that write the logits: AdamW's
+# Matrices that are looked up, or that write the logits: AdamW's.
+TABLES = ("embed_tokens", "embed_bigrams", "embed_trigrams", "wte", "wpe", "lm_head")
 
 
 class Muon(Optimizer):

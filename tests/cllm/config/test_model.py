@@ -50,6 +50,8 @@ def test_derived_values_follow_the_family():
         ({"position": "learned"}, "position='learned' (needs 'rotary')"),
         ({"norm": "layer", "qk_norm": True}, "qk_norm=True (needs False)"),
         ({"norm": "layer", "num_kv_heads": 2}, "num_kv_heads=2 (needs 4)"),
+        ({"bigram_rows": -1}, "bigram_rows must be a whole number of at least 0, got -1"),
+        ({"norm": "layer", "trigram_rows": 9}, "trigram_rows=9 (needs 0)"),
         ({"norm_eps": 0.0}, "norm_eps must be a finite number > 0"),
         ({"tie_embeddings": "yes"}, "tie_embeddings must be true or false"),
     ],
@@ -88,12 +90,17 @@ def test_presets_take_overrides_and_an_unknown_one_names_the_nearest():
         ModelConfig.preset("cllm-124m")
 
 
-@pytest.mark.parametrize("changes", [{"num_kv_heads": 2, "tie_embeddings": False, "qk_norm": True}, {"norm": "layer"}, {"head_dim": 8}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_kv_heads": 2, "tie_embeddings": False, "qk_norm": True}, {"norm": "layer"}, {"head_dim": 8, "bigram_rows": 9, "trigram_rows": 5}],
+)
 def test_counts_equal_those_of_the_model_and_of_torch(changes):
     config = ModelConfig(**{**SMALL, **changes})
     model = Model(config)
     assert model.num_parameters() == config.num_parameters()
     assert len(dict(model.named_parameters())) == len(model.state_dict())
+    tables = sum(parameter.numel() for name, parameter in model.named_parameters() if "grams" in name)
+    assert config.num_parameters(ngrams=False) == config.num_parameters() - tables == model.num_parameters() - tables
 
     # The same products in plain torch, counted by torch itself (which does not halve causal attention).
     length, matrices = (

@@ -15,6 +15,7 @@ from cllm.monitor.metrics import TIME_FIELDS, read_metrics
 from cllm.runtime.errors import CheckpointError
 
 GPT2 = {"norm": "layer", "position": "learned", "activation": "gelu", "bias": True, "tie_embeddings": True, "num_kv_heads": 2}
+NGRAMS = {"bigram_rows": 25, "trigram_rows": 31}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_hybrid_sharding_gives_the_same_bits(pool, data, tmp_path, alone):
     assert pool.run(4, jobs.train, data, str(tmp_path / "run"), settings)[0] == alone
 
 
-@pytest.mark.parametrize("options", [({"unit": 5, "document_mask": False}, {}), ({"precision": "bf16", "weight_decay": 0.3, "dropout": 0.2}, {}),
+@pytest.mark.parametrize("options", [({"unit": 5, "document_mask": False}, {}), ({"precision": "bf16", "weight_decay": 0.3, "dropout": 0.2}, NGRAMS),
                                      ({}, GPT2)], ids=["units-that-leave-a-rest", "bf16", "gpt2-tied"])  # fmt: skip
 def test_other_settings_and_families_give_the_same_bits_too(pool, data, tmp_path, options):
     settings, sizes = {"deterministic": True, "steps": 3, **options[0]}, options[1]

@@ -12,6 +12,7 @@ CONFIGS = {
     "llama": LLAMA,
     "qk_norm_and_softcap": LLAMA | {"qk_norm": True, "tie_embeddings": True},
     "window": LLAMA | {"sliding_window": 21},
+    "ngrams": LLAMA | {"bigram_rows": 90, "trigram_rows": 70},
     "gpt2": GPT2,
     "gpt2_odd_width": GPT2 | {"embed_dim": 72, "activation": "gelu"},
 }
@@ -19,6 +20,10 @@ CONFIGS = {
 
 def make(name, dtype, weights):
     model = Model(ModelConfig(**CONFIGS[name]), seed=1)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("grams.weight"):
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
     if weights != "master":
         model = model.to(dtype)
     model.compute_dtype = dtype

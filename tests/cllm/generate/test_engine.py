@@ -22,6 +22,7 @@ V = 61
 LLAMA = dict(vocab_size=V, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48, max_seq_len=400, norm="rms")  # noqa: C408
 CONFIGS = {
     "llama": LLAMA,
+    "ngrams": LLAMA | {"bigram_rows": 200, "trigram_rows": 300},
     "gpt2": LLAMA | dict(num_kv_heads=4, norm="layer", position="learned", activation="gelu_tanh", bias=True, tie_embeddings=True),  # noqa: C408
 }
 
@@ -30,7 +31,9 @@ def make(name="llama", dtype=torch.float32, **more):
     """A model whose next tokens are neither all the same nor unpredictable."""
     model = Model(ModelConfig(**CONFIGS[name] | more), seed=3)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for key, parameter in model.named_parameters():
+            if key.endswith("grams.weight"):
+                parameter.normal_(0, 0.02, generator=torch.Generator().manual_seed(1))
             if parameter.dim() == 2:
                 parameter.mul_(6)
     model.compute_dtype = dtype
@@ -39,7 +42,8 @@ def make(name="llama", dtype=torch.float32, **more):
 
 # Guessers: the model itself, whose guesses are right, and a smaller one with a shorter context, whose guesses are mostly wrong.
 DRAFTS = {"none": None, "same": make("llama"), "small": make("llama", num_layers=1, max_seq_len=150)}
-MODELS = {(name, dtype): make(name, dtype) for name in CONFIGS for dtype in (torch.float32, torch.bfloat16)}
+MODELS = {(name, dtype): make(name, dtype) for name in ("llama", "gpt2") for dtype in (torch.float32, torch.bfloat16)}
+MODELS["ngrams", torch.bfloat16] = make("ngrams", torch.bfloat16)
 
 
 class Asked:

@@ -129,6 +129,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused_by_name(tokenizer, tm
     for changes, message in (
         ({"softcap": 30.0}, "llama models do not have softcap=30.0"),
         ({"sliding_window": 16}, "sliding_window=16"),
+        ({"trigram_rows": 8}, "trigram_rows=8 cannot be exported: no other program has such a model"),
         ({"activation": "gelu"}, "activation='gelu'"),
         ({"norm": "layer", "activation": "relu2"}, "gpt2 models do not have activation='relu2'"),
         ({"qk_norm": True, "rope_scaling": "llama3", "rope_factor": 2.0}, "rope_scaling='llama3'"),

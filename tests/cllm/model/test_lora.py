@@ -22,7 +22,7 @@ from cllm.train.trainer import Trainer
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 120
 SHAPE = {"vocab_size": 320, "embed_dim": 32, "num_layers": 2, "num_heads": 2, "max_seq_len": 32}
-FAMILIES = {"llama": {}, "qwen3": {"qk_norm": True, "num_kv_heads": 1}, "gpt2": {"norm": "layer"}}
+FAMILIES = {"llama": {}, "qwen3": {"qk_norm": True, "num_kv_heads": 1, "bigram_rows": 40}, "gpt2": {"norm": "layer"}}
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ CONFIGS = {
     "llama": ModelConfig(**SHAPE, num_kv_heads=2, tie_embeddings=False),
     "qwen3": ModelConfig(**SHAPE, num_kv_heads=1, qk_norm=True, head_dim=16, sliding_window=5, softcap=20.0),
     "gpt2": ModelConfig(**SHAPE, norm="layer"),
+    "ngrams": ModelConfig(**SHAPE, num_kv_heads=2, bigram_rows=50, trigram_rows=97),
 }
 
 
@@ -25,13 +26,23 @@ def make(name, scale=6.0):
     """A model whose matrices are large enough that every part matters to the result."""
     model = Model(CONFIGS[name], seed=1)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for key, parameter in model.named_parameters():
+            if key.endswith("grams.weight"):
+                assert not parameter.any(), "a table of n-grams begins with nothing"
+                parameter.normal_(0, 0.02, generator=torch.Generator().manual_seed(len(key)))
             parameter.mul_(scale) if parameter.dim() > 1 else parameter.add_(0.1 * torch.sin(torch.arange(parameter.numel())))
     return model
 
 
 def random_tokens(batch, length, seed=0):
     return torch.randint(0, 61, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def ngram_row(text, length, rows):
+    """The row of the n-gram that ends a text, as `cllm.model.ngrams` documents it."""
+    newest_first = [*reversed(text), *[-1] * length][:length]
+    roots = (math.isqrt(number << 128) % 2**64 | 1 for number in (2, 5, 11))
+    return (sum(root * token for root, token in zip(roots, newest_first)) % 2**64 >> 33) % rows
 
 
 def plain_logits(weights, config, tokens):
@@ -59,6 +70,10 @@ def plain_logits(weights, config, tokens):
     if config.family == "cllm":
         embedding = weights["model.embed_tokens.weight"]
         x = embedding[tokens]
+        for length, name in ((2, "bigram"), (3, "trigram")):
+            if rows := getattr(config, f"{name}_rows"):
+                numbers = [[ngram_row(text[: end + 1].tolist(), length, rows) for end in range(T)] for text in tokens]
+                x = x + weights[f"model.embed_{name}s.weight"][torch.tensor(numbers)]
         for i in range(config.num_layers):
 
             def w(name, i=i):

@@ -32,7 +32,8 @@ def dataset(tmp_path_factory):
 
 def trainer(dataset, out, **values):
     values = {"dropout": DROPOUT if values.get("precision") == "bf16" else 0.0} | values
-    model = Model(ModelConfig(vocab_size=dataset.tokenizer.vocab_size, embed_dim=16, num_layers=2, num_heads=2, max_seq_len=16))
+    sizes = {"embed_dim": 16, "num_layers": 2, "num_heads": 2, "max_seq_len": 16, "bigram_rows": 30, "trigram_rows": 50}
+    model = Model(ModelConfig(vocab_size=dataset.tokenizer.vocab_size, **sizes))
     return Trainer(model, dataset, TrainConfig(**{**SETTINGS, **values}), out=out)
 
 

@@ -73,8 +73,8 @@ class Pair:
     [
         (LLAMA | {"qk_norm": True}, {}),
         (LLAMA, {"recompute": "blocks"}),
-        (LLAMA | {"tie_embeddings": False, "attention_bias": True}, {"recompute": "feed_forward", "packed": False}),
-        (LLAMA | {"sliding_window": 4, "softcap": 20.0}, {}),
+        (LLAMA | {"tie_embeddings": False, "attention_bias": True, "trigram_rows": 70}, {"recompute": "feed_forward", "packed": False}),
+        (LLAMA | {"sliding_window": 4, "softcap": 20.0, "bigram_rows": 19, "trigram_rows": 70}, {}),
         (GPT2, {"recompute": "blocks"}),
         (GPT2, {"packed": False}),
     ],

@@ -28,7 +28,7 @@ SETTINGS = {
     "steps": STEPS, "seq_len": 16, "batch_size": 2, "eval_every": 5, "checkpoint_every": 7, "precision": "fp32", "threads": 1, "tensorboard": False,
     "learning_rate": 5e-3,
 }  # fmt: skip
-SIZES = {"embed_dim": 16, "num_layers": 1, "num_heads": 2, "max_seq_len": 16}
+SIZES = {"embed_dim": 16, "num_layers": 1, "num_heads": 2, "max_seq_len": 16, "bigram_rows": 30}
 VARIANTS = {name: {"optimizer": name} for name in OPTIMIZERS} | {
     "average, ramp, noise scale": {"ema": 0.9, "grad_accum": 3, "batch_ramp": 15, "noise_scale_every": 2},
     "plateau": {"schedule": "plateau", "plateau_patience": 1, "learning_rate": 0.3, "warmup": 3, "min_lr": 1e-3},

@@ -12,6 +12,7 @@ from cllm.config.model import ModelConfig
 from cllm.config.schema import OPTIMIZERS
 from cllm.kernels.muon import MuonAgain
 from cllm.kernels.numba import muon
+from cllm.model.memory import predict
 from cllm.model.model import Model
 from cllm.runtime.errors import CheckpointError, UserError
 from cllm.train.optimizers import Lion, Muon, ScheduleFreeAdamW, make_optimizer
@@ -284,11 +285,15 @@ def test_what_an_update_at_once_does_not_serve_runs_by_plain_operations(name):
 
 def test_the_matrices_of_both_families_go_to_muon_and_their_tables_to_adamw():
     for norm in ("rms", "layer"):
-        model = Model(ModelConfig(vocab_size=32, embed_dim=16, num_layers=1, num_heads=2, max_seq_len=8, norm=norm, tie_embeddings=norm == "layer"))
+        sizes = {"vocab_size": 32, "embed_dim": 16, "num_layers": 1, "num_heads": 2, "max_seq_len": 8, "tie_embeddings": norm == "layer"}
+        model = Model(ModelConfig(**sizes, norm=norm, **({"bigram_rows": 20, "trigram_rows": 24} if norm == "rms" else {})))
         optimizer = Muon(model.named_parameters())
         inside = {name for name, parameter in model.named_parameters() if parameter.dim() == 2 and (".h." in name or ".layers." in name)}
         assert set(optimizer.slots["momentum"]) == inside and inside
         assert len(inside) + len(optimizer.slots["exp_avg"]) == len(list(model.named_parameters()))
+        kept = sum(tensor.numel() for tensors in optimizer.slots.values() for tensor in tensors.values())
+        vectors = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 1)  # which are predicted as Muon's
+        assert predict(model.config, 1, 8, optimizer="muon").optimizer == 4 * (kept - vectors)
 
 
 def make(name, named):
