@@ -63,8 +63,8 @@ def check_others_have(config: ModelConfig) -> None:
     if config.only_here:
         found = ", ".join(f"{name}={value!r}" for name, value in config.only_here.items())
         raise UserError(
-            f"{found} cannot be exported: no other program has such a model. Keep it as a .cllm file (cllm export --to cllm), or train one without, "
-            f"with {' '.join(f'--set model.{name}=0' for name in config.only_here)}."
+            f"{found} cannot be exported: no other program has such a model. Keep it as a .cllm file (--to cllm), or train one with "
+            f"{' and '.join(f'{name}=0' for name in config.only_here)}."
         )
 
 
