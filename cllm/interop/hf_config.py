@@ -63,7 +63,7 @@ def check_others_have(config: ModelConfig) -> None:
     if config.only_here:
         found = ", ".join(f"{name}={value!r}" for name, value in config.only_here.items())
         raise UserError(
-            f"{found} cannot be exported: no other program has such a model. Keep it as a .cllm file (--to cllm), or train one with "
+            f"{found} cannot be exported: no other program has such a model. Keep it as a .cllm file (cllm export --to cllm), or train one with "
             f"{' and '.join(f'{name}=0' for name in config.only_here)}."
         )
 
