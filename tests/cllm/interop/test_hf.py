@@ -113,7 +113,7 @@ def test_configurations_go_both_ways_without_transformers():
         assert config_from_hf(json.loads(json.dumps(config_to_hf(config, 3)))) == config
     with pytest.raises(UserError, match="softcap"):
         config_to_hf(ModelConfig(**SHAPE, softcap=30.0))
-    with pytest.raises(UserError, match=r"^bigram_rows=9, trigram_rows=7 cannot be exported: no other program.*--to cllm.*bigram_rows=0 and trigram_rows=0"):
+    with pytest.raises(UserError, match=r"^bigram_rows=9, trigram_rows=7 cannot be exported.*--to cllm.*bigram_rows=0 and trigram_rows=0"):
         config_to_hf(ModelConfig(**SHAPE, bigram_rows=9, trigram_rows=7))
 
 
