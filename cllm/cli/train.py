@@ -1,5 +1,7 @@
 """`cllm train`: from a folder of text to a trained model. Each part is one call; what they say on the way is for the person who waits."""
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -24,6 +26,7 @@ from cllm.shell import command
 if TYPE_CHECKING:
     from cllm.distributed.world import World
 
+_LEAST_FOR_A_SAMPLE = 1.0  # seconds that have to be left of a run's time; half of them are for the sample
 # The settings that most users change; --set reaches all of them.
 FLAGS = {full_key(name): SETTINGS[full_key(name)] for name in (
     "start_from", "lora_rank", "tokenizer", "tokenizer_sample", "device", "threads", "precision", "preset", "vocab_size", "embed_dim", "num_layers",
@@ -169,9 +172,11 @@ def _train(config: TrainConfig, out: Path | None, console: Console, world: "Worl
         return
     run, result, dataset = trained.run, trained.result, trained.dataset
     sample = None
-    if trained.spent is None:  # its kernels may have to be compiled, for which a run that was given its time has none
+    began = time.perf_counter()
+    left = math.inf if trained.spent is None or config.seconds is None else config.seconds - trained.spent
+    if left >= _LEAST_FOR_A_SAMPLE:
         with stopping_with(f"interrupted while a sample was written; the run in {run} is complete"):
-            sample = sample_text(trained.model, dataset.tokenizer, dataset.train)
+            sample = sample_text(trained.model, dataset.tokenizer, dataset.train, seconds=left / 2)
         console.print(f"\nA sample, starting from nothing:\n\n{_shown(sample)}\n")
     if result.validation is not None:
         console.print(f"Validation: {result.validation}")
@@ -180,7 +185,7 @@ def _train(config: TrainConfig, out: Path | None, console: Console, world: "Worl
         console.print(f"It had stopped early after step {result.step:,}. To train it longer: {longer}")
     if trained.spent is not None and config.seconds is not None:
         duration = runtime.progress.duration
-        console.print(f"It has taken {duration(trained.spent)} of the {duration(config.seconds)} that it may take.")
+        console.print(f"It has taken {duration(trained.spent + time.perf_counter() - began)} of the {duration(config.seconds)} that it may take.")
     parameters = trained.model.config.num_parameters()
     console.print(f"The model is in {run} ({parameters:,} parameters). Next:")
     console.print(_next_commands(run, chats=dataset.info.get("kind") == "chat"))

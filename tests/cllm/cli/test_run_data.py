@@ -428,6 +428,6 @@ def test_the_shape_that_a_preset_gives_is_told_in_one_line(finished, tmp_path, c
 
 
 def test_a_model_that_writes_nothing_is_said_to(finished, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("cllm.train.samples.sample_text", lambda *given: "")
+    monkeypatch.setattr("cllm.train.samples.sample_text", lambda *given, **more: "")
     cllm("train", finished / "books", "--out", tmp_path / "run", *TRAIN)
     assert "A sample, starting from nothing:\n\n    (none: the model ended its text at once)\n" in capfd.readouterr().out
