@@ -16,7 +16,21 @@ import numba
 from numba import types
 
 from cllm.runtime.workers.linked import linked
-from cllm.runtime.workers.words import WAIT, WAKE, add, futex, load, nanoseconds, nanoseconds_run, nap, pause, replace, run_task, store
+from cllm.runtime.workers.words import (
+    WAIT,
+    WAKE,
+    add,
+    futex,
+    load,
+    nanoseconds,
+    nanoseconds_run,
+    nap,
+    pause,
+    replace,
+    run_task,
+    set_scheduling,
+    store,
+)
 
 LINE = 128  # bytes: two lines of a cache, because processors fetch them in pairs
 
@@ -162,8 +176,11 @@ def _spin(pool, epoch):
 
 
 def _serve(seat):
-    """What a thread of the pool does all its life. seat: where the address of the pool and the thread's own number lie."""
-    pool, place = load(seat), load(seat + 8)
+    """What a thread of the pool does all its life. seat: where the address of the pool and the thread's own number lie, then the number of the system
+    call by which it asks to be woken soon, below 0 for none, and what that takes."""
+    pool, place, call = load(seat), load(seat + 8), load(seat + 16)
+    if call >= 0:
+        set_scheduling(call, seat + 24)
     awake = aside = 0  # nanoseconds: how long it wanted a core, and how much of that it did not have one
     since, run_before = nanoseconds(), nanoseconds_run()
     while True:

@@ -21,6 +21,7 @@ _LINUX = platform.system() == "Linux"
 # Linux's number for the system call "futex", by kind of processor; -1 where there is none.
 FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221}.get(platform.machine(), -1) if _LINUX else -1
 WAIT, WAKE = 128, 129  # of this process alone, which spares the kernel a look at the memory's owner
+SET_SCHEDULING = {"x86_64": 314, "aarch64": 274, "riscv64": 274, "ppc64le": 355}.get(platform.machine(), -1) if _LINUX else -1  # "sched_setattr"
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _PAUSES = {"x86_64": ("llvm.x86.sse2.pause", ()), "aarch64": ("llvm.aarch64.isb", (15,))}  # LLVM's names
@@ -115,6 +116,18 @@ def futex(tc, call, address, operation, value):
         return ctx.get_dummy_value()
 
     return types.void(*[types.int64] * 4), codegen
+
+
+@intrinsic
+def set_scheduling(tc, call, attributes):
+    """Linux's system call of that number for this thread. attributes: the address of a `struct sched_attr`."""
+
+    def codegen(ctx, bld, sig, args):
+        function, zero = cgutils.get_or_insert_function(bld.module, ir.FunctionType(_I64, [_I64] * 7), "syscall"), _I64(0)
+        bld.call(function, [args[0], zero, args[1], zero, zero, zero, zero])
+        return ctx.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
 
 
 @intrinsic

@@ -1,7 +1,9 @@
 """The threads of the CPU kernels: every task once, whoever comes and whoever does not; forks, exits, signals, faults, launches within launches."""
 
+import ctypes
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -216,12 +218,20 @@ def test_a_kernel_that_fails_says_so_and_ends_its_launch(pool, monkeypatch):
     assert said == ["a kernel that fails"]
 
 
+def threads():
+    """Those of this process, after all has been compiled: another thread tells of that while it lasts."""
+    loop.serving()
+    loop.compile_run()
+    assert count.address
+    return set(os.listdir("/proc/self/task"))
+
+
 def test_workers_leave_signals_to_python():
     pool, memory = Pool(), Memory()
-    before = set(os.listdir("/proc/self/task"))
+    before = threads()
     try:
         run(pool, 4, Launch(count.address, memory.address, 0, 0, 100, 1))
-        started = set(os.listdir("/proc/self/task")) - before
+        started = threads() - before
         assert len(started) == 3
         for task in started:
             blocked, until = -1, time.monotonic() + PATIENCE
@@ -232,6 +242,40 @@ def test_workers_leave_signals_to_python():
         assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
     finally:
         pool.stop()
+
+
+@pytest.mark.skipif(room.SET_SCHEDULING < 0, reason="Linux alone has slices")
+@pytest.mark.parametrize("nice", [0, 3])
+def test_workers_ask_for_short_slices_and_keep_the_priority_of_who_calls(nice):
+    """In a thread of its own, because nobody gets a better priority back. Kernels before 6.12 have no slices and say 0."""
+    found = []
+
+    def launch():
+        os.setpriority(os.PRIO_PROCESS, 0, nice)  # of this thread
+        pool, memory = Pool(), Memory()
+        before = threads()
+        run(pool, 3, Launch(count.address, memory.address, 0, 0, 100, 1))
+        for task in threads() - before:
+            until = time.monotonic() + PATIENCE
+            while (slices := scheduling(int(task)))[:3] == usual[:3] and has_slices and time.monotonic() < until:
+                pass  # it has not begun
+            found.append(slices)
+        pool.stop()
+
+    usual = scheduling(0)
+    has_slices = usual[2] > 0
+    thread = threading.Thread(target=launch)
+    thread.start()
+    thread.join()
+    assert found == [(os.SCHED_OTHER, nice, room.SLICE if has_slices else 0)] * 2
+
+
+def scheduling(task):
+    """(policy, nice, slice) of a thread, as sched_getattr tells them."""
+    told = ctypes.create_string_buffer(56)
+    assert ctypes.CDLL(None).syscall(room.SET_SCHEDULING + 1, task, told, 56, 0) == 0
+    _, policy, _, nice, _, slice_ns, _, _ = struct.unpack_from("IIQiIQQQ", told.raw)
+    return policy, nice, slice_ns
 
 
 def test_a_signal_is_answered_between_two_launches(pool):
