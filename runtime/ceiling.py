@@ -2,7 +2,7 @@
 
 The rate is the best of torch's matrix product and of every probe that the kernels registered, over all usable cores; the bandwidth is that of
 a large copy (bytes read plus bytes written). Whatever limit is in force where it is asked for, all usable cores are measured; and what was
-measured while other programs had the cores is used for this run but not kept, or every later share of peak would be too large.
+measured while other programs had the cores is used for a few minutes and no longer, or every later share of peak would be too large.
 """
 
 import time
@@ -24,7 +24,8 @@ SIZES = ((1024, 1024, 1024), (4096, 384, 1536))  # rows, depth, columns: matrix 
 PASSES = 2  # each rate is taken twice, seconds apart: a short disturbance then hits only one of them
 PROBE_ROWS = 64
 SLOW_SECONDS, BUDGET_SECONDS = 1.0, 0.2  # a product that would take longer than the first is measured on so many rows as take about the second
-QUIET_SHARE = 0.85  # rates are kept only if this process had at least this share of the cores' time while they were measured
+QUIET_SHARE = 0.85  # rates are kept for good only if this process had at least this share of the cores' time while they were measured
+BUSY_SECONDS = 300.0  # others serve for so long: commands that follow each other on a busy machine would each measure for two seconds
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Ceilings:
     copy_gbps: float
     best: tuple[tuple[str, str], ...] = ()
     disturbed: bool = False
-    """Other programs had the cores meanwhile: the true ceilings are higher, and the next run measures again."""
+    """Other programs had the cores meanwhile: the true ceilings are higher, and a run some minutes later measures again."""
 
     def gflops(self, precision: str) -> float:
         return self.bf16_gflops if precision == "bf16" else self.fp32_gflops
@@ -132,17 +133,23 @@ def _measure() -> dict[str, Any]:
                     rates[precision], best[precision] = rate, name
         copy_gbps = max(copy_gbps, _copy_gbps(clocks["copy"]))
         if clocks["fp32"].share < QUIET_SHARE:
-            break  # what this gives is not kept; every run on a busy machine would pay for the second pass
+            break  # what this gives is soon measured again; runs on a busy machine would pay for the second pass
     measured = {"fp32_gflops": rates["fp32"], "bf16_gflops": rates["bf16"], "copy_gbps": copy_gbps, "best": best}
     return measured | {"disturbed": clocks["fp32"].share < QUIET_SHARE}
 
 
 def _valid(value: Any) -> bool:
+    """Whether a kept value can be used: it is whole, and not of a busy machine some minutes ago."""
     return (
         isinstance(value, dict)
         and all(isinstance(value.get(name), int | float) and 0 < value[name] < 1e12 for name in ("fp32_gflops", "bf16_gflops", "copy_gbps"))
         and isinstance(value.get("best"), dict)
+        and not (value.get("disturbed") and not 0 <= time.time() - _number(value.get("measured")) < BUSY_SECONDS)
     )
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 @lru_cache(maxsize=1)
@@ -156,7 +163,6 @@ def ceilings() -> Ceilings:
     if not _valid(value):
         with use(threads=usable_cores()):
             value = _measure()
-        if not value["disturbed"]:
-            tuning.store(key, value)
+        tuning.store(key, value | {"measured": time.time()})
     best = tuple(sorted((str(k), str(v)) for k, v in value["best"].items()))
     return Ceilings(float(value["fp32_gflops"]), float(value["bf16_gflops"]), float(value["copy_gbps"]), best, bool(value.get("disturbed")))
