@@ -1,6 +1,7 @@
 """`save` writes a model as one .cllm file; `load` reads a model from whatever holds one.
 
-A .cllm file is a safetensors file whose metadata carries the model's configuration, its tokenizer, and a SHA-256 of all that it holds.
+A .cllm file is a safetensors file whose metadata carries the model's configuration, its tokenizer, and a SHA-256 of all that it holds. Version 1 has
+the weights as they are, version 2 the matrices as int8 (`cllm.checkpoint.int8`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cllm.checkpoint.folder import Checkpoint, read_checkpoint
-from cllm.checkpoint.place import CHECKPOINTS, NOT_A_CHECKPOINT, kind_of
+from cllm.checkpoint.int8 import from_int8, to_int8
+from cllm.checkpoint.place import CHECKPOINTS, NOT_A_CHECKPOINT, kind_of, place_of
 from cllm.checkpoint.safetensors import (
     DTYPES,
     raw_bytes,
@@ -34,21 +36,22 @@ if TYPE_CHECKING:
     from cllm.data.tokens.tokenizer import Tokenizer
     from cllm.model.model import Model
 
-FILE_VERSION = 1
+PLAIN, INT8 = "1", "2"  # versions of the file
 BASE = "base.cllm"  # in a run of LoRA adapters, the frozen weights that they belong to
 WEIGHTS_FORMATS = ("fp32", "bf16", "int8", "int4")
 
 
-def save(model: Model, path: str | Path, tokenizer: Tokenizer | None = None) -> None:
+def save(model: Model, path: str | Path, tokenizer: Tokenizer | None = None, *, int8: bool = False) -> None:
     """Writes the model, its configuration and, where given, its tokenizer as one .cllm file, whole or not at all.
 
-    Raises UserError for another suffix, CheckpointError when the disk does not take it.
+    int8: the matrices as int8 with scales, which is not exact, instead of the weights as they are. Raises UserError for another suffix,
+    CheckpointError when the disk does not take it.
     """
     path = Path(path)
     if path.suffix != ".cllm":
         raise UserError(f"save writes a .cllm file, got {str(path)!r}. For a Hugging Face folder use cllm.interop.hf.save_hf or `cllm export`.")
-    weights = weights_of(model)
-    metadata = {"format": "pt", "cllm_format": str(FILE_VERSION), "config": json.dumps(model.config.to_dict(), sort_keys=True)}
+    weights = to_int8(weights_of(model)) if int8 else weights_of(model)
+    metadata = {"format": "pt", "cllm_format": INT8 if int8 else PLAIN, "config": json.dumps(model.config.to_dict(), sort_keys=True)}
     if tokenizer is not None:
         metadata |= {"tokenizer": tokenizer.to_json(), "tokenizer_hash": tokenizer.hash}
         if tokenizer.settings:
@@ -61,7 +64,8 @@ def save(model: Model, path: str | Path, tokenizer: Tokenizer | None = None) -> 
 
 
 def load(path: str | Path, report: Callable[[str], None] | None = None, weights: str | None = None) -> tuple[Model, Tokenizer | None]:
-    """The model and tokenizer in a run folder (its newest good checkpoint), a checkpoint folder, a .cllm file or a Hugging Face folder.
+    """The model and tokenizer in a run folder (its newest good checkpoint), a checkpoint folder, a .cllm file or a Hugging Face folder, or of
+    "sample", the small model that comes with CLLM.
 
     weights: None for the weights as they are; for generation "fp32", "bf16" (weights and activations), "int8" or "int4" (weights; see
     `Model.quantize_`). report: told of damaged checkpoints that are passed over. Raises CheckpointError for anything else. Nothing is ever
@@ -69,7 +73,7 @@ def load(path: str | Path, report: Callable[[str], None] | None = None, weights:
     """
     if weights not in (None, *WEIGHTS_FORMATS):
         raise UserError(f"weights must be one of {', '.join(WEIGHTS_FORMATS)}, got {weights!r}.")
-    model, tokenizer = _load(Path(path), report)
+    model, tokenizer = _load(place_of(path), report)
     if weights is not None:
         model = model.to(torch.float32 if weights == "fp32" else torch.bfloat16)
     return model.quantize_(int(weights[3:])) if weights in ("int8", "int4") else model, tokenizer
@@ -116,15 +120,16 @@ def _load_file(path: Path) -> tuple[Model, Tokenizer | None]:
     weights, metadata = read_safetensors(path)
     if "cllm_format" not in metadata or "config" not in metadata:
         raise CheckpointError(f"{path} is a safetensors file without a CLLM configuration. {NOT_A_CHECKPOINT}")
-    if metadata["cllm_format"] != str(FILE_VERSION):
-        raise CheckpointError(f"{path} has format version {metadata['cllm_format']:.40}, this CLLM reads {FILE_VERSION}. Use the CLLM that wrote it.")
+    if metadata["cllm_format"] not in (PLAIN, INT8):
+        version = metadata["cllm_format"]
+        raise CheckpointError(f"{path} has format version {version:.40}, this CLLM reads {PLAIN} and {INT8}. Use the CLLM that wrote it.")
     if metadata.get("sha256") != _content_digest(weights, metadata):
         raise CheckpointError(f"{path} is damaged: its SHA-256 does not match. Copy it again from its source.")
     try:
         config = json.loads(metadata["config"])
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} holds a model configuration that is not JSON ({reason(error)}).") from error
-    model = _build(config, weights, path)
+    model = _build(config, from_int8(weights, path) if metadata["cllm_format"] == INT8 else weights, path)
     return model, _tokenizer(metadata, path) if "tokenizer" in metadata else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from pathlib import Path
 
@@ -13,7 +14,16 @@ MANIFEST = "manifest.json"  # of a checkpoint folder
 CHECKPOINTS = "checkpoints"  # the folder of them in a run
 HUGGING_FACE = "config.json"
 _STEP = re.compile("step-[0-9]{1,15}")
+SAMPLE = "sample"  # the name of the small model that comes with CLLM
+SAMPLE_FILE = Path(__file__).with_name("sample.cllm")
 NOT_A_CHECKPOINT = "Expected a run folder, a checkpoint folder, a .cllm file or a Hugging Face folder."
+
+
+def place_of(name: str | Path) -> Path:
+    """Where the model of a name lies: at that path, or of "sample" within the package, unless something here, or a run, has that name."""
+    path = Path(name)
+    own = path != Path(SAMPLE) or os.path.lexists(path) or os.path.lexists(Path("runs") / path)
+    return path if own else SAMPLE_FILE
 
 
 def kind_of(path: Path) -> str:

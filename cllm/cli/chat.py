@@ -108,7 +108,9 @@ def converse(
 
     if tokenizer.chat_template is None:
         taught = command("train", "CHATS.jsonl", "--from", "MODEL")
-        raise UserError(f"this model has no chat template: it was not taught to chat. Teach it with: {taught}")
+        raise UserError(
+            f"this model has no chat template: it was not taught to chat, and goes on with a text instead (cllm generate). Teach it with: {taught}"
+        )
     context = model.config.max_seq_len
     end = end_of_turn(tokenizer)
     speaker = tokenizer if end is None else tokenizer.with_end(end)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("hf", "gguf", "cllm")
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+FOR_ONE = {"q8_0": "gguf", "int8": "cllm"}  # number formats that one format of files has
 
 app = typer.Typer()
 
@@ -29,7 +30,7 @@ app = typer.Typer()
     epilog=examples(
         "cllm export runs/demo --to hf --out demo-hf/",
         "cllm export runs/demo --to gguf --type q8_0 --out demo.gguf",
-        "cllm export runs/demo --to cllm --out demo.cllm",
+        "cllm export runs/demo --to cllm --type int8 --out demo.cllm",
     )
 )
 def export(
@@ -43,9 +44,9 @@ def export(
         option(
             "--type",
             str,
-            "Number format of the weights; q8_0 is for gguf only. [default: as they are stored; for gguf f32]",
+            "Number format of the weights; q8_0 is for gguf only, int8 for cllm only. [default: as they are stored; for gguf f32]",
             optional=True,
-            choices=(*DTYPES, "q8_0"),
+            choices=(*DTYPES, *FOR_ONE),
         ),
     ] = None,
     as_json: Json = False,
@@ -88,13 +89,16 @@ def _check(to: str, type: str | None, out: Path) -> None:
         require_suffix(out, f".{to}")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already and is not an empty folder. Choose another place, or remove it.")
-    if to != "gguf" and type == "q8_0":
-        raise UserError(f"--type q8_0 is for --to gguf alone; --to {to} takes one of {', '.join(DTYPES)}.")
+    only = FOR_ONE.get(type or "", to)
+    if to != only:
+        own = [each for each, format in FOR_ONE.items() if format == to]
+        raise UserError(f"--type {type} is for --to {only} alone; --to {to} takes one of {', '.join([*DTYPES, *own])}.")
     check_writable(out, MODEL)
 
 
 def write(name: str, to: str, out: Path, type: str | None, model: Model, tokenizer: Tokenizer | None) -> int:
-    """Writes `model`, loaded from `name`, and returns the bytes written. type: f32, f16, bf16, for GGUF also q8_0; None as they are (GGUF: f32)."""
+    """Writes `model`, loaded from `name`, and returns the bytes written. type: f32, f16, bf16, for GGUF also q8_0, for .cllm also int8; None
+    as they are (GGUF: f32)."""
     if to == "gguf":
         from cllm.interop.gguf import save_gguf
 
@@ -108,7 +112,8 @@ def write(name: str, to: str, out: Path, type: str | None, model: Model, tokeniz
     else:
         from cllm.checkpoint.model_file import save
 
-        save(model if type is None else model.to(_dtype(type)), out, tokenizer=tokenizer)
+        dtype = None if type == "int8" else _dtype(type)
+        save(model if dtype is None else model.to(dtype), out, tokenizer=tokenizer, int8=type == "int8")
     return sum(file.stat().st_size for file in ([out] if out.is_file() else out.iterdir()))
 
 

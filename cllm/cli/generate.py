@@ -44,6 +44,7 @@ app = typer.Typer()
 
 @app.command(
     epilog=examples(
+        "cllm generate sample --prompt 'It is a truth universally acknowledged, that'",
         "cllm generate runs/demo --prompt 'def '",
         "cllm generate runs/demo --prompt-file start.txt --temperature 0 --max-tokens 500",
         "cllm generate runs/demo --prompt 'Name and age: ' --json-schema person.json",

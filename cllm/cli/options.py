@@ -100,7 +100,9 @@ Threads = Annotated[
         example=2,
     ),
 ]
-Checkpoint = Annotated[str, argument("CKPT", "A run, a checkpoint folder, a .cllm file or a Hugging Face folder.")]
+Checkpoint = Annotated[
+    str, argument("CKPT", "A run, a checkpoint folder, a .cllm file or a Hugging Face folder; sample: the small model that comes with CLLM.")
+]
 TOKENIZER = "A tokenizer.json or .tiktoken file, or the run, .cllm file or Hugging Face folder that holds one."
 TokenizerPlace = Annotated[Path, argument("TOKENIZER", TOKENIZER, Path)]
 Text = Annotated[str, argument("DATA", "Folder or file of text, JSON, CSV or Parquet.")]
@@ -190,9 +192,9 @@ def reading_of(settings: Mapping[str, str | None]) -> "Reading":
 
 def check_model(path: str) -> None:
     """CheckpointError where no model can be at a path, before the libraries that read one are imported, which takes seconds."""
-    from cllm.checkpoint.place import kind_of
+    from cllm.checkpoint.place import kind_of, place_of
 
-    kind_of(Path(path))
+    kind_of(place_of(path))
 
 
 def check_text(path: str) -> None:
@@ -248,6 +250,9 @@ def load_draft(path: str | None, tokenizer: "Tokenizer", weights: str | None = N
 
 
 def load_tokenizer(place: Path) -> "Tokenizer":
+    from cllm.checkpoint.place import place_of
+
+    place = place_of(place)
     if place.suffix == ".cllm":
         from cllm.checkpoint.model_file import load_tokenizer
 

@@ -120,7 +120,7 @@ def _places(models: list[str], follow: list[str]) -> dict[str, str]:
     places: dict[str, str] = {}
     given = [*models, *(path for path in follow if Path(path).resolve() not in {Path(each).resolve() for each in models})]
     if not given:
-        raise UserError("say which model to serve, as in: cllm serve runs/demo")
+        raise UserError("say which model to serve, as in: cllm serve runs/demo. A small one comes with CLLM: cllm serve sample")
     for path in given:
         identity = _identity(path)
         if identity in places:

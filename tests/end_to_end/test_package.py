@@ -106,6 +106,8 @@ for name in {modules()!r}:
     importlib.import_module(name)
 import cllm
 assert cllm.__file__.startswith({str(environment)!r}), cllm.__file__
+model, tokenizer = cllm.load("sample")
+assert model.config.vocab_size >= tokenizer.vocab_size > 256
 """
     for command in ([environment / "bin/python", "-c", code], [environment / "bin/cllm", "explain", "softmax", "64x64", "--json"]):
         result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path / "elsewhere", env=variables)
@@ -117,3 +119,4 @@ def test_the_source_distribution_holds_what_its_readme_speaks_of(built):
     with tarfile.open(built[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"README.md", "CHANGELOG.md", "LICENSE", "Makefile", "constraints.txt", "examples/demo.toml", "cllm/kernels/softmax.py"} <= names
+    assert {"cllm/checkpoint/sample.cllm", "examples/production/sample.md"} <= names

@@ -128,12 +128,13 @@ def _of_file(place: Path, root: Path) -> dict[str, Any]:
         return {"damaged": "it is a safetensors file without a CLLM configuration", "parameters": header.num_parameters}
     settings = _json(header.metadata.get("tokenizer_config", "{}"))
     has_tokenizer = "tokenizer" in header.metadata
+    of_config = num_parameters(config)
     return {
-        "parameters": header.num_parameters,
+        "parameters": of_config or header.num_parameters,  # the scales of int8 weights are no parameters
         "context": _whole(config, "max_seq_len"),
         "tokenizer": described_tokenizer(_json(header.metadata["tokenizer"]), settings) if has_tokenizer else None,
         "has_chat": has_template(settings),
-        "loadable": has_tokenizer and num_parameters(config) is not None,
+        "loadable": has_tokenizer and of_config is not None,
         "dtype": _dtype(header),
     }
 
@@ -258,8 +259,11 @@ def _files(folder: Path) -> list[dict[str, Any]]:
 
 
 def _dtype(header: Header) -> str | None:
-    kinds = [each.dtype for each in header.tensors.values()]
-    return max(set(kinds), key=kinds.count) if kinds else None
+    """The number format that holds most of the bytes."""
+    sizes: dict[str, int] = {}
+    for each in header.tensors.values():
+        sizes[each.dtype] = sizes.get(each.dtype, 0) + each.num_bytes
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
 
 
 def _whole(values: Any, name: str) -> int | None:

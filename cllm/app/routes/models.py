@@ -24,8 +24,8 @@ from cllm.app.routes import asked
 from cllm.app.routes.data import announced_bytes
 from cllm.app.state import App
 from cllm.checkpoint.header import read_header
-from cllm.checkpoint.place import NOT_A_CHECKPOINT
-from cllm.files import reason
+from cllm.checkpoint.place import NOT_A_CHECKPOINT, SAMPLE_FILE
+from cllm.files import MODEL, reason, write_file
 from cllm.runtime.errors import CheckpointError, OutputError
 from cllm.serve.errors import Refused
 
@@ -88,6 +88,17 @@ def routes(app: App) -> APIRouter:
         name = time.strftime("imported-%Y%m%d-%H%M%S.cllm")
         place, size = await receive_file(request.receive, into, name, workspace.state / "uploads", announced_bytes(request), _check_model)
         return reply({"path": workspace.relative(place), "bytes": size}, 201)
+
+    @router.post("/api/models/sample")
+    async def sample() -> Response:
+        return reply({"path": await asyncio.to_thread(bring_sample)}, 201)
+
+    def bring_sample() -> str:
+        """The path of the model that comes with CLLM as a file of the workspace, which it becomes where it is none."""
+        place = workspace.resolve(f"{IMPORTED}/{SAMPLE_FILE.name}")
+        if not place.exists():
+            write_file(place, SAMPLE_FILE.read_bytes(), MODEL)
+        return workspace.relative(place)
 
     @router.get("/api/download")
     def download(request: Request) -> Response:

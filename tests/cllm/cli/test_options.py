@@ -143,6 +143,11 @@ WRONG = [
     (("evaluate", "M"), "give either DATA (text to predict) or --tasks (tasks of lm-evaluation-harness)."),
     (("export", "M", "--to", "ggul", "--out", "x"), "--to must be one of hf, gguf, cllm, got 'ggul'. Did you mean 'gguf'?"),
     (("export", "M", "--to", "hf", "--out", "x", "--type", "q8_0"), "--type q8_0 is for --to gguf alone; --to hf takes one of f32, f16, bf16."),
+    (("export", "M", "--to", "hf", "--out", "x", "--type", "int8"), "--type int8 is for --to cllm alone; --to hf takes one of f32, f16, bf16."),
+    (
+        ("export", "M", "--to", "cllm", "--out", "x.cllm", "--type", "q8_0"),
+        "--type q8_0 is for --to gguf alone; --to cllm takes one of f32, f16, bf16, int8.",
+    ),
     (("checkpoint", "average", "M", "--out", "x", "--last", "1"), "--last must be >= 2, got 1. Use a value like 5."),
     (("tokenizer", "train", "x", "--kind", "bpee"), "--kind must be one of bpe, wordpiece, unigram, char, got 'bpee'. Did you mean 'bpe'?"),
     (("tokenizer", "train", "x", "--vocab-size", "10"), "--vocab-size must be >= 257, got 10. Use a value like 4096."),

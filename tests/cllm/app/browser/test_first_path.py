@@ -13,6 +13,10 @@ expect.set_options(timeout=PATIENCE)
 
 
 def test_from_a_folder_by_clicks_to_a_model_that_other_programs_read(page, app, tmp_path):
+    page.get_by_role("button", name="Talk to the sample model").click()  # before there is anything of one's own
+    expect(page.locator(".composer").get_by_role("button", name="Continue")).to_be_visible()
+    expect(page.get_by_label("Model", exact=True).locator("option:checked")).to_contain_text("models/sample.cllm")
+    open_tab(page, "Home")
     page.get_by_role("button", name="Choose a folder").click()
     picker = page.get_by_role("dialog", name="Choose a folder of text")
     picker.get_by_role("button", name="books").click()

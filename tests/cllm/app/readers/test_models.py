@@ -115,6 +115,16 @@ def test_a_header_is_read_or_refused(tmp_path_factory, made, content, place):
         assert header.num_parameters >= 0
 
 
+def test_the_sample_model_becomes_a_file_of_the_workspace_and_stays_what_it_is(client, workspace):
+    path = client.post("/api/models/sample").json["path"]
+    found = listed(client)[path]
+    model, tokenizer = load("sample")
+    assert (found["kind"], found["dtype"], found["loadable"], found["has_chat"], found["damaged"]) == ("file", "I8", True, False, None)
+    assert found["parameters"] == model.config.num_parameters() and found["tokenizer"]["vocab_size"] == tokenizer.vocab_size
+    shutil.copy(workspace / "chat.cllm", workspace / path)
+    assert client.post("/api/models/sample").json["path"] == path and listed(client)[path]["has_chat"], "a file that is there is not replaced"
+
+
 # -- deleting --------------------------------------------------------------------------------------------------------------
 
 

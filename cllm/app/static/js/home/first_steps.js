@@ -3,6 +3,7 @@
 import { h, newId, replace } from "../dom.js";
 import { loss, number } from "../format.js";
 import { isEnded, start } from "../jobs.js";
+import { sampleButton } from "../models/sample.js";
 import { link } from "../route.js";
 import { button, progress } from "../ui.js";
 import { textChoice } from "./choose_text.js";
@@ -94,7 +95,8 @@ export function firstSteps() {
       step(1, "Choose text", ...text.children),
       step(2, "Train", h("div", { class: "field" }, h("label", { for: timeId }, "How long may it take?"), time, h("p", { class: "help" }, "The size of the model and everything else is chosen for that time. The longer, the better it writes.")), h("div", { class: "row" }, go, more), fault, running),
       step(3, "Talk", talk)));
-  replace(talk, h("p", { class: "help" }, "When a model has learnt, you can talk to it here."));
+  replace(talk, h("p", { class: "help" }, "When a model has learnt, you can talk to it here. A small one that comes with CLLM shows at once how that is."),
+    h("div", { class: "row" }, sampleButton()));
   return {
     element,
     jobs(list) {

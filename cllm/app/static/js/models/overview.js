@@ -9,6 +9,7 @@ import { button, table, toast } from "../ui.js";
 import { averageModels, deleteModel, exportModel, outcome } from "./actions.js";
 import { bringModel } from "./bring.js";
 import { modelTable } from "./list.js";
+import { sampleButton } from "./sample.js";
 
 const COMMANDS = new Set(["export", "checkpoint verify", "checkpoint average"]);
 const SHOWN = 6; // newest jobs
@@ -40,7 +41,7 @@ export function overview() {
   ], [], { caption: "Trash", key: (each) => each.trash ?? each.id });
   const trashCard = h("details", { class: "card", hidden: true }, h("summary", {}, "Trash"), trash);
   const element = h("div", { class: "stack" },
-    h("div", { class: "head" }, h("h1", {}, "Models"), average, button("Import", () => bringModel(load), { title: "A .cllm file or a Hugging Face folder from this computer" })),
+    h("div", { class: "head" }, h("h1", {}, "Models"), sampleButton(), average, button("Import", () => bringModel(load), { title: "A .cllm file or a Hugging Face folder from this computer" })),
     workCard, h("section", { class: "card", "aria-label": "Models" }, models), trashCard);
 
   async function load() {

@@ -10,6 +10,7 @@ import { session } from "../llm/session.js";
 import { surpriseView } from "../llm/surprise.js";
 import { threadView } from "../llm/thread.js";
 import { followWaiting } from "../llm/waiting.js";
+import { sampleButton } from "../models/sample.js";
 import { link } from "../route.js";
 import { button, empty, liveText, spinner, toast } from "../ui.js";
 
@@ -50,9 +51,9 @@ class Page {
     this.#models = models;
     if (!models.length) {
       replace(this.panel, h("h1", {}, title), empty("There is no model to talk to yet. Train one, and it stands here when it has its first checkpoint.",
-        button("Train a model", () => {
+        h("div", { class: "row" }, button("Train a model", () => {
           location.hash = link("training");
-        }, { kind: "primary" })));
+        }, { kind: "primary" }), sampleButton())));
       return;
     }
     if (this.route.params.get("view") === "surprise") return void this.#surprise();
