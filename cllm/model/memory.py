@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 PROCESS_BYTES = 450 << 20
 
 
-# Of memory that a step on a CPU may take as a recorded program. Larger steps run operation by operation, and Python's share in them is small.
+# Of memory that a step on a CPU and its evaluation may take as recorded programs. Larger ones run operation by operation: Python's share is small.
 MOST_PROGRAM_BYTES = 256 << 20
 
 
@@ -56,7 +56,7 @@ class MemoryPrediction:
             ("process", self.process, "Python, torch, compiled kernels"),
             *([("update", self.update, "what Muon computes its updates in")] if self.update else []),
             *([("checkpoint", self.checkpoint, "the copy that is written while training goes on")] if self.checkpoint else []),
-            *([("program", self.program, "the recorded step: activations, gradients and logits at places of their own")] if self.program else []),
+            *([("program", self.program, "recorded step and evaluation: activations, gradients, logits")] if self.program else []),
         ]
         return sorted(parts, key=lambda part: -part[1])
 
@@ -85,7 +85,8 @@ def predict(
     logits, logit_rows = _logit_bytes(config, tokens, width, device)
     state = _optimizer_bytes(config, optimizer) + (4 * parameters if average else 0)
     activations = tokens * per_token + feed_forward
-    recorded = 4 * parameters + activations + logits
+    evaluated = tokens * (branches + activated + 3 * config.embed_dim) * width + min(LOGIT_ROWS, tokens) * config.vocab_size * width
+    recorded = 4 * parameters + activations + logits + evaluated
     return MemoryPrediction(
         weights=4 * parameters,
         gradients=4 * parameters,

@@ -5,9 +5,10 @@ import torch
 
 pytest.importorskip("numba")
 
-from cllm import Model, ModelConfig, runtime
+from cllm import Model, ModelConfig, TrainStep, runtime
 from cllm.data.tokens.batch import IGNORE, Batch
 from cllm.evaluate.programs import EvaluationPrograms
+from cllm.model.memory import predict
 
 SIZES = {"vocab_size": 37, "embed_dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 48, "max_seq_len": 16}
 OFF = "CLLM_STEP_PROGRAM"
@@ -54,6 +55,16 @@ def test_replayed_evaluations_are_equal_bit_for_bit_while_the_weights_go_on(monk
         for parameter in pair.model.parameters():
             parameter.detach().mul_(1.25)
     assert (pair.programs.num_replayed, pair.plain.num_replayed) == (2, 0), pair.programs.reasons
+
+
+def test_the_predicted_memory_holds_that_of_a_replayed_step_and_evaluation(monkeypatch):
+    sizes = {"embed_dim": 128, "ffn_dim": 352, "vocab_size": 512, "max_seq_len": 64}
+    pair, step = Pair(monkeypatch, **sizes), TrainStep(Model(ModelConfig(**SIZES | sizes)))
+    for number in range(3):
+        pair.check(batch(number, shape=(4, 64)))
+        step.run([batch(number, shape=(4, 64))])
+    taken = step._programs.bytes, pair.programs.bytes
+    assert all(taken) and sum(taken) <= predict(pair.model.config, 4, 64).program
 
 
 def test_what_a_program_does_not_hold_for_runs_by_operations(monkeypatch):
