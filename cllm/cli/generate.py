@@ -125,8 +125,10 @@ def generate(
             console.result(_summary(prompt, found) | {"scores": [each.score for each in found]})
             return
         if stream and samples == 1 and not as_json:
-            pieces = run_stream(model, tokenizer, prompt, **options)  # checks all of it, before the prompt is shown
-            for piece in chain((prompt,), pieces, ("\n",)):
+            # What is wrong with the options is said before the prompt is shown, and so is that kernels are compiled.
+            pieces = run_stream(model, tokenizer, prompt, **options)
+            first = next(pieces, "")
+            for piece in chain((prompt, first), pieces, ("\n",)):
                 console.write(piece)
             return
         results = run(model, tokenizer, prompt, samples=samples, **options)
