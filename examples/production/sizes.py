@@ -45,7 +45,7 @@ def take(files: list[Path], source: Path, into: Path, share: float) -> tuple[flo
 
 def cost(words: tuple, megabytes: float) -> tuple[str, str]:
     """(seconds of the processor for a megabyte, megabytes of memory) of a command."""
-    command = subprocess.Popen([sys.executable, "-m", "cllm", *map(str, words)], stdout=subprocess.DEVNULL)
+    command = subprocess.Popen(["cllm", *map(str, words)], stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(command.pid, 0)
     if status:
         raise SystemExit(f"cllm {words[0]} ended with status {os.waitstatus_to_exitcode(status)}")

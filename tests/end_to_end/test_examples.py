@@ -102,6 +102,13 @@ def test_the_way_of_the_production_run_leads_from_files_to_a_measured_model_and_
     assert held and not any((out / "text" / each).exists() for each in held)
 
 
+def test_what_a_megabyte_costs_is_measured_from_text_to_tokens(text, tmp_path):
+    with commands(tmp_path) as path:
+        printed = run(sys.executable, EXAMPLES / "production" / "sizes.py", text, tmp_path / "work", 0.2, cwd=tmp_path, path=path)
+    head, _, row = printed.splitlines()
+    assert head.count("|") == row.count("|") == 9 and 0.05 < float(row.split("|")[1]) < 0.5
+
+
 def test_novels_come_out_of_the_data_of_an_r_package(tmp_path):
     lines = ["A NOVEL", "", "CHAPTER I", "", "It was _late_", "in autumn.", "", *(["Nothing", "happened.", ""] * 60), "Chapter 2", "", "The end."]
     texts = b"".join(b"\0\x04\0\x09" + len(each).to_bytes(4, "big") + each.encode() for each in lines)
