@@ -1,9 +1,13 @@
 """The small model that comes with CLLM answers at once, in every command, until something of one's own has its name."""
 
+from pathlib import Path
+
 import pytest
 from command import cllm
 
+from cllm import load
 from cllm.checkpoint.place import SAMPLE_FILE, kind_of, place_of
+from cllm.config.train import TrainConfig
 from cllm.runtime.errors import CheckpointError
 
 
@@ -28,6 +32,12 @@ def test_it_can_be_exported_inspected_and_trained_further(tmp_path, text):
     more = ("--steps", 1, "--seq-len", 16, "--batch-size", 1, "--threads", 2)
     ran = cllm("train", text / "bisect.py", "--from", "sample", "--out", "run", *more, cwd=tmp_path)
     assert ran.status == 0, ran.err
+
+
+def test_the_settings_that_its_card_gives_are_those_of_the_model():
+    settings = TrainConfig.from_toml(Path(__file__).parents[2] / "examples" / "production" / "sample.toml")
+    model, tokenizer = load("sample")
+    assert settings.model_config(tokenizer.vocab_size) == model.config and settings.train.pace is not None and not settings.clocked
 
 
 def test_what_is_ones_own_comes_first(tmp_path, monkeypatch):
