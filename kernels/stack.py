@@ -11,6 +11,10 @@ from torch import Tensor
 from cllm.kernels.quantization import Quantized, Quantized4
 from cllm.kernels.strips import Strips
 
+NGRAM_SHARE = 0.25
+"""What is added of an embedding of n-grams: under Adam a row that is seen once moves as far as one that is seen often, and most n-grams are rare. A
+power of two, so that nothing is rounded by it."""
+
 Packed = Strips | Quantized | Quantized4  # a matrix (N, K) packed for inference
 Weight = Tensor | Packed
 
@@ -54,7 +58,7 @@ class Layer(NamedTuple):
 
 class Stack(NamedTuple):
     """All that a token passes. rotary: cos and sin (P, D/2) float32, or None. embedding: (V, E), and what is added to it: position_embedding (P, E)
-    or None, then ngram_embeddings, tables (R, E) whose rows the caller knows. A `Decoder` is given what comes after them."""
+    or None, then NGRAM_SHARE of ngram_embeddings, tables (R, E) whose rows the caller knows. A `Decoder` is given what comes after them."""
 
     layers: Sequence[Layer]
     norm: Norm

@@ -18,7 +18,7 @@ from cllm import kernels, runtime
 from cllm.config.model import ModelConfig
 from cllm.kernels.embedding import tied_embedding
 from cllm.kernels.quantized import quantized_feed_forward, quantized_matmul
-from cllm.kernels.stack import Layer, Linear, Norm, Packed
+from cllm.kernels.stack import NGRAM_SHARE, Layer, Linear, Norm, Packed
 from cllm.model.cache import DeviceCache, KVCache
 from cllm.model.ngrams import row_of, tokens_before
 from cllm.model.pages import PageBatch
@@ -246,10 +246,10 @@ class LlamaBackbone(nn.Module):
         return [(length, each.weight) for length, each in ((2, self.embed_bigrams), (3, self.embed_trigrams)) if each is not None]
 
     def embed(self, tokens: Tensor, context: Context, dtype: torch.dtype) -> Tensor:
-        """tokens (B, T) -> (B, T, E). Each look-up is rounded to `dtype` before they are added."""
+        """tokens (B, T) -> (B, T, E). Each look-up is rounded to `dtype` before it is added."""
         x = context.look_up(tokens, self.embed_tokens.weight, dtype)
         for length, weight in self._ngram_tables():
-            x = x + kernels.embedding(context.ngram_rows(tokens, length, len(weight)), weight, dtype)
+            x = torch.add(x, kernels.embedding(context.ngram_rows(tokens, length, len(weight)), weight, dtype), alpha=NGRAM_SHARE)
         return x
 
     def forward(self, tokens: Tensor, context: Context, dtype: torch.dtype) -> Tensor:

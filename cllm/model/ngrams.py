@@ -1,7 +1,7 @@
 """Hashed n-grams: the row of a table that belongs to a token and the ones before it, by integer arithmetic alone.
 
-An embedding of the last two or three tokens is added to that of the token: what follows often is looked up instead of computed (Brants et al. 2007
-and Roy et al. 2022, arXiv 2207.06881, have such tables; so have modded-nanogpt and parameter-golf). All n-grams share the rows of a table by the hash
+A quarter of an embedding of the last two or three tokens is added to that of the token: what follows often is looked up instead of computed (Roy et
+al. 2022, arXiv 2207.06881, have such tables; so have modded-nanogpt and parameter-golf). All n-grams share the rows of a table by the hash
 
     row = ((sum of MULTIPLIERS[i] * t_i mod 2^64) >> 33) mod rows
 

@@ -24,8 +24,8 @@ from cllm.kernels.numba.gemm import TILES, bf16_kernel
 from cllm.kernels.numba.launch import Kernel, copy_bytes, dense, inline, int32_at, int64_at, is_half, load, num_workers, put_int64, store
 from cllm.kernels.numba.launches import Launches, aligned, rows_of
 from cllm.kernels.numba.micro import CONFIGURATION
-from cllm.kernels.numba.simd import W, vadd
-from cllm.kernels.stack import Layer, Linear, Norm, Stack
+from cllm.kernels.numba.simd import W, vfma, vset
+from cllm.kernels.stack import NGRAM_SHARE, Layer, Linear, Norm, Stack
 
 MOST_TOKENS = matvec.MOST_ROWS
 
@@ -56,7 +56,7 @@ class _Storing(NamedTuple):
 
 
 P, _storing = fields(_Storing)
-_ZERO = np.float32(0.0)
+_ZERO, _ONE, _NGRAM_SHARE = np.float32(0.0), np.float32(1.0), np.float32(NGRAM_SHARE)
 
 
 @inline
@@ -103,6 +103,7 @@ class _Embedding(NamedTuple):
 
     tables: int  # of int64 numbers, `TABLE` of each table
     num_tables: int
+    num_whole: int  # of how many tables, the first ones, all is added; of the others NGRAM_SHARE
     out: int
     spare: int  # of the shape of out
     row: int
@@ -115,20 +116,21 @@ EMB, _embedding = fields(_Embedding)
 
 
 def _embed(p, f, task, worker):
-    """One token: the sum of its rows of all tables, each rounded to the dtype of activations before it is added."""
+    """One token: its rows of all tables, each rounded to the dtype of activations before it, or NGRAM_SHARE of it, is added."""
     out, spare, half, columns = p[EMB.out] + task * p[EMB.row], p[EMB.spare] + task * p[EMB.row], p[EMB.half], p[EMB.columns]
     for number in range(p[EMB.num_tables]):
         at = number * len(TABLE)
         place = int64_at(int64_at(p[EMB.tables], at + TABLE.numbers), task)
         row = int64_at(p[EMB.tables], at + TABLE.weight) + place * int64_at(p[EMB.tables], at + TABLE.row)
         of_half = int64_at(p[EMB.tables], at + TABLE.half)
+        share = _ONE if number < p[EMB.num_whole] else _NGRAM_SHARE
         for c in range(0, columns, W):
             n = columns - c
             if number == 0:
                 store(out, half, c, load(row, of_half, c, n), n)
             else:
                 store(spare, half, c, load(row, of_half, c, n), n)
-                store(out, half, c, vadd(load(out, half, c, n), load(spare, half, c, n)), n)
+                store(out, half, c, vfma(vset(share), load(spare, half, c, n), load(out, half, c, n)), n)
 
 
 _embed_kernel = Kernel(_embed)
@@ -294,6 +296,7 @@ class PagedDecoder:
         return _embedding(
             tables=self._embeddings.ctypes.data,
             num_tables=len(self._embeddings),
+            num_whole=len(self._embeddings) - len(self._ngram_rows),
             out=x.data_ptr(),
             spare=spare.data_ptr(),
             row=x.stride(0) * x.element_size(),

@@ -66,7 +66,7 @@ def one_by_one(stack, keys, values, *given):
     if stack.position_embedding is not None:
         x = x + kernels.embedding(positions, stack.position_embedding, dtype)
     for rows, table in zip(given[4], stack.ngram_embeddings, strict=True):
-        x = x + kernels.embedding(torch.tensor(rows), table, dtype)
+        x = x + kernels.embedding(torch.tensor(rows), table, dtype) / 4
 
     def product(x, linear):
         if isinstance(linear.weight, torch.Tensor):

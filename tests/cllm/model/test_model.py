@@ -73,7 +73,7 @@ def plain_logits(weights, config, tokens):
         for length, name in ((2, "bigram"), (3, "trigram")):
             if rows := getattr(config, f"{name}_rows"):
                 numbers = [[ngram_row(text[: end + 1].tolist(), length, rows) for end in range(T)] for text in tokens]
-                x = x + weights[f"model.embed_{name}s.weight"][torch.tensor(numbers)]
+                x = x + weights[f"model.embed_{name}s.weight"][torch.tensor(numbers)] / 4
         for i in range(config.num_layers):
 
             def w(name, i=i):
