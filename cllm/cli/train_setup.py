@@ -165,9 +165,10 @@ def _print_settings(config: TrainConfig, model: ModelConfig, dataset: "Dataset",
         # The shape that a preset, a rule or another model gives is told in the line before.
         if source != "default" and value is not None and not (key.startswith("model.") and source.startswith(("derived", "preset", "the model")))
     ]
+    looked_up = f" ({model.ngram_parameters:,} of them looked up by n-grams)" if model.ngram_tables else ""
     console.print(
-        f"model    {model.family} family, {model.num_parameters():,} parameters: {counted(model.num_layers, 'layer')} x {model.embed_dim}, "
-        f"{counted(model.num_heads, 'head')} ({model.kv_heads} for keys), ffn {model.ffn_size}, vocabulary {model.vocab_size}, "
+        f"model    {model.family} family, {model.num_parameters():,} parameters{looked_up}: {counted(model.num_layers, 'layer')} x "
+        f"{model.embed_dim}, {counted(model.num_heads, 'head')} ({model.kv_heads} for keys), ffn {model.ffn_size}, vocabulary {model.vocab_size}, "
         f"context {model.max_seq_len}{preset}"
     )
     tokens = config.train.batch_size * config.train.grad_accum * config.train.seq_len

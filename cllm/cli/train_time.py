@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 MEASURING = 0.03  # of the time: the most that measuring speeds may take
 LEAST = 0.05  # of the time: what must be left for training
 _SMALLEST = 64  # the width that is measured first
+_OF_EVERY_SIZE = ("model.architecture", "model.bigram_rows", "model.trigram_rows")  # what leaves the choice of a size
 
 
 def time_left(config: TrainConfig, began: float) -> float:
@@ -94,7 +95,7 @@ def with_schedule(config: TrainConfig) -> TrainConfig:
 
 def _sizes(config: TrainConfig, vocab_size: int) -> dict[str, ModelConfig]:
     """The models to choose from, by name: the one that was asked for, or all widths of the recipe."""
-    asked = [key for key in config.flat() if key.startswith("model.") and config[key] is not None]
+    asked = [key for key in config.flat() if key.startswith("model.") and config[key] is not None and key not in _OF_EVERY_SIZE]
     if asked:
         return {"as given": config.model_config(vocab_size)}
     return {str(width): config.replace("", **_model(width)).model_config(vocab_size) for width in recipe.WIDTHS}

@@ -4,6 +4,8 @@ holds it to 10 %).
 The cllm presets are Qwen3-shaped: grouped-query attention, QK-norm, tied embeddings, heads of 32 to 128. Small models
 get small vocabularies, so that the embedding does not eat the parameters; `vocab_size=...` overrides. The gpt2 ones are
 OpenAI's four.
+
+An architecture changes a cllm model of any size into one that learns more in the same time and runs in CLLM alone.
 """
 
 from typing import Any
@@ -48,3 +50,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-large": _gpt2(1280, 36, 20),
     "gpt2-xl": _gpt2(1600, 48, 25),
 }
+
+ARCHITECTURES = ("fast",)
+
+
+def architecture(name: str | None, vocab_size: int) -> dict[str, Any]:
+    """The fields of a ModelConfig that an architecture sets, for a vocabulary. Which of them pay was measured by profiling/ablation.py."""
+    if name is None:
+        return {}
+    # As many rows as there are pairs of tokens, as long as that is few: what does not occur in a text needs no row of its own.
+    rows = max(64, min(8192, vocab_size * vocab_size))
+    return {"bigram_rows": rows, "trigram_rows": rows}

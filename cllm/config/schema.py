@@ -16,7 +16,7 @@ from typing import Any
 
 from cllm.config.lora import TARGETS
 from cllm.config.model import ModelConfig
-from cllm.config.presets import PRESETS
+from cllm.config.presets import ARCHITECTURES, PRESETS
 from cllm.config.schedule import KINDS
 from cllm.config.setting import Setting, origin, setting, settings_of, shortened
 from cllm.runtime.errors import UserError
@@ -317,7 +317,7 @@ def _own_field_docs(schema: type) -> dict[str, str]:
 
 
 def _model_section() -> type:
-    """[model]: a preset, and every field of ModelConfig, open (None) until given. The vocabulary comes from the tokenizer."""
+    """[model]: a preset, an architecture, and every field of ModelConfig, open (None) until given. The vocabulary comes from the tokenizer."""
     hints, docs = typing.get_type_hints(ModelConfig), field_docs(ModelConfig)
     preset_help = f"Named model sizes: {', '.join(PRESETS)}. Default: {DEFAULT_PRESET}, if no size is given."
     of_preset = dict.fromkeys(("embed_dim", "num_layers", "num_heads"), " Default: as in the preset.")
@@ -326,7 +326,14 @@ def _model_section() -> type:
         "heads": ("num_heads", "num_kv_heads"), "blocks": ("num_layers",),
     }  # fmt: skip
     units = {name: unit for unit, names in counted.items() for name in names}
-    fields: list[tuple[str, Any, Any]] = [("preset", str | None, setting(None, preset_help))]
+    architecture_help = (
+        "fast: hashed embeddings of the last two and three tokens, which learn more in the same time. CLLM alone can run such a model; the default "
+        "can be exported to other programs."
+    )
+    fields: list[tuple[str, Any, Any]] = [
+        ("preset", str | None, setting(None, preset_help)),
+        ("architecture", str | None, setting(None, architecture_help, choices=ARCHITECTURES)),
+    ]
     fields += [
         (
             each.name,

@@ -16,6 +16,7 @@ from typing import Any
 from cllm.config.evaluation_plan import least_eval_every
 from cllm.config.model import ModelConfig
 from cllm.config.pace import Pace
+from cllm.config.presets import architecture
 from cllm.config.schedule import BatchRamp
 from cllm.config.schema import (
     DEFAULT_PRESET,
@@ -196,7 +197,8 @@ class TrainConfig:
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model that these settings describe: the preset's sizes, then what [model] gives, with room for seq_len tokens."""
-        given = {name: value for name, value in dataclasses.asdict(self.model).items() if value is not None and name != "preset"}
+        names = {each.name for each in dataclasses.fields(ModelConfig)}
+        given = {name: value for name, value in dataclasses.asdict(self.model).items() if value is not None and name in names}
         preset = self.preset
         base = {} if preset is None else ModelConfig.preset(preset).to_dict()
         # What the preset derived from a size that is overridden here is derived anew.
@@ -211,7 +213,7 @@ class TrainConfig:
         elif given["max_seq_len"] < self.train.seq_len:
             given_by = origin(self.sources["train.seq_len"])
             raise UserError(f"seq_len must be <= max_seq_len ({given['max_seq_len']}), got {self.train.seq_len}{given_by}.")
-        return ModelConfig.from_dict({**base, **given, "vocab_size": vocab_size})
+        return ModelConfig.from_dict({**base, **architecture(self.model.architecture, vocab_size), **given, "vocab_size": vocab_size})
 
     @property
     def preset(self) -> str | None:
@@ -224,11 +226,13 @@ class TrainConfig:
         config = self._with_habits()
         described = self._describes(model)
         preset = ModelConfig.preset(self.preset).to_dict() if described and self.preset else {}
+        changed = architecture(self.model.architecture, model.vocab_size) if described else {}
         for name, value in model.to_dict().items():
             key = f"model.{name}"
             if key in SETTINGS and value is not None and config[key] != value:
                 origin = "the model" if not described else "derived: from the sizes that were given"
-                config = config.replace(f"preset {self.preset}" if value == preset.get(name) else origin, **{key: value})
+                origin = f"preset {self.preset}" if value == preset.get(name) else origin
+                config = config.replace(f"derived: architecture {self.model.architecture}" if name in changed else origin, **{key: value})
 
         def derive(key: str, value: Any, rule: str) -> None:
             nonlocal config
@@ -294,8 +298,9 @@ class TrainConfig:
     def check_beside_model(self, wrong: Sequence[str] = ()) -> None:
         """UserError for settings that a model to start from rules out: a preset, a vocabulary, a tokenizer, and what else is `wrong` for this one."""
         found = [*wrong]
-        if self.model.preset is not None:
-            found.append(f"preset={self.model.preset!r}")
+        for name in ("preset", "architecture"):
+            if self["model." + name] is not None:
+                found.append(f"{name}={self['model.' + name]!r}")
         if self.data.vocab_size is not None:
             found.append(f"vocab_size={self.data.vocab_size!r}")
         if self.data.tokenizer != "bpe":

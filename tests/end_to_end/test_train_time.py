@@ -10,6 +10,7 @@ from command import cllm
 PROFILING = Path(__file__).parents[2] / "profiling"
 
 PLAIN = ("--threads", 2, "--set", "log.tensorboard=false", "--json")
+FAST = ("--architecture", "fast")  # of any size
 TEXT = "the quick brown fox jumps over the lazy dog number {} and comes back to sleep for {} hours\n"
 
 
@@ -18,7 +19,7 @@ def test_a_fifth_of_a_minute_from_text_to_model(tmp_path, monkeypatch):
     minutes, ran = 0.2, None
     while ran is None or "leaves too little" in ran.err:  # on a machine that takes so long to get ready
         minutes *= 1 if ran is None else 3
-        ran = cllm("train", "fox.txt", "--minutes", minutes, *PLAIN, cwd=tmp_path)
+        ran = cllm("train", "fox.txt", "--minutes", minutes, *FAST, *PLAIN, cwd=tmp_path)
     assert ran.status == 0, ran.err
     found = ran.json
     rows = [json.loads(line) for line in (tmp_path / "runs" / "fox" / "metrics.jsonl").read_text().splitlines()]
@@ -35,9 +36,10 @@ def test_a_fifth_of_a_minute_from_text_to_model(tmp_path, monkeypatch):
     assert promise["low"] < promise["predicted"] < promise["high"] and promise["tokens"] == found["tokens"] and promise["planned_tokens"] > 0
     config = (tmp_path / "runs" / "fox" / "config.toml").read_text()
     assert f"minutes = {minutes}" in config and "pace = " in config and "wsd" in config
-    again = cllm("train", "fox.txt", "--minutes", minutes, *PLAIN, cwd=tmp_path)
+    assert "looked up by n-grams" in ran.err
+    again = cllm("train", "fox.txt", "--minutes", minutes, *FAST, *PLAIN, cwd=tmp_path)
     assert again.status == 0 and again.json["step"] == found["step"] and "is finished" in again.err and "--minutes MORE" in again.err
-    other = cllm("train", "fox.txt", "--minutes", minutes + 1, *PLAIN, cwd=tmp_path)
+    other = cllm("train", "fox.txt", "--minutes", minutes + 1, *FAST, *PLAIN, cwd=tmp_path)
     assert other.status == 2 and "minutes" in json.loads(other.out)["error"]
 
 

@@ -22,7 +22,7 @@ from cllm.runtime import gpu
 
 FLAGS = {
     "train": """--out --config --resume --plan --find-lr --follow --once --replay --tolerance --round-bytes --look-every --keep-text
-        --set --json --from --lora-rank --tokenizer --tokenizer-sample --device --threads --precision --preset
+        --set --json --from --lora-rank --tokenizer --tokenizer-sample --device --threads --precision --preset --architecture
         --vocab-size --embed-dim --num-layers --num-heads --num-kv-heads --ffn-dim --seq-len --batch-size --grad-accum --steps --epochs
         --hours --minutes
         --learning-rate --min-lr --warmup --schedule --dropout --seed --checkpoint-every --keep --eval-every --patience --sample-every --on-nonfinite

@@ -303,6 +303,23 @@ def test_model_sizes_start_from_the_preset_and_follow_what_is_given():
         TrainConfig(preset="cllm-9t").model_config(300)
 
 
+def test_an_architecture_changes_a_model_of_any_size():
+    config = TrainConfig(preset="cllm-1m", architecture="fast", seq_len=64)
+    model = config.model_config(300)
+    assert (model.embed_dim, model.ngram_tables, model.qk_norm) == (128, ((2, 8192), (3, 8192)), True)
+    small = TrainConfig(architecture="fast", embed_dim=32, num_layers=1, num_heads=2, trigram_rows=0, seq_len=16).model_config(20)
+    assert small.ngram_tables == ((2, 400),) and not small.qk_norm  # as many rows as there are pairs; what is given stays
+    plain = TrainConfig(preset="cllm-1m", seq_len=64)
+    found, plain = config.resolve(model, 10**9), plain.resolve(plain.model_config(300), 10**9)
+    assert found.sources["model.trigram_rows"] == "derived: architecture fast" and found.model.trigram_rows == 8192
+    assert found.train.steps == plain.train.steps  # tables need no more tokens
+    assert TrainConfig.from_dict(found.to_dict(), found.sources).resolve(model, 10**9).differences(found) == []
+    with pytest.raises(UserError, match="bigram_rows=8192"):
+        TrainConfig(preset="gpt2", architecture="fast").model_config(300)
+    with pytest.raises(UserError, match="architecture must be one of fast"):
+        TrainConfig(architecture="slow")
+
+
 @pytest.mark.parametrize(
     ("features", "precision"), [((), "fp32"), (("avx2", "avx512f"), "fp32"), (("avx512_bf16",), "bf16"), (("avx512_bf16", "amx_bf16"), "bf16")]
 )
