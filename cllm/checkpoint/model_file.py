@@ -79,7 +79,7 @@ def load(path: str | Path, report: Callable[[str], None] | None = None, weights:
     return model.quantize_(int(weights[3:])) if weights in ("int8", "int4") else model, tokenizer
 
 
-def load_on(path: str | Path, device: str, weights: str | None = None) -> tuple[Model, Tokenizer | None]:
+def load_on(path: str | Path, device: str, weights: str | None = None, report: Callable[[str], None] | None = None) -> tuple[Model, Tokenizer | None]:
     """The same on a device: "auto" (a GPU where there is one), "cpu" or "cuda". Of weights that may be as they are, a GPU gets bfloat16 where it
     multiplies that in hardware. Raises UserError for a GPU that cannot be used."""
     from cllm.runtime.device import resolve
@@ -87,7 +87,7 @@ def load_on(path: str | Path, device: str, weights: str | None = None) -> tuple[
 
     # int8 and int4 weights have fast kernels on the CPU alone.
     place, _ = resolve("cpu" if device == "auto" and weights in ("int8", "int4") else device)
-    model, tokenizer = load(path, weights=weights)
+    model, tokenizer = load(path, report, weights)
     if weights is None and place.type == "cuda" and model.compute_dtype == torch.float32 and multiplies_bf16(place):
         model.to(torch.bfloat16)  # a GPU multiplies float32 numbers one by one, without its matrix units
     model.to(place)

@@ -194,7 +194,10 @@ def _crawl(out: Path, settings: Settings, guard: Any, console: Console) -> None:
         raise Interrupted(f"paused with {summary.queued + summary.waiting:,} URLs to go; the same command goes on")
     if not summary.pages:
         reasons = [*summary.failed, *summary.left_out, *summary.not_queued]
-        raise DataError(f"no page was stored{': ' + reasons[0] if reasons else ''}. Run the same command again once that is put right.")
+        why = reasons[0] if reasons else ""
+        meant = "Where that is meant, run it again with --allow-private and the address"
+        again = meant if "refused: " in why else "Run the same command again once that is put right"
+        raise DataError(f"no page was stored{': ' + why if why else ''}. {again}.")
     more = summary.queued + summary.waiting
     if more:
         console.print(f"--max-pages is reached; {more:,} URLs are still queued. A larger --max-pages goes on with them.")

@@ -56,6 +56,10 @@ def show(
     first = list(itertools.islice(rows, count))
     lines = [_line(row) for row in first]
     console.print(table(lines) if lines else "no documents")
+    summary = prepared.summary
+    in_all = summary["documents"] - summary["kept"] if dropped else summary["kept"]
+    if in_all > len(first):
+        console.print(f"{len(first):,} of {counted(in_all, 'document')}; see --count")
     console.result({"documents": [{name: value for name, value in row.items() if name != "text"} for row in first]})
 
 

@@ -16,7 +16,7 @@ from cllm.config.follow import FollowSettings
 from cllm.config.train import TrainConfig
 from cllm.monitor.guards import RunLock
 from cllm.runtime.errors import DataError, UserError
-from cllm.runtime.progress import ByteProgress, duration
+from cllm.runtime.progress import ByteProgress, duration, say
 from cllm.runtime.quantities import counted, size
 from cllm.shell import command
 
@@ -117,7 +117,7 @@ def _go_round(console: Console, config: TrainConfig, settings: FollowSettings, r
     with stopping_with(f"interrupted while round {now.number} was judged; its training is complete, and the same command goes on"):
 
         def judged(run: Path) -> Losses:
-            model, tokenizer = load(run)
+            model, tokenizer = load(run, say)
             return losses(model, tokenizer, rounds.old_held_out(), now.held_out_text, config.train.seq_len, rounds.out / "held_out_tokens")
 
         before, after = None if previous is None else judged(previous), judged(now.run)

@@ -223,8 +223,9 @@ def load_model(
         raise UserError("--context and --stretch belong together: how long a text the model is to see, and how its positions get there.")
     check_model(path)
     from cllm.checkpoint.model_file import load_on
+    from cllm.runtime.progress import say
 
-    model, tokenizer = load_on(path, device, weights)
+    model, tokenizer = load_on(path, device, weights, say)
     if context is not None and stretch is not None:
         from cllm.model.stretch import stretch_
 

@@ -170,6 +170,8 @@ def _confirmed(question: str, as_json: bool) -> bool:
 
 def _tell(console: Console, prepared: Prepared, report: Path) -> None:
     """The summary for a person: what came, what was kept, what went and why, and what to do next."""
+    from cllm.data.clean.rules import Rules
+
     summary, found = prepared.summary, prepared.summary["tally"]
     dropped = summary["documents"] - summary["kept"]
     console.print(f"{counted(summary['files'], 'file')} gave {counted(summary['documents'], 'document')}.")
@@ -184,6 +186,8 @@ def _tell(console: Console, prepared: Prepared, report: Path) -> None:
         console.print(table([(f"{count:,}".rjust(9), reason) for reason, count in ordered[:SHOWN_REASONS]], indent="    "))
     if len(ordered) > SHOWN_REASONS:
         console.print(f"    and for {counted(len(ordered) - SHOWN_REASONS, 'other reason')}")
+    if ordered and 2 * ordered[0][1] > summary["documents"] and hasattr(Rules, ordered[0][0]):
+        console.print(f"  One rule dropped more than half. Where it should not: --rule {ordered[0][0]}=off, or --no-filter for all of its kind.")
     for source, path, reason in found["unreadable"][:SHOWN_FILES]:
         console.print(f"  {source}/{path}: {reason}")
     if len(found["unreadable"]) > SHOWN_FILES:

@@ -205,7 +205,10 @@ def _write_weights(state: dict[str, Tensor], folder: Path, dtype: torch.dtype, m
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: state[name].detach().to("cpu", dtype).contiguous() for name in names}
         try:
+            (folder / file).touch()  # with the permissions that the user gives to files
+            mode = (folder / file).stat().st_mode
             save_file(tensors, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(mode)  # safetensors lets nobody else read what it writes: a server of another user would find the model closed
         except SafetensorError as error:
             raise _system_error(error) from error
         weight_map |= dict.fromkeys(names, file)

@@ -17,6 +17,7 @@ from cllm.config.lora import LoraConfig
 from cllm.config.setting import origin
 from cllm.model.lora import add_lora
 from cllm.runtime.errors import DataError, UserError
+from cllm.runtime.progress import say
 
 if TYPE_CHECKING:
     from cllm.config.train import TrainConfig
@@ -49,7 +50,7 @@ def start(config: TrainConfig, out: Path) -> tuple[TrainConfig, Model, Tokenizer
     where = model_place(config, out)
     if where is None:
         return None
-    model, tokenizer = load(where)
+    model, tokenizer = load(where, None if where == out else say)  # a run that goes on says itself which checkpoint it takes
     if tokenizer is None:
         raise DataError(f"{where} holds no tokenizer, so DATA cannot become its tokens. Save it with one: cllm.save(model, path, tokenizer=...).")
     model = model.float()

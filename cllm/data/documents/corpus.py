@@ -238,6 +238,8 @@ def no_text(path: Path, skipped: Skipped) -> str:
     )
     if not skipped.total:
         return f"{path} is empty. {kinds}"
+    if skipped.advice():
+        kinds = f"{kinds} And {skipped.advice()}"
     if path.is_file():
         reason = next(iter(skipped.counts))
         return f"{path} holds no text: it is {'a ' if reason.startswith(('table ', 'file ', 'JSON file ', 'Parquet file ')) else ''}{reason}. {kinds}"

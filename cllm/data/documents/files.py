@@ -28,6 +28,10 @@ _CODE_EXTENSIONS = """
 """
 _GENERATED_NAMES = "package-lock.json yarn.lock pnpm-lock.yaml poetry.lock uv.lock Cargo.lock composer.lock Gemfile.lock go.sum"
 BINARY_EXTENSIONS, CODE_EXTENSIONS, GENERATED_NAMES = (frozenset(each.split()) for each in (_BINARY_EXTENSIONS, _CODE_EXTENSIONS, _GENERATED_NAMES))
+# Reasons for which a file is left out here and read by `cllm prepare`, by its name or by its first bytes.
+_FOR_PREPARE = re.compile(
+    r"binary \((?:\.(?:pdf|docx|pptx|xlsx|odt|ods|odp|epub|zip|tar|tgz|gz|xz|zst)|PDF|RTF document|(?:zip|gzip|xz|zstd) archive)\)"
+)
 GENERATED_ENDINGS = (".min.js", ".min.css", ".js.map", ".css.map")
 VCS_FOLDERS = frozenset({"CVS", "_darcs", "_svn", "SCCS"})
 # Files that give away a folder of results: packed tokens, prepared text, a trained run, a run that is being prepared.
@@ -73,11 +77,18 @@ class Skipped:
             for reason, n in ordered
         ]
 
+    def advice(self) -> str:
+        """How text is got out of what was left out, as a sentence; empty where there is no way."""
+        if not any(_FOR_PREPARE.fullmatch(reason) for reason in self.counts):
+            return ""
+        return "cllm prepare makes text of PDF, Office, e-books and archives: give it the same path, and train on the folder that it writes."
+
     def report(self) -> list[str]:
-        """What people are told: how many, and the most frequent reasons; nothing where nothing was left out."""
+        """What people are told: how many, the most frequent reasons, and what helps; nothing where nothing was left out."""
         lines = self.lines()
         more = [f"  and for {counted(len(lines) - 8, 'other reason')} (listed in dataset.json)"] if len(lines) > 8 else []
-        return [f"left out {self.total:,}:", *(f"  {line}" for line in lines[:8]), *more] if lines else []
+        advice = [f"  {self.advice()}"] if self.advice() else []
+        return [f"left out {self.total:,}:", *(f"  {line}" for line in lines[:8]), *more, *advice] if lines else []
 
     def brief(self) -> str:
         """The same on one line; empty where nothing was left out."""

@@ -18,11 +18,12 @@ _NUMBER = re.compile(r"[0-9a-f]{16}")
 
 
 def find_document(prepared: Prepared, wanted: str) -> Row:
-    """The document of an id, or the first one whose path or address ends like `wanted`. DataError where there is none."""
+    """The document of an id, or the first one whose path, with or without its source before it, or address ends like `wanted`. DataError where there
+    is none."""
     by_id = _NUMBER.fullmatch(wanted) is not None
     for place in prepared.paths():
-        for row in read_rows(place, ("id", "path", "url")):
-            if row["id"] == wanted if by_id else row["path"].endswith(wanted) or row["url"] == wanted:
+        for row in read_rows(place, ("id", "source", "path", "url")):
+            if row["id"] == wanted if by_id else f"{row['source']}/{row['path']}".endswith(wanted) or row["url"] == wanted:
                 return next(each for each in read_rows(place) if each["id"] == row["id"])
     what = "no document has the id" if by_id else "no document's path or address ends with"
     raise DataError(f"{what} {wanted!r} in {prepared.folder}. `cllm data search` finds documents by words.")

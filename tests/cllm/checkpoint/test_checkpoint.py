@@ -19,11 +19,14 @@ from cllm.checkpoint.store import CheckpointStore
 from cllm.checkpoint.tools import average, diff, verify_all
 from cllm.checkpoint.weights import check_tokenizer, weights_of
 from cllm.checkpoint.writer import CheckpointWriter
+from cllm.cli.options import load_model
 from cllm.config.model import ModelConfig
+from cllm.config.train import TrainConfig
 from cllm.data.tokens.tokenizer import Tokenizer
 from cllm.interop.hf import save_hf
 from cllm.model.model import Model
-from cllm.runtime.errors import CheckpointError, CLLMError, UserError
+from cllm.runtime.errors import CheckpointError, CLLMError, DataError, UserError
+from cllm.train.finetune import start
 
 TINY = ModelConfig(vocab_size=40, embed_dim=16, num_layers=1, num_heads=2, max_seq_len=8)
 
@@ -414,3 +417,17 @@ def test_the_checkpoint_commands_do_what_they_say(tmp_path):
     (store.path(2) / "model.safetensors").write_bytes(b"gone")
     bad = cllm("checkpoint", "verify", run)
     assert bad.status == 1 and "BAD" in bad.out and "1 of 2 checkpoints are damaged" in bad.err
+
+
+def test_a_command_says_that_it_takes_an_older_checkpoint_because_the_newest_is_damaged(tmp_path, capsys):
+    store = CheckpointStore(tmp_path / "run" / "checkpoints", keep=3)
+    for step in (1, 2):
+        store.save(step, weights_of(Model(TINY, seed=step)), {}, state())
+    (store.path(2) / "model.safetensors").write_bytes(b"gone")
+    model, _ = load_model(str(tmp_path / "run"), need_tokenizer=False)
+    assert torch.equal(weights_of(model)["model.embed_tokens.weight"], weights_of(Model(TINY, seed=1))["model.embed_tokens.weight"])
+    told = capsys.readouterr().err
+    assert "step-00000002" in told and "Falling back to the checkpoint before it" in told
+    with pytest.raises(DataError, match="holds no tokenizer"):
+        start(TrainConfig(start_from=str(tmp_path / "run")), tmp_path / "new")
+    assert "Falling back" in capsys.readouterr().err

@@ -59,6 +59,7 @@ REACHED_BY = {
     "cllm/cli/crawl.py": ["crawl"],
     "cllm/cli/crawl_training.py": ["train"],
     "cllm/cli/prepare.py": ["prepare"],
+    "cllm/cli/data.py": ["data show", "data search"],
     "cllm/cli/serve.py": ["serve"],
     "cllm/serve/": ["serve"],
     "cllm/cli/web_app.py": ["app"],

@@ -266,3 +266,8 @@ def test_an_existing_folder_is_not_overwritten_and_nothing_is_left_of_a_failed_w
     with pytest.raises(CheckpointError, match="No space left on device"):
         save_hf(Model(ModelConfig(**SHAPE)), tmp_path / "new", FullDisk())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+def test_whoever_may_read_the_folder_may_read_its_weights(tmp_path):
+    folder = save_hf(Model(ModelConfig(**SHAPE)), tmp_path / "llama")
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode

@@ -7,10 +7,12 @@ import os
 import pytest
 
 from cllm.data.documents.charset import Binary, detect
+from cllm.data.documents.corpus import measure, no_text
 from cllm.data.documents.files import Skipped, find
 from cllm.data.documents.parquet import NEEDS_PYARROW
 from cllm.data.documents.scan import Undecided, read, scan, scan_decoded
 from cllm.runtime.errors import DataError
+from cllm.runtime.progress import ByteProgress
 
 GERMAN = (
     "V\u00f6gel fliegen \u00fcber die Stra\u00dfe, w\u00e4hrend gr\u00f6\u00dfere B\u00e4ume im Wind rauschen. M\u00fcde Menschen gehen nach Hause.\n"
@@ -186,6 +188,20 @@ def test_many_reasons_are_cut_to_the_most_frequent(kinds, long, short):
     assert len(report) == 1 + min(kinds, 8) + (long is not None) and (long is None or long in report[-1])
     assert skipped.brief().startswith(f"left out {skipped.total}: 20 reason 0: a, ...; 19 reason 1") and skipped.brief().endswith(short)
     assert Skipped().brief() == "" and Skipped().report() == []
+
+
+@pytest.mark.parametrize(("name", "helps"), [("a.pdf", True), ("a.docx", True), ("a.zip", True), ("a.png", False), ("a.mp3", False)])
+def test_what_prepare_can_read_is_said_where_training_leaves_it_out(tmp_path, name, helps):
+    (tmp_path / name).write_bytes(b"%PDF-1.7")
+    _, skipped = find(tmp_path)
+    assert ("cllm prepare makes text of PDF" in skipped.report()[-1]) is helps
+    assert ("cllm prepare makes text of PDF" in no_text(tmp_path, skipped)) is helps
+
+
+def test_a_pdf_of_another_name_is_told_by_its_first_bytes_and_prepare_named_for_it(tmp_path):
+    (tmp_path / "paper").write_bytes(b"%PDF-1.7")
+    with pytest.raises(DataError, match=r"binary .PDF.* And cllm prepare makes text"):
+        measure(tmp_path / "paper", ByteProgress(None))
 
 
 def test_links_are_followed_once(tmp_path):

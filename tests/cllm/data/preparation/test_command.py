@@ -34,6 +34,9 @@ def test_a_box_of_files_is_prepared_and_looked_into(folder, tmp_path):
     assert again.json["kept"] == 30 and "Reading documents" not in again.err
     shown = cllm("data", "show", out, "07.txt")
     assert prose(7, 60).split("\n")[0] in shown.out and "00000000" in shown.out
+    listed = cllm("data", "show", out, "--count", 2).out.splitlines()
+    assert listed[-1] == "2 of 30 documents; see --count" and len(listed) == 3
+    assert "documents; see" not in cllm("data", "show", out, "--count", 30).out
     assert cllm("data", "search", out, "exact duplicate", "--dropped", "--json").json["documents"][0]["path"] == "copy.txt"
     assert cllm("data", "stats", out, "--json").json["digest"] == again.json["digest"]
     assert cllm("data", "diff", out, out).out == "no difference\n"
@@ -65,3 +68,14 @@ def test_mistakes_are_told_in_a_line(folder, tmp_path):
     ):
         done = cllm("prepare", *arguments, "--out", out)
         assert done.status in (1, 2) and words in done.err and len(done.err.strip().splitlines()) <= 2, done.err
+
+
+def test_a_rule_that_drops_most_documents_is_named_with_how_to_switch_it_off(tmp_path):
+    source = tmp_path / "notes"
+    source.mkdir()
+    for number in range(3):
+        (source / f"{number}.txt").write_text(" ".join(prose(number, 60).replace("\n", " ").replace(".", "").split()) + ".")
+    done = cllm("prepare", source, "--out", tmp_path / "out", "--workers", 1)
+    assert "--rule c4_min_sentences=off" in done.out, done.out
+    kept = cllm("prepare", source, "--out", tmp_path / "out", "--rule", "c4_min_sentences=off", "--workers", 1)
+    assert "kept     3" in kept.out and "--rule" not in kept.out
