@@ -188,17 +188,19 @@ def _train(config: TrainConfig, out: Path | None, console: Console, world: "Worl
         console.print(f"It has taken {duration(trained.spent + time.perf_counter() - began)} of the {duration(config.seconds)} that it may take.")
     parameters = trained.model.config.num_parameters()
     console.print(f"The model is in {run} ({parameters:,} parameters). Next:")
-    console.print(_next_commands(run, chats=dataset.info.get("kind") == "chat"))
+    console.print(_next_commands(run, chats=dataset.info.get("kind") == "chat", for_others=not trained.model.config.only_here))
     console.result({**result.to_dict(), "parameters": parameters, "sample": sample})
 
 
-def _next_commands(run: Path, chats: bool) -> str:
-    """What can be done with a trained run. It is evaluated on other text, because that which it learnt from tells only how well it remembers."""
+def _next_commands(run: Path, chats: bool, for_others: bool) -> str:
+    """What can be done with a trained run. It is evaluated on other text, because that which it learnt from tells only how well it remembers.
+
+    for_others: whether other programs can run the model."""
     talk = command("chat", run) if chats else command("generate", run, "--prompt", "The ", "--temperature", "0.7")
     evaluate = command("evaluate", run, "OTHER-CHATS" if chats else "OTHER-TEXT")
-    return "\n".join(
-        f"  {each}" for each in (talk, evaluate, command("report", run), command("export", run, "--to", "hf", "--out", Path(f"{run}-hf")))
-    )
+    to = ("hf", Path(f"{run}-hf")) if for_others else ("cllm", Path(f"{run}.cllm"))
+    export = command("export", run, "--to", to[0], "--out", to[1])
+    return "\n".join(f"  {each}" for each in (talk, evaluate, command("report", run), export))
 
 
 def _shown(sample: str) -> str:

@@ -36,7 +36,7 @@ def test_a_fifth_of_a_minute_from_text_to_model(tmp_path, monkeypatch):
     assert promise["low"] < promise["predicted"] < promise["high"] and promise["tokens"] == found["tokens"] and promise["planned_tokens"] > 0
     config = (tmp_path / "runs" / "fox" / "config.toml").read_text()
     assert f"minutes = {minutes}" in config and "pace = " in config and "wsd" in config
-    assert "looked up by n-grams" in ran.err
+    assert "looked up by n-grams" in ran.err and "--to cllm --out runs/fox.cllm" in ran.err and "--to hf" not in ran.err
     again = cllm("train", "fox.txt", "--minutes", minutes, *FAST, *PLAIN, cwd=tmp_path)
     assert again.status == 0 and again.json["step"] == found["step"] and "is finished" in again.err and "--minutes MORE" in again.err
     other = cllm("train", "fox.txt", "--minutes", minutes + 1, *FAST, *PLAIN, cwd=tmp_path)
