@@ -323,7 +323,7 @@ def _model_section() -> type:
     of_preset = dict.fromkeys(("embed_dim", "num_layers", "num_heads"), " Default: as in the preset.")
     counted = {
         "tokens": ("max_seq_len", "sliding_window", "rope_original_len"), "dimensions": ("embed_dim", "head_dim", "ffn_dim"),
-        "heads": ("num_heads", "num_kv_heads"), "blocks": ("num_layers",),
+        "heads": ("num_heads", "num_kv_heads"), "blocks": ("num_layers",), "rows": ("bigram_rows", "trigram_rows"),
     }  # fmt: skip
     units = {name: unit for unit, names in counted.items() for name in names}
     architecture_help = (
