@@ -181,7 +181,9 @@ def not_answered(world):
 
     from cllm.distributed.failure import _library_message, is_peer_error
 
-    impatient = dist.new_group(timeout=timedelta(seconds=0.5))
+    impatient = dist.new_group(timeout=timedelta(seconds=PATIENCE))
+    world.sums([0.0], impatient)  # connections are made with that patience: on a busy machine half a second is not enough for them
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=0.5), impatient)
     heard = None
     if world.rank == 0:
         try:
