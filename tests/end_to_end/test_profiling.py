@@ -217,3 +217,12 @@ def test_the_comparison_of_optimizers_trains_through_the_command_line_and_keeps_
     trained = latest.stat().st_mtime_ns
     (again,) = json.loads(run(*words, "--json").out.splitlines()[-1])
     assert again == row and latest.stat().st_mtime_ns == trained
+
+
+def test_an_ablation_reads_the_plain_loss_off_at_the_cost_of_each_part(monkeypatch):
+    monkeypatch.syspath_prepend(PROFILING)
+    rows = [{"contestant": "plain", "steps": steps, "loss": loss, "cost": 1.0} for steps, loss in ((600, 2.0), (900, 1.8))]
+    rows += [{"contestant": "more", "steps": 600, "loss": 1.7, "cost": 1.5}, {"contestant": "less", "steps": 600, "loss": 1.95, "cost": 1.5**0.5}]
+    module("ablation").at_equal_cost(rows)
+    assert [row["plain_loss_at_its_cost"] for row in rows] == pytest.approx([2.0, 1.8, 1.8, 1.9])
+    assert [row["gain"] for row in rows] == pytest.approx([0.0, 0.0, 0.1, -0.05])
