@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cllm.files import foreign, reason
 from cllm.runtime.errors import CheckpointError
+from cllm.shell import command
 
 MANIFEST = "manifest.json"  # of a checkpoint folder
 CHECKPOINTS = "checkpoints"  # the folder of them in a run
@@ -41,10 +42,12 @@ def kind_of(path: Path) -> str:
             return "run"
         if (path / HUGGING_FACE).is_file():
             return "hugging face"
-        what = "is not a checkpoint" if path.exists() else "does not exist"
+        begun = (path / "config.toml").is_file()
+        what = "has no checkpoint yet" if begun else "is not a checkpoint" if path.exists() else "does not exist"
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {reason(error)}.") from error
-    raise CheckpointError(f"{path} {what}. {NOT_A_CHECKPOINT}")
+    again = f"It is a run that has begun; go on with it: {command('train', '--resume', '--out', path)}"
+    raise CheckpointError(f"{path} {what}. {again if begun else NOT_A_CHECKPOINT}")
 
 
 def steps_in(folder: Path) -> list[int]:

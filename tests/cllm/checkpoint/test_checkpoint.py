@@ -431,3 +431,9 @@ def test_a_command_says_that_it_takes_an_older_checkpoint_because_the_newest_is_
     with pytest.raises(DataError, match="holds no tokenizer"):
         start(TrainConfig(start_from=str(tmp_path / "run")), tmp_path / "new")
     assert "Falling back" in capsys.readouterr().err
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_is_told_with_how_to_go_on(tmp_path):
+    (tmp_path / "config.toml").write_text("")
+    with pytest.raises(CheckpointError, match=r"has no checkpoint yet\. .* --resume --out"):
+        load(tmp_path)
