@@ -175,6 +175,23 @@ def test_two_models_answer_side_by_side(talk):
     expect(page.get_by_role("article", name="Answer of runs/demo")).to_be_visible()
 
 
+def test_a_model_that_is_still_being_loaded_is_not_answered_for_by_the_one_before_it(talk):
+    page = talk("Completion", max_tokens=2, min_tokens=2)
+    held = []
+    page.route("**/api/llm/load", lambda route: held.append(route))
+    page.get_by_label("Model", exact=True).select_option("runs/other")
+    wait_for(lambda: page.wait_for_timeout(10) or held)
+    say(page, "A name is")
+    expect(page.get_by_text("still being loaded")).to_be_visible()
+    expect(page.locator(".composer textarea")).to_have_value("A name is")
+    held[0].continue_()
+    page.unroute("**/api/llm/load")
+    expect(page.get_by_text("still being loaded")).to_have_count(0)
+    say(page, "A name is")
+    written(page.get_by_role("article", name="Answer of runs/other"))
+    expect(page.get_by_role("article", name="Answer of runs/demo")).to_have_count(0)
+
+
 def test_conversations_are_found_exported_renamed_deleted_and_brought_back(talk, tmp_path):
     page = talk("Completion", max_tokens=2)
     say(page, "Blue elephants")

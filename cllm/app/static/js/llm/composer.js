@@ -2,6 +2,7 @@
 
 import { h, newId, setText } from "../dom.js";
 import { button } from "../ui.js";
+import { isChoosing } from "./models.js";
 import { session } from "./session.js";
 import { shownPath } from "./tree.js";
 
@@ -29,6 +30,10 @@ export function composer() {
   function say() {
     const goesOn = !isChat() && session.threads.some((thread) => shownPath(thread).length);
     if (session.isBusy || (!box.value && !goesOn)) return box.focus();
+    if (isChoosing()) {
+      setText(hint, "The model that you chose is still being loaded. Send this once it is there.");
+      return box.focus();
+    }
     const text = box.value.toWellFormed(); // half of a pair of surrogates is no text
     box.value = draft = "";
     session.send(text);

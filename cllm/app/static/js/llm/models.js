@@ -8,6 +8,11 @@ import { waitingWords } from "./waiting.js";
 
 const loaded = new Map(); // path -> what POST /api/llm/load said: {id, context, parameters, has_chat, seconds}
 
+let choosing = 0; // choices of a model that are not loaded yet
+
+/** Whether a model has been chosen that is still being loaded: until then the one before it would answer. */
+export const isChoosing = () => choosing > 0;
+
 /** The models that can be talked to, the newest first. */
 export async function loadableModels() {
   const found = await get("api/models");
@@ -59,6 +64,7 @@ export function modelChoice({ label, path, models, onchoose, onerror }) {
   }
 
   async function choose(next) {
+    choosing += 1;
     loading = next;
     say();
     select.disabled = true;
@@ -70,6 +76,7 @@ export function modelChoice({ label, path, models, onchoose, onerror }) {
       if (path) select.value = path;
       onerror(error);
     } finally {
+      choosing -= 1;
       select.disabled = false;
       loading = null;
       say();

@@ -143,6 +143,7 @@ class Page {
   }
 
   #fault(error) {
+    this.composer.update();
     if (!this.options.error(error.param, error.message)) toast(error.message, { kind: "error" });
     else this.panel.querySelector(".llm-options").open = true;
   }
