@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cllm.runtime.progress import compilation
+from cllm.runtime.progress import compilation, say
 from cllm.serve.errors import Refused
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class Talk:
         from cllm.serve.service import Service
 
         with runtime.use(threads=self._threads):
-            model, tokenizer = load_on(place, "auto")
+            model, tokenizer = load_on(place, "auto", report=say)
             if tokenizer is None:
                 raise Refused(400, f"{identity} has no tokenizer, so nobody can talk to it. Put its tokenizer.json beside it.", param="path")
             self._waiting = (identity, "computing its first tokens", began)

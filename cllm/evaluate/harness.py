@@ -23,6 +23,7 @@ from cllm.config.sampling import SAMPLING
 from cllm.data.tokens.batch import IGNORE
 from cllm.generate.decoding import generate
 from cllm.runtime.errors import DataError, UserError
+from cllm.runtime.progress import say
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -186,7 +187,7 @@ def _load(checkpoint: str, weights: str | None, device: str | None) -> tuple[Any
     if not checkpoint:
         raise UserError('say which model: model_args="checkpoint=runs/demo".')
     place, _ = resolve(device or "auto")
-    model, tokenizer = load(checkpoint, weights=weights)
+    model, tokenizer = load(checkpoint, say, weights)
     return model.to(place), tokenizer
 
 

@@ -245,7 +245,7 @@ class Preparation:
 
         def merge(level: int, groups: list[tuple[int, list[Done]]]) -> list[Done]:
             tasks = [Task(number, {"inputs": [each.path(".forest") for each in group]}, [each.digest for each in group]) for number, group in groups]
-            name, label = f"forest-{level}", f"Joining similar texts ({level})"
+            name, label = f"forest-{level}", f"Joining similar texts, round {level}"
             return self.ledger.stage(name, label, f"{_ROOM}.duplicates:merge_forests", VERSIONS["forest"], tasks, self.runner)
 
         verified: list[Done] = []
@@ -346,7 +346,7 @@ class Preparation:
             place = Path(task.arguments["out"])
             return place.is_file() and place.stat().st_size == done.result["out"][0]
 
-        written = self._stage("write", "Writing shards", "shards:write", tasks, intact=intact)
+        written = self._stage("write", "Writing shards", "shards:write", tasks, "rows", intact=intact)
         self.ledger.tidy("write", set(range(len(tasks))))
         found = []
         for task, done in zip(tasks, written):

@@ -139,6 +139,8 @@ class Robots:
             return Site(closed=f"robots.txt is not shown to robots (status {answer.status})", until=now + _KEEP)
         if 400 <= answer.status < 500 and answer.status not in (408, 425, 429):
             return Site(until=now + _KEEP)
+        if answer.problem.startswith("refused: ") and not answer.hops:  # the guard of addresses says the same when it is asked again
+            return Site(closed=f"its robots.txt cannot be read: {answer.problem}", until=now + _KEEP)
         failures = before.failures + 1 if before else 1
         wait = min(self._first_retry * 2 ** min(failures - 1, 20), _LAST_RETRY)
         if answer.retry_after is not None:

@@ -227,6 +227,19 @@ def test_ports_and_schemes_are_sites_of_their_own():
         assert asyncio.run(run([web.site(closed, "127.0.0.7"), web.site(open_to_all, "127.0.0.7")], ["127.0.0.7"])) == [False, True]
 
 
+def test_a_site_that_the_guard_refuses_is_closed_at_once_and_not_asked_again():
+    async def nobody(exchange):
+        raise AssertionError("the guard let it through")
+
+    async def run(site):
+        async with Fetcher(Limits(), Guard([]), agent()) as fetcher:
+            return await Robots(fetcher).verdict(site.url("/x"))
+
+    with Web() as web:
+        verdict = asyncio.run(run(web.site(nobody)))
+        assert not verdict.allowed and not verdict.wait and "is not a public address" in verdict.reason
+
+
 def test_what_is_kept_is_bounded():
     async def serve(exchange):
         await exchange.send("User-agent: *\nDisallow: /b")
