@@ -80,17 +80,18 @@ def train(
     data: Text,
     out: Annotated[Path, option("--out", Path, "The tokenizer.json to write.")] = Path("tokenizer.json"),
     vocab_size: Annotated[
-        int,
+        int | None,
         option(
             "--vocab-size",
             int,
-            "Size of the vocabulary in tokens, except for --kind char.",
+            "Size of the vocabulary in tokens, rounded up to a multiple of 64; not of --kind char. [default: by the amount of text]",
             unit="tokens",
+            optional=True,
             at_least=257,
             at_most=MAX_VOCAB,
             example=4096,
         ),
-    ] = 4096,
+    ] = None,
     kind: Annotated[
         str,
         option(

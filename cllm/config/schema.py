@@ -37,7 +37,7 @@ class DataSection:
     )
     vocab_size: int | None = setting(
         None,
-        "Size of a new vocabulary in tokens. Default: chosen by the amount of text.",
+        "Size of a new vocabulary in tokens, rounded up to a multiple of 64. Default: chosen by the amount of text.",
         unit="tokens",
         at_least=257,
         at_most=MAX_VOCAB,

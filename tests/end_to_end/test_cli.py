@@ -16,6 +16,8 @@ from command import TINY, Started, cllm, lines, wait_until
 from safetensors.torch import load_file
 from served_model import write_model
 
+from cllm.data.tokens.vocabulary import default_vocab_size
+
 
 def test_train_leaves_a_whole_run_and_tells_what_comes_next(run):
     for name in ("config.toml", "metrics.jsonl", "log.txt", "tokenizer.json", "data", "checkpoints/latest", "checkpoints/best"):
@@ -124,7 +126,9 @@ def test_a_model_goes_to_hugging_face_and_back_without_a_changed_bit(run, tmp_pa
 
 def test_tokenizer_commands_round_trip(text, tmp_path):
     place = tmp_path / "tokenizer.json"
-    assert cllm("tokenizer", "train", text, "--vocab-size", 400, "--out", place).status == 0
+    chosen = cllm("tokenizer", "train", text, "--out", place, "--json").json["vocab_size"]
+    assert chosen == default_vocab_size(sum(each.stat().st_size for each in text.rglob("*.py")))  # as `cllm train` chooses it
+    assert cllm("tokenizer", "train", text, "--vocab-size", 400, "--out", place, "--json").json["vocab_size"] == 448
     words = "def main():\n    return 'caf\u00e9'\n"
     tokens = cllm("tokenizer", "encode", place, "--json", stdin=words).json["tokens"]
     assert cllm("tokenizer", "decode", place, *tokens, "--json").json["text"] == words
