@@ -162,9 +162,9 @@ class TrainStep:
         measured: list[float | None] = [None]
 
         def complete() -> None:
-            measured[0] = noise.end()
             if before_update is not None:
-                before_update()
+                before_update()  # waits for a checkpoint that is being written, of which the state of the noise scale is a part
+            measured[0] = noise.end()
 
         noise.begin(microbatches, self.loss_scale())
         result = self._run(microbatches, rate, noise.observing(beat), ahead, complete)

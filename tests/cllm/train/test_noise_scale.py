@@ -112,6 +112,21 @@ def test_measuring_changes_no_bit_of_the_training_and_goes_on_after_a_resume():
     assert torch.equal(resumed.noise_scale.state, measured.noise_scale.state)
 
 
+def test_what_a_checkpoint_holds_changes_only_after_it_was_waited_for():
+    """A checkpoint of the step before may still be copied until `before_update` has returned."""
+    step = TrainStep(Model(TINY), noise_scale_every=1)
+
+    def held():
+        return {name: tensor.clone() for name, tensor in step.state_dict(training_weights=True).items()}
+
+    seen = []
+    for done in range(2):
+        before = held()
+        step.run([batch(1), batch(2)], before_update=lambda: seen.append(held()))
+        assert before.keys() == seen[done].keys() and all(torch.equal(before[name], seen[done][name]) for name in before)
+        assert step.noise_scale.state[2] == done + 1
+
+
 def test_one_microbatch_alone_says_nothing():
     step = TrainStep(Model(TINY), noise_scale_every=1)
     assert step.run([batch()]).noise_scale is None and step.noise_scale.state[2] == 0
