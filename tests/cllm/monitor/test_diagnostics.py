@@ -128,17 +128,18 @@ def test_activations_are_those_of_the_blocks():
     with activation_stats(model) as found:
         model.hidden(torch.zeros(2, 8, dtype=torch.int64))
     assert list(found) == ["block 0", "block 1", "block 2"] and all(each["std"] > 0 and each["largest"] >= each["std"] for each in found.values())
-    x = model.backbone.embed(torch.zeros(2, 8, dtype=torch.int64), None, torch.float32)
-    assert found["block 0"]["std"] == pytest.approx(float(stream_after_first_block(model, x).std(unbiased=False)), rel=1e-4)
+    stream = stream_after_first_block(model, torch.zeros(2, 8, dtype=torch.int64))
+    assert found["block 0"]["std"] == pytest.approx(float(stream.std(unbiased=False)), rel=1e-4)
     model.hidden(torch.zeros(1, 4, dtype=torch.int64))  # nobody is looking any more
     assert not any(block._forward_hooks for block in model.backbone.blocks)
 
 
-def stream_after_first_block(model, x):
+def stream_after_first_block(model, tokens):
     """From what the following block's norm sees: the sum of branch and stream."""
     from cllm.model.layers import Context
 
-    context = Context(None, model.rotary_tables(x.device), None, None, None)
+    context = Context(None, model.rotary_tables(tokens.device), None, None, None)
+    x = model.backbone.embed(tokens, context, torch.float32)
     branch, stream = model.backbone.blocks[0](x, None, context)
     return (branch + stream).detach()
 

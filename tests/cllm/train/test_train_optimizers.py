@@ -93,7 +93,7 @@ def test_killed_in_the_middle_and_resumed_with_other_threads_a_run_gives_the_sam
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_learns(dataset, tmp_path, variant):
     result = trainer(dataset, tmp_path / "run", **VARIANTS[variant]).fit()
-    assert result.better_than_unigram and result.skipped_steps == 0
+    assert result.best_loss < result.unigram_loss and result.skipped_steps == 0  # behind a plateau the loss may rise for some steps
 
 
 @pytest.mark.parametrize("settings", [{"ema": 0.9}, {"optimizer": "schedule_free"}], ids=["ema", "schedule-free"])

@@ -72,6 +72,6 @@ def test_no_launch_in_the_package_passes_numbers_by_position():
     launches = list(_launches())
     assert len(launches) >= 15
     for file, line, table in launches:
-        by_name = isinstance(table, ast.Name) or (isinstance(table, ast.Call) and not table.args)
+        by_name = isinstance(table, (ast.Name, ast.Attribute)) or (isinstance(table, ast.Call) and not table.args)
         joined = isinstance(table, ast.Tuple) and all(isinstance(each, ast.Starred) for each in table.elts)
         assert by_name or joined, f"{file}:{line} launches with {ast.unparse(table)}"
