@@ -72,7 +72,7 @@ def test_what_is_waited_for_is_told(talk, loop, monkeypatch):
 
     def spied(owner, name):
         real = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *given: seen.append(talk.waiting()["words"]) or real(*given))
+        monkeypatch.setattr(owner, name, lambda *given, **more: seen.append(talk.waiting()["words"]) or real(*given, **more))
 
     spied(model_file, "load_on")
     spied(Served, "warm_up")
