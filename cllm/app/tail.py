@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import IO
 
 _MOST = 256 << 10  # bytes of one look
 _SIGN = 64  # bytes before the place, by which a file is known again
@@ -54,9 +55,9 @@ class Tail:
         except FileNotFoundError:
             return
 
-    def _sign_in(self, file: object) -> bytes:
+    def _sign_in(self, file: IO[bytes]) -> bytes:
         start = max(0, self.place - _SIGN)
-        return os.pread(file.fileno(), self.place - start, start)  # type: ignore[attr-defined]
+        return os.pread(file.fileno(), self.place - start, start)
 
 
 def _whole_characters(found: bytes) -> bytes:

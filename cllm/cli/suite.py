@@ -177,7 +177,11 @@ def _prose(
     with Progress(3 * train.num_tokens, "looking for samples in the training text") as line:
         for turn, (who, texts) in enumerate(written.items()):
             pieces = [tokens[:MEMORISED_TOKENS] for tokens in texts if len(tokens) >= MEMORISED_TOKENS]
-            there = stand_in(train, pieces, lambda done, turn=turn: line.update(turn * train.num_tokens + done))  # type: ignore[misc]
+
+            def looked_at(tokens: int, before: int = turn * train.num_tokens) -> None:
+                line.update(before + tokens)
+
+            there = stand_in(train, pieces, looked_at)
             varied = prose.variety([tokenizer.decode(tokens) for tokens in texts])
             memorised = Share(int(there.sum()), len(there))
             values["samples"][who] = {**varied.to_dict(), "memorised": memorised.to_dict()}

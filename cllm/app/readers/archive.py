@@ -9,6 +9,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 _BLOCK = 1 << 20
 MOST_FILES = 100_000
@@ -24,7 +25,7 @@ class _Sent(io.RawIOBase):
     def writable(self) -> bool:
         return True
 
-    def write(self, content: bytes) -> int:  # type: ignore[override]
+    def write(self, content: Any) -> int:
         self._parts.append(bytes(content))
         return len(content)
 

@@ -173,8 +173,8 @@ def _blocks(folder: Path, root: Path) -> int:
     if not place.exists():
         return 0
     try:
-        tensors = read_object(place, root).get("tensors")
-        shapes = [entry["shape"] for name, part in tensors.items() if name.startswith("model") for entry in part.values()]  # type: ignore[union-attr]
+        tensors: Any = read_object(place, root).get("tensors")
+        shapes = [entry["shape"] for name, part in tensors.items() if name.startswith("model") for entry in part.values()]
         sizes = [math.prod(int(each) for each in shape) for shape in shapes]
     except (CLLMError, KeyError, TypeError, ValueError, AttributeError):
         return 0
