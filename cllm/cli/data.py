@@ -63,10 +63,18 @@ def show(
     console.result({"documents": [{name: value for name, value in row.items() if name != "text"} for row in first]})
 
 
-@group.command("search", epilog=examples("cllm data search prepared/ 'heat pump'", "cllm data search prepared/ encrypted --dropped"))
+@group.command(
+    "search",
+    epilog=examples(
+        "cllm data search prepared/ 'heat pump'", "cllm data search prepared/ '\"heat pump\" noise'", "cllm data search prepared/ encrypted --dropped"
+    ),
+)
 def search(
     folder: Folder,
-    words: Annotated[str, text_argument("WORDS", "Text to look for, in texts, titles, paths, addresses and reasons. Small letters find capitals.")],
+    words: Annotated[
+        str,
+        text_argument("WORDS", "Words, all to be in text, title, path, URL or reason; those between double quotes in a row."),
+    ],
     regex: Annotated[bool, typer.Option("--regex", help="WORDS is a regular expression.")] = False,
     dropped: Annotated[bool, typer.Option("--dropped", help="Only documents that were dropped.")] = False,
     kept: Annotated[bool, typer.Option("--kept", help="Only documents that were kept.")] = False,

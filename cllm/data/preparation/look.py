@@ -30,19 +30,32 @@ def find_document(prepared: Prepared, wanted: str) -> Row:
 
 
 def search(prepared: Prepared, words: str, *, regex: bool = False, dropped: bool | None = None) -> Iterator[tuple[Row, int]]:
-    """Documents with these words in their text, title, path, address or reason, and where in the text (-1: not there). Small letters find capitals.
+    """Documents that have each of these words somewhere in their text, title, path, address or reason, and a place in the text: of all of them in a
+    row, else of the first that is in it; -1 where none is. Words between double quotes stay in a row. Small letters find capitals.
 
-    dropped: only those, or only the kept ones. Raises UserError for a wrong regular expression.
+    regex: `words` is one regular expression. dropped: only those, or only the kept ones. Raises UserError for a wrong regular expression.
     """
     try:
-        pattern = re.compile(words if regex else re.escape(words), 0 if any(each.isupper() for each in words) else re.IGNORECASE)
+        patterns = [re.compile(each, 0 if any(letter.isupper() for letter in each) else re.IGNORECASE) for each in _wanted(words, regex=regex)]
     except re.error as error:
         raise UserError(f"{words!r} is no regular expression: {error}. Leave --regex out to search for the text itself.") from None
+    if not patterns:
+        raise UserError("There is no word to look for. Give one or more.")
+    *each_word, in_a_row = patterns
     for place in prepared.paths(kept=None if dropped is None else not dropped):
         for row in read_rows(place):
-            found = pattern.search(row["text"])
-            if found or any(pattern.search(row[name]) for name in ("title", "path", "url", "dropped_because")):
+            fields = [row[name] for name in ("text", "title", "path", "url", "dropped_because")]
+            if all(any(pattern.search(field) for field in fields) for pattern in each_word or patterns):
+                found = in_a_row.search(row["text"]) or next(filter(None, (pattern.search(row["text"]) for pattern in each_word)), None)
                 yield row, found.start() if found else -1
+
+
+def _wanted(words: str, *, regex: bool) -> list[str]:
+    """Regular expressions of what is looked for: of each word, and, where there are several, of all of them in a row as the last."""
+    if regex:
+        return [words]
+    pieces = [r"\s+".join(map(re.escape, (quoted or word).split())) for quoted, word in re.findall(r'"([^"]+)"|(\S+)', words)]
+    return [*pieces, r"\s+".join(pieces)] if len(pieces) > 1 else pieces
 
 
 def figures(prepared: Prepared) -> dict[str, Any]:

@@ -42,7 +42,7 @@ _MAX_WILDCARDS = 5000  # lines with "*"; each costs time for every address
 _MAX_SITEMAPS = 100
 _ANY_TYPE = ("*",)
 
-_AGENT = re.compile(r"^[ \t]*user[- ]?agent[ \t]*:[ \t]*(\S+?)[ \t]*(?:#.*)?$", re.IGNORECASE | re.MULTILINE)
+_AGENT = re.compile(r"\s*user[- ]?agent(?:\s*:|\s)\s*([a-z0-9_-]+|\*(?=\s*(?:#|$)))[^#]*", re.IGNORECASE)
 _NO_TRAINING = "its robots.txt asks not to train on its pages (Content-Signal: ai-train=no)"
 _NOBODY = "\x01"  # a name that no group has, for which those of "*" are
 
@@ -153,14 +153,18 @@ def parsed(body: bytes, url: str, signals: bool = True) -> Site:
     from protego import Protego
 
     if len(body) >= MAX_BYTES:
-        body = body[: body.rfind(b"\n", 0, MAX_BYTES) + 1]
-    text = _text(body)
-    if text.count("*") - len(_AGENT.findall(text)) > _MAX_WILDCARDS:
+        body = body[: max(body.rfind(end, 0, MAX_BYTES) for end in (b"\n", b"\r")) + 1]
+    # Lines end as protego ends them. It takes a group for "cl" as one for "cllm", and one for "cllm/1.0" or "cllm bot" as one for somebody else.
+    names: set[str] = set()
+    lines = _text(body).splitlines()
+    for number, line in enumerate(lines):
+        if found := _AGENT.match(line):
+            names.add(found[1].lower())
+            lines[number] = f"User-agent: {found[1]} {line[found.end() :]}"
+    text = "\n".join(lines)
+    if text.count("*") > _MAX_WILDCARDS:
         return Site(closed=f"its robots.txt has more than {_MAX_WILDCARDS:,} wildcards", size=0)
-    # protego takes a group for "cl" as one for "cllm", and one for "cllm/1.0" as one for somebody else.
-    names = [found.lower().partition("/")[0] for found in _AGENT.findall(text)]
     agent = PRODUCT if PRODUCT in names else _NOBODY
-    text = re.sub(rf"(?im)^([ \t]*user[- ]?agent[ \t]*:[ \t]*{PRODUCT})/[^\r\n#]*", r"\1", text)
     rules = Protego.parse(text)
     pauses = [rules.crawl_delay(agent) or 0.0]
     rate = rules.request_rate(agent)
@@ -184,7 +188,7 @@ def _forbids_training(text: str, name: str) -> bool:
         field, colon, value = line.partition("#")[0].partition(":")
         field = field.strip().lower()
         if field in ("user-agent", "useragent", "user agent"):
-            group = {*(group if is_heading else ()), value.strip().lower().partition("/")[0]}
+            group = {*(group if is_heading else ()), value.strip().lower()}
             is_heading = True
         elif colon:
             is_heading = is_heading and field == "sitemap"

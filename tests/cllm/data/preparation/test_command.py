@@ -38,6 +38,12 @@ def test_a_box_of_files_is_prepared_and_looked_into(folder, tmp_path):
     assert listed[-1] == "2 of 30 documents; see --count" and len(listed) == 3
     assert "documents; see" not in cllm("data", "show", out, "--count", 30).out
     assert cllm("data", "search", out, "exact duplicate", "--dropped", "--json").json["documents"][0]["path"] == "copy.txt"
+    first = prose(7, 60).split()[:12]
+    found = cllm("data", "search", out, f"{first[9]} {first[0]} 07.txt", "--json").json["documents"]
+    assert [each["path"] for each in found] == ["07.txt"], "all words, in any order, in the text and the path"
+    found = cllm("data", "search", out, f'"{" ".join(first)}" 07', "--json").json["documents"]
+    assert [each["path"] for each in found] == ["07.txt"] and found[0]["around"].startswith(" ".join(first[:5]))
+    assert not cllm("data", "search", out, f'"{first[9]} {first[0]}" 07.txt', "--json").json["documents"], "not in a row"
     assert cllm("data", "stats", out, "--json").json["digest"] == again.json["digest"]
     assert cllm("data", "diff", out, out).out == "no difference\n"
 

@@ -48,6 +48,13 @@ def test_rules_for_this_robot(path, allowed):
         ("User-agent: *\nDisallow: /\nUser-agent: cllm\nDisallow: /other\n", True),
         ("\ufeffUser-agent: *\nDisallow: /x\n", False),
         ("User-agent: *\r\nDisallow: /x\r\n", False),
+        ("User-agent: *\r\nDisallow:\r\n\r\nUser-agent: cllm\r\nDisallow: /x\r\n", False),
+        ("User-agent: *\rAllow: /\rUser-agent: cllm\rDisallow: /x\r", False),
+        ("User-agent: *\u2028Allow: /\u2028User-agent: cllm\u2028Disallow: /x", False),
+        ("User-agent: *\nAllow: /\nUser-agent: cllm crawler 1.0\nDisallow: /x", False),
+        ("User-agent: *\nAllow: /\nUser-agent: cllm*\nDisallow: /x", False),
+        ("User agent cllm\nDisallow /x\n\nUser-agent: *\nAllow: /", False),
+        ("User-agent: cllm2\nDisallow: /\n\nUser-agent: *\nDisallow: /y", True),
         ("User-agent: *\rDisallow: /x\r", False),
         ("User-agent: *\nDisallow: /*x", False),
         ("User-agent: *\nDisallow: /x$\nAllow: /", False),
@@ -70,7 +77,9 @@ def test_charsets_of_the_file():
 
 def test_a_file_that_is_too_long_is_read_as_far_as_its_last_whole_line():
     lines = b"User-agent: *\nDisallow: /private\n" + b"Disallow: /nothing\n" * 40_000
-    assert not allows(lines[:MAX_BYTES], "/private") and allows(lines[:MAX_BYTES], "/x")
+    for end in (b"\n", b"\r\n", b"\r"):
+        text = lines.replace(b"\n", end)[:MAX_BYTES]
+        assert not allows(text, "/private") and allows(text, "/x")
     assert allows((b"User-agent: *\n" + b"#" * MAX_BYTES)[: MAX_BYTES - 12] + b"\nDisallow: /", "/x"), "a rule cut in two would forbid everything"
 
 
