@@ -315,6 +315,8 @@ class Engine:
             row.stored += copied
         if not row.produced:
             self._prefix_hits += row.stored
+            if row.index == 0:
+                row.ticket.reused = row.stored
         return True
 
     def _take_page(self) -> int:

@@ -77,6 +77,8 @@ class Ticket:
     request: Request
     rows: list[Row] = field(default_factory=list)
     cancelled: bool = False
+    reused: int = 0
+    """Tokens of the prompt that lay in pages already when its first sample began."""
 
     @property
     def finished(self) -> bool:

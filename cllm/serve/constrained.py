@@ -20,4 +20,4 @@ def constraint_for(form: Form, tokenizer: Tokenizer) -> Callable[[], Constraint]
     try:
         return compile_constraint(tokenizer, form.kind, form.text)
     except UserError as error:
-        raise Refused(400, str(error), param="response_format", code="invalid_value") from None
+        raise Refused(400, str(error), param=form.param, code="invalid_value") from None

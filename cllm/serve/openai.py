@@ -9,7 +9,7 @@ names, and for constrained output guided_json, guided_regex and guided_grammar. 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cllm.config.sampling import SAMPLING
@@ -38,10 +38,14 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class Form:
-    """What an answer has to look like. kind: "json_object", "json_schema", "regex" or "grammar" (llguidance's Lark); text: the schema, ..."""
+    """What an answer has to look like. kind: "json_object", "json_schema", "regex" or "grammar" (llguidance's Lark); text: the schema, ...
+
+    param: the field that asked for it, which an error names.
+    """
 
     kind: str
     text: str = ""
+    param: str = field(default="response_format", compare=False)
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class ChatRequest:
     tools: list[dict[str, Any]]
     may_leave_out: bool
     """Whether the oldest turns may be left out where the conversation is longer than the context, as `cllm chat` does (truncation: "auto")."""
+    must_call: list[dict[str, Any]] = field(default_factory=list)
+    """Of the tools those one of which the answer has to call (tool_choice); empty where the model decides."""
     begun: str = ""
     """The beginning of the answer, which goes on behind it (continue_final_message, vLLM's name)."""
 
@@ -120,7 +126,7 @@ def chat_request(body: dict[str, Any]) -> ChatRequest:
     top = fields.whole("top_logprobs", 0, MOST_LOGPROBS)
     if top and not wanted:
         raise fields.refuse("top_logprobs", "needs logprobs: true.")
-    tools = _tools(fields)
+    tools, must_call = _tools(fields)
     modalities = fields.take("modalities")
     if modalities not in (None, ["text"]):
         raise fields.refuse("modalities", 'must be ["text"]: there is no sound here.')
@@ -130,7 +136,7 @@ def chat_request(body: dict[str, Any]) -> ChatRequest:
     may_leave_out = _truncation(fields)
     options = _options(fields, CHAT_SAMPLING, (top or 0) if wanted else None)
     fields.finish((*_WITHOUT_EFFECT, "parallel_tool_calls", "reasoning_effort"))
-    return ChatRequest(options, messages, tools, may_leave_out, begun)
+    return ChatRequest(options, messages, tools, may_leave_out, must_call, begun)
 
 
 def embedding_request(body: dict[str, Any]) -> EmbeddingRequest:
@@ -351,20 +357,38 @@ def _tool_call(values: dict[str, Any], where: str) -> dict[str, Any]:
     return call | {"function": {"name": name, "arguments": arguments}}
 
 
-def _tools(fields: Fields) -> list[dict[str, Any]]:
+def _tools(fields: Fields) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(the tools that the model sees, those of them one of which it has to call)"""
     tools = fields.objects("tools", MOST_TOOLS)
     for number, tool in enumerate(tools):
         function = tool.get("function")
-        if tool.get("type") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        is_function = tool.get("type") == "function" and isinstance(function, dict) and isinstance(function.get("name"), str)
+        if not is_function or not isinstance(function.get("parameters") or {}, dict):
             raise fields.refuse(
                 "tools", f"[{number}] must be {{type: function, function: {{name, description, parameters}}}}, got {shortened(tool)}."
             )
     choice = fields.take("tool_choice")
-    if choice not in (None, "auto", "none"):
-        raise fields.refuse("tool_choice", f"must be auto or none, got {shortened(choice)}: the model decides whether to call a tool.")
+    must_call = [] if choice in (None, "auto", "none") else _chosen(fields, choice, tools)
     if len(json.dumps(tools)) > MOST_FORM_CHARACTERS * 4:
         raise fields.refuse("tools", f"is longer than {MOST_FORM_CHARACTERS * 4:,} characters.")
-    return [] if choice == "none" else tools
+    return ([], []) if choice == "none" else (tools, must_call)
+
+
+def _chosen(fields: Fields, choice: Any, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tools one of which has to be called."""
+    if not tools:
+        raise fields.refuse("tool_choice", "needs tools to choose from. Give tools, or leave it out.")
+    if choice == "required":
+        return tools
+    function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
+        words = f"must be auto, none, required or {{type: function, function: {{name}}}}, got {shortened(choice)}."
+        raise fields.refuse("tool_choice", words)
+    found = [tool for tool in tools if tool["function"]["name"] == name]
+    if not found:
+        raise fields.refuse("tool_choice", f"names {shortened(name)}, which is not among the tools.")
+    return found
 
 
 def _form(fields: Fields) -> Form | None:
@@ -372,11 +396,11 @@ def _form(fields: Fields) -> Form | None:
     forms = [_response_format(fields)]
     schema = fields.take("guided_json")
     if schema is not None:
-        forms.append(Form("json_schema", _schema(fields, "guided_json", schema)))
+        forms.append(Form("json_schema", _schema(fields, "guided_json", schema), "guided_json"))
     for name, kind in (("guided_regex", "regex"), ("guided_grammar", "grammar")):
         text = fields.text(name, MOST_FORM_CHARACTERS)
         if text is not None:
-            forms.append(Form(kind, text))
+            forms.append(Form(kind, text, name))
     found = [each for each in forms if each is not None]
     if len(found) > 1:
         raise fields.refuse("response_format", "and guided_json, guided_regex, guided_grammar exclude each other. Give one of them.")

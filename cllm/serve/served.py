@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cllm.config.sampling import Sampling
-from cllm.data.tokens.chat_template import encode_prompt, end_of_turn
+from cllm.data.tokens.chat_template import encode_prompt, encode_written, end_of_turn
 from cllm.generate.chat_context import fit_to_context
 from cllm.generate.request import Request
 from cllm.runtime.errors import DataError, UserError
@@ -97,19 +97,28 @@ class Served:
         return Prompt(tokens, text)
 
     def read_chat(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], max_tokens: int | None, may_leave_out: bool, begun: str = ""
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]],
+        max_tokens: int | None,
+        may_leave_out: bool,
+        begun: str = "",
+        begins_call: bool = False,
     ) -> Prompt:
-        """The tokens after which the assistant answers, or goes on with the answer that has begun. Raises Refused."""
+        """The tokens after which the assistant answers, or goes on with the answer that has begun, or with a call of a tool. Raises Refused."""
         if tools and self.call_form is None:
             raise Refused(
                 400, f"the chat template of {self.identity!r} has no place for tools. Leave tools out.", param="tools", code="unsupported_value"
             )
         self._check_length("".join([begun, *(message["content"] for message in messages)]), "messages", may_leave_out)
         begins = self._encode(begun) if begun else []
+        if begins_call and self.call_form is not None:
+            begins += encode_written(self.speaker, self.call_form.opening)
         try:
             if may_leave_out and len(begins) < self.context:
                 context = self.context - len(begins)
-                seen = fit_to_context(self.speaker, messages, context, context if max_tokens is None else max_tokens, self._templates.draw)
+                most = context if max_tokens is None else max_tokens
+                seen = fit_to_context(self.speaker, messages, context, most, tools=tools, draw=self._templates.draw)
                 return Prompt(seen.tokens + begins, "", seen.answer_room)
             tokens = encode_prompt(self.speaker, messages, tools=tools, draw=self._templates.draw)
         except (UserError, DataError) as error:

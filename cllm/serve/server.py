@@ -96,7 +96,10 @@ def api(service: Service) -> FastAPI:
     async def chats(request: HTTPRequest) -> Response:
         asked = chat_request(await body(request))
         job = await asyncio.to_thread(service.chat, asked, client_of(request, asked.options.user))
-        found = Reply(job, is_chat=True, with_calls=bool(asked.tools))
+        calls = job.served.call_form if asked.tools else None
+        if calls is not None and asked.must_call:
+            calls = calls.after_opening
+        found = Reply(job, is_chat=True, calls=calls)
         return Answering(service, found, streamed=asked.options.stream, include_usage=asked.options.include_usage)
 
     @app.post("/v1/embeddings")

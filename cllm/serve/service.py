@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +24,9 @@ from cllm.serve.constrained import constraint_for
 from cllm.serve.errors import Refused
 from cllm.serve.job import Job
 from cllm.serve.metrics import Metrics
-from cllm.serve.openai import ChatRequest, CompletionRequest, EmbeddingRequest, Options
+from cllm.serve.openai import ChatRequest, CompletionRequest, EmbeddingRequest, Form, Options
 from cllm.serve.served import Prompt, Served
+from cllm.serve.tools import call_schema
 
 if TYPE_CHECKING:
     from cllm.data.tokens.tokenizer import Tokenizer
@@ -129,7 +132,11 @@ class Service:
         """Begins to answer. Raises Refused."""
         options = asked.options
         with self._using(options.model) as served:
-            prompt = served.read_chat(asked.messages, asked.tools, options.max_tokens, asked.may_leave_out, asked.begun)
+            must_call = bool(asked.must_call)
+            prompt = served.read_chat(asked.messages, asked.tools, options.max_tokens, asked.may_leave_out, asked.begun, must_call)
+            if must_call and served.call_form is not None:
+                schema = call_schema(asked.must_call, served.call_form)
+                options = replace(options, form=Form("json_schema", json.dumps(schema, ensure_ascii=False), "tools"))
             assert prompt.room is not None
             most = prompt.room if options.max_tokens is None else min(options.max_tokens, prompt.room)
             stop = (*options.stop, *served.chat_stops)

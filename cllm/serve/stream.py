@@ -27,24 +27,24 @@ from cllm.serve.replies import (
 )
 from cllm.serve.safety import ClientGone
 from cllm.serve.service import Service
-from cllm.serve.tools import read_calls
+from cllm.serve.tools import CallForm, read_calls
 
 SEND_SECONDS = 30.0  # in which a client has to take what is sent, or its answer ends
 _LOOK = 1.0  # seconds between two looks at whether the thread that computes still does
 
 
 class Reply:
-    """The answers of a job in the form of one endpoint."""
+    """The answers of a job in the form of one endpoint. calls: how the model calls a tool, where it may."""
 
-    def __init__(self, job: Job, is_chat: bool, *, echo: bool = False, with_calls: bool = False) -> None:
-        self.job, self.is_chat, self.echo, self.with_calls = job, is_chat, echo, with_calls
+    def __init__(self, job: Job, is_chat: bool, *, echo: bool = False, calls: CallForm | None = None) -> None:
+        self.job, self.is_chat, self.echo, self.calls = job, is_chat, echo, calls
         self.created = int(time.time())
         self.identity = f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._sent = [0] * len(job.samples)  # characters of each answer
 
     @property
     def usage(self) -> Usage:
-        return Usage(self.job.prompt_tokens, self.job.completion_tokens)
+        return Usage(self.job.prompt_tokens, self.job.completion_tokens, sum(each.reused for each in self.job.tickets))
 
     def whole(self) -> dict[str, Any]:
         """All answers, once they have ended."""
@@ -77,7 +77,7 @@ class Reply:
         return chunks
 
     def piece(self, piece: Piece) -> dict[str, Any]:
-        if self.with_calls:  # whether the answer is a call shows at its end
+        if self.calls is not None:  # whether the answer is a call shows at its end
             if not piece.reason:
                 return {}
             said, calls = self._calls(self.job.samples[piece.sample].text)
@@ -110,10 +110,9 @@ class Reply:
         return chat_chunk(self.identity, self.created, model, index, delta, reason, shown)
 
     def _calls(self, text: str) -> tuple[str, list[dict[str, Any]]]:
-        form = self.job.served.call_form
-        if not self.with_calls or form is None:
+        if self.calls is None:
             return text, []
-        said, calls = read_calls(text, form)
+        said, calls = read_calls(text, self.calls)
         for name in self.job.served.tokenizer.special_tokens:
             said = said.replace(name, "")
         return said, calls

@@ -10,7 +10,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cllm.runtime.errors import DataError
@@ -23,12 +23,18 @@ _decoder = json.JSONDecoder()
 @dataclass(frozen=True)
 class CallForm:
     """before: the mark in front of calls, "" where the whole answer is one. between: what stands between two calls, None where there is one call at
-    most. name, arguments: fields of a call's object."""
+    most. name, arguments: fields of a call's object. opening: what the template writes in front of the first call, blanks included."""
 
     before: str
     between: str | None
     name: str
     arguments: str
+    opening: str = field(default="", compare=False)
+
+    @property
+    def after_opening(self) -> CallForm:
+        """The form of an answer that goes on behind `opening` with one call."""
+        return CallForm("", None, self.name, self.arguments)
 
 
 def call_form(written: Callable[[Sequence[dict[str, Any]], bool], str]) -> CallForm | None:
@@ -42,7 +48,7 @@ def call_form(written: Callable[[Sequence[dict[str, Any]], bool], str]) -> CallF
     several = _written(written, question, _FIRST, _SECOND)
     second = None if several is None else _call_in(several, _SECOND, begin)
     between = several[end : second[0]].strip() if several is not None and second is not None else None
-    return CallForm(text[:begin].strip(), between, name, arguments)
+    return CallForm(text[:begin].strip(), between, name, arguments, text[:begin])
 
 
 def _written(written: Callable[[Sequence[dict[str, Any]], bool], str], question: dict[str, Any], *names: str) -> str | None:
@@ -94,6 +100,30 @@ def read_calls(text: str, form: CallForm) -> tuple[str, list[dict[str, Any]]]:
             break
         place = behind.end()
     return (text[:begin].rstrip(), calls) if calls else (text, [])
+
+
+def call_schema(tools: Sequence[dict[str, Any]], form: CallForm) -> dict[str, Any]:
+    """The JSON schema of the object that calls one of these tools."""
+    calls, parameters = [], {}
+    for number, function in enumerate(tool["function"] for tool in tools):
+        place = f"tool{number}"
+        schema = {"type": "object"} | {key: each for key, each in (function.get("parameters") or {}).items() if key != "$schema"}
+        parameters[place] = _moved(schema, f"#/$defs/{place}")
+        properties = {form.name: {"const": function["name"]}, form.arguments: {"$ref": f"#/$defs/{place}"}}
+        calls.append({"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False})
+    return {"anyOf": calls, "$defs": parameters}
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema whose references to its own parts hold where it is a part of another."""
+    if isinstance(schema, list):
+        return [_moved(each, place) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: place + each[1:] if key == "$ref" and isinstance(each, str) and each.startswith("#") else _moved(each, place)
+        for key, each in schema.items()
+    }
 
 
 def _object_at(text: str, place: int) -> tuple[dict[str, Any], int] | None:

@@ -72,7 +72,7 @@ def encode_conversation(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]
         before, after = written(messages[:number], True), written(messages[: number + 1], False)
         if not before.startswith(done) or not after.startswith(before):
             raise DataError("the chat template rewrites earlier messages when later ones come, so answers cannot be told apart")
-        parts += [Part(_encode(tokenizer, before[len(done) :]), False), Part(_encode(tokenizer, after[len(before) :]), True)]
+        parts += [Part(encode_written(tokenizer, before[len(done) :]), False), Part(encode_written(tokenizer, after[len(before) :]), True)]
         done = after
     return parts
 
@@ -81,7 +81,7 @@ def encode_prompt(
     tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] = (), draw: Draw = render
 ) -> list[int]:  # fmt: skip
     """The ids after which the assistant answers. tools: functions that it may call, in OpenAI's form; draw: what renders the template."""
-    return _encode(tokenizer, _renderer(tokenizer, draw, tools)(messages, True))
+    return encode_written(tokenizer, _renderer(tokenizer, draw, tools)(messages, True))
 
 
 def end_of_turn(tokenizer: Tokenizer, draw: Draw = render) -> str | None:
@@ -99,7 +99,7 @@ def _renderer(
     tokenizer: Tokenizer, draw: Draw = render, tools: Sequence[dict[str, Any]] = ()
 ) -> Callable[[Sequence[dict[str, Any]], bool], str]:  # fmt: skip
     """written(messages, ask for an answer) -> text in which names of special tokens that stood in a message are broken by a character that
-    `_encode` takes out again."""
+    `encode_written` takes out again."""
     source = tokenizer.chat_template
     assert source is not None
     mark = _NONCHARACTERS[0]
@@ -125,8 +125,8 @@ def _renderer(
     return written
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of rendered text, its special tokens read as such; the marks in names that stood in a message are taken out before encoding."""
+def encode_written(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of text that a template wrote, its special tokens read as such; the marks in names that stood in a message are taken out before encoding."""
     mark = _NONCHARACTERS[0]
     names = "|".join(re.escape(name) for name in sorted(tokenizer.special_tokens, key=len, reverse=True))
     ids: list[int] = []

@@ -169,12 +169,20 @@ def test_tools_and_log_probabilities_of_chats():
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
     assert chat_request({"messages": USER, "tools": [tool]}).tools == [tool]
     assert chat_request({"messages": USER, "tools": [tool], "tool_choice": "none"}).tools == []
+    other = {"type": "function", "function": {"name": "g"}}
+    for choice, called in ((None, []), ("auto", []), ("none", []), ("required", [tool, other]), (other, [other])):
+        assert chat_request({"messages": USER, "tools": [tool, other], "tool_choice": choice}).must_call == called
     assert chat_request({"messages": USER, "logprobs": True}).options.logprobs == 0
     assert chat_request({"messages": USER, "logprobs": True, "top_logprobs": 3}).options.logprobs == 3
     assert chat_request({"messages": USER, "logprobs": False}).options.logprobs is None
-    for wrong in ({"top_logprobs": 3}, {"logprobs": True, "top_logprobs": 10**6}, {"tools": [{}]}, {"tools": [tool], "tool_choice": "required"}):
+    for wrong in ({"top_logprobs": 3}, {"logprobs": True, "top_logprobs": 10**6}, {"tools": [{}]}, {"tool_choice": "required"}):
         with pytest.raises(Refused):
             chat_request({"messages": USER, **wrong})
+    for wrong in ("any", 1, [], {}, {"type": "function"}, {"type": "function", "function": "f"}, {"type": "function", "function": {"name": "h"}}):
+        with pytest.raises(Refused, match="tool_choice"):
+            chat_request({"messages": USER, "tools": [tool], "tool_choice": wrong})
+    with pytest.raises(Refused, match="tools"):
+        chat_request({"messages": USER, "tools": [{"type": "function", "function": {"name": "f", "parameters": [1]}}]})
 
 
 def test_tokenize_and_detokenize():

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from command import cllm, wait_for
-from served_model import TEXT, running, served_as, write_model
+from served_model import TEXT, make_model, running, served_as, write_model
 
 from cllm.generate.decoding import generate
 
@@ -169,6 +169,12 @@ def test_several_prompts_in_every_form(client, parts):
         found = client.completions.create(model="tiny.cllm", prompt=form, max_tokens=6, temperature=0)
         assert [each.text for each in found.choices] == ours and [each.index for each in found.choices] == [0, 1]
     assert client.completions.create(model="tiny.cllm", prompt=tokenizer.encode("What"), max_tokens=6, temperature=0).choices[0].text == ours[0]
+
+
+def test_usage_says_how_much_of_a_prompt_was_known_already(client):
+    asked = {"model": "tiny.cllm", "prompt": "Two and two are four, not five, and be brief about that which is four.", "max_tokens": 1}
+    known = [client.completions.create(**asked).usage.prompt_tokens_details.cached_tokens for _ in range(2)]
+    assert known[0] == 0 and 0 < known[1] < len(asked["prompt"])
 
 
 def test_stops_across_tokens_and_stop_tokens(client, parts):
@@ -358,8 +364,51 @@ def test_answers_keep_to_a_schema_and_an_expression(client):
     assert all(re.fullmatch("[ab]{3}c", each.text) and each.finish_reason == "stop" for each in found.choices)
 
 
+CALLING = (  # Hermes' way
+    "{{ tools | tojson if tools else '' }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}\n<call>\n"
+    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</call>{% endfor %}<|end|>{% endfor %}'
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_a_tool_is_called_where_the_client_says_so():
+    pytest.importorskip("llguidance")
+    model, tokenizer = make_model(context=1024)
+    unit = {"type": "object", "properties": {"unit": {"$ref": "#/$defs/U"}}, "required": ["unit"], "additionalProperties": False}
+    tools = [
+        {"type": "function", "function": {"name": "heat", "parameters": unit | {"$defs": {"U": {"enum": ["C", "F"]}}}}},
+        {"type": "function", "function": {"name": "stop", "parameters": {"properties": {}, "additionalProperties": False}}},
+    ]
+    asked = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "tools": tools, "max_tokens": 200}
+    with (
+        running([served_as("m", model, tokenizer.with_chat_template(CALLING))]) as server,
+        openai.OpenAI(base_url=f"{server.address}/v1", api_key="any", max_retries=0) as client,
+    ):
+        ask = client.chat.completions.create
+        free = ask(**asked | {"max_tokens": 1})
+        for choice, names in (("required", {"heat", "stop"}), ({"type": "function", "function": {"name": "heat"}}, {"heat"})):
+            found = ask(**asked, tool_choice=choice, n=4, seed=1)
+            for each in found.choices:
+                (call,) = each.message.tool_calls
+                assert each.finish_reason == "tool_calls" and each.message.content is None and call.function.name in names
+                assert json.loads(call.function.arguments) in ([{"unit": "C"}, {"unit": "F"}] if call.function.name == "heat" else [{}])
+            assert {each.message.tool_calls[0].function.name for each in found.choices} == names  # each of them somewhere in four answers
+            *_, last = ask(**asked, tool_choice=choice, seed=1, stream=True)
+            (call,) = last.choices[0].delta.tool_calls
+            whole = found.choices[0].message.tool_calls[0].function
+            assert last.choices[0].finish_reason == "tool_calls"
+            assert (call.function.name, call.function.arguments) == (whole.name, whole.arguments)
+        # The tools are a part of the prompt, also where the oldest turns may be left out.
+        shortened = ask(**asked | {"max_tokens": 1}, extra_body={"truncation": "auto"})
+        assert shortened.usage.prompt_tokens == free.usage.prompt_tokens > ask(**asked | {"max_tokens": 1, "tools": []}).usage.prompt_tokens + 100
+        wrong = {"type": "function", "function": {"name": "f", "parameters": {"type": "nonsense"}}}
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(**asked | {"tools": [wrong]}, tool_choice="required")
+        assert caught.value.param == "tools"
+
+
 def test_a_form_that_cannot_be_compiled_is_refused_in_words(server):
     pytest.importorskip("llguidance")
     for wrong in ({"guided_regex": "("}, {"guided_grammar": "start"}, {"guided_json": {"type": "nonsense"}}):
         status, answer, _ = server.ask("/v1/completions", {"prompt": "a", **wrong})
-        assert status == 400 and answer["error"]["param"] == "response_format" and answer["error"]["message"].endswith(".")
+        assert status == 400 and answer["error"]["param"] == next(iter(wrong)) and answer["error"]["message"].endswith(".")

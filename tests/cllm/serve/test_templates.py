@@ -28,7 +28,7 @@ def tokenizer():
 def test_a_prompt_has_the_tokens_of_the_command(process, tokenizer):
     assert encode_prompt(tokenizer, CHAT, draw=process.draw) == encode_prompt(tokenizer, CHAT)
     assert end_of_turn(tokenizer, process.draw) == end_of_turn(tokenizer) == "<|end|>"
-    assert fit_to_context(tokenizer, CHAT, 64, 20, process.draw) == fit_to_context(tokenizer, CHAT, 64, 20)
+    assert fit_to_context(tokenizer, CHAT, 64, 20, draw=process.draw) == fit_to_context(tokenizer, CHAT, 64, 20)
 
 
 HOSTILE = {

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cllm.data.tokens.jinja import render
-from cllm.serve.tools import CallForm, call_form, read_calls
+from cllm.serve.tools import CallForm, call_form, call_schema, read_calls
 
 HERMES = (
     "{% if tools %}<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}</tools>{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -43,6 +43,20 @@ def writer(template):
 )
 def test_the_form_of_a_call_is_read_from_the_template(template, form):
     assert call_form(writer(template)) == form
+
+
+def test_what_stands_before_a_call_is_kept_as_the_template_writes_it():
+    assert [call_form(writer(each)).opening for each in (HERMES, MISTRAL, LLAMA)] == ["<tool_call>\n", "[TOOL_CALLS][", ""]
+
+
+def test_the_schema_of_a_call_holds_the_tools_own_schemas_with_their_references():
+    unit = {"$schema": "draft", "properties": {"unit": {"$ref": "#/$defs/Unit"}, "all": {"items": {"$ref": "#"}}}, "$defs": {"Unit": {"enum": ["C"]}}}
+    tools = [{"type": "function", "function": {"name": name, "parameters": each}} for name, each in (("f", None), ("g", unit))]
+    schema = call_schema(tools, call_form(writer(LLAMA)))
+    assert [each["properties"]["name"] for each in schema["anyOf"]] == [{"const": "f"}, {"const": "g"}]
+    assert [each["properties"]["parameters"] for each in schema["anyOf"]] == [{"$ref": "#/$defs/tool0"}, {"$ref": "#/$defs/tool1"}]
+    assert schema["$defs"]["tool0"] == {"type": "object"} and "$schema" not in schema["$defs"]["tool1"]
+    assert schema["$defs"]["tool1"]["properties"] == {"unit": {"$ref": "#/$defs/tool1/$defs/Unit"}, "all": {"items": {"$ref": "#/$defs/tool1"}}}
 
 
 def test_a_template_without_calls_has_no_form():
