@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cllm.runtime.errors import CheckpointError, DataError, UserError
 from cllm.runtime.progress import compilation, say
 from cllm.serve.errors import Refused
 
@@ -41,6 +42,7 @@ class Talk:
         self._loading = threading.Lock()  # one model at a time: each takes all cores
         self._service: Service | None = None
         self._api: FastAPI | None = None
+        self._faults: dict[str, tuple[Any, str]] = {}  # by path, the version of a model that could not be loaded, and why
         self._loaded: dict[str, dict[str, Any]] = {}  # by path, the one that was asked most recently last
         self._waiting: tuple[str, str, float] | None = None  # the model that is being loaded, what is done for it, and since when
 
@@ -59,6 +61,11 @@ class Talk:
         if compilation.is_going_on:
             words = "compiling kernels for this machine, which happens once"
         return {"path": path, "words": words, "seconds": int(max(time.monotonic() - since, compilation.seconds))}
+
+    def fault(self, identity: str) -> str | None:
+        """Why a model could not be loaded; None where it was not tried, or has changed since."""
+        version, words = self._faults.get(identity, (None, ""))
+        return words if words and _version(self._workspace.root / identity) == version else None
 
     def let_go(self, place: Path) -> bool:
         """Unloads the models that lie at `place` or below it. False where one of them is answering somebody, and then it stays."""
@@ -88,6 +95,9 @@ class Talk:
                 self._waiting = (identity, "reading its weights", time.monotonic())
                 try:
                     known = self._load(identity, place, loop) | {"version": version}
+                except (CheckpointError, DataError, UserError) as error:
+                    self._faults[identity] = version, str(error).replace(f"{self._workspace.root}/", "")
+                    raise
                 finally:
                     self._waiting = None
             self._loaded[identity] = known

@@ -11,6 +11,8 @@ from typing import Any
 from cllm.files import reason
 from cllm.runtime.errors import CheckpointError
 
+PLAIN, INT8 = "1", "2"  # versions of a .cllm file: the weights as they are, and the matrices as int8
+SCALES = ".scales"  # ends the name of an int8 matrix's scales
 _MOST_BYTES = 100_000_000  # of a header, as in the library
 _WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
+from cllm.checkpoint.header import SCALES
 from cllm.kernels.quantization import SCALE_BLOCK, quantize
 from cllm.kernels.strips import by_rows
 from cllm.runtime.errors import CheckpointError
 
-_VALUES, _SCALES = ".int8", ".scales"
+_VALUES = ".int8"
 
 
 def to_int8(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -26,7 +27,7 @@ def to_int8(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         rows, depth = weight.shape
         packed = quantize(weight)
         stored[name + _VALUES] = by_rows(packed.values.permute(0, 3, 1, 2, 4))[:rows, :depth].contiguous()
-        stored[name + _SCALES] = by_rows(packed.scales.transpose(1, 2))[:rows].contiguous()
+        stored[name + SCALES] = by_rows(packed.scales.transpose(1, 2))[:rows].contiguous()
     return stored
 
 
@@ -36,11 +37,11 @@ def from_int8(stored: Mapping[str, torch.Tensor], where: Path | str) -> dict[str
     for name, tensor in stored.items():
         if name.endswith(_VALUES):
             matrix = name.removesuffix(_VALUES)
-            scales = stored.get(matrix + _SCALES)
+            scales = stored.get(matrix + SCALES)
             wanted = (tensor.shape[0], -(-tensor.shape[1] // SCALE_BLOCK)) if tensor.dim() == 2 else None
             if scales is None or tensor.dtype != torch.int8 or scales.dtype != torch.float32 or tuple(scales.shape) != wanted:
                 raise CheckpointError(f"{where} is damaged: the int8 numbers of {matrix} have no scales that fit. Copy it again from its source.")
             weights[matrix] = tensor.float() * scales.repeat_interleave(SCALE_BLOCK, dim=1)[:, : tensor.shape[1]]
-        elif name.removesuffix(_SCALES) + _VALUES not in stored:
+        elif name.removesuffix(SCALES) + _VALUES not in stored:
             weights[name] = tensor
     return weights

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cllm.checkpoint.folder import Checkpoint, read_checkpoint
+from cllm.checkpoint.header import INT8, PLAIN
 from cllm.checkpoint.int8 import from_int8, to_int8
 from cllm.checkpoint.place import CHECKPOINTS, NOT_A_CHECKPOINT, kind_of, place_of
 from cllm.checkpoint.safetensors import (
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from cllm.data.tokens.tokenizer import Tokenizer
     from cllm.model.model import Model
 
-PLAIN, INT8 = "1", "2"  # versions of the file
 BASE = "base.cllm"  # in a run of LoRA adapters, the frozen weights that they belong to
 WEIGHTS_FORMATS = ("fp32", "bf16", "int8", "int4")
 

@@ -59,7 +59,8 @@ class Library:
 
     def models(self) -> list[dict[str, Any]]:
         with self._lock:
-            return self._models.list(self._runs.list(self._jobs()))
+            found = self._models.list(self._runs.list(self._jobs()))
+        return [self._as_tried(each) for each in found]
 
     def model(self, text: object) -> tuple[Path, dict[str, Any]]:
         """The place and the entry of the model that a request names. Raises Refused (400, 404), CheckpointError for what is none."""
@@ -67,7 +68,12 @@ class Library:
         path = self.app.workspace.relative(place)
         with self._lock:
             run = self._runs.entry(path, place, None) if place.is_dir() and place != self.root else None
-            return place, self._models.entry(path, place, run if run is not None and run["kind"] != FOLLOWED else None)
+            return place, self._as_tried(self._models.entry(path, place, run if run is not None and run["kind"] != FOLLOWED else None))
+
+    def _as_tried(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """A model as its list shows it, or as damaged where that showed when somebody wanted to talk to it."""
+        fault = self.app.part(Talk).fault(entry["path"]) if entry["loadable"] else None
+        return entry if fault is None else entry | {"damaged": fault, "loadable": False}
 
     def datasets(self) -> list[dict[str, Any]]:
         with self._lock:

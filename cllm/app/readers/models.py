@@ -6,6 +6,7 @@ Whatever is wrong with one of them stands in its field `damaged`; it never keeps
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from typing import Any
 from cllm.app.readers.inside import problem, read_bytes, read_object, tree_bytes
 from cllm.app.readers.inventory import GGUF, HUGGING_FACE, MODEL_FILE, RUN, Found, Inventory
 from cllm.app.readers.runs import num_parameters
-from cllm.checkpoint.header import Header, read_header
+from cllm.checkpoint.header import INT8, PLAIN, SCALES, Header, read_header
 from cllm.checkpoint.place import CHECKPOINTS, step_folder, steps_in
+from cllm.files import reason
 from cllm.runtime.errors import CheckpointError, CLLMError
 
 KINDS = (MODEL_FILE, HUGGING_FACE, GGUF)
 _MOST_LINEAGE = 20
+_MOST_TRIED = 8  # checkpoints of a run, the newest first
 _MOST_TENSORS = 20_000
 
 
@@ -75,7 +78,7 @@ class Models:
         mark = (steps, run["updated"])
         known = self._known.get(found.path)
         if known is None or known[0] != mark:
-            known = self._known[found.path] = (mark, self._safely(lambda place, root: _of_checkpoint(place, root, steps[-1]), found.place))
+            known = self._known[found.path] = (mark, self._safely(lambda place, root: _of_newest(place, root, steps), found.place))
         return entry | known[1] | ({"damaged": entry["damaged"]} if entry["damaged"] else {})
 
     def _safely(self, read: Callable[[Path, Path], dict[str, Any]], place: Path) -> dict[str, Any]:
@@ -106,6 +109,32 @@ def _blank(found: Found) -> dict[str, Any]:
     return {"path": found.path, "name": found.name, "kind": found.kind, **dict.fromkeys(names), "has_chat": False, "loadable": False}
 
 
+def _of_newest(run: Path, root: Path, steps: list[int]) -> dict[str, Any]:
+    """Of the newest checkpoint that looks whole, which is the one that would be loaded. Raises CLLMError where none of the last few does."""
+    fault: CLLMError | None = None
+    for step in reversed(steps[-_MOST_TRIED:]):
+        try:
+            found = _of_checkpoint(run, root, step)
+            for each in _weights(step_folder(run / CHECKPOINTS, step), root):
+                read_header(each)
+        except CLLMError as error:
+            fault = fault or error
+            continue
+        if fault is not None:
+            found["damaged"] = f"the checkpoint of step {steps[-1]:,} is, so that of step {step:,} is used. {fault}"
+        return found
+    assert fault is not None
+    raise fault
+
+
+def _weights(folder: Path, root: Path) -> list[Path]:
+    """The files with a checkpoint's weights. Raises CheckpointError where there are none that may be read."""
+    found = [each for each in sorted(folder.glob("model*.safetensors")) if problem(each, root) is None]
+    if not found:
+        raise CheckpointError(f"{folder} has no weights.")
+    return found
+
+
 def _of_checkpoint(run: Path, root: Path, step: int) -> dict[str, Any]:
     state = read_object(step_folder(run / CHECKPOINTS, step) / "state.json", root)
     model, config = state.get("model"), state.get("config")
@@ -127,16 +156,38 @@ def _of_file(place: Path, root: Path) -> dict[str, Any]:
     if "cllm_format" not in header.metadata or not isinstance(config, dict):
         return {"damaged": "it is a safetensors file without a CLLM configuration", "parameters": header.num_parameters}
     settings = _json(header.metadata.get("tokenizer_config", "{}"))
-    has_tokenizer = "tokenizer" in header.metadata
-    of_config = num_parameters(config)
+    tokenizer = described_tokenizer(_json(header.metadata.get("tokenizer", "")), settings)
+    damaged = _fault(header, config, tokenizer)
     return {
-        "parameters": of_config or header.num_parameters,  # the scales of int8 weights are no parameters
+        "parameters": num_parameters(config) or header.num_parameters,  # the scales of int8 weights are no parameters
         "context": _whole(config, "max_seq_len"),
-        "tokenizer": described_tokenizer(_json(header.metadata["tokenizer"]), settings) if has_tokenizer else None,
+        "tokenizer": tokenizer,
         "has_chat": has_template(settings),
-        "loadable": has_tokenizer and of_config is not None,
+        "loadable": tokenizer is not None and damaged is None,
+        "damaged": damaged,
         "dtype": _dtype(header),
     }
+
+
+def _fault(header: Header, config: dict[str, Any], tokenizer: dict[str, Any] | None) -> str | None:
+    """Why a .cllm file with this header cannot be loaded, as far as that shows without its weights; None where nothing speaks against it."""
+    from cllm.config.model import ModelConfig
+
+    version = header.metadata["cllm_format"]
+    if version not in (PLAIN, INT8):
+        return f"it has format version {version:.40}, this CLLM reads {PLAIN} and {INT8}. Use the CLLM that wrote it."
+    try:
+        needed = ModelConfig.from_dict(config).num_parameters()
+    except (CLLMError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        return f"its model configuration cannot be built: {reason(error)}"
+    numbers = sum(math.prod(each.shape) for name, each in header.tensors.items() if version == PLAIN or not name.endswith(SCALES))
+    if needed != numbers:
+        return f"its tensors hold {numbers:,} numbers, and its configuration needs {needed:,}."
+    if "tokenizer" in header.metadata and tokenizer is None:
+        return "its tokenizer cannot be read."
+    if tokenizer is not None and tokenizer["vocab_size"] > config["vocab_size"]:
+        return f"its tokenizer has {tokenizer['vocab_size']:,} tokens, and its model knows {config['vocab_size']:,}."
+    return None
 
 
 def _of_folder(place: Path, root: Path) -> dict[str, Any]:

@@ -53,6 +53,63 @@ def test_a_hugging_face_folder_and_what_cannot_be_loaded(client, workspace):
     assert sum(len(each["shape"]) > 0 for each in inspected["tensors"]) == len(inspected["tensors"]) > 3 and inspected["model"]["vocab_size"]
 
 
+def rewritten(source, place, **metadata):
+    """A copy of a .cllm file with other words in its header."""
+    content = source.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] |= metadata
+    words = json.dumps(header).encode()
+    place.write_bytes(len(words).to_bytes(8, "little") + words + content[8 + size :])
+
+
+def test_a_file_that_cannot_be_loaded_says_why_in_the_list(client, workspace):
+    source = workspace / "chat.cllm"
+    config = json.loads(read_header(source).metadata["config"])
+    wrong = {
+        "format": ({"cllm_format": "9"}, "format version 9"),
+        "config": ({"config": json.dumps(config | {"num_layers": 0})}, "num_layers"),
+        "layers": ({"config": json.dumps(config | {"num_layers": config["num_layers"] + 1})}, "its configuration needs"),
+        "vocab": ({"config": json.dumps(config | {"vocab_size": 8, "embed_dim": 1})}, ""),
+        "tokenizer": ({"tokenizer": "{}"}, "tokenizer"),
+    }
+    for name, (metadata, _) in wrong.items():
+        rewritten(source, workspace / f"{name}.cllm", **metadata)
+    found = listed(client)
+    for name, (_, words) in wrong.items():
+        assert not found[f"{name}.cllm"]["loadable"] and words in found[f"{name}.cllm"]["damaged"], name
+        assert client.post("/api/llm/load", {"path": f"{name}.cllm"}).status == 400
+    assert found["chat.cllm"]["loadable"] and found["chat.cllm"]["damaged"] is None
+
+
+def test_a_file_whose_weights_are_damaged_stands_as_that_once_it_was_asked_for(client, workspace):
+    place = workspace / "chat.cllm"
+    content = place.read_bytes()
+    place.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert listed(client)["chat.cllm"]["loadable"]  # its weights are not read for a list
+    assert client.post("/api/llm/load", {"path": "chat.cllm"}).status == 400
+    found = listed(client)["chat.cllm"]
+    assert not found["loadable"] and "SHA-256 does not match" in found["damaged"]
+    assert client.get("/api/models/inspect", path="chat.cllm").json["damaged"] == found["damaged"]
+    place.write_bytes(content)
+    assert listed(client)["chat.cllm"]["loadable"]
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_is_talked_to_as_of_an_older_one(client, workspace):
+    folder = workspace / "runs/tiny/checkpoints"
+    last = max(folder.glob("step-*"))
+    shutil.copytree(last, folder / "step-00000099")
+    weights = folder / "step-00000099" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    found = listed(client)["runs/tiny"]
+    assert found["loadable"] and "step 99" in found["damaged"]
+    shutil.rmtree(weights.parent)
+    for each in folder.glob("step-*/model.safetensors"):
+        each.write_bytes(each.read_bytes()[:-8])
+    found = listed(client)["runs/tiny"]
+    assert not found["loadable"] and "model.safetensors" in found["damaged"]
+
+
 def test_inspecting_reads_no_weights_and_tells_shapes_files_and_ancestry(client, workspace):
     found = client.get("/api/models/inspect", path="runs/tiny").json
     assert found["step"] == 12 and found["model"]["embed_dim"] == 32 and found["data"]["train"]["tokens"] > 0 and found["lineage"] == []

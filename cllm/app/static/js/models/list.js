@@ -16,7 +16,7 @@ export function modelTable({ tools = null, chosen = null, onchosen = null } = {}
       onchosen?.();
     } }) : "") },
     { key: "path", title: "Model", wide: true, cell: (model) => h("a", { href: link("models", model.path) }, model.path), sort: (model) => model.path },
-    { key: "kind", title: "Kind", cell: (model) => (model.damaged ? h("span", { title: model.damaged }, badge("failed", "damaged")) : KINDS[model.kind] ?? model.kind), sort: (model) => model.kind },
+    { key: "kind", title: "Kind", cell: (model) => (model.damaged ? h("div", { class: "why" }, badge("failed", "damaged"), h("p", { class: "help" }, model.damaged)) : KINDS[model.kind] ?? model.kind), sort: (model) => model.kind },
     { key: "parameters", title: "Parameters", align: "right", cell: (model) => number(model.parameters, { short: true }), sort: (model) => model.parameters },
     { key: "val_loss", title: "Validation loss", align: "right", cell: (model) => loss(model.val_loss), sort: (model) => model.val_loss },
     { key: "context", title: "Context", align: "right", cell: (model) => (model.context ? number(model.context, { unit: "tokens" }) : "–"), sort: (model) => model.context },

@@ -144,8 +144,17 @@ class Page {
 
   #fault(error) {
     this.composer.update();
+    this.#lookAgain();
     if (!this.options.error(error.param, error.message)) toast(error.message, { kind: "error" });
     else this.panel.querySelector(".llm-options").open = true;
+  }
+
+  // A model that turned out to be damaged is no longer among those that can be chosen.
+  async #lookAgain() {
+    const models = await loadableModels().catch(() => null);
+    if (!models || this.#ended) return;
+    this.#models = models;
+    for (const { view } of this.#threads) view.models(models);
   }
 
   #opened() {
