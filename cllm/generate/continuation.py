@@ -23,6 +23,11 @@ class StopFilter:
             return self.held[: min(found)]
         return self._release(self._possible_start())
 
+    def push_text(self, text: str) -> str:
+        """More text in which no stop string may end; one may begin in it."""
+        self.held += text
+        return self._release(self._possible_start())
+
     def flush(self) -> str:
         """The end of the text: what was held back was no stop string."""
         return self._release(len(self.held))
@@ -40,10 +45,10 @@ class StopFilter:
 
 
 class Continuation:
-    """One sample while it grows: its tokens, its random numbers, its text."""
+    """One sample while it grows: its tokens, its random numbers, its text. min_tokens: before so many a stop string is text like any other."""
 
-    def __init__(self, index: int, seed: int, tokenizer: Any, stop: Sequence[str]) -> None:
-        self.index = index
+    def __init__(self, index: int, seed: int, tokenizer: Any, stop: Sequence[str], min_tokens: int = 0) -> None:
+        self.index, self._min_tokens = index, min_tokens
         self.tokens: list[int] = []
         self.text = ""
         self.finish_reason = ""
@@ -65,7 +70,8 @@ class Continuation:
     def take(self, token: int) -> str:
         """Takes the next token; returns the text that became certain. `stop.stopped` says afterwards whether a stop string appeared."""
         self.tokens.append(token)
-        piece = self.stop.push(self.decoder.push(token))
+        text = self.decoder.push(token)
+        piece = self.stop.push_text(text) if len(self.tokens) < self._min_tokens else self.stop.push(text)
         self.text += piece
         return piece
 

@@ -48,7 +48,7 @@ class Request:
     end_tokens: frozenset[int] = frozenset()
     """Tokens that end a sample and belong to none."""
     min_tokens: int = 0
-    """No end token is chosen before so many others."""
+    """No end token is chosen before so many others. Stop strings are the business of whoever reads the text."""
     logprobs: int | None = None
     """Log-probabilities of the chosen token and of so many of the likeliest; None: of none."""
     prompt_logprobs: bool = False

@@ -49,8 +49,9 @@ class Job:
     """All answers to one request.
 
     samples: answers to each of the prompts. streamed: whether pieces are kept for the client; otherwise only the whole answers are. scored: whether
-    log-probabilities are wanted. keeps_nothing: whether the prompt alone is wanted (max_tokens 0). shows_special: whether special tokens are text,
-    as the marks of calls may be. told: called in the engine's thread when there is something new.
+    log-probabilities are wanted. min_tokens: before so many no stop string ends an answer. keeps_nothing: whether the prompt alone is wanted
+    (max_tokens 0). shows_special: whether special tokens are text, as the marks of calls may be. told: called in the engine's thread when there is
+    something new.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Job:
         seed: int,
         streamed: bool,
         scored: bool,
+        min_tokens: int = 0,
         keeps_nothing: bool = False,
         shows_special: bool = False,
         told: Callable[[Job], None] = lambda job: None,
@@ -71,7 +73,7 @@ class Job:
         self._streamed, self._scored, self._keeps_nothing, self._told = streamed, scored, keeps_nothing, told
         tokenizer = self._tokenizer
         self.prompts, self.num_samples = prompts, samples
-        self.samples = [Sample(index, Continuation(index % samples, seed, tokenizer, stop)) for index in range(len(prompts) * samples)]
+        self.samples = [Sample(index, Continuation(index % samples, seed, tokenizer, stop, min_tokens)) for index in range(len(prompts) * samples)]
         if shows_special:
             for each in self.samples:
                 each.continuation.decoder = tokenizer.stream_decoder(skip_special=False)

@@ -185,8 +185,8 @@ class Service:
         seed = random.getrandbits(62) if options.seed is None else options.seed
         constraint = None if options.form is None else constraint_for(options.form, tokenizer)
         job = Job(
-            served, prompts, options.n, stop, seed=seed, streamed=options.stream, scored=options.logprobs is not None, keeps_nothing=max_tokens == 0,
-            shows_special=shows_special, told=self._note,
+            served, prompts, options.n, stop, seed=seed, streamed=options.stream, scored=options.logprobs is not None,
+            min_tokens=options.min_tokens, keeps_nothing=max_tokens == 0, shows_special=shows_special, told=self._note,
         )  # fmt: skip
         end_tokens = {*options.stop_token_ids, *(() if tokenizer.eot_id is None else (tokenizer.eot_id,))}
         deadline = time.monotonic() + min(self.deadline, options.timeout or math.inf)

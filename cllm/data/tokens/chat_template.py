@@ -126,7 +126,7 @@ def _renderer(
 
 
 def encode_written(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of text that a template wrote, its special tokens read as such; the marks in names that stood in a message are taken out before encoding."""
+    """Ids of text that a template wrote, its special tokens read as such; marks in names that stood in a message are taken out before."""
     mark = _NONCHARACTERS[0]
     names = "|".join(re.escape(name) for name in sorted(tokenizer.special_tokens, key=len, reverse=True))
     ids: list[int] = []

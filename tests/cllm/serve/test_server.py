@@ -182,6 +182,10 @@ def test_stops_across_tokens_and_stop_tokens(client, parts):
     stop = text.text[4:7]
     found = client.completions.create(model="tiny.cllm", prompt=PROMPT, max_tokens=30, temperature=0, stop=[stop])
     assert found.choices[0].text == text.text[: text.text.index(stop)] and found.choices[0].finish_reason == "stop"
+    later = client.completions.create(
+        model="tiny.cllm", prompt=PROMPT, max_tokens=30, temperature=0, stop=[text.text[:1], text.text[-1:]], extra_body={"min_tokens": 20}
+    )
+    assert later.usage.completion_tokens >= 20 and text.text.startswith(later.choices[0].text)
     body = {"stop_token_ids": [text.tokens[0]]}
     ended = client.completions.create(model="tiny.cllm", prompt=PROMPT, max_tokens=30, temperature=0, extra_body=body)
     assert ended.choices[0].text == "" and ended.choices[0].finish_reason == "stop" and ended.usage.completion_tokens == 0
