@@ -31,8 +31,8 @@ MOST_BYTES = 128 * 1024  # of the text of a schema, an expression or a grammar
 MOST_DEPTH = 64  # of objects and lists inside each other in a schema
 MOST_SECONDS = 3.0  # to compile one
 _WORDS = {"json_schema": "the JSON schema", "json_object": "JSON", "regex": "the regular expression", "grammar": "the grammar"}
-# A limited number of blanks between the parts of JSON: any would let a model write them until its tokens are used up.
-_JSON: Any = {"whitespace_pattern": r"[ \t\n\r]{1,64}"}
+# At most one blank between the parts of JSON: more would let a model write them until its tokens are used up.
+_JSON: Any = {"whitespace_pattern": r"[ \n]"}
 
 
 class Constraint(Protocol):

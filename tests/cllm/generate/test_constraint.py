@@ -5,6 +5,7 @@ import re
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from command import cllm
@@ -115,6 +116,17 @@ def test_any_schema_gives_json_that_fits_it_or_says_that_the_length_was_too_shor
         assert fits(schema, json.loads(text)), text
     else:
         assert len(bpe.encode(text)) > 100
+
+
+def test_blanks_do_not_use_up_the_tokens_of_an_answer(bpe):
+    schema = {"type": "object", "properties": {"a": {"enum": [1]}, "b": {"enum": [2]}}, "required": ["a", "b"], "additionalProperties": False}
+    form, text = constraint.compile_constraint(bpe, "json_schema", schema)(), b""
+    while not form.finished and len(text) < 200:
+        allowed = np.flatnonzero(form.mask()).tolist()
+        token = next((each for each in allowed if bpe.token_bytes(each).isspace()), allowed[0])
+        form.advance(token)
+        text += bpe.token_bytes(token)
+    assert json.loads(text) == {"a": 1, "b": 2} and len(text) < 30
 
 
 def test_every_kind_of_tokenizer_keeps_to_every_kind_of_form(tokenizer):
