@@ -10,6 +10,7 @@ in a child process first, which ends with it when its time is over; what passed 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from cllm.runtime.errors import CLLMError, UserError
+from cllm.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from cllm.data.tokens.tokenizer import Tokenizer
@@ -30,6 +31,9 @@ KINDS = ("json_schema", "json_object", "regex", "grammar")
 MOST_BYTES = 128 * 1024  # of the text of a schema, an expression or a grammar
 MOST_DEPTH = 64  # of objects and lists inside each other in a schema
 MOST_SECONDS = 3.0  # to compile one
+MOST_WRITTEN_OUT = 50_000  # characters of a regular expression whose {100} are written out
+_EXPRESSION = re.compile(r"/((?:\\.|[^/\\\n])+)/")  # in a grammar
+_PIECE = re.compile(r"(\\.|\[\^?\]?(?:\\.|[^\]\\])*(?:\]|$)|\{([0-9]+)(?:,([0-9]*))?\}|.)", re.DOTALL)  # of a regular expression
 _WORDS = {"json_schema": "the JSON schema", "json_object": "JSON", "regex": "the regular expression", "grammar": "the grammar"}
 # At most one blank between the parts of JSON: more would let a model write them until its tokens are used up.
 _JSON: Any = {"whitespace_pattern": r"[ \n]"}
@@ -89,7 +93,7 @@ class GrammarConstraint:
     def mask(self) -> np.ndarray:
         """(vocab_size,) bool: the tokens that may come next; only the end-of-text token, if there is one, where the text is finished.
 
-        Raises CLLMError where the form turns out to need more work at this place than a step may take.
+        Raises UserError where the form turns out to need more work at this place than a step may take.
         """
         if self.finished:
             allowed = np.zeros(self._vocab_size, dtype=bool)
@@ -110,7 +114,9 @@ class GrammarConstraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise CLLMError(f"the form that the text must keep to cannot be followed further: {_first_line(self._matcher.get_error())}.")
+            raise UserError(
+                f"the form that the text must keep to cannot be followed further: {_first_line(self._matcher.get_error())}. Make it simpler."
+            )
 
 
 def _checked_text(kind: str, text: str | dict[str, Any]) -> str:
@@ -120,7 +126,12 @@ def _checked_text(kind: str, text: str | dict[str, Any]) -> str:
     if kind != "json_schema":
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{_WORDS[kind]} is empty. Give the text of it.")
-        return _checked_size(kind, text)
+        text = _checked_size(kind, text)
+        for expression in [text] if kind == "regex" else _EXPRESSION.findall(text):
+            if _written_out(expression) > MOST_WRITTEN_OUT:
+                words = f"its repetitions come to more than {MOST_WRITTEN_OUT:,} characters"
+                raise UserError(f"{_WORDS[kind]} is too large: {words}. Make it simpler.")
+        return text
     text = _checked_size(kind, text) if isinstance(text, str) else text
     try:
         schema = json.loads(text) if isinstance(text, str) else text
@@ -132,6 +143,28 @@ def _checked_text(kind: str, text: str | dict[str, Any]) -> str:
         raise UserError('the JSON schema must be a JSON object, like {"type": "object"}.')
     _check_depth(schema)
     return _checked_size(kind, json.dumps(schema, ensure_ascii=False, separators=(",", ":")))
+
+
+def _written_out(expression: str) -> int:
+    """How many characters a regular expression comes to when its counted repetitions are written out; no more than is too much is counted."""
+    totals, last = [0], 0  # of each group that is open; of the part that a repetition would be of
+    for piece, least, most in _PIECE.findall(expression):
+        if piece == "(":
+            totals.append(0)
+            last = 0
+        elif piece == ")" and len(totals) > 1:
+            last = totals.pop()
+            totals[-1] += last
+        elif least:
+            count = min(max(int(least[:9]), int(most[:9] or 0)), MOST_WRITTEN_OUT + 1)
+            totals[-1] += last * (count - 1)
+            last *= count
+        elif piece not in "?*+|":
+            last = 1
+            totals[-1] += 1
+        if totals[-1] > MOST_WRITTEN_OUT:
+            break
+    return max(totals)
 
 
 def _checked_size(kind: str, text: str) -> str:
@@ -184,8 +217,12 @@ def _compiled(tokenizer: Tokenizer, end: int | None, kind: str, text: str) -> An
     _try(kind, grammar)
     limits = llguidance.LLParserLimits(precompute_large_lexemes=False, verbose_errors=False)
     matcher = make(_adapted(tokenizer, end), grammar, log_level=0, limits=limits)
-    if matcher.is_error():
-        raise UserError(f"{_WORDS[kind]} cannot be used: {_first_line(matcher.get_error())}.")
+    beginning = matcher.deep_copy()
+    if not matcher.is_error() and not beginning.is_stopped():
+        beginning.compute_bitmask()
+    for each in (matcher, beginning):
+        if each.is_error():
+            raise UserError(f"{_WORDS[kind]} cannot be used: {_first_line(each.get_error())}.")
     with _lock:
         _recent[key] = matcher
         while len(_recent) > _MOST_RECENT:

@@ -218,7 +218,7 @@ class _Run:
 
         def on_finish(index: int, reason: str) -> None:
             nonlocal failure
-            failure = reason.removeprefix("error: ") if reason.startswith("error: ") else failure
+            failure = reason.partition(": ")[2] if reason.startswith(("error: ", "refused: ")) else failure
             told.append((index, self.continuations[index].end(reason)))
 
         engine = self._own_engine() if self.engine is None else self.engine

@@ -239,6 +239,9 @@ class Engine:
             elif row.produced == row.request.max_tokens or (len(row.context) > self.limit and not row.request.slide):
                 self._finish(row, "length")
             return chosen.token
+        except UserError as error:  # what was asked for turns out to be impossible
+            self._finish(row, f"refused: {error}")
+            return -1
         except Exception as error:
             self._finish(row, f"error: {error}")
             return -1
@@ -334,7 +337,7 @@ class Engine:
         row.finish_reason = reason
         if row in self._running:
             self._running.remove(row)
-            if row.stored and not reason.startswith("error"):
+            if row.stored and not reason.startswith(("error", "refused")):
                 self.prefixes.add(row.context[: row.stored], row.pages)
             for page in row.pages:
                 self.pool.release(page)

@@ -67,7 +67,7 @@ class Request:
     """(sample, token) -> whether to go on; without, the sample ends with "stop"."""
     on_prompt_token: Callable[[Chosen], None] = _ignore
     on_finish: Callable[[int, str], None] = _ignore
-    """(sample, reason), once for each sample: "length", "stop", "end", "cancelled", "deadline" or "error: ..."."""
+    """(sample, reason), once for each sample: "length", "stop", "end", "cancelled", "deadline", "refused: ..." or "error: ..."."""
 
 
 @dataclass

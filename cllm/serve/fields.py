@@ -2,7 +2,8 @@
 
     fields = Fields(body)
     stream = fields.flag("stream")
-    fields.finish(ignored=("user",))         # what nobody has read is refused
+    fields.leave({"user": str})              # has no effect here
+    fields.finish()                          # what nobody has read is refused
 
 A limit is checked before anything is made of a value, so no client's number decides how much memory is taken.
 """
@@ -10,7 +11,7 @@ A limit is checked before anything is made of a value, so no client's number dec
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cllm.config.setting import Setting, shortened
@@ -111,11 +112,17 @@ class Fields:
         except UserError as error:
             raise Refused(400, str(error), param=declared.name, code="invalid_value") from None
 
-    def finish(self, ignored: Collection[str] = ()) -> None:
-        """Raises Refused for a field that is neither read nor one of `ignored`: a misspelt option must not be silently without effect."""
+    def leave(self, kinds: Mapping[str, type]) -> None:
+        """Takes fields that change nothing here; their values must still be of the type that they should have, by name."""
+        for name, kind in kinds.items():
+            value = self.take(name)
+            if value is not None and not isinstance(value, kind):
+                word = {bool: "true or false", str: "a text", dict: "an object"}[kind]
+                raise self.refuse(name, f"must be {word}, got {shortened(value)}.", "invalid_type")
+
+    def finish(self) -> None:
+        """Raises Refused for a field that is nobody has read: a misspelt option must not be silently without effect."""
         for name in self._left:
-            if name in ignored:
-                continue
             near = difflib.get_close_matches(name, self._known, n=1)
             hint = f" Did you mean {near[0]}?" if near else " Leave it out."
             raise Refused(400, f"there is no field {shortened(self._where + name)}.{hint}", param=(self._where + name)[:80], code="unknown_parameter")

@@ -32,7 +32,11 @@ _NAME = 256  # characters of a model's id or a user's name
 CHAT_SAMPLING: dict[str, Setting] = SAMPLING | {"temperature": replace(SAMPLING["temperature"], default=0.7)}
 
 # OpenAI's fields that change no token here, and those whose effect is the one that they have when they are left out.
-_WITHOUT_EFFECT = ("metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity")
+_WITHOUT_EFFECT: dict[str, type] = {
+    "metadata": dict, "store": bool, "service_tier": str, "safety_identifier": str, "prompt_cache_key": str, "prompt_cache_retention": str,
+    "verbosity": str,
+}  # fmt: skip
+_WITHOUT_EFFECT_IN_CHATS = _WITHOUT_EFFECT | {"parallel_tool_calls": bool, "reasoning_effort": str}
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -104,7 +108,7 @@ def completion_request(body: dict[str, Any]) -> CompletionRequest:
     prompts = _prompts(fields, "prompt")
     echo = fields.flag("echo")
     logprobs = fields.whole("logprobs", 0, MOST_LOGPROBS)
-    if fields.take("suffix"):
+    if fields.text("suffix", MOST_FORM_CHARACTERS):
         raise fields.refuse("suffix", "is not supported: text is only continued at its end. Leave it out.")
     options = _options(fields, SAMPLING, logprobs, least_tokens=0 if echo else 1)
     best_of = fields.whole("best_of", 1, MOST_CHOICES)
@@ -113,7 +117,8 @@ def completion_request(body: dict[str, Any]) -> CompletionRequest:
     if options.n * len(prompts) > MOST_CHOICES:
         raise fields.refuse("n", f"times the number of prompts is {options.n * len(prompts):,}, at most {MOST_CHOICES} answers are given at once.")
     may_leave_out = _truncation(fields)
-    fields.finish(_WITHOUT_EFFECT)
+    fields.leave(_WITHOUT_EFFECT)
+    fields.finish()
     return CompletionRequest(options, prompts, echo, may_leave_out)
 
 
@@ -135,7 +140,8 @@ def chat_request(body: dict[str, Any]) -> ChatRequest:
             raise fields.refuse(name, "is not supported. " + ("Use tools." if name.startswith("function") else "Leave it out."))
     may_leave_out = _truncation(fields)
     options = _options(fields, CHAT_SAMPLING, (top or 0) if wanted else None)
-    fields.finish((*_WITHOUT_EFFECT, "parallel_tool_calls", "reasoning_effort"))
+    fields.leave(_WITHOUT_EFFECT_IN_CHATS)
+    fields.finish()
     return ChatRequest(options, messages, tools, may_leave_out, must_call, begun)
 
 
@@ -143,6 +149,8 @@ def embedding_request(body: dict[str, Any]) -> EmbeddingRequest:
     """POST /v1/embeddings. Raises Refused."""
     fields = Fields(body)
     inputs = _prompts(fields, "input")
+    if not all(inputs):
+        raise fields.refuse("input", "holds a text without a token, which has no embedding. Leave it out.")
     if len(inputs) > MOST_CHOICES:
         raise fields.refuse("input", f"has {len(inputs):,} texts, at most {MOST_CHOICES} are taken.")
     if fields.take("dimensions") is not None:
@@ -232,8 +240,9 @@ def _logit_bias(fields: Fields) -> dict[int, float]:
         if not (key.isascii() and key.isdigit() and len(key) < 10):
             raise fields.refuse("logit_bias", f"must have token ids as its keys, got {shortened(key)}.")
         value = biases.number(key, -100, 100)
-        if value is not None:
-            found[int(key)] = value
+        if value is None:
+            raise biases.refuse(key, "must be a number, got null.", "invalid_type")
+        found[int(key)] = value
     return found
 
 
@@ -245,7 +254,8 @@ def _stream_options(fields: Fields, stream: bool) -> bool:
         raise fields.refuse("stream_options", "is only for a stream. Leave it out, or say stream: true.")
     inner = Fields(values, "stream_options.")
     include = inner.flag("include_usage")
-    inner.finish(("include_obfuscation", "continuous_usage_stats"))
+    inner.leave({"include_obfuscation": bool, "continuous_usage_stats": bool})
+    inner.finish()
     return include
 
 
@@ -362,8 +372,7 @@ def _tools(fields: Fields) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     tools = fields.objects("tools", MOST_TOOLS)
     for number, tool in enumerate(tools):
         function = tool.get("function")
-        is_function = tool.get("type") == "function" and isinstance(function, dict) and isinstance(function.get("name"), str)
-        if not is_function or not isinstance(function.get("parameters") or {}, dict):
+        if tool.get("type") != "function" or not isinstance(function, dict) or not _is_function(function):
             raise fields.refuse(
                 "tools", f"[{number}] must be {{type: function, function: {{name, description, parameters}}}}, got {shortened(tool)}."
             )
@@ -372,6 +381,11 @@ def _tools(fields: Fields) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     if len(json.dumps(tools)) > MOST_FORM_CHARACTERS * 4:
         raise fields.refuse("tools", f"is longer than {MOST_FORM_CHARACTERS * 4:,} characters.")
     return ([], []) if choice == "none" else (tools, must_call)
+
+
+def _is_function(values: dict[str, Any]) -> bool:
+    kinds = {"name": str, "description": str, "parameters": dict}
+    return isinstance(values.get("name"), str) and all(isinstance(values.get(name), kind | None) for name, kind in kinds.items())
 
 
 def _chosen(fields: Fields, choice: Any, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -412,12 +426,18 @@ def _response_format(fields: Fields) -> Form | None:
     if values is None:
         return None
     inner = Fields(values, "response_format.")
-    kind = inner.choice("type", ("text", "json_object", "json_schema", "regex", "grammar"), "text")
+    kind = inner.choice("type", ("text", "json_object", "json_schema", "regex", "grammar"), "")
+    if not kind:
+        raise inner.refuse("type", "is missing: one of text, json_object, json_schema, regex, grammar.", "missing_required_parameter")
     form = None if kind == "text" else Form(kind)
     if kind == "json_schema":
         described = inner.object("json_schema") or {}
         if "schema" not in described:
             raise inner.refuse("json_schema", "must hold the schema: {name, schema}.")
+        about = Fields(described, "response_format.json_schema.")
+        about.text("name", _NAME)
+        about.text("description", MOST_FORM_CHARACTERS)
+        about.flag("strict")
         form = Form(kind, _schema(inner, "json_schema", described["schema"]))
     elif kind in ("regex", "grammar"):
         text = inner.text(kind, MOST_FORM_CHARACTERS)
@@ -436,7 +456,10 @@ def _schema(fields: Fields, name: str, schema: Any) -> str:
             raise fields.refuse(name, "is no valid JSON.") from None
     if not isinstance(schema, dict | bool):
         raise fields.refuse(name, f"must be a JSON schema, which is an object, got {shortened(schema)}.", "invalid_type")
-    text = json.dumps(schema, ensure_ascii=False)
-    if len(text) > MOST_FORM_CHARACTERS:
-        raise fields.refuse(name, f"has {len(text):,} characters, at most {MOST_FORM_CHARACTERS:,} are taken. Use a smaller schema.")
-    return text
+    pieces, count = [], 0
+    for piece in json.JSONEncoder(ensure_ascii=False).iterencode(schema):  # of a schema of megabytes no more is written than is needed to refuse it
+        pieces.append(piece)
+        count += len(piece)
+        if count > MOST_FORM_CHARACTERS:
+            raise fields.refuse(name, f"has more than {MOST_FORM_CHARACTERS:,} characters, which is the most that is taken. Use a smaller schema.")
+    return "".join(pieces)

@@ -128,6 +128,8 @@ def finish(reason: str) -> str:
         raise Refused(504, "the answer took longer than a request may. Ask for fewer tokens, or try again when less is going on.", code="timeout")
     if reason == "slow reader":
         raise Refused(408, "the client did not read its answer fast enough.", code="slow_reader")
+    if reason.startswith("refused: "):
+        raise Refused(400, f"the answer cannot be given: {reason.removeprefix('refused: ')}", code="invalid_value")
     if reason == "cancelled":
         raise Refused(503, "the answer was ended: the server is about to end.", code="unavailable")
     raise Refused(500, f"the answer could not be finished: {reason.removeprefix('error: ')}", code="internal_error")

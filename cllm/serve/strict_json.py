@@ -16,6 +16,9 @@ from cllm.serve.errors import Refused
 
 MOST_DEPTH = 64  # objects and lists inside one another; a schema needs ten or twenty
 _MOST_DIGITS = 40  # of a number; the largest whole number in use has nineteen
+_LONG = re.compile(rf"[0-9]{{{_MOST_DIGITS + 1}}}")
+_PART_OF_LONG = re.compile("[0-9]{2}")
+_TEXT = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"(\s*:)?', re.DOTALL)  # a text, and whether it is a key
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -35,14 +38,26 @@ def parse(body: bytes) -> Any:
         raise _wrong(f"byte {error.start:,} is no UTF-8") from None
     if not text.strip():
         raise _wrong("it is empty")
+    # Hooks for each object and number would take most of the time of a large body, so they are left out where there is nothing for them to find.
+    value = _read(text, parse_int=_whole if _holds_long_number(text) else None)
+    num_keys = _check(value, may_hold_surrogates=_SURROGATE.search(text) is not None)
+    if num_keys < text.count(":") and num_keys < sum(map(bool, _TEXT.findall(text))):
+        _read(text, object_pairs_hook=_object)
+    return value
+
+
+def _holds_long_number(text: str) -> bool:
+    """Whether there may be a number of too many digits: of one, every twentieth character shows two digits beside each other."""
+    return _PART_OF_LONG.search(text[:: _MOST_DIGITS // 2]) is not None and _LONG.search(text) is not None
+
+
+def _read(text: str, **hooks: Any) -> Any:
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_fraction, parse_int=_whole)
+        return json.loads(text, parse_constant=_constant, parse_float=_fraction, **hooks)
     except RecursionError:
         raise _too_deep() from None
     except json.JSONDecodeError as error:
         raise _wrong(f"{error.msg[:1].lower()}{error.msg[1:]} at line {error.lineno:,}, column {error.colno:,}") from None
-    _check(value, may_hold_surrogates=_SURROGATE.search(text) is not None)
-    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -70,25 +85,26 @@ def _whole(word: str) -> int:
     return int(word)
 
 
-def _check(value: Any, may_hold_surrogates: bool) -> None:
-    """Depth and surrogates, level by level: no recursion of ours can overflow."""
-    level = [value]
+def _check(value: Any, may_hold_surrogates: bool) -> int:
+    """Depth and surrogates, level by level: no recursion of ours can overflow. The number of keys in all objects."""
+    kinds = (dict, list, str) if may_hold_surrogates else (dict, list)
+    level, num_keys = [value], 0
     for _ in range(MOST_DEPTH + 1):
         below: list[Any] = []
         for each in level:
             if isinstance(each, dict):
-                below += each.values()
+                num_keys += len(each)
+                below += [inner for inner in each.values() if isinstance(inner, kinds)]
                 if may_hold_surrogates:
                     below += each
             elif isinstance(each, list):
-                below += each
-            elif may_hold_surrogates and isinstance(each, str):
+                below += [inner for inner in each if isinstance(inner, kinds)]
+            elif isinstance(each, str):
                 _check_text(each)
         if not below:
-            return
-        level = [each for each in below if isinstance(each, dict | list | str)]
-    if level:
-        raise _too_deep()
+            return num_keys
+        level = below
+    raise _too_deep()
 
 
 def _check_text(text: str) -> None:

@@ -200,6 +200,10 @@ TOO_MUCH = [
     ("regex", "(?=a)b", "look-around"),
     ("regex", "x" * 200_000, "at most 128 KB"),
     ("regex", "  ", "is empty"),
+    ("regex", "(a{1000}){1000}", "its repetitions come to more than"),
+    ("regex", "b|((xa{2}){30,100}){,5}{9}[)]c{99999999999}", "its repetitions come to more than"),
+    ("regex", "[" * 60_000, "cannot be used"),
+    ("grammar", "start: /((a{50}){50}){50}/", "its repetitions come to more than"),
     ("grammar", "start: foo", "foo"),
     ("grammar", "", "is empty"),
     ("xml", "", "must be one of json_schema, json_object, regex, grammar"),
@@ -213,6 +217,24 @@ def test_a_form_that_is_wrong_or_too_much_is_refused_in_time(bpe, monkeypatch, k
     with pytest.raises(UserError, match=re.escape(message)):
         constraint.compile_constraint(bpe, kind, text)
     assert time.monotonic() - started < 25  # of a machine that has much else to do
+
+
+def test_repetitions_are_counted_as_they_are_written_out():
+    for expression, count in (
+        ("abc", 3),
+        ("a{3}", 3),
+        (r"(ab){2,5}c?", 11),
+        (r"[a){9}]{2}\\{7}", 9),
+        ("(a(bc){3}){10}", 70),
+        ("a{0}b", 1),
+        ("))a{2}", 4),
+    ):
+        assert constraint._written_out(expression) == count, expression
+
+
+def test_a_form_that_gets_too_difficult_on_the_way_is_the_fault_of_whoever_gave_it(bpe):
+    with pytest.raises(UserError, match=r"cannot be followed further: .* Make it simpler"):
+        written(bpe, constraint.compile_constraint(bpe, "grammar", 'start: a{100000}\na: "x"'))
 
 
 def test_after_a_form_that_took_too_long_the_next_one_is_compiled(bpe, monkeypatch):

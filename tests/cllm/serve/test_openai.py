@@ -41,7 +41,11 @@ def test_null_counts_as_absent_in_every_field():
 )
 def test_prompts_are_text_texts_tokens_or_lists_of_tokens(prompt, prompts):
     assert completion_request({"prompt": prompt}).prompts == prompts
-    assert embedding_request({"input": prompt}).inputs == prompts
+    if all(prompts):
+        assert embedding_request({"input": prompt}).inputs == prompts
+    else:
+        with pytest.raises(Refused, match="without a token"):
+            embedding_request({"input": prompt})
 
 
 @pytest.mark.parametrize("prompt", [None, 7, [], [1, "a"], [[1], "a"], [[1, "a"]], [True], {"a": 1}, [None], [[1.5]]])
@@ -93,7 +97,10 @@ WRONG = [
     ("response_format", {"type": "json_schema", "json_schema": {"schema": 7}}), ("response_format", {"type": "regex"}),
     ("guided_json", "{"), ("guided_json", {"enum": ["x" * 1_000_000]}), ("guided_regex", "a" * 100_000), ("guided_grammar", 7),
     ("logit_bias", [1]), ("logit_bias", {"1": "a"}), ("logit_bias", dict.fromkeys(map(str, range(5000)), 1)), ("logit_bias", {"a": 1}),
-    ("logit_bias", {"1": 101}),
+    ("logit_bias", {"1": 101}), ("logit_bias", {"1": None}), ("suffix", []), ("suffix", 0), ("response_format", {}),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": 1, "schema": {}}}),
+    ("response_format", {"type": "json_schema", "json_schema": {"strict": "yes", "schema": {}}}),
+    ("metadata", "a"), ("store", "yes"), ("service_tier", 1), ("safety_identifier", 1), ("prompt_cache_key", {}), ("verbosity", []),
     ("temprature", 0.1), ("nothing_like_this", 1), ("x" * 1000, 1),
 ]  # fmt: skip
 
@@ -181,8 +188,13 @@ def test_tools_and_log_probabilities_of_chats():
     for wrong in ("any", 1, [], {}, {"type": "function"}, {"type": "function", "function": "f"}, {"type": "function", "function": {"name": "h"}}):
         with pytest.raises(Refused, match="tool_choice"):
             chat_request({"messages": USER, "tools": [tool], "tool_choice": wrong})
-    with pytest.raises(Refused, match="tools"):
-        chat_request({"messages": USER, "tools": [{"type": "function", "function": {"name": "f", "parameters": [1]}}]})
+    for wrong in ({"parameters": [1]}, {"description": 1}):
+        with pytest.raises(Refused, match="tools"):
+            chat_request({"messages": USER, "tools": [{"type": "function", "function": {"name": "f", **wrong}}]})
+    for name, value in (("parallel_tool_calls", "yes"), ("reasoning_effort", 1), ("store", 1)):
+        with pytest.raises(Refused, match=name):
+            chat_request({"messages": USER, name: value})
+    assert chat_request({"messages": USER, "parallel_tool_calls": False, "reasoning_effort": "low", "metadata": {"a": "b"}})
 
 
 def test_tokenize_and_detokenize():

@@ -245,7 +245,9 @@ BAD = [
     (COMPLETIONS, {"prompt": [-1]}, 400), (COMPLETIONS, {"prompt": "a", "n": 1_000_000}, 400), (COMPLETIONS, {"prompt": 7}, 400),
     (COMPLETIONS, {"prompt": "a", "max_tokens": 10**9}, 400), (COMPLETIONS, {"prompt": "a", "stop": ["x"] * 10_000}, 400),
     (COMPLETIONS, {"prompt": "a", "logprobs": 10**6}, 400), (COMPLETIONS, {"prompt": "a", "guided_json": {"enum": ["x" * 1_000_000]}}, 400),
-    (COMPLETIONS, {"prompt": "a", "logit_bias": {"999999": 1}}, 400), (COMPLETIONS, {"prompt": "a", "guided_json": {"type": "nonsense"}}, 400),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"999999": 1}}, 400), (COMPLETIONS, {"prompt": "a", "stop_token_ids": [999999]}, 400),
+    ("/v1/embeddings", {"input": ""}, 400), ("/v1/embeddings", {"input": ["a", ""]}, 400), ("/v1/embeddings", {"input": [[]]}, 400),
+    (COMPLETIONS, {"prompt": "a", "guided_json": {"type": "nonsense"}}, 400),
     (CHATS, {"messages": "Hi"}, 400), (CHATS, {"messages": [{"role": "user", "content": "a" * 9000}]}, 400),
     (CHATS, {"messages": [{"role": "user", "content": "a"}], "tools": [TOOL]}, 400),
     ("/v1/embeddings", {"input": "a" * 100_000}, 400), ("/tokenize", {}, 400), ("/detokenize", {"tokens": [10**9]}, 400),
@@ -413,6 +415,8 @@ def test_a_tool_is_called_where_the_client_says_so():
 
 def test_a_form_that_cannot_be_compiled_is_refused_in_words(server):
     pytest.importorskip("llguidance")
+    status, answer, _ = server.ask("/v1/completions", {"prompt": "a", "guided_grammar": 'start: a{100000}\na: "x"'})  # shows after the first tokens
+    assert status == 400 and "cannot be followed further" in answer["error"]["message"]
     for wrong in ({"guided_regex": "("}, {"guided_grammar": "start"}, {"guided_json": {"type": "nonsense"}}):
         status, answer, _ = server.ask("/v1/completions", {"prompt": "a", **wrong})
         assert status == 400 and answer["error"]["param"] == next(iter(wrong)) and answer["error"]["message"].endswith(".")

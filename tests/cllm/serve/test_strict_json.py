@@ -45,6 +45,7 @@ def test_any_bytes_are_an_object_or_an_error_with_a_sentence(body):
         (b'{"a": -Infinity}', "-Infinity is no number"),
         (b'{"a": 1e999}', "too large"),
         (b'{"a": ' + b"1" * 5000 + b"}", "5,000 digits"),
+        (b'{"a": [12, "' + b"x" * 17 + b'", ' + b"1" * 41 + b"]}", "41 digits"),
         (b'{"a": 1.' + b"1" * 5000 + b"}", "too large"),
         (b'{"a": 1, "b": 2, "a": 3}', "'a' stands in one object twice"),
         (b'{"x": {"a": 1, "a": 1}}', "twice"),
@@ -60,6 +61,13 @@ def test_any_bytes_are_an_object_or_an_error_with_a_sentence(body):
 def test_what_is_no_strict_json_is_named(body, words):
     with pytest.raises(Refused, match=words):
         parse_object(body)
+
+
+def test_words_that_look_like_keys_are_not_counted_as_such():
+    value = {'a": ': '"b":', "c": [{'"': "x: 1", "\\": ':"'}, '"d" : ']}
+    assert parse(json.dumps(value, separators=(",", " \n:")).encode()) == value
+    with pytest.raises(Refused, match="'c' stands in one object twice"):
+        parse_object(b'{"a": [{"c": ":", "b": "\\"", "c": 1}]}')
 
 
 def test_a_surrogate_pair_is_a_character():
