@@ -9,10 +9,8 @@ contestant is read off between its own runs. Runs stay in --work: what is finish
 """
 
 import argparse
-import json
 import math
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,14 +18,13 @@ from typing import Any
 import plots
 import torch
 from report import add_output_options, finish, print_table, run
+from short_runs import PLAINLY, text_of, trained
 
 from cllm import Model, TrainConfig, TrainStep, runtime
 from cllm.config import recipe
 from cllm.config.model import ModelConfig
 from cllm.data import Batch
-from cllm.data.pipeline import prepare
-from cllm.evaluate.loss import evaluate
-from cllm.train.trainer import Trainer
+from cllm.data.pipeline import Dataset
 
 SIZES = {"embed_dim": 128, "num_layers": 4, "num_heads": 4, "norm": "rms"}
 SEQ_LEN, BATCH = 64, 12
@@ -47,35 +44,14 @@ LONGER = 1.5  # how much longer the plain model trains, too
 def config_of(name: str, steps: int, options: argparse.Namespace) -> TrainConfig:
     rate = recipe.learning_rate(SIZES["embed_dim"], steps * BATCH * SEQ_LEN)
     return TrainConfig(
-        **SIZES, **CONTESTANTS[name], seq_len=SEQ_LEN, batch_size=BATCH, steps=steps, optimizer=recipe.OPTIMIZER, schedule=recipe.SCHEDULE,
-        learning_rate=rate, min_lr=0.0, warmup=recipe.warmup(steps), precision=options.precision, seed=options.seed, eval_every=10**6,
-        checkpoint_every=10**6, keep=1, classes=False, layers_every=0, tensorboard=False, eval_budget=1e-3,
+        **SIZES, **CONTESTANTS[name], **PLAINLY, seq_len=SEQ_LEN, batch_size=BATCH, steps=steps, optimizer=recipe.OPTIMIZER, schedule=recipe.SCHEDULE,
+        learning_rate=rate, min_lr=0.0, warmup=recipe.warmup(steps), precision=options.precision, seed=options.seed,
     )  # fmt: skip
 
 
-def trained(text: str, path: str, name: str, steps: int, options: argparse.Namespace) -> dict[str, Any]:
-    """The loss of one run on the whole validation split, or what --work holds of it."""
+def contested(text: str, dataset: Dataset, name: str, steps: int, options: argparse.Namespace) -> dict[str, Any]:
     place = options.work / f"{text}-{name.replace(', ', '-').replace(' ', '-')}-{steps}-{options.seed}"
-    kept = place / "ablation.json"
-    if kept.exists():
-        found: dict[str, Any] = json.loads(kept.read_text())
-        return found
-    file, _, tokenizer = path.partition(":")
-    dataset = prepare(file, options.work / f"data-{text}", tokenizer=tokenizer or "bpe")
-    config = config_of(name, steps, options)
-    model = Model(config.model_config(-(-dataset.tokenizer.vocab_size // 64) * 64), seed=options.seed)
-    Trainer(model, dataset, config, out=place, tokenizer=dataset.tokenizer).fit()
-    found = {
-        "text": text,
-        "contestant": name,
-        "steps": steps,
-        "vocabulary": model.config.vocab_size,
-        "parameters": model.config.num_parameters(),
-        "loss": evaluate(model, dataset.val, SEQ_LEN, 64).loss,
-    }
-    kept.write_text(json.dumps(found))
-    print(f"{place.name}: {found['loss']:.4f}", file=sys.stderr)
-    return found
+    return {"text": text, "contestant": name, "steps": steps, **trained(place, dataset, config_of(name, steps, options))}
 
 
 def costs(vocabulary: int, options: argparse.Namespace) -> dict[str, float]:
@@ -107,10 +83,10 @@ def at_equal_cost(rows: list[dict[str, Any]]) -> None:
         row["gain"] = row["plain_loss_at_its_cost"] - row["loss"]
 
 
-def measure(text: str, path: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    longer = round(LONGER * options.steps)
-    rows = [trained(text, path, name, options.steps, options) for name in options.contestants]
-    rows.append(trained(text, path, PLAIN, longer, options))
+def measure(source: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    text, dataset = text_of(source, options.work)
+    rows = [contested(text, dataset, name, options.steps, options) for name in options.contestants]
+    rows.append(contested(text, dataset, PLAIN, round(LONGER * options.steps), options))
     ratios = costs(rows[0]["vocabulary"], options)
     rows = [{**row, "cost": ratios[row["contestant"]], "precision": options.precision, "seed": options.seed} for row in rows]
     at_equal_cost(rows)
@@ -138,7 +114,7 @@ def main() -> None:
     plots.check(options.plot)
     options.contestants = list(dict.fromkeys((PLAIN, *options.contestants)))
     with runtime.use(threads=options.threads):
-        rows = [row for each in options.texts for row in measure(*each.split("=", 1), options)]
+        rows = [row for each in options.texts for row in measure(each, options)]
     print_table(
         ("text", "contestant", "steps", "parameters", "loss", "cost of a step", "plain at that cost", "gain"),
         [
