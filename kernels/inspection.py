@@ -35,11 +35,11 @@ from cllm.runtime.gpu import DESCRIBED, GPU, described
 
 MODULES = (  # those of kernels/triton, unless another folder is named
     "softmax", "norm", "rotary", "embedding", "cross_entropy", "linear_cross_entropy", "matmul", "feed_forward", "attention", "cached_attention",
-    "paged_attention", "adamw", "norm_dropout", "attention_dropout",
+    "paged_attention", "quantized", "adamw", "norm_dropout", "attention_dropout",
     "gluon.attention_forward", "gluon.attention_backward",
 )  # fmt: skip
 # Tiles of fewer rows than wgmma's 64: a decoding step has no more.
-SMALL_TILES = ("attention_decode_kernel", "cached_attention_kernel", "paged_attention_kernel")
+SMALL_TILES = ("attention_decode_kernel", "cached_attention_kernel", "paged_attention_kernel", "packed_kernel")
 # A wgmma of fewer columns than these reads more of shared memory in a clock than it delivers: 64 rows of one operand for few columns of the other.
 NARROWEST_WGMMA = 32
 Choice = Callable[[Iterable[tuple[str, Launch]]], list[tuple[str, Launch]]]

@@ -85,8 +85,7 @@ def load_on(path: str | Path, device: str, weights: str | None = None, report: C
     from cllm.runtime.device import resolve
     from cllm.runtime.gpu import multiplies_bf16
 
-    # int8 and int4 weights have fast kernels on the CPU alone.
-    place, _ = resolve("cpu" if device == "auto" and weights in ("int8", "int4") else device)
+    place, _ = resolve(device)
     model, tokenizer = load(path, report, weights)
     if weights is None and place.type == "cuda" and model.compute_dtype == torch.float32 and multiplies_bf16(place):
         model.to(torch.bfloat16)  # a GPU multiplies float32 numbers one by one, without its matrix units

@@ -92,6 +92,14 @@ class Context:
         return x, h
 
 
+def moved_by(fn: Callable[[Tensor], Tensor], packed: Packed | None) -> Packed | None:
+    """Packed weights where `fn`, by which a module moves its parameters, puts them; their numbers stay as they are packed."""
+    if packed is None:
+        return None
+    place = fn(packed.values.new_empty(0)).device
+    return packed if place == packed.values.device else packed.moved(lambda each: each.to(place))
+
+
 class Weights(nn.Module):
     """A weight and perhaps a bias under the names of nn.Linear, nn.Embedding, nn.LayerNorm or Hugging Face's Conv1D."""
 
@@ -113,6 +121,11 @@ class Weights(nn.Module):
         """The weight gives way to what `pack` makes of it; it cannot be trained or saved any more."""
         self.packed = pack(self.outputs_first())
         self.register_parameter("weight", None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Weights":
+        super()._apply(fn, recurse)
+        self.packed = moved_by(fn, self.packed)
+        return self
 
     def decoding(self) -> Linear:
         return Linear(self.outputs_first() if self.packed is None else self.packed, self.bias)

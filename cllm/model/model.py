@@ -29,7 +29,7 @@ from cllm.kernels.quantized import packing_pays, quantized_matmul
 from cllm.kernels.stack import Decoder, Linear, Packed, PagedDecoder, Stack
 from cllm.kernels.strips import pack
 from cllm.model.cache import DeviceCache, KVCache
-from cllm.model.layers import Context, GPT2Backbone, LlamaBackbone, Weights
+from cllm.model.layers import Context, GPT2Backbone, LlamaBackbone, Weights, moved_by
 from cllm.model.pages import PageBatch, PagePool, Part
 from cllm.model.rope import rotary_tables
 from cllm.runtime.errors import UserError
@@ -124,6 +124,11 @@ class Model(nn.Module):
             self._packed_output = packed(self.output_weight)
             self.lm_head = None
             self.requires_grad_(False)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Model":
+        super()._apply(fn, recurse)
+        self._packed_output = moved_by(fn, self._packed_output)
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

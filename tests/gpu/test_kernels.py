@@ -9,6 +9,8 @@ if not torch.cuda.is_available():
 from cllm import Model, ModelConfig, TrainStep, kernels, load, runtime
 from cllm.data.tokens.tokenizer import Tokenizer
 from cllm.generate.decoding import generate
+from cllm.kernels.quantization import quantize, quantize4
+from cllm.kernels.quantized import quantized_matmul
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = False) -> torch.Tensor:
@@ -116,3 +118,13 @@ def test_training_through_the_command_line(tmp_path):
     assert done.status == 0, done.err
     model, _ = load(run)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("quantize", [quantize, quantize4], ids=["int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 40, 300])
+def test_products_with_weights_of_few_bits_agree_with_float64(quantize, rows):
+    x, weight = normal(rows, 1000), quantize(torch.randn(4100, 1000)).moved(lambda each: each.cuda())
+    exact = x.double() @ weight.dense(torch.float64).T
+    found = quantized_matmul(x, weight)
+    torch.testing.assert_close(found.double(), exact, atol=2e-2 * exact.abs().max().item(), rtol=0)
+    assert torch.equal(found[-1:], quantized_matmul(x[-1:], weight)) or rows > 64, "few rows: the same bits beside any others"

@@ -240,6 +240,7 @@ def command_line(folder):
         ["train", str(folder / "text.txt"), "--out", str(folder / "run"), *tiny, "--device", "cuda"],
         ["evaluate", str(folder / "run"), str(folder / "other.txt"), "--device", "cuda"],
         ["generate", str(folder / "run"), "--prompt", "one ", "--max-tokens", "2", "--device", "cuda"],
+        ["generate", str(folder / "run"), "--prompt", "one ", "--max-tokens", "2", "--weights", "int8"],
     ]
     for command in commands:
         sys.argv = ["cllm", *command]

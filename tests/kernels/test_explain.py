@@ -227,7 +227,7 @@ def test_the_report_of_a_machine_with_a_gpu_tells_its_backends_too(usable, monke
         assert not there and not heading
         return
     assert there.keys() == set(OPERATIONS) and all(plan["device"] == "cuda" for each in there.values() for plan in each.values())
-    assert there["attention"]["bfloat16"]["backend"] == "triton" and there["quantized"]["bfloat16"]["backend"] == "torch"
+    assert there["attention"]["bfloat16"]["backend"] == "triton" and there["quantized"]["bfloat16"]["backend"] == "triton"
     assert lines[heading[0] + 1].split()[:3] == ["attention", "triton", "triton"]
     with runtime.use(backend="numba"):
         assert "numba" in runtime.describe(["softmax"]).to_dict()["gpu_operations"]["softmax"]["float32"]["reason"]
