@@ -48,6 +48,7 @@ app = typer.Typer()
         "cllm generate runs/demo --prompt 'def '",
         "cllm generate runs/demo --prompt-file start.txt --temperature 0 --max-tokens 500",
         "cllm generate runs/demo --prompt 'Name and age: ' --json-schema person.json",
+        "cllm generate runs/demo --prompt 'def add(a, b):' --suffix 'print(add(1, 2))'",
     )
 )
 @with_settings(SAMPLING)
@@ -56,6 +57,12 @@ def generate(
     prompt: Annotated[str | None, text_option("--prompt", "Text to continue.")] = None,
     prompt_file: Annotated[Path | None, option("--prompt-file", Path, "File with the text to continue.")] = None,
     encoding: Annotated[str, option("--encoding", str, "Charset of --prompt-file if it is not Unicode. auto guesses it from the letters.")] = "auto",
+    suffix: Annotated[
+        str | None,
+        option(
+            "--suffix", str, "Text that follows: what stands between the prompt and it is written. Needs a model that was trained with --fim-rate."
+        ),
+    ] = None,
     max_tokens: MaxTokens = 200,
     stop: Annotated[list[str] | None, option("--stop", str, "Text at which to stop. Can be given several times.")] = None,
     seed: Seed = 0,
@@ -106,6 +113,7 @@ def generate(
         raise UserError("--no-cache computes every token by itself, and --draft guesses several ahead. Leave one of them out.")
     check_model(checkpoint)
     from cllm import runtime
+    from cllm.data.tokens.fim import fim_prompt
     from cllm.generate.constraint import compile_constraint
     from cllm.generate.decoding import generate as run
     from cllm.generate.decoding import stream as run_stream
@@ -116,27 +124,34 @@ def generate(
         options["on_slide"] = lambda: say(_slides(model.config.max_seq_len))
         if form is not None:
             options["constraint"] = compile_constraint(tokenizer, *form)
+        asked: str | list[int] = prompt
+        shown = {"prompt": prompt}
+        if suffix is not None:
+            asked = fim_prompt(tokenizer, tokenizer.encode(prompt), tokenizer.encode(suffix))
+            # A middle ends with the context: without the text around it nothing fits any more.
+            options["max_tokens"] = max_tokens = min(max_tokens, max(1, model.config.max_seq_len - len(asked) + 1))
+            shown["suffix"], prompt = suffix, ""
         if beams is not None:
             from cllm.generate.beams import generate_beams
 
             penalty = 1.0 if length_penalty is None else length_penalty
-            found = generate_beams(model, tokenizer, prompt, beams=beams, max_tokens=max_tokens, length_penalty=penalty, stop=tuple(stop or ()))
+            found = generate_beams(model, tokenizer, asked, beams=beams, max_tokens=max_tokens, length_penalty=penalty, stop=tuple(stop or ()))
             console.write(f"{prompt}{found[0].text}\n")
-            console.result(_summary(prompt, found) | {"scores": [each.score for each in found]})
+            console.result(shown | _summary(found) | {"scores": [each.score for each in found]})
             return
         if stream and samples == 1 and not as_json:
             # What is wrong with the options is said before the prompt is shown, and so is that kernels are compiled.
-            pieces = run_stream(model, tokenizer, prompt, **options)
+            pieces = run_stream(model, tokenizer, asked, **options)
             first = next(pieces, "")
             for piece in chain((prompt, first), pieces, ("\n",)):
                 console.write(piece)
             return
-        results = run(model, tokenizer, prompt, samples=samples, **options)
+        results = run(model, tokenizer, asked, samples=samples, **options)
     for number, each in enumerate(results, 1):
         if samples > 1:
             console.print(f"--- {number} of {samples} ---")
         console.write(f"{prompt}{each.text}\n")
-    console.result(_summary(prompt, results))
+    console.result(shown | _summary(results))
 
 
 def _slides(context: int) -> str:
@@ -146,10 +161,9 @@ def _slides(context: int) -> str:
     )
 
 
-def _summary(prompt: str, results: Sequence[Generation]) -> dict[str, Any]:
+def _summary(results: Sequence[Generation]) -> dict[str, Any]:
     first = results[0]
     return {
-        "prompt": prompt,
         "texts": [each.text for each in results],
         "tokens": [list(each.tokens) for each in results],
         "finish_reasons": [each.finish_reason for each in results],

@@ -37,6 +37,7 @@ def prepare_data(config: TrainConfig, folder: Path, console: Console, tokenizer:
     from cllm.data.documents.scan import Reading
     from cllm.data.pipeline import prepare
     from cllm.data.tokens.chat import is_chat, prepare_chat
+    from cllm.data.tokens.conversations import NO_FIM
 
     settings, exclude = config.data, _excluded(config, run)
     reading = Reading.of(settings.text_field, settings.separator, settings.encoding)
@@ -46,6 +47,8 @@ def prepare_data(config: TrainConfig, folder: Path, console: Console, tokenizer:
                 f"{settings.path} holds chats, which teach a trained model to answer. Give the model with --from. "
                 "To learn one field of them as plain text instead, name it: --set data.text_field=NAME."
             )
+        if settings.fim_rate:
+            raise UserError(NO_FIM)
         return prepare_chat(
             settings.path, folder, tokenizer, settings.val_fraction, exclude=exclude, keep_others=True, encoding=reading.encoding, log=console.print
         )
@@ -58,6 +61,7 @@ def prepare_data(config: TrainConfig, folder: Path, console: Console, tokenizer:
         val_fraction=settings.val_fraction,
         exclude=exclude,
         reading=reading,
+        fim=settings.fim_rate > 0,
         keep_others=True,
         log=console.print,
     )

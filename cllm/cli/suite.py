@@ -123,6 +123,10 @@ def _code(
         written = {"model": code.bodies(tasks, tokenizer, model_writer(model, tokenizer, line.update))}
     with Progress(len(tasks), "foretelling lines") as line:
         lines = {"model": code.next_lines(tasks, tokenizer, model_writer(model, tokenizer, line.update))}
+    if tokenizer.fim is not None:
+        with Progress(len(tasks), "filling in lines") as line:
+            writer = model_writer(model, tokenizer, line.update)
+            lines["model_fim"] = code.missing_lines(tasks, tokenizer, writer, model.config.max_seq_len)
     with stage("the same by n-grams"):
         writer = ngram_writer(ngrams, tokenizer)
         written |= {"ngram": code.bodies(tasks, tokenizer, writer), "held_out": code.true_bodies(tasks, tokenizer)}
@@ -133,7 +137,8 @@ def _code(
     rows += [(name, str(each.parse), str(each.compiles), str(each.imports)) for name, each in judged.items()]
     console.print(f"\n{counted(len(tasks), 'function')} written behind their headers (share, 95 % interval):\n{table(rows)}")
     rows = [("", "exact match", "edit similarity"), *((name, str(each.exact), f"{each.similarity:.3f}") for name, each in compared.items())]
-    console.print(f"\nthe next line in the middle of each:\n{table(rows)}")
+    seeing = ", and the same line by the model seeing what follows (model_fim)" if tokenizer.fim is not None else ""
+    console.print(f"\nthe next line in the middle of each{seeing}:\n{table(rows)}")
     return {
         "functions": {name: each.to_dict() for name, each in judged.items()},
         "next_line": {name: each.to_dict() for name, each in compared.items()},

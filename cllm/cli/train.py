@@ -31,8 +31,8 @@ _LEAST_FOR_A_SAMPLE = 1.0  # seconds that have to be left of a run's time; half 
 FLAGS = {full_key(name): SETTINGS[full_key(name)] for name in (
     "start_from", "lora_rank", "tokenizer", "tokenizer_sample", "device", "threads", "precision", "preset", "architecture", "vocab_size",
     "embed_dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "seq_len", "batch_size", "grad_accum", "steps", "epochs", "hours", "minutes",
-    "learning_rate", "min_lr", "warmup",
-    "schedule", "dropout", "seed", "checkpoint_every", "keep", "eval_every", "patience", "sample_every", "on_nonfinite", "overfit_one_batch",
+    "learning_rate", "min_lr", "warmup", "schedule", "dropout", "fim_rate", "seed", "checkpoint_every", "keep", "eval_every", "patience",
+    "sample_every", "on_nonfinite", "overfit_one_batch",
 )}  # fmt: skip
 
 app = typer.Typer()

@@ -62,6 +62,10 @@ class DataSection:
         "auto", "Charset of the files that are not Unicode. auto guesses it from their letters, for all files of a folder together.", example="cp1250"
     )
     document_mask: bool = setting(True, "Each token attends only to its own document, never to the one packed before it.")
+    fim_rate: float = setting(
+        0.0, "Share of the training text that is learnt in the order prefix, suffix, middle. Each document in a training window is cut at two random"
+        " places, and the model learns to fill in the middle, for --suffix of cllm generate; 0 for none.", at_least=0.0, at_most=1.0, example=0.5,
+    )  # fmt: skip
     shuffle: str = setting(
         "epoch",
         "Order of the training windows: epoch (each once per epoch, shuffled), random (drawn with replacement) or none (as they lie).",
@@ -395,6 +399,7 @@ _OTHER_NAMES = {
     "keep": "save_total_limit keep_last max_checkpoints",
     "patience": "early_stopping early_stop",
     "label_smoothing": "smoothing",
+    "fim_rate": "fim fim_prob fim_probability fill_in_the_middle infill infilling",
     "dropout": "drop dropout_rate dropout_prob attention_dropout attn_pdrop resid_pdrop embd_pdrop hidden_dropout hidden_dropout_prob",
     "lora_rank": "rank lora_r lora",
     "lora_alpha": "alpha",

@@ -22,6 +22,7 @@ from cllm.data.documents.scan import Reading
 from cllm.data.documents.sides import SplitPlan, plan_split
 from cllm.data.packing import Earlier, pack
 from cllm.data.tokens.dataset import FORMAT, VERSION, Dataset, folder_for, is_packed, left_out, read_info, token_words
+from cllm.data.tokens.fim import check_fim
 from cllm.data.tokens.tokenizer import KINDS, SAMPLE_BYTES, Tokenizer, train_on
 from cllm.files import DATA, new_folder, write_file
 from cllm.runtime.errors import DataError, UserError
@@ -46,6 +47,7 @@ def prepare(
     exclude: Iterable[str | os.PathLike[str]] = (),
     keep_others: bool = False,
     reading: Reading = Reading(),
+    fim: bool = False,
     log: Log | None = None,
     progress: Progress | None = None,
 ) -> Dataset:
@@ -57,13 +59,19 @@ def prepare(
     exclude: places below `path` that are not data; out_dir never is.
     keep_others: never replaces packed tokens of other text, another split or another tokenizer; each get a folder of their own in out_dir.
     reading: which field of a record holds its text, and what separates the documents in a file of text.
+    fim: whether the tokenizer needs the tokens for filling in the middle; UserError for a given one without them.
     log gets a sentence for each step; progress(step, bytes done, bytes in all) replaces the progress line.
     Raises DataError when there is no usable text, or it does not give both splits something.
     """
     tell = log or (lambda line: None)
     if is_packed(path):
-        return _use_packed(path, tokenizer, tell)
+        dataset = _use_packed(path, tokenizer, tell)
+        if fim:
+            check_fim(dataset.tokenizer)
+        return dataset
     out, given = Path(out_dir), _given_tokenizer(tokenizer)
+    if fim and given is not None:
+        check_fim(given)
     with ByteProgress(progress) as bar:
         corpus = load_corpus(path, out, [out, *exclude], bar, reading)
         bar.end()
@@ -76,7 +84,7 @@ def prepare(
                 f"of the {corpus.num_chars:,} characters of text in {path}, val_fraction={plan.val_fraction:g} leaves none for training. "
                 "Give more text, or choose a smaller val_fraction."
             )
-        chosen, step = _tokenizer(corpus, plan, out, given or str(tokenizer or "bpe"), vocab_size, pre_tokenizer, sample_bytes, bar)
+        chosen, step = _tokenizer(corpus, plan, out, given or str(tokenizer or "bpe"), vocab_size, pre_tokenizer, sample_bytes, fim, bar)
         tell(f"tokenizer: {step[2]} ({step[1]})")
         if chosen.losses:
             tell(f"  text does not come back from this tokenizer exactly: {'; '.join(chosen.losses)}")
@@ -118,13 +126,14 @@ def _tokenizer(
     vocab_size: int | None,
     pre_tokenizer: str,
     sample_bytes: int,
+    fim: bool,
     bar: ByteProgress,
 ) -> tuple[Tokenizer, tuple[str, str, str]]:
     """The tokenizer and the step that made it. wanted: the tokenizer that was given, or the kind of one to train."""
     if isinstance(wanted, Tokenizer):
         return wanted, ("tokenizer", "given", f"{wanted.kind}, {wanted.vocab_size:,} tokens")
     kind = wanted
-    settings = [PACK_VERSION, kind, vocab_size, pre_tokenizer, sample_bytes] if kind != "char" else [PACK_VERSION, kind]
+    settings = [PACK_VERSION, kind, vocab_size, pre_tokenizer, sample_bytes] if kind != "char" else [PACK_VERSION, kind, *(["fim"] if fim else [])]
     learned_from = _digest(settings, corpus.digest(), [plan.method, plan.val_fraction] if kind != "char" else [])
     try:
         record = json.loads((out / "training.json").read_text("utf-8"))
@@ -134,7 +143,7 @@ def _tokenizer(
                 return tokenizer, ("tokenizer", "cached", f"{kind}, {tokenizer.vocab_size:,} tokens")
     except (OSError, ValueError, KeyError, TypeError, DataError):
         pass  # never trained, or damaged: train
-    tokenizer, sample = train_on(corpus, plan, kind, vocab_size, pre_tokenizer, sample_bytes, bar)
+    tokenizer, sample = train_on(corpus, plan, kind, vocab_size, pre_tokenizer, sample_bytes, bar, fim)
     tokenizer.save(out / "tokenizer.json")
     record = {"key": learned_from, "tokenizer": tokenizer.hash, "settings": settings, "sample": asdict(sample)}
     write_file(out / "training.json", json.dumps(record, indent=1).encode("utf-8"), DATA)

@@ -4,6 +4,7 @@
     written = bodies(tasks, tokenizer, writer)               # the body of each function, sampled behind its header
     judged = judge(tasks, written)                           # how many parse, compile, import what there is
     lines = next_lines(tasks, tokenizer, writer)             # one line of each function, foretold
+    filled = missing_lines(tasks, tokenizer, writer, 512)    # the same line, where what follows it is known as well
 
 Nothing that a model wrote is ever run. A sample is parsed and compiled to byte code; of an import it is asked whether a module of that name can be
 found on this machine, by its first part alone, which runs no code either.
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cllm.data.tokens.batch import spread
+from cllm.data.tokens.fim import fim_prompt
 from cllm.evaluate.held_out import TEMPERATURE, Document, Writer
 from cllm.evaluate.shares import Share
 
@@ -37,6 +39,7 @@ class Function:
     statement: the text of the top statement that it stands in, up to the end of the header's last line. indent: blanks before `def`. prompt: the
     tokens of the document up to there, as many as leave room for a body. body: the true text behind, from a line break to the end of the function.
     line_prompt, line: the tokens up to a line break within the body, and the line that follows, without blanks around it. before: the line above.
+    behind: the rest of the document from the end of that line on.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Function:
     line_prompt: list[int]
     line: str
     before: str
+    behind: str
 
 
 def functions(documents: Iterable[Document], tokenizer: Tokenizer, context: int, count: int) -> list[Function]:
@@ -98,7 +102,7 @@ def _task(
     return Function(
         f"{document.name}:{node.lineno}", statement, node.col_offset, tokenizer.encode("\n".join(lines[:header]))[-room:],
         "\n" + "\n".join(lines[header:end]), tokenizer.encode("\n".join(lines[: above + 1]))[-(context - LINE_TOKENS) :], lines[target].strip(),
-        lines[above].strip(),
+        lines[above].strip(), "".join(f"\n{line}" for line in lines[target + 1 :]),
     )  # fmt: skip
 
 
@@ -207,11 +211,22 @@ class NextLines:
 
 def next_lines(tasks: Sequence[Function], tokenizer: Tokenizer, writer: Writer) -> list[str]:
     """The line that a writer holds for the likeliest in the middle of each function, without blanks around it."""
+    return _lines([task.line_prompt for task in tasks], tokenizer, writer)
+
+
+def missing_lines(tasks: Sequence[Function], tokenizer: Tokenizer, writer: Writer, context: int) -> list[str]:
+    """The same by a model that fills in the middle (`Tokenizer.fim`): it is shown what follows the line, too, in the same context."""
+    room = context - LINE_TOKENS
+    return _lines([fim_prompt(tokenizer, task.line_prompt, tokenizer.encode(task.behind), room) for task in tasks], tokenizer, writer)
+
+
+def _lines(prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, writer: Writer) -> list[str]:
+    """The first line with anything in it that is written behind each prompt."""
 
     def ends(tokens: Sequence[int]) -> bool:
         return "\n" in tokenizer.decode(tokens).lstrip()
 
-    written = writer([task.line_prompt for task in tasks], LINE_TOKENS, 0.0, ends)
+    written = writer(prompts, LINE_TOKENS, 0.0, ends)
     return [tokenizer.decode(tokens).strip().split("\n")[0].strip() for tokens in written]
 
 

@@ -71,7 +71,7 @@ def save_gguf(model: Model, path: str | os.PathLike[str], tokenizer: Tokenizer, 
         try:
             _write_shape(writer, model.config, gguf)
             writer.add_file_type(int(gguf.LlamaFileType[TYPES[type]]))
-            _write_vocabulary(writer, vocabulary)
+            _write_vocabulary(writer, vocabulary, gguf)
             for name, tensor in _tensors(model, architecture):
                 _add_tensor(writer, name, tensor, type, gguf)
             writer.write_header_to_file()
@@ -201,7 +201,8 @@ def _vocabulary(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         tokens[i], types[i] = token, _NORMAL
     for added in content.get("added_tokens") or []:
         tokens[added["id"]], types[added["id"]] = added["content"], _CONTROL if added.get("special") else _USER_DEFINED
-    return {"tokens": tokens, "types": types, "merges": merges, "pre": pre, "eot": tokenizer.eot_id, "template": tokenizer.chat_template}
+    found = {"tokens": tokens, "types": types, "merges": merges, "pre": pre, "eot": tokenizer.eot_id, "template": tokenizer.chat_template}
+    return found | {"fim": tokenizer.fim}
 
 
 def _characters(tokenizer: Tokenizer) -> tuple[dict[str, int], list[str], str]:
@@ -240,7 +241,7 @@ def _pre_tokenizer(content: dict[str, Any]) -> str:
     raise UserError("llama.cpp does not know this tokenizer's way of splitting text into words (known: gpt-2, llama-bpe, qwen2). Use --to hf.")
 
 
-def _write_vocabulary(writer: Any, vocabulary: dict[str, Any]) -> None:
+def _write_vocabulary(writer: Any, vocabulary: dict[str, Any], gguf: Any) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(vocabulary["pre"])
     writer.add_token_list(vocabulary["tokens"])
@@ -249,5 +250,9 @@ def _write_vocabulary(writer: Any, vocabulary: dict[str, Any]) -> None:
     writer.add_bos_token_id(vocabulary["eot"])
     writer.add_eos_token_id(vocabulary["eot"])
     writer.add_add_bos_token(False)
+    if vocabulary["fim"] is not None:
+        keys = gguf.Keys.Tokenizer
+        for key, token in zip((keys.FIM_PRE_ID, keys.FIM_SUF_ID, keys.FIM_MID_ID), vocabulary["fim"], strict=True):
+            writer.add_uint32(key, token)
     if vocabulary["template"] is not None:
         writer.add_chat_template(vocabulary["template"])

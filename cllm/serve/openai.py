@@ -79,6 +79,8 @@ class CompletionRequest:
     echo: bool
     may_leave_out: bool = False
     """Whether only the end of a prompt is read that is longer than the context (truncation: "auto")."""
+    suffix: str = ""
+    """What follows: the text between each prompt and it is asked for. Empty: the prompts go on."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,9 @@ def completion_request(body: dict[str, Any]) -> CompletionRequest:
     prompts = _prompts(fields, "prompt")
     echo = fields.flag("echo")
     logprobs = fields.whole("logprobs", 0, MOST_LOGPROBS)
-    if fields.text("suffix", MOST_FORM_CHARACTERS):
-        raise fields.refuse("suffix", "is not supported: text is only continued at its end. Leave it out.")
+    suffix = fields.text("suffix", MOST_TOKENS * 8, "") or ""
+    if suffix and echo:
+        raise fields.refuse("echo", "and suffix exclude each other: the text between the two is given alone. Leave one of them out.")
     options = _options(fields, SAMPLING, logprobs, least_tokens=0 if echo else 1)
     best_of = fields.whole("best_of", 1, MOST_CHOICES)
     if best_of not in (None, options.n):
@@ -119,7 +122,7 @@ def completion_request(body: dict[str, Any]) -> CompletionRequest:
     may_leave_out = _truncation(fields)
     fields.leave(_WITHOUT_EFFECT)
     fields.finish()
-    return CompletionRequest(options, prompts, echo, may_leave_out)
+    return CompletionRequest(options, prompts, echo, may_leave_out, suffix)
 
 
 def chat_request(body: dict[str, Any]) -> ChatRequest:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cllm.config.sampling import Sampling
 from cllm.data.tokens.chat_template import encode_prompt, encode_written, end_of_turn
+from cllm.data.tokens.fim import fim_prompt
 from cllm.generate.chat_context import fit_to_context
 from cllm.generate.request import Request
 from cllm.runtime.errors import DataError, UserError
@@ -81,9 +82,7 @@ class Served:
             self._check_length(prompt, "prompt")
             tokens, text = self._encode(prompt), prompt
         else:
-            if not all(0 <= token < self.tokenizer.vocab_size for token in prompt):
-                raise Refused(400, f"prompt holds token ids outside 0 to {self.tokenizer.vocab_size - 1}.", param="prompt", code="invalid_value")
-            tokens = list(prompt)
+            tokens = self._checked(prompt)
             text = self.tokenizer.decode(tokens[: self.context])
         if not tokens:
             if self.tokenizer.eot_id is None:
@@ -95,6 +94,26 @@ class Served:
             text = self.tokenizer.decode(tokens)
         self._check_tokens(len(tokens), "prompt")
         return Prompt(tokens, text)
+
+    def read_around(self, prefix: str | Sequence[int], suffix: str, may_leave_out: bool = False) -> Prompt:
+        """The tokens after which the text between two others is written; with `may_leave_out` those next to it that the context holds. Raises
+        Refused."""
+        longest = self.context * self._longest_token  # characters that a context holds at most
+        if may_leave_out:
+            prefix, suffix = prefix[-longest:], suffix[:longest]
+        self._check_length(suffix, "suffix")
+        if isinstance(prefix, str):
+            self._check_length(prefix, "prompt")
+            before = self._encode(prefix)
+        else:
+            before = self._checked(prefix)
+        after = self._encode(suffix, "suffix")
+        try:
+            tokens = fim_prompt(self.tokenizer, before, after, most=self.context if may_leave_out else None)
+        except UserError as error:
+            raise Refused(400, str(error), param="suffix", code="unsupported_value") from None
+        self._check_tokens(len(tokens), "prompt with suffix")
+        return Prompt(tokens, "", self.context - len(tokens) + 1)
 
     def read_chat(
         self,
@@ -137,11 +156,16 @@ class Served:
             raise Refused(400, f"tokens holds ids outside 0 to {self.tokenizer.vocab_size - 1}.", param="tokens", code="invalid_value")
         return self.tokenizer.decode(tokens, skip_special=False)
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, param: str = "prompt") -> list[int]:
         try:
             return self.tokenizer.encode(text)
         except UserError as error:
-            raise Refused(400, str(error), param="prompt", code="invalid_value") from None
+            raise Refused(400, str(error), param=param, code="invalid_value") from None
+
+    def _checked(self, prompt: Sequence[int]) -> list[int]:
+        if not all(0 <= token < self.tokenizer.vocab_size for token in prompt):
+            raise Refused(400, f"prompt holds token ids outside 0 to {self.tokenizer.vocab_size - 1}.", param="prompt", code="invalid_value")
+        return list(prompt)
 
     @cached_property
     def _longest_token(self) -> int:

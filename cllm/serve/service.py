@@ -125,7 +125,10 @@ class Service:
         options = asked.options
         most = COMPLETION_TOKENS if options.max_tokens is None else options.max_tokens
         with self._using(options.model) as served:
-            prompts = [served.read(each, asked.may_leave_out) for each in asked.prompts]
+            prompts = [
+                served.read_around(each, asked.suffix, asked.may_leave_out) if asked.suffix else served.read(each, asked.may_leave_out)
+                for each in asked.prompts
+            ]
             return self._submit(served, options, prompts, most, served.tokenizer, options.stop, client, echo=asked.echo)
 
     def chat(self, asked: ChatRequest, client: str) -> Job:
@@ -138,7 +141,7 @@ class Service:
                 schema = call_schema(asked.must_call, served.call_form)
                 options = replace(options, form=Form("json_schema", json.dumps(schema, ensure_ascii=False), "tools"))
             assert prompt.room is not None
-            most = prompt.room if options.max_tokens is None else min(options.max_tokens, prompt.room)
+            most = prompt.room if options.max_tokens is None else options.max_tokens
             stop = (*options.stop, *served.chat_stops)
             return self._submit(served, options, [prompt], most, served.answerer, stop, client, shows_special=bool(asked.tools))
 
@@ -198,7 +201,7 @@ class Service:
             for number, prompt in enumerate(prompts):
                 request = Request(
                     prompt.tokens,
-                    max_tokens=max(1, max_tokens),
+                    max_tokens=max(1, max_tokens if prompt.room is None else min(max_tokens, prompt.room)),
                     sampling=sampling,
                     seed=seed,
                     samples=options.n,

@@ -55,7 +55,8 @@ def make_batches(split: TokenSplit, config: TrainConfig) -> TrainingBatches:
     """The training batches that a configuration describes: a pure function of its seed and the batch's number."""
     settings = config.train
     sizes = settings.seq_len, settings.batch_size
-    return split.batches(*sizes, settings.seed, shuffle=config.data.shuffle, document_mask=config.data.document_mask)
+    data = config.data
+    return split.batches(*sizes, settings.seed, shuffle=data.shuffle, document_mask=data.document_mask, fim_rate=data.fim_rate)
 
 
 def make_step(

@@ -76,7 +76,7 @@ def adapt(config: TrainConfig, model: Model, tokenizer: Tokenizer, out: Path) ->
     out.mkdir(parents=True, exist_ok=True)
     base = out / BASE
     if not CheckpointStore(out / "checkpoints").steps():
-        save(model, base, tokenizer=tokenizer)
+        save(model, base, tokenizer=tokenizer.with_fim() if config.data.fim_rate else tokenizer)
     digest = read_safetensors_metadata(base)["sha256"]
     lora = LoraConfig(settings.lora_rank, settings.lora_alpha, settings.lora_targets, digest)
     return add_lora(model, lora, seed=config.train.seed)

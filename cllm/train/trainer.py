@@ -98,6 +98,8 @@ class Trainer:
         self.state = RunState.first(self.config)
         ready = partial(for_device, model=model, device=self.device) if self.device.type == "cuda" else None
         self.data = UpdateData(dataset.train, self.config, self.state.faults, self._share, ready)
+        if self.tokenizer is not None and self.config.data.fim_rate:
+            self.tokenizer = self.tokenizer.with_fim()  # so that whoever has the model knows that it can fill in
         self._seconds_before = 0.0  # training time of the lives of this run before this one
         self._resumed_from: int | None = None
         self._former_end: int | None = None  # the last step of a run that was finished and is now trained longer

@@ -11,7 +11,7 @@ SMALL = ("--embed-dim", 32, "--num-layers", 1, "--num-heads", 2, "--seq-len", 25
 @pytest.fixture(scope="module")
 def suite_run(text, tmp_path_factory):
     out = tmp_path_factory.mktemp("suite") / "run"
-    ran = cllm("train", text, "--out", out, "--steps", 4, "--learning-rate", "3e-3", *SMALL)
+    ran = cllm("train", text, "--out", out, "--steps", 4, "--learning-rate", "3e-3", "--fim-rate", 0.5, *SMALL)
     assert ran.status == 0, ran.err
     return out
 
@@ -37,11 +37,19 @@ def test_the_code_suite_has_a_baseline_beside_every_figure(suite_run, held_out):
     assert results[0] == results[1]
     assert found["suite"] == "code" and found["num_documents"] == 2 and found["trained_on_files"] == 0 and found["ngram_tokens"] > 1000
     assert set(found["bits_per_byte"]) == {"model", "ngram", "gzip", "xz"} and all(0 < each < 20 for each in found["bits_per_byte"].values())
-    assert set(found["functions"]) == {"model", "ngram", "held_out"} and set(found["next_line"]) == {"model", "ngram", "line_before"}
+    assert set(found["functions"]) == {"model", "ngram", "held_out"} and set(found["next_line"]) == {"model", "model_fim", "ngram", "line_before"}
     for each in found["functions"].values():
         assert each["parse"]["trials"] == 3 and all(map(is_share, each.values())) and each["compile"]["hits"] <= each["parse"]["hits"]
     for each in found["next_line"].values():
         assert is_share(each["exact"]) and 0 <= each["edit_similarity"] <= 1
+
+
+def test_the_run_fills_in_a_middle_as_the_file_that_is_exported_from_it(suite_run, tmp_path):
+    asked = ("--prompt", "def first(items):\n", "--suffix", "\n\ndef second(items):\n", "--max-tokens", 8, "--temperature", 0, "--json")
+    found = cllm("generate", suite_run, *asked)
+    assert found.status == 0 and found.json["finish_reasons"][0] in ("length", "end"), found.err
+    exported = cllm("export", suite_run, "--to", "cllm", "--out", tmp_path / "m.cllm")
+    assert exported.status == 0 and cllm("generate", tmp_path / "m.cllm", *asked).json["texts"] == found.json["texts"], exported.err
 
 
 def test_the_prose_suite_has_a_baseline_beside_every_figure(suite_run, held_out):

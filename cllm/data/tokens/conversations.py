@@ -18,7 +18,9 @@ from cllm.data.tokens.batch import IGNORE, Batch, EvaluationBatches, TrainingBat
 from cllm.data.tokens.shards import PackedTokens
 from cllm.data.tokens.split import TokenSplit
 from cllm.data.tokens.tokenizer import Tokenizer
-from cllm.runtime.errors import DataError
+from cllm.runtime.errors import DataError, UserError
+
+NO_FIM = "fim_rate is for text: a middle is cut out of a document, and this data holds chats. Leave it out."
 
 
 class Fit(NamedTuple):
@@ -102,9 +104,13 @@ class ChatSplit(TokenSplit):
         super().verify()
         self._answers.verify()
 
-    def batches(self, seq_len: int, batch_size: int, seed: int = 0, *, shuffle: str | bool = "epoch", document_mask: bool = False) -> TrainingBatches:
+    def batches(
+        self, seq_len: int, batch_size: int, seed: int = 0, *, shuffle: str | bool = "epoch", document_mask: bool = False, fim_rate: float = 0.0
+    ) -> TrainingBatches:  # fmt: skip
         """Rows of whole conversations, in a new order in each epoch. Attention never crosses from one to the next, so that `shuffle` and
-        `document_mask` change nothing here. Raises DataError where no part of an answer lies within `seq_len` tokens."""
+        `document_mask` change nothing here. Raises DataError where no part of an answer lies within `seq_len` tokens, UserError for a `fim_rate`."""
+        if fim_rate:
+            raise UserError(NO_FIM)
         return ChatBatches(self, seq_len, batch_size, seed)
 
     def windows(self, seq_len: int, batch_size: int = 8, *, document_mask: bool = False) -> EvaluationBatches:

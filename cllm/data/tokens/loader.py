@@ -5,18 +5,24 @@ random order: floor(tokens / T) windows, in which each token is a target at most
 the ring closes there is no target (-100). Window j of the endless sequence of epochs is row j % B of batch j // B: one batch of 12 and three
 batches of 4 see the same windows, and where an epoch has fewer windows than a batch, the batch continues with the next epoch.
 
+With `fim`, a share of what a window holds of each document is rearranged, so that its middle is learnt last (fim.py).
+
 Random numbers are the raw output of Philox, which is the same in every version of numpy.
 """
+
+from functools import partial
 
 import numpy as np
 
 from cllm.data.tokens.batch import Batch
+from cllm.data.tokens.fim import FillInTheMiddle
 from cllm.data.tokens.shards import PackedTokens
 from cllm.data.tokens.windows import check_sizes, gather
 from cllm.runtime.errors import DataError, UserError
 
 SHUFFLES = ("epoch", "random", "none")
-_ORDER, _DRAW = 0, 1  # numbers of the independent random streams of a seed: the order of an epoch, and single windows
+# Numbers of the independent random streams of a seed: the order of an epoch, single windows, and the parts of a window. Chats have another.
+_ORDER, _DRAW, _FIM = 0, 1, 3
 
 
 class Batches:
@@ -26,13 +32,15 @@ class Batches:
     shuffle: "epoch" (or True): a new permutation of the windows in each epoch; "random": each window begins anywhere, drawn with replacement,
         as in nanoGPT; "none" (or False): the windows in order.
     document_mask: whether attention stops at the boundaries of documents, whose first tokens are then no targets.
+    fim: rearranges pieces of documents, each window by numbers of its own.
 
     Raises UserError for sizes below 1, a negative seed or another shuffle, DataError when the split is too short for one window.
     """
 
     def __init__(
-        self, split: PackedTokens, seq_len: int, batch_size: int, seed: int = 0, *, shuffle: str | bool = "epoch", document_mask: bool = False
-    ):
+        self, split: PackedTokens, seq_len: int, batch_size: int, seed: int = 0, *, shuffle: str | bool = "epoch", document_mask: bool = False,
+        fim: FillInTheMiddle | None = None,
+    ):  # fmt: skip
         if isinstance(shuffle, bool):
             shuffle = "epoch" if shuffle else "none"
         if shuffle not in SHUFFLES:
@@ -50,6 +58,7 @@ class Batches:
         self.seed = seed
         self.shuffle = shuffle
         self.document_mask = document_mask
+        self.fim = fim
         self.windows_per_epoch = split.num_tokens // seq_len
         self._epoch: tuple[int, int, np.ndarray] | None = None  # number, first token and order of the windows of the epoch used last: a cache
 
@@ -83,10 +92,16 @@ class Batches:
             starts = [int(raw % room) for raw in _raw_from(self.seed, first, count)]
         else:
             starts = [self._start(window) for window in range(first, first + count)]
-        return gather(self.split, starts, self.seq_len, self.document_mask, ring=True)._replace(first_row=first)
+        rearrange = None if self.fim is None else partial(self._rearranged, self.fim, first)
+        return gather(self.split, starts, self.seq_len, self.document_mask, ring=True, rearrange=rearrange)._replace(first_row=first)
 
     def __getitem__(self, index: int) -> Batch:
         return self.batch(index)
+
+    def _rearranged(self, fim: FillInTheMiddle, first: int, row: int, place: int, tokens: np.ndarray, begins: np.ndarray) -> np.ndarray:
+        """What the window `first` + `row` holds from a place on; see `gather`."""
+        numbers = _philox(self.seed, _FIM, first + row, place).random_raw(3 * (len(begins) + 1))
+        return fim.rearranged(tokens, begins, numbers.reshape(-1, 3))
 
     def _start(self, window: int) -> int:
         epoch, place = divmod(window, self.windows_per_epoch)
@@ -100,8 +115,8 @@ class Batches:
         return (cached[1] + int(cached[2][place]) * self.seq_len) % self.split.num_tokens
 
 
-def _philox(seed: int, stream: int, number: int) -> np.random.Philox:
-    return np.random.Philox(np.random.SeedSequence([seed, stream, number]))
+def _philox(*key: int) -> np.random.Philox:
+    return np.random.Philox(np.random.SeedSequence(key))
 
 
 def _raw_from(seed: int, first: int, count: int) -> list[int]:

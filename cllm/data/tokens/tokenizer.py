@@ -30,8 +30,12 @@ from cllm.data.documents.scan import Reading
 from cllm.data.documents.sides import TRAIN, VAL, SplitPlan, plan_split
 from cllm.data.tokens.exactness import losses
 from cllm.data.tokens.vocabulary import (
+    BPE_SPECIALS,
     CHARACTER_PATTERN,
     END_OF_TEXT,
+    FIM_NAMES,
+    FIM_SETTINGS,
+    FimTokens,
     byte_level_bytes,
     default_vocab_size,
     inner_bytes,
@@ -81,6 +85,9 @@ class Tokenizer:
         self.chat_template: str | None = template
         self.eot_token: str | None = end if end in ids else next((name for name in _END_NAMES if name in ids), None)
         self.eot_id: int | None = None if self.eot_token is None else ids[self.eot_token]
+        self._fim_names = next((names for names in FIM_NAMES if all(name in ids for name in names)), None)
+        self.fim_tokens: FimTokens | None = None if self._fim_names is None else FimTokens(*(ids[name] for name in self._fim_names))
+        self._fim_is_taught = _names_fim(settings or {})
 
     # -- making one -------------------------------------------------------------------------------------------------------------------
 
@@ -114,6 +121,20 @@ class Tokenizer:
     def with_end(self, name: str) -> "Tokenizer":
         """The same tokenizer with this token as the end of a text."""
         return Tokenizer(self._content, self.settings | {"eos_token": name})
+
+    def with_fim(self) -> "Tokenizer":
+        """The same tokenizer (the same hash) for a model that has learnt to fill in the middle (`cllm.data.tokens.fim`)."""
+        assert self._fim_names is not None
+        return Tokenizer(self._content, self.settings | {"extra_special_tokens": dict(zip(FIM_SETTINGS, self._fim_names))})
+
+    @property
+    def fim(self) -> FimTokens | None:
+        """The tokens around a middle that the model of this tokenizer has learnt to fill in; None where it has not.
+
+        Subword tokenizers that are trained here have these tokens from the start, so that their settings have to say whether a model knows them.
+        Any other tokenizer with such tokens comes with a model that does.
+        """
+        return self.fim_tokens if self._fim_is_taught or BPE_SPECIALS[-1] not in self._ids else None
 
     @classmethod
     def from_json(cls, text: str, name: str = "tokenizer", settings: dict[str, Any] | None = None) -> "Tokenizer":
@@ -155,8 +176,11 @@ class Tokenizer:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What of tokenizer_config.json cannot be known from the tokenizer alone: the chat template, and an end of text of another name."""
+        """What of tokenizer_config.json cannot be known from the tokenizer alone: the chat template, an end of text of another name, and whether the
+        model has learnt to fill in the middle."""
         values: dict[str, Any] = {} if self.chat_template is None else {"chat_template": self.chat_template}
+        if self._fim_is_taught and self._fim_names is not None:
+            values["extra_special_tokens"] = dict(zip(FIM_SETTINGS, self._fim_names))
         usual = next((name for name in _END_NAMES if name in self._ids), None)
         return values if self.eot_token == usual else values | {"eos_token": self.eot_token}
 
@@ -401,11 +425,11 @@ def train_tokenizer(
 
 
 def train_on(
-    corpus: Corpus, plan: SplitPlan, kind: str, vocab_size: int | None, pre_tokenizer: str, sample_bytes: int, bar: ByteProgress
+    corpus: Corpus, plan: SplitPlan, kind: str, vocab_size: int | None, pre_tokenizer: str, sample_bytes: int, bar: ByteProgress, fim: bool = False
 ) -> tuple[Tokenizer, TextSample]:
     """A tokenizer, and what of the text it learned from: the training documents, or a sample of their pieces where they are more than `sample_bytes`
     (of Unigram, more than 100 MB). A character tokenizer takes the characters of all text, validation included, because it could not encode
-    others."""
+    others. fim: it gets the tokens for filling in the middle, which all others have."""
     sides = (TRAIN, VAL) if kind == "char" else (TRAIN,)
     if kind == "unigram":
         sample_bytes = min(sample_bytes, UNIGRAM_SAMPLE_BYTES)
@@ -416,7 +440,9 @@ def train_on(
         yield from sample.take(corpus, plan, sides, bar.step("Reading text for the tokenizer", corpus.num_bytes))
         bar.heartbeat("Learning the vocabulary")  # the library has all text and now counts pairs, without a word
 
-    specials = (END_OF_TEXT,) if kind == "char" and len(corpus.rows) > 1 else None
+    specials: tuple[str, ...] | None = (END_OF_TEXT,) if kind == "char" and (fim or len(corpus.rows) > 1) else None
+    if specials is not None and fim:
+        specials += FIM_NAMES[0]
     size = default_vocab_size(sample.of_bytes) if vocab_size is None else vocab_size
     tokenizer = Tokenizer.train(texts(), size, kind, pre_tokenizer=pre_tokenizer, specials=specials)
     bar.end()
@@ -465,6 +491,12 @@ def _name(token: Any) -> str | None:
     """A token given as text or, by older versions, as an object with its content."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
+
+
+def _names_fim(settings: dict[str, Any]) -> bool:
+    """Whether the settings name tokens for filling in the middle: among the extra ones as they are written here, or by themselves."""
+    extra = settings.get("extra_special_tokens")
+    return any(FIM_SETTINGS[0] in place for place in (settings, extra) if isinstance(place, dict))
 
 
 def _learner(kind: str) -> Callable[[Iterator[str], int, str], dict[str, Any]]:

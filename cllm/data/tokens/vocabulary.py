@@ -7,7 +7,7 @@ import functools
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from cllm.runtime.errors import DataError, UserError
 
 END_OF_TEXT = "<|endoftext|>"
 NAMED_SPECIALS = (END_OF_TEXT, "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
+# The tokens around a middle that is filled in, as our tokenizers and Qwen's call them, and as StarCoder's.
+FIM_NAMES = (("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"), ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"))
+FIM_SETTINGS = ("fim_prefix_token", "fim_suffix_token", "fim_middle_token")  # under which tokenizer_config.json names them
 BPE_SPECIALS = (*NAMED_SPECIALS, *(f"<|reserved_{i}|>" for i in range(len(NAMED_SPECIALS), 16)))
 VOCAB_MULTIPLE = 64  # the output layer's rows come in whole tiles
 
@@ -28,6 +31,14 @@ CHARACTER_PATTERN = r"[\s\S]"
 # from in parts; one pair in _RUN_PART goes uncounted. Encoding is not touched: its pattern must stay one that llama.cpp knows.
 _LONG_RUN, _RUN_PART = 256, 128
 _LONG_RUNS = re.compile(rf"\w{{{_LONG_RUN + 1},}}|\s{{{_LONG_RUN + 1},}}|[^\w\s]{{{_LONG_RUN + 1},}}")
+
+
+class FimTokens(NamedTuple):
+    """The ids of the tokens that stand before the prefix, before the suffix and before the middle of a text whose middle is filled in."""
+
+    prefix: int
+    suffix: int
+    middle: int
 
 
 def default_vocab_size(num_bytes: int) -> int:

@@ -7,7 +7,7 @@ a document is nobody's target.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ import torch
 from cllm.data.tokens.batch import IGNORE, Batch, spread
 from cllm.data.tokens.shards import PackedTokens
 from cllm.runtime.errors import UserError
+
+# (row, place in the row, tokens, places above 0 at which another document begins) -> as many tokens
+Rearrange = Callable[[int, int, np.ndarray, np.ndarray], np.ndarray]
 
 
 class Windows:
@@ -87,9 +90,11 @@ class Windows:
         return batch
 
 
-def gather(split: PackedTokens, starts: list[int], seq_len: int, document_mask: bool, ring: bool) -> Batch:
+def gather(
+    split: PackedTokens, starts: list[int], seq_len: int, document_mask: bool, ring: bool, rearrange: Rearrange | None = None
+) -> Batch:  # fmt: skip
     """A batch of windows of `seq_len` inputs, which begin at the tokens `starts`. A window that reaches the end of the split continues at its
-    beginning, if `ring`; otherwise it is padded."""
+    beginning, if `ring`; otherwise it is padded. rearrange: what is made of each stretch of inputs and its last target."""
     end = split.num_tokens
     tokens = np.zeros((len(starts), seq_len), dtype=np.int64)
     targets = np.full((len(starts), seq_len), IGNORE, dtype=np.int64)
@@ -102,16 +107,18 @@ def gather(split: PackedTokens, starts: list[int], seq_len: int, document_mask: 
             start = start % end
             count = min(seq_len - place, end - start)
             span = split.read(start, min(count + 1, end - start))
-            tokens[row, place : place + count] = span[:count]
-            targets[row, place : place + len(span) - 1] = span[1:]
             # The documents that begin in (start, start + count]: the token before each is the last of another document, and its target is dropped.
             low = int(np.searchsorted(offsets, start, side="right"))
             high = int(np.searchsorted(offsets, start + count, side="right"))
+            begins = np.asarray(offsets[low:high], dtype=np.int64) - start
+            if rearrange is not None:
+                span = rearrange(row, place, span, begins[begins < len(span)])
+            tokens[row, place : place + count] = span[:count]
+            targets[row, place : place + len(span) - 1] = span[1:]
             first = split.document_at(start)
             last = int(np.searchsorted(offsets, start + count - 1, side="right")) - 1
             documents.update(range(first, last + 1))
             if document_mask:
-                begins = np.asarray(offsets[low:high], dtype=np.int64) - start
                 targets[row, place + begins - 1] = IGNORE
                 cuts.append(row * seq_len + place + begins[begins < count])
                 cuts.append(np.array([row * seq_len + place]))

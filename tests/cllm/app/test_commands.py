@@ -60,7 +60,7 @@ def test_every_setting_of_a_training_can_be_given():
 
 # Shares, factors and names: numbers that count nothing.
 PURE = {
-    "beta1", "beta2", "confidence", "dropout", "ema", "eps", "eval-budget", "grad-clip", "label-smoothing", "learning-rate", "lora-alpha",
+    "beta1", "beta2", "confidence", "dropout", "ema", "eps", "eval-budget", "fim-rate", "grad-clip", "label-smoothing", "learning-rate", "lora-alpha",
     "lora-rank", "min-lr", "momentum", "norm-eps", "plateau-factor", "prometheus-port", "replay", "rope-attention-factor", "rope-factor",
     "rope-fast", "rope-slow", "rope-theta", "seed", "softcap", "tolerance", "val-fraction", "weight-decay", "z-loss",
 }  # fmt: skip

@@ -25,9 +25,9 @@ FLAGS = {
         --set --json --from --lora-rank --tokenizer --tokenizer-sample --device --threads --precision --preset --architecture
         --vocab-size --embed-dim --num-layers --num-heads --num-kv-heads --ffn-dim --seq-len --batch-size --grad-accum --steps --epochs
         --hours --minutes
-        --learning-rate --min-lr --warmup --schedule --dropout --seed --checkpoint-every --keep --eval-every --patience --sample-every --on-nonfinite
-        --overfit-one-batch""",
-    "generate": """--context --stretch --prompt --prompt-file --encoding --max-tokens --stop --seed --samples --beams --length-penalty
+        --learning-rate --min-lr --warmup --schedule --dropout --fim-rate --seed --checkpoint-every --keep --eval-every --patience --sample-every
+        --on-nonfinite --overfit-one-batch""",
+    "generate": """--context --stretch --prompt --prompt-file --suffix --encoding --max-tokens --stop --seed --samples --beams --length-penalty
         --json-schema --regex --grammar --no-cache --stream --weights --draft --device --threads --json
         --temperature --top-k --top-p --min-p --typical-p --repetition-penalty --presence-penalty --frequency-penalty""",
     "chat": """--context --stretch --system --max-tokens --seed --weights --draft --device --threads --json
@@ -41,7 +41,7 @@ def test_the_flags_of_commands_are_frozen(command):
     assert set(options(command)) == set(FLAGS[command].split())
 
 
-@pytest.mark.parametrize(("command", "settings", "others"), [("train", SETTINGS | FOLLOW, 9), ("generate", SAMPLING, 21), ("chat", SAMPLING, 10)])
+@pytest.mark.parametrize(("command", "settings", "others"), [("train", SETTINGS | FOLLOW, 9), ("generate", SAMPLING, 22), ("chat", SAMPLING, 10)])
 def test_the_help_of_a_flag_is_the_help_of_its_setting(command, settings, others):
     declared = {each.option: each for each in settings.values()}
     made = {
@@ -114,6 +114,8 @@ WRONG = [
         "--beams searches for the likeliest text, and --top-p cannot be used with",
     ),
     (("generate", "M", "--prompt", "x", "--beams", "0"), "--beams must be >= 1, got 0."),
+    (("generate", "M", "--prompt", "x", "--suffix", ""), "--suffix is empty. Give a value, or leave the option out."),
+    (("train", "x", "--fim-rate", "2"), "fim_rate must be <= 1.0, got 2.0 (from --fim-rate). Use a value like 0.5."),
     (("generate", "M"), "give the text to continue either as --prompt or as --prompt-file."),
     (("chat", "M", "--min-p", "1.5"), "min_p must be <= 1.0, got 1.5 (from --min-p)."),
     (("evaluate", "M", "x", "--by", "flie"), "--by must be one of auto, file, folder, got 'flie'. Did you mean 'file'?"),

@@ -181,6 +181,7 @@ def test_functions_are_cut_behind_their_headers(tasks, tokenizer):
     assert tokenizer.decode(outer.prompt) == "import json\n\n\n" + outer.statement and outer.body.endswith("return total")
     assert outer.line == "# a note" and outer.before == "total = one + len(two)" and area.line == "height = self.height"
     assert tokenizer.decode(area.line_prompt).endswith("width = self.width")
+    assert area.behind.startswith("\n        return width * height\n") and area.behind.endswith("VALUE = 3\n")
 
 
 def test_true_bodies_are_python_and_what_is_not_is_told(tasks, tokenizer):
@@ -231,6 +232,21 @@ def test_next_lines_are_those_of_the_writer(tasks, tokenizer):
 
     found = code_suite.compare_lines(tasks, code_suite.next_lines(tasks, tokenizer, writer))
     assert found.exact.hits == 1 and found.exact.trials == 2
+
+
+def test_missing_lines_are_asked_for_with_what_stands_around_them(tasks, tokenizer):
+    taught, seen = tokenizer.with_fim(), []
+
+    def writer(prompts, most, temperature, ends):
+        seen.extend(prompts)
+        return [tokenizer.encode("\n    # a note\n    and more") for _ in prompts]
+
+    lines = code_suite.missing_lines(tasks, taught, writer, 512)
+    assert lines == ["# a note", "# a note"]
+    for task, prompt in zip(tasks, seen):
+        assert prompt == [taught.fim.prefix, *task.line_prompt, taught.fim.suffix, *tokenizer.encode(task.behind), taught.fim.middle]
+    code_suite.missing_lines(tasks, taught, writer, 100)
+    assert [len(prompt) for prompt in seen[2:]] == [100 - code_suite.LINE_TOKENS] * 2
 
 
 # -- prose -----------------------------------------------------------------------------------------------------------------

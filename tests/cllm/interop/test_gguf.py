@@ -114,6 +114,21 @@ def test_llama_cpp_cuts_text_into_the_same_tokens_and_puts_it_together_again(pre
     assert theirs["eos"] == tokenizer.eot_id and theirs["with_specials"][-1] == [tokenizer.eot_id]
 
 
+def test_the_tokens_around_a_middle_have_their_keys_where_the_model_has_learnt_them(tokenizer, tmp_path):
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed (the extra export)")
+    model = Model(ModelConfig(vocab_size=tokenizer.vocab_size, **SHAPE))
+    for each in (tokenizer, tokenizer.with_fim()):
+        fields = gguf.GGUFReader(save_gguf(model, tmp_path / "m.gguf", each)).fields
+        found = [
+            fields[f"tokenizer.ggml.fim_{part}_token_id"].contents()
+            for part in ("pre", "suf", "mid")
+            if f"tokenizer.ggml.fim_{part}_token_id" in fields
+        ]
+        assert found == list(each.fim or [])
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    assert {kinds[token] for token in each.fim} == {int(gguf.TokenType.CONTROL)}
+
+
 def test_characters_become_a_byte_level_tokenizer(tmp_path):
     pytest.importorskip("gguf", reason="gguf is not installed (the extra export)")
     text = "Où? 漢字 to be — 🙂\n"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cllm.config.model import ModelConfig
+from cllm.data.tokens.tokenizer import Tokenizer
 from cllm.interop.hf import load_hf, save_hf
 from cllm.interop.hf_config import config_from_hf, config_to_hf
 from cllm.model.model import Model
@@ -173,8 +174,21 @@ def test_the_tokenizer_and_its_end_of_text_token_travel_along(tmp_path):
     assert loaded.hash == tokenizer.hash
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert theirs.encode("return a", add_special_tokens=False) == tokenizer.encode("return a")
-    assert theirs.eos_token_id == tokenizer.eot_id
+    assert theirs.eos_token_id == tokenizer.eot_id and loaded.fim is None
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == tokenizer.eot_id
+
+
+def test_the_tokens_around_a_middle_travel_along_by_name_there_and_back(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = Tokenizer.train(["def add(a, b):\n    return a + b\n" * 20], vocab_size=280).with_fim()
+    model = Model(ModelConfig(**{**SHAPE, "vocab_size": tokenizer.vocab_size}))
+    save_hf(model, tmp_path / "out", tokenizer)
+    assert load_hf(tmp_path / "out")[1].fim == tokenizer.fim
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (theirs.fim_prefix_token_id, theirs.fim_suffix_token_id, theirs.fim_middle_token_id) == tokenizer.fim
+    assert set(tokenizer.fim) <= set(theirs.all_special_ids)
+    theirs.save_pretrained(tmp_path / "back")
+    assert Tokenizer.load(tmp_path / "back").fim == tokenizer.fim
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ WRONG = [
     ("stop", 7), ("stop", [1]), ("stop", ""), ("stop", ["a"] * 10_000), ("stop", "a" * 10_000), ("stop", {"a": 1}),
     ("stop_token_ids", ["a"]), ("stop_token_ids", [-1]), ("stop_token_ids", [1] * 1000),
     ("logprobs", 10**6), ("logprobs", True), ("logprobs", -1), ("seed", 2**64), ("seed", "a"),
-    ("stream", "yes"), ("stream", 1), ("stream_options", {"include_usage": True}), ("echo", "no"), ("suffix", "end"), ("best_of", 3),
+    ("stream", "yes"), ("stream", 1), ("stream_options", {"include_usage": True}), ("echo", "no"), ("suffix", 3), ("suffix", ["end"]), ("best_of", 3),
     ("user", 7), ("user", "u" * 1000), ("model", ["m"]), ("timeout", 0), ("timeout", "soon"),
     ("response_format", "json"), ("response_format", {"type": "xml"}), ("response_format", {"type": "json_schema"}),
     ("response_format", {"type": "json_schema", "json_schema": {"schema": 7}}), ("response_format", {"type": "regex"}),
@@ -113,6 +113,13 @@ def test_a_wrong_value_is_refused_with_its_field_and_a_sentence(name, value):
     assert caught.value.status == 400 and error["type"] == "invalid_request_error" and error["code"]
     assert name[:50] in error["message"] and len(error["message"]) < 400, error
     assert error["param"].startswith(name[:20])
+
+
+def test_a_suffix_asks_for_what_stands_before_it_and_an_empty_one_for_nothing():
+    assert completion_request({"prompt": ["a", "b"], "suffix": "end"}).suffix == "end"
+    assert completion_request({"prompt": "a", "suffix": ""}) == completion_request({"prompt": "a"})
+    with pytest.raises(Refused, match="echo and suffix exclude each other"):
+        completion_request({"prompt": "a", "suffix": "end", "echo": True})
 
 
 def test_a_misspelt_option_is_refused_with_the_name_that_was_meant():

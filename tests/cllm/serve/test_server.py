@@ -12,6 +12,8 @@ import torch
 from command import cllm, wait_for
 from served_model import TEXT, make_model, running, served_as, write_model
 
+from cllm import save
+from cllm.data.tokens.fim import fim_prompt
 from cllm.generate.decoding import generate
 
 openai = pytest.importorskip("openai")
@@ -64,6 +66,61 @@ def test_text_and_usage_are_those_of_the_command(client, parts, options):
     assert found.usage.prompt_tokens == ours[0].prompt_tokens and found.usage.completion_tokens == sum(len(each.tokens) for each in ours)
     alone = client.completions.create(model="tiny.cllm", prompt=PROMPT, max_tokens=20, **options)
     assert alone.choices[0].text == found.choices[0].text and alone.choices[0].finish_reason == "length"
+
+
+MIDDLE = {"prompt": "What is", "suffix": "It is <|fim_middle|> four."}
+
+
+@pytest.fixture(scope="module")
+def filling(parts, tmp_path_factory):
+    """(the file of a model that counts as one which has learnt to fill in, a server of it)."""
+    model, tokenizer = parts
+    place = tmp_path_factory.mktemp("filling") / "fim.cllm"
+    save(model, place, tokenizer=tokenizer.with_fim())
+    with running([served_as("fim.cllm", model, tokenizer.with_fim())]) as found:
+        yield place, found
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.9, "seed": 5}], ids=["greedy", "seeded"])
+def test_the_middle_of_a_text_is_that_of_the_command(filling, parts, options):
+    model, tokenizer = parts
+    place, server = filling
+    status, found, _ = server.ask("/v1/completions", MIDDLE | options | {"max_tokens": 20})
+    around = [tokenizer.encode(MIDDLE[each]) for each in ("prompt", "suffix")]
+    ours = generate(model, tokenizer, fim_prompt(tokenizer.with_fim(), *around), max_tokens=20, **options)[0]
+    assert status == 200 and found["choices"][0]["text"] == ours.text and found["usage"]["prompt_tokens"] == sum(map(len, around)) + 3
+    flags = [each for name, value in (MIDDLE | options | {"max-tokens": 20, "threads": 1}).items() for each in (f"--{name}", value)]
+    if options["temperature"]:
+        ran = cllm("generate", place, *flags, "--json")
+        assert ran.json["texts"] == [ours.text] and ran.json["suffix"] == MIDDLE["suffix"], ran.err
+    else:
+        assert cllm("generate", place, *flags).out == f"{ours.text}\n", "the middle alone"
+
+
+def test_a_middle_ends_with_the_context_and_only_what_is_next_to_it_is_read_if_that_is_asked_for(filling, parts):
+    model, tokenizer = parts
+    _, server = filling
+    long = {"prompt": PROMPT * 100, "suffix": TEXT * 100, "temperature": 0, "max_tokens": 5}
+    status, found, _ = server.ask("/v1/completions", long)
+    assert status == 400 and "suffix has at least" in found["error"]["message"] and found["error"]["code"] == "context_length_exceeded"
+    together = {"prompt": tokenizer.encode(TEXT) * 20, "suffix": TEXT}
+    assert "prompt with suffix has" in server.ask("/v1/completions", together)[1]["error"]["message"]
+    status, found, _ = server.ask("/v1/completions", long | {"truncation": "auto"})
+    assert (status, found["usage"]["prompt_tokens"], found["usage"]["completion_tokens"]) == (200, 256, 1)
+    text = {"prompt": PROMPT * 3, "suffix": TEXT, "temperature": 0, "min_tokens": 300, "max_tokens": 300}
+    usage = server.ask("/v1/completions", text)[1]["usage"]
+    assert usage["total_tokens"] == model.config.max_seq_len + 1
+    tokens = tokenizer.encode(PROMPT)
+    by_ids, by_text = (server.ask("/v1/completions", MIDDLE | {"temperature": 0, "prompt": each})[1] for each in (tokens, PROMPT))
+    assert by_ids["choices"][0]["text"] == by_text["choices"][0]["text"]
+
+
+def test_a_model_that_has_not_learnt_it_refuses_to_fill_in(server, filling, place):
+    status, found, _ = server.ask("/v1/completions", MIDDLE)
+    assert status == 400 and found["error"]["param"] == "suffix" and "has not learnt to fill in the middle" in found["error"]["message"]
+    assert server.ask("/v1/completions", MIDDLE | {"suffix": "", "max_tokens": 2})[0] == 200
+    ran = cllm("generate", place, "--prompt", "a", "--suffix", "b")
+    assert ran.status == 2 and ran.err.count("error: ") == 1 and "cllm train DATA --fim-rate 0.5" in ran.err
 
 
 def test_a_text_that_outgrows_the_context_goes_on_as_in_the_command(client, parts):

@@ -115,6 +115,34 @@ def test_resuming_twice_gives_the_same_bits_and_the_same_metrics(dataset, tmp_pa
     assert rows(tmp_path / "straight") == rows(tmp_path / "resumed")
 
 
+def test_a_run_that_learns_middles_has_the_same_bits_after_a_stop_and_on_other_workers(tmp_path, monkeypatch):
+    for number in range(4):
+        (tmp_path / "text").mkdir(exist_ok=True)
+        write_text(tmp_path / "text" / f"{number}.txt", words=300, seed=number)
+    dataset = prepare(tmp_path / "text", tmp_path / "tokens", tokenizer="char", val_fraction=0.3, fim=True)
+    options = {"fim_rate": 0.5, "grad_accum": 2}
+    straight = trainer(dataset, tmp_path / "straight", **options)
+    straight.fit()
+    prefix = dataset.tokenizer.fim_tokens.prefix
+    assert any((batch.tokens == prefix).any() for batch in straight.data.microbatches(7))
+
+    class Stop(Exception):
+        pass
+
+    def stop(fault):
+        raise Stop
+
+    run = trainer(dataset, tmp_path / "resumed", threads=2, **options)
+    monkeypatch.setattr(run.data, "microbatches", lambda update, make=run.data.microbatches: stop(None) if update == 5 else make(update))
+    with pytest.raises(Stop):
+        run.fit()
+    assert trainer(dataset, tmp_path / "resumed", tiny(dataset, seed=9), threads=3, **options).fit(resume=True).resumed_from == 4
+    assert final_hashes(tmp_path / "straight") == final_hashes(tmp_path / "resumed") and rows(tmp_path / "straight") == rows(tmp_path / "resumed")
+    assert load(tmp_path / "resumed")[1].fim == dataset.tokenizer.fim_tokens
+    with pytest.raises(UserError, match="fim_rate"):
+        trainer(dataset, tmp_path / "resumed", grad_accum=2).fit(resume=True)
+
+
 def test_a_stop_between_checkpoint_and_evaluation_loses_no_evaluation(dataset, tmp_path, monkeypatch):
     import cllm.train.evaluations
 

@@ -384,6 +384,8 @@ def test_a_long_conversation_loses_its_end(tokenizer, tmp_path):
     path = write(tmp_path / "c.jsonl", [chat("What", "It is " * 50)] * 3)
     split = prepare_chat(path, tmp_path / "out", tokenizer, 0.0).train
     assert isinstance(split, ChatSplit)
+    with pytest.raises(UserError, match=r"fim_rate is for text.*this data holds chats"):
+        split.batches(16, 2, fim_rate=0.5)
     batch = ChatBatches(split, 16, 2).batch(0)
     assert (batch.targets != -100).sum() == 2 * (17 - split.conversation(0)[1].argmax())
 
@@ -443,6 +445,8 @@ def test_the_command_teaches_a_model_to_answer(tokenizer, tmp_path):
     common = ("--steps", 60, "--batch-size", 2, "--seq-len", 32, "--learning-rate", "1e-2", "--threads", 1, "--set", "data.val_fraction=0.0")
     ran = cllm("train", path, "--out", tmp_path / "nothing", *common)
     assert ran.status == 2 and "--from" in ran.err
+    ran = cllm("train", path, "--from", tmp_path / "start.cllm", "--out", tmp_path / "nothing", "--fim-rate", 0.5, *common)
+    assert ran.status == 2 and "fim_rate is for text" in ran.err and not (tmp_path / "nothing" / "config.toml").exists()
     ran = cllm("train", path, "--from", tmp_path / "start.cllm", "--out", tmp_path / "run", *common, "--json")
     assert ran.status == 0, ran.err
     assert ran.json["train_loss"] < 0.5
