@@ -6,12 +6,14 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from cllm.kernels.muon import NUM_STEPS, MuonAgain
+from cllm.runtime.gpu import multiplies_bf16
 from cllm.train.optimizers.adamw import AdamW
 from cllm.train.optimizers.base import Optimizer
 
 # Five steps of an odd quintic polynomial with these coefficients bring singular values into about [0.7, 1.2]: the slope at 0 is as steep as it
 # can be, and 1 is not quite reached (Keller Jordan, https://kellerjordan.github.io/posts/muon/).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+GROUP_ELEMENTS = 1 << 26  # of matrices of one shape that a GPU updates together: 256 MB of float32, and half as much for each of three copies
 # Matrices that are looked up, or that write the logits: AdamW's.
 TABLES = ("embed_tokens", "embed_bigrams", "embed_trigrams", "wte", "wpe", "lm_head")
 
@@ -50,18 +52,34 @@ class Muon(Optimizer):
         self._again = MuonAgain(COEFFICIENTS, NUM_STEPS)
 
     def step_clipped(self, names: Sequence[str], grads: Sequence[torch.Tensor], clip: float, learning_rate: float) -> None:
-        """On a CPU as one list of launches over all matrices, which multiplies bfloat16 where the processor does; elsewhere `step`."""
+        """On a CPU as one list of launches over all matrices, on a GPU those of a shape together, both multiplying bfloat16 where the hardware does;
+        elsewhere `step`."""
         found = dict(zip(names, grads))
         rest = {name: found.pop(name) for name in names if name not in self.slots["momentum"]}
         served = self._again.call(
             [self.parameters[name].detach() for name in found], list(found.values()), [self.slots["momentum"][name] for name in found],
             learning_rate=learning_rate, momentum=self.momentum, weight_decays=[self.decays[name] for name in found], clip=clip,
         )  # fmt: skip
-        if not served:
+        if not served and found and next(iter(found.values())).device.type == "cuda":
+            for group in _groups(found):
+                self._step_together(group, [found[name] for name in group], clip, learning_rate)
+        elif not served:
             super().step_clipped(list(found), list(found.values()), clip, learning_rate)
         if self.adamw is not None and rest:
             self.adamw.num_updates = self.num_updates
             self.adamw.step_clipped(list(rest), list(rest.values()), clip, learning_rate)
+
+    def _step_together(self, names: Sequence[str], grads: Sequence[torch.Tensor], clip: float, learning_rate: float) -> None:
+        """`step` for matrices of one shape, as few operations: a GPU would wait for the host to launch each matrix's own."""
+        weights, momenta = [self.parameters[name].detach() for name in names], [self.slots["momentum"][name] for name in names]
+        new = torch._foreach_mul([grad.float() for grad in grads], (1 - self.momentum) * clip)
+        torch._foreach_mul_(momenta, self.momentum)
+        torch._foreach_add_(momenta, new)
+        ahead = torch._foreach_mul(momenta, self.momentum)
+        torch._foreach_add_(ahead, new)
+        update = orthogonal_together(torch.stack(ahead)).mul_(learning_rate * 0.2 * math.sqrt(max(weights[0].shape)))
+        torch._foreach_mul_(weights, 1 - learning_rate * self.decays[names[0]])  # all matrices have one decay
+        torch._foreach_sub_(weights, list(update.unbind()))
 
     def step(self, grads: Iterable[tuple[str, torch.Tensor]], learning_rate: float) -> None:
         rest = []
@@ -94,3 +112,29 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
         polynomial = kernels.matmul(gram, gram).mul_(c).add_(gram.mul_(b))
         x = kernels.matmul(polynomial, x).add_(x.mul_(a))
     return x.T if tall else x
+
+
+def _groups(matrices: dict[str, torch.Tensor]) -> list[list[str]]:
+    """Names of matrices of one shape, of at most GROUP_ELEMENTS together where there is more than one."""
+    groups: list[list[str]] = []
+    open_group: dict[torch.Size, list[str]] = {}
+    for name, matrix in matrices.items():
+        group = open_group.get(matrix.shape)
+        if group is None or (len(group) + 1) * matrix.numel() > GROUP_ELEMENTS:
+            group = open_group[matrix.shape] = []
+            groups.append(group)
+        group.append(name)
+    return groups
+
+
+def orthogonal_together(matrices: torch.Tensor) -> torch.Tensor:
+    """`orthogonal` of each of matrices (N, R, C) on a GPU -> float32 (N, R, C); its products are of bfloat16 where the GPU multiplies that, as in the
+    original."""
+    a, b, c = COEFFICIENTS
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices / torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    x = (x.mT if tall else x).to(torch.bfloat16 if multiplies_bf16(x.device) else torch.float32)
+    for _ in range(NUM_STEPS):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).float()

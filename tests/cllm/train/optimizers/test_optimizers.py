@@ -16,7 +16,8 @@ from cllm.model.memory import predict
 from cllm.model.model import Model
 from cllm.runtime.errors import CheckpointError, UserError
 from cllm.train.optimizers import Lion, Muon, ScheduleFreeAdamW, make_optimizer
-from cllm.train.optimizers.muon import COEFFICIENTS, NUM_STEPS, orthogonal
+from cllm.train.optimizers import muon as muon_optimizer
+from cllm.train.optimizers.muon import COEFFICIENTS, NUM_STEPS, orthogonal, orthogonal_together
 from cllm.train.optimizers.schedule_free import rounded_root
 
 SHAPES = {"layers.0.wide.weight": (24, 40), "layers.0.tall.weight": (56, 16), "embed_tokens.weight": (30, 24), "norm.weight": (24,)}
@@ -222,6 +223,44 @@ def test_muon_of_many_matrices_at_once_is_as_near_to_the_truth_as_the_original(m
         truth, found = newton_schulz(grad), -param.double() / (0.2 * math.sqrt(max(shape)))
         error, theirs = ((each - truth).norm() / truth.norm() for each in (found, jordan(grad)))
         assert error < (3e-6 if way == "fp32" else 2 * theirs + 2**-8), (shape, float(error), float(theirs))
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_muon_of_matrices_of_one_shape_together_is_as_near_to_the_truth_as_the_original(monkeypatch, half):
+    """What a GPU computes, here by the CPU's operations."""
+    monkeypatch.setattr(muon_optimizer, "multiplies_bf16", lambda device: half)
+    for shape in TOGETHER:
+        grads = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
+        for grad, found in zip(grads, orthogonal_together(grads)):
+            truth = newton_schulz(grad)
+            error, theirs = ((each.double() - truth).norm() / truth.norm() for each in (found, jordan(grad)))
+            assert error < (2 * theirs + 2**-8 if half else 1e-5), (shape, float(error), float(theirs))
+    assert not orthogonal_together(torch.zeros(2, 4, 6)).any()
+
+
+def test_muon_in_groups_is_muon_one_by_one(monkeypatch):
+    monkeypatch.setattr(muon_optimizer, "multiplies_bf16", lambda device: False)
+    named = {f"{n}.{shape}": torch.empty(shape) for n in range(3) for shape in ((24, 40), (56, 16))}
+    monkeypatch.setattr(muon_optimizer, "GROUP_ELEMENTS", 2 * 24 * 40)
+    groups = muon_optimizer._groups(named)
+    assert sorted(name for group in groups for name in group) == sorted(named) and sorted(map(len, groups)) == [1, 1, 2, 2]
+
+    def together(named):
+        optimizer = Muon(named, weight_decay=DECAY)
+        optimizer.step_clipped = lambda names, grads, clip, rate: [  # as on a GPU
+            optimizer._step_together([name], [grad], clip, rate) if name in optimizer.slots["momentum"]
+            else optimizer.adamw.step([(name, grad * clip)], rate) for name, grad in zip(names, grads)
+        ]  # fmt: skip
+        return optimizer
+
+    def one_by_one(named):
+        optimizer = Muon(named, weight_decay=DECAY)
+        optimizer._again.call = lambda *args, **numbers: False
+        return optimizer
+
+    (ours, _), (theirs, reference) = updated(together, 2), updated(one_by_one, 2)
+    for name in reference.slots["momentum"]:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6)
 
 
 def test_muon_at_once_leaves_zero_gradients_alone_and_takes_those_of_bfloat16():
