@@ -7,6 +7,7 @@ imports, and in which order, is as in a process of its own.
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -15,20 +16,30 @@ import socket
 import sys
 import threading
 import types
+from contextlib import suppress
 from typing import Any
+
+# What commands import sooner or later.
+REQUIRED = (
+    "numba.np.linalg", "rich.console", "rich.progress", "safetensors", "tokenizers", "torch.nn.functional", "typer",
+)  # fmt: skip
+OPTIONAL = ("aiohttp", "fastapi", "psutil", "pydantic.type_adapter", "tensorboardX", "typer._adapters", "uvicorn")
+# What numba imports when it first compiles or loads a function.
+NUMBA = (
+    "core.inline_closurecall", "core.optional", "cpython.charseq", "cpython.cmathimpl", "cpython.enumimpl", "cpython.heapq", "cpython.mathimpl",
+    "cpython.printimpl", "cpython.randomimpl", "cpython.setobj", "experimental.function_type", "experimental.jitclass.base", "misc.cffiimpl",
+    "misc.gdb_hook", "misc.literal", "np.arraymath", "np.npdatetime", "np.npyimpl", "np.polynomial.polynomial_functions",
+    "np.random.generator_methods", "np.random.legacy", "np.types.datetime_registry", "typed.dictimpl", "typed.typeddict", "typed.typedlist",
+    "typed.typedset",
+)  # fmt: skip
 
 
 def import_libraries() -> None:
-    import numba.cpython.charseq  # what numba imports when it first compiles or loads a function: half a second
-    import numba.np.arraymath
-    import numba.np.linalg
-    import numba.typed.dictimpl  # noqa: F401
-    import rich.console
-    import rich.progress  # noqa: F401
-    import safetensors  # noqa: F401
-    import tokenizers  # noqa: F401
-    import torch.nn.functional  # noqa: F401
-    import typer  # noqa: F401
+    for name in REQUIRED:
+        importlib.import_module(name)
+    for name in (*OPTIONAL, *(f"numba.{each}" for each in NUMBA)):
+        with suppress(ImportError):  # not installed, or elsewhere in another version
+            importlib.import_module(name)
 
 
 def serve(requests: socket.socket) -> dict[str, Any]:
