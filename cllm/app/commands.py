@@ -239,6 +239,8 @@ class Commands:
                 options["out"] = self._run_of(options["data"])
                 workspace.resolve(options["out"], "out")
             run = options["out"]
+        if "out" in options and workspace.resolve(options["out"], "out") == workspace.root:
+            raise Refused(400, "out must be a folder of its own inside the workspace, such as runs/demo.", param="out", code="invalid_path")
         if command.name == "train":
             device = self._device_of(options.get("device", "auto"))
         if command.name in _WRITES_A_MODEL:

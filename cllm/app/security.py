@@ -157,8 +157,6 @@ class Gate:
         is_start = method == "GET" and path == "/"
         if not (is_start and _is_navigation(headers)):  # a link to the printed address may stand on any page
             check_origin(headers, host)
-        if method not in _READING | _CHANGING:
-            raise Refused(405, f"{method[:20]!r} is not what the app takes.", code="method_not_allowed")
         if is_start and scope["query_string"]:
             return False
         is_known = self._access.knows(headers) or (self._policy.key is not None and bears(headers.get("authorization", []), self._policy.key))
@@ -166,6 +164,8 @@ class Gate:
             if is_start:
                 return False
             raise Refused(401, "open the address that cllm app has printed, with its token, or send Authorization: Bearer KEY.", code="unauthorized")
+        if method not in _READING | _CHANGING:
+            raise Refused(405, f"{method[:20]!r} is not what the app takes.", code="method_not_allowed")
         if method in _CHANGING and not _is_empty(headers):
             check_content(headers, "application/octet-stream" if path in RAW_BODIES else "application/json")
         if self.requests > _MOST_REQUESTS:

@@ -11,11 +11,13 @@ from fastapi.responses import Response
 from cllm.app.commands import Option
 from cllm.app.exchange import body, reply
 from cllm.app.live import changes
+from cllm.app.readers.library import Library
 from cllm.app.routes import conversations
 from cllm.app.state import App
 from cllm.app.talk import Talk
 from cllm.config.sampling import SAMPLING
 from cllm.serve.errors import Refused
+from cllm.serve.replies import models_reply
 from cllm.serve.safety import read_body
 from cllm.serve.strict_json import parse_object
 
@@ -52,8 +54,8 @@ def routes(app: App) -> APIRouter:
 
     @router.get("/v1/models")
     async def models() -> Response:
-        data = [{"id": each["id"], "object": "model", "owned_by": "cllm", "max_model_len": each["context"]} for each in talk.loaded()]
-        return reply({"object": "list", "data": data})
+        found = await asyncio.to_thread(app.part(Library).models)
+        return reply(models_reply([(each["path"], int(each["updated"] or 0), each["context"] or 0) for each in found if each["loadable"]]))
 
     @router.post("/v1/{rest:path}")
     @router.post("/tokenize")

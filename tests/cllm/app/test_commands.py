@@ -123,7 +123,9 @@ def test_a_model_is_written_over_nothing(workspace, command, options):
 LONG = "x" * 10_000
 NO_PATHS = ["../x", "/etc/passwd", "link/passwd", "-x", "--resume", "a\0b", LONG, "\ud800", ".cllm/secret", "", [], 3.5, {}, "http://x/y"]
 HOSTILE = [("train", {"data": value}, "data") for value in NO_PATHS] + [
-    ("train", {"data": "books", "out": "../runs"}, "out"),
+    ("train", {"data": "books", "out": "../runs"}, "out"), ("train", {"data": "books", "out": "."}, "out"),
+    ("train", {"data": "books", "out": ""}, "out"), ("prepare", {"sources": ["books"], "out": "./"}, "out"),
+    ("crawl", {"urls": ["https://x.org"], "out": "runs/.."}, "out"),
     ("train", {"data": "books", "out": "--resume"}, "out"),
     ("train", {"data": "books", "no-such": 1}, "no-such"),
     ("train", {"data": "books", "--steps": 1}, "--steps"),

@@ -186,6 +186,7 @@ def test_reading_changes_nothing(client):
 
 def test_other_methods_are_refused(client):
     for method in ("OPTIONS", "PATCH", "TRACE", "CONNECT", "PROPFIND", "x" * 100):
+        assert client.ask(method, "/api/jobs", known=False).status == 401
         answer = client.ask(method, "/api/jobs")
         assert answer.status == 405 and not [name for name in answer.headers if name.startswith("access-control")]
 

@@ -34,6 +34,7 @@ def test_runs_and_files_are_listed(reader, made):
     assert file["parameters"] == model.config.num_parameters() and file["tokenizer"]["vocab_size"] == tokenizer.vocab_size
     assert (run["kind"], run["loadable"], run["has_chat"], run["state"], run["parent"]) == ("run", True, False, "finished", None)
     assert run["val_loss"] > 0 and run["tokenizer"]["vocab_size"] == 320
+    assert [each["id"] for each in reader.get("/v1/models").json["data"]] == ["chat.cllm", "runs/tiny"]  # loaded when they are first asked
 
 
 def test_a_hugging_face_folder_and_what_cannot_be_loaded(client, workspace):
