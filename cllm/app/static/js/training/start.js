@@ -8,10 +8,11 @@ import { button, form, spinner, toast } from "../ui.js";
 import { planView } from "./plan.js";
 
 const FIRST = ["data", "out", "preset", "steps"];
+const wide = window.matchMedia("(min-width: 760px)").matches; // on a phone the button to start would be far below
 const GROUPS = [
   { names: FIRST },
-  { title: "Size of the model", names: ["embed-dim", "num-layers", "num-heads", "num-kv-heads", "ffn-dim", "vocab-size", "seq-len", "tokenizer"] },
-  { title: "How it learns", names: ["hours", "minutes", "batch-size", "learning-rate", "epochs", "grad-accum", "warmup", "schedule", "optimizer", "patience"] },
+  { title: "Size of the model", open: wide, names: ["embed-dim", "num-layers", "num-heads", "num-kv-heads", "ffn-dim", "vocab-size", "seq-len", "tokenizer"] },
+  { title: "How it learns", open: wide, names: ["hours", "minutes", "batch-size", "learning-rate", "epochs", "grad-accum", "warmup", "schedule", "optimizer", "patience"] },
   { title: "Start from a model, fine-tune", names: ["from", "lora-rank", "lora-alpha", "lora-targets"] },
   { title: "Go on while the text grows", names: ["follow", "once", "replay", "tolerance", "round-bytes", "look-every", "keep-text"] },
   { title: "What is written, and how often", names: ["eval-every", "checkpoint-every", "sample-every", "keep", "keep-every"] },
