@@ -30,14 +30,16 @@ _GRACE = 3.0  # seconds in which answers that run may end
 def build(app: App, policy: Policy, access: Access) -> Gate:
     """The ASGI application: every route of every part, behind the gate."""
     api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    _answer_errors(api)
+    _answer_errors(api, f"{app.workspace.root}/")
     for part in _PARTS:
         api.include_router(part.routes(app))
     api.include_router(pages.routes())
     return Gate(api, policy, access, app.log)
 
 
-def _answer_errors(api: FastAPI) -> None:
+def _answer_errors(api: FastAPI, root: str) -> None:
+    """root: of the workspace, which no error needs to name: places below it are named as the page names them."""
+
     @api.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
         request.scope["noted"]["error"] = error.code
@@ -48,7 +50,8 @@ def _answer_errors(api: FastAPI) -> None:
     @api.exception_handler(CLLMError)  # a damaged run, a folder that is no data set: what the command line would say of it
     async def wrong(request: Request, error: CLLMError) -> Response:
         request.scope["noted"]["error"] = type(error).__name__
-        return reply(error_body(400, str(error), code="invalid_value"), 400)
+        words = str(error).replace(root, "")
+        return reply(error_body(400, words, code="invalid_value"), 400)
 
     @api.exception_handler(RequestValidationError)
     async def wrong_query(request: Request, error: RequestValidationError) -> Response:

@@ -88,7 +88,8 @@ def test_a_file_whose_weights_are_damaged_stands_as_that_once_it_was_asked_for(c
     content = place.read_bytes()
     place.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert listed(client)["chat.cllm"]["loadable"]  # its weights are not read for a list
-    assert client.post("/api/llm/load", {"path": "chat.cllm"}).status == 400
+    answer = client.post("/api/llm/load", {"path": "chat.cllm"})
+    assert answer.status == 400 and answer.message.startswith("chat.cllm is damaged")
     found = listed(client)["chat.cllm"]
     assert not found["loadable"] and "SHA-256 does not match" in found["damaged"]
     assert client.get("/api/models/inspect", path="chat.cllm").json["damaged"] == found["damaged"]
