@@ -204,7 +204,9 @@ class TrainConfig:
         # What the preset derived from a size that is overridden here is derived anew.
         if {"embed_dim", "num_heads"} & given.keys():
             base.pop("head_dim", None)
-        if "num_heads" in given:
+        if "embed_dim" in given and not {"num_heads", "head_dim"} & given.keys():
+            base["num_heads"] = _heads(given["embed_dim"], base.get("num_heads", ModelConfig.num_heads))
+        if "num_heads" in given or base.get("num_heads", 0) % base.get("num_kv_heads", 1):
             base.pop("num_kv_heads", None)
         if "embed_dim" in given:
             base.pop("ffn_dim", None)
@@ -335,6 +337,13 @@ class TrainConfig:
         elif self.train.steps is not None:
             values["train.epochs"] = None  # steps already hold what the epochs came to
         return write_toml(values, self.sources)
+
+
+def _heads(embed_dim: int, usual: int) -> int:
+    """How many heads a width has where nothing says it: the usual number where that divides it, else heads of a usual width."""
+    widths = (64, 32, 16) if embed_dim >= 256 else (32, 16)
+    width = next((each for each in widths if embed_dim % each == 0), None)
+    return usual if embed_dim % usual == 0 or width is None else embed_dim // width
 
 
 def _fastest_precision(asked: str) -> tuple[str, str]:

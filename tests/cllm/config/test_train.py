@@ -303,6 +303,22 @@ def test_model_sizes_start_from_the_preset_and_follow_what_is_given():
         TrainConfig(preset="cllm-9t").model_config(300)
 
 
+@pytest.mark.parametrize(
+    ("given", "heads", "kv_heads"),
+    [
+        ({"embed_dim": 64}, 2, 2),  # the usual six do not divide it
+        ({"embed_dim": 96}, 6, 6),
+        ({"embed_dim": 640}, 10, 10),
+        ({"embed_dim": 256, "preset": "cllm-1m"}, 4, 2),
+        ({"embed_dim": 64, "num_heads": 4}, 4, 4),
+        ({"embed_dim": 64, "head_dim": 16}, 6, 6),
+    ],
+)
+def test_heads_fit_a_width_that_is_given_alone(given, heads, kv_heads):
+    model = TrainConfig(seq_len=16, **given).model_config(300)
+    assert (model.num_heads, model.kv_heads) == (heads, kv_heads)
+
+
 def test_an_architecture_changes_a_model_of_any_size():
     config = TrainConfig(preset="cllm-1m", architecture="fast", seq_len=64)
     model = config.model_config(300)
