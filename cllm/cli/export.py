@@ -10,8 +10,9 @@ import typer
 from cllm.cli.console import open_console
 from cllm.cli.options import Checkpoint, Json, argument, check_model, examples, load_model, option, require_suffix
 from cllm.files import MODEL, check_writable
-from cllm.runtime.errors import DataError, UserError
+from cllm.runtime.errors import CheckpointError, DataError, UserError
 from cllm.runtime.quantities import size
+from cllm.shell import command
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +75,10 @@ def import_(
     console = open_console(as_json)
     require_suffix(out, ".cllm")
     check_writable(out, MODEL)
+    if Path(folder).suffix == ".cllm" and Path(folder).is_file():
+        raise CheckpointError(f"{folder} is a .cllm file already. Every command takes it as it is.")
+    if (Path(folder) / "checkpoints").is_dir():
+        raise CheckpointError(f"{folder} is a run of CLLM. Write it as one file with: {command('export', folder, '--to', 'cllm', '--out', out)}")
     from cllm.checkpoint.model_file import save
     from cllm.interop.hf import load_hf
 

@@ -42,7 +42,8 @@ def load_hf(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) ->
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder. Expected a Hugging Face model folder with config.json and model.safetensors.")
+        what = foreign(folder) or "is not a folder. Expected a Hugging Face model folder with config.json and model.safetensors."
+        raise CheckpointError(f"{folder} {what}")
     config = config_from_hf(_read_json(folder / "config.json"))
     with torch.device("meta"):
         model = Model(config)

@@ -1,9 +1,9 @@
 """Which charset a file is written in, decided from its bytes.
 
 In this order: byte order mark; UTF-32 or UTF-16 without one; the escape sequences of ISO-2022 and HZ; strict UTF-8; a charset that the file itself
-declares (PEP 263, HTML, XML); UTF-8 with a few damaged places. These are certain. Everything else is weighed by its letters (see guess.py): charsets
-of two bytes a character with enough of them are certain as well, all others are a guess, better made for all files of a folder together.
-What is no text at all is `Binary`.
+declares (PEP 263, HTML, XML); lines in UTF-8 among lines in another charset; UTF-8 with a few damaged places. These are certain, but for what that
+other charset is. Everything else is weighed by its letters (see guess.py): charsets of two bytes a character with enough of them are certain as
+well, all others are a guess, better made for all files of a folder together. What is no text at all is `Binary`.
 """
 
 import codecs
@@ -15,8 +15,9 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from cllm.data.documents.guess import WIDE, Evidence, weigh
+from cllm.data.documents.guess import DOUBLE_BYTE, WIDE, Evidence, weigh
 from cllm.data.documents.languages import BREAK, CONTROL, DAMAGE, IDEOGRAPHIC, SPACE, characters, codes
+from cllm.data.documents.mixed import mixed_with
 from cllm.runtime.errors import UserError
 
 AUTO = "auto"  # the name that asks for the charset to be decided
@@ -45,8 +46,14 @@ _DECLARED = (
     re.compile(rb"\A\s*<\?xml[^>]{0,200}encoding=[\"']([-\w.]+)"),
     re.compile(rb"<meta[^>]{0,200}charset=[\"']?([-\w.]+)", re.IGNORECASE),
 )
+# What declared names are taken for as well, as all browsers do (WHATWG, Encoding Standard, "names and labels").
+_WIDER = {
+    "ascii": "cp1252", "iso8859-1": "cp1252", "iso8859-9": "cp1254", "iso8859-11": "cp874", "tis-620": "cp874", "gb2312": "gb18030",
+    "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949", "big5": "big5hkscs",
+}  # fmt: skip
 # Terminals are sent ESC ( B as well; only a sequence that calls up a set of two bytes a character tells of ISO 2022.
 _ISO_2022 = re.compile(rb"\x1b\$[()]?[@-Z]")
+_C1 = re.compile(r"[\x80-\x9f]")  # controls that no text has
 _HZ = re.compile(rb"~\{(?:[!-w][!-~])+~\}")
 _ESCAPED = ("iso2022_jp", "iso2022_jp_2", "iso2022_jp_ext", "iso2022_jp_2004", "iso2022_kr")
 _CONTROLS = bytes(b for b in range(1, 32) if b not in b"\t\n\r\f\b\v\x1a\x1b") + b"\x7f"
@@ -115,6 +122,26 @@ def check_encoding(name: str) -> str:
     return codecs.lookup(name).name
 
 
+def labelled(name: str, content: bytes) -> str | None:
+    """The codec of text whose sender declares a charset; None where Python does not know it, or where the text is plainly in another one."""
+    try:
+        codec = _taken_for(check_encoding(name), content)
+    except UserError:
+        return None
+    text = _decoded(content, codec)
+    damaged = text.count("\ufffd")
+    others = sum(character > "\x7f" for character in text) - damaged if damaged else 0
+    return codec if damaged * (1 if codec == "utf-8" else 8) <= others else None
+
+
+def _taken_for(codec: str, content: bytes) -> str:
+    """The declared codec, or the wider one that goes by its name where the text has characters that only that one has."""
+    wider = _WIDER.get(codecs.lookup(codec).name)
+    if wider and (not _decodes(content, codec) or _C1.search(_decoded(content, codec))) and _decodes(content, wider):
+        return wider
+    return codec
+
+
 def blocks(file: IO[bytes]) -> Iterator[bytes]:
     while block := file.read(_BLOCK):
         yield block
@@ -128,7 +155,10 @@ def example(file: IO[bytes], charset: Charset, size: int = 60) -> str:
         if look.has_sample:
             break
     look.end()
-    for line in look.sample.decode(charset.codec, "replace").splitlines():
+    sample = look.sample
+    if charset.guess:  # lines in UTF-8 among others are read as UTF-8 in records
+        sample = b"".join(line for line in sample.splitlines(keepends=True) if not _is_utf8(line)) or sample
+    for line in sample.decode(charset.codec, "replace").splitlines():
         word = re.search(r"[^\W\d_]*[^\W\d_\x00-\x7f][^\W\d_]*", line)
         if word:
             middle = (word.start() + word.end()) // 2
@@ -232,6 +262,9 @@ def _decide(look: _Look) -> Charset | Binary | Evidence:
     found = _declared(look.head, sample)
     if found:
         return found
+    found = _mixed(sample)
+    if found:
+        return found
     good = len(_MULTIBYTE_START.findall(sample))
     bad = sample.decode("utf-8", "replace").count("\ufffd")
     if good >= 8 * bad:
@@ -315,10 +348,35 @@ def _declared(head: bytes, sample: bytes) -> Charset | None:
     for pattern in _DECLARED:
         found = pattern.search(head[:2048])
         if found:
-            codec = found.group(1).decode("ascii")
-            if _is_text_codec(codec) and _decodes(sample, codec):
-                return Charset(codec.lower(), "replace", "declared in the file")
+            name = found.group(1).decode("ascii").lower()
+            codec = _taken_for(name, sample) if _is_text_codec(name) else ""
+            if codec and _decodes(sample, codec):
+                return Charset(codec, "replace", "declared in the file")
     return None
+
+
+def _mixed(sample: bytes) -> Charset | None:
+    """Lines in UTF-8 among lines in a charset of one byte a character."""
+    lines = sample.splitlines()
+    others = b"\n".join(line for line in lines if not _is_utf8(line))
+    in_utf8 = sum(len(line) - len(line.decode("utf-8")) for line in lines if _is_utf8(line))
+    not_utf8 = others.decode("utf-8", "replace").count("\ufffd")
+    # Letters of another charset happen to be UTF-8 now and then, and what is in UTF-8 may be damaged.
+    if in_utf8 < 4 or 20 * in_utf8 < not_utf8 or not_utf8 < 2 or 4 * len(_MULTIBYTE_START.findall(others)) > not_utf8:
+        return None
+    evidence = weigh(others)
+    codec = evidence.alone()
+    if codec in WIDE or codec in DOUBLE_BYTE or not evidence.is_text():
+        return None
+    return Charset(mixed_with(codec), "replace", "lines in two charsets", guess=True)
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _decoded(head: bytes, codec: str) -> str:

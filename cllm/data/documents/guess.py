@@ -45,7 +45,7 @@ FAMILIES: dict[str, dict[str, float]] = {
 }
 WIDE = {"utf-16-le": -3.0, "utf-16-be": -4.0, "utf-32-le": -3.0, "utf-32-be": -4.0}
 _UNICODE = {"utf-8": 0.0} | WIDE
-_DOUBLE_BYTE = {codec: family for family in ("japanese", "simplified", "traditional", "korean") for codec in FAMILIES[family]}
+DOUBLE_BYTE = {codec: family for family in ("japanese", "simplified", "traditional", "korean") for codec in FAMILIES[family]}
 _ENDS_LINES_WITH_CR = 4.0  # nats that a charset of the old Macintosh gains where no line ends otherwise
 
 # Words in ASCII tell the language, and only through it the charset. They count for less than others, and together for no more than a limit: text may
@@ -78,7 +78,7 @@ class Evidence(NamedTuple):
 
     def certain(self) -> str | None:
         """The charset of two bytes a character to which there is no likely alternative, if there is one."""
-        families = {_DOUBLE_BYTE.get(codec) for codec, _ in self.nats}
+        families = {DOUBLE_BYTE.get(codec) for codec, _ in self.nats}
         return self.alone() if len(families) == 1 and None not in families else None
 
     def alone(self) -> str:
@@ -126,7 +126,7 @@ def weigh(sample: bytes, codecs: Iterable[str] | None = None, plain_word: float 
     nats: dict[tuple[str, str], float] = {}
     plain_nats: dict[tuple[str, str], float] = {}
     for codec, candidates in spoken.items():
-        if codec in _DOUBLE_BYTE or codec in _UNICODE:
+        if codec in DOUBLE_BYTE or codec in _UNICODE:
             read = _read_text(sample.decode(codec, "replace"))
         else:
             table = _table(codec)

@@ -2,29 +2,24 @@
 
 import re
 
-from cllm.data.documents.charset import AUTO, Binary, Charset, check_encoding, decode
+from cllm.data.documents.charset import AUTO, Binary, Charset, decode, labelled
 from cllm.data.documents.json_records import clean
 from cllm.data.extract.document import Unreadable
 from cllm.data.extract.options import Options
-from cllm.runtime.errors import UserError
 
 _CHARSET = re.compile(r"charset\s*=\s*[\"']?([-\w.:]+)", re.IGNORECASE)
 
 
-def declared(options: Options) -> str:
-    """The codec for a file that is not certainly Unicode: what the server said, or else the user."""
+def declared(options: Options, content: bytes) -> str:
+    """The codec for a file that is not certainly Unicode: what the server said, unless its bytes tell otherwise, or else the user. `content`: the
+    file, or its begin."""
     found = _CHARSET.search(options.content_type)
-    if found:
-        try:
-            return check_encoding(found[1])
-        except UserError:
-            pass
-    return options.encoding or AUTO
+    return (found and labelled(found[1], content)) or options.encoding or AUTO
 
 
 def text_of(data: bytes, options: Options) -> tuple[str, str]:
     """The text, its line ends as newlines, and what is to be noted of its charset. Raises Unreadable where the file is empty or no text."""
-    found = decode(data, declared(options))
+    found = decode(data, declared(options, data))
     if isinstance(found, Binary):
         raise Unreadable(refusal(found))
     text = plain(found[0])

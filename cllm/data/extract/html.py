@@ -54,7 +54,10 @@ def decoded(data: bytes, options: Options) -> str:
     """The characters of a page, in the charset that its mark, its server, its head or its letters tell. Raises Unreadable."""
     if not data.strip(b" \t\r\n\0<>"):
         raise Unreadable("empty: the page has no bytes")
-    found = decode(data, declared(options))
+    found = decode(data, declared(options, data))
+    if isinstance(found, Binary) and b"\0" in data:
+        data = data.replace(b"\0", b"")  # as browsers do
+        found = decode(data, declared(options, data))
     if isinstance(found, Binary):
         raise Unreadable(refusal(found))
     return found[0]

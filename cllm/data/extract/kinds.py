@@ -64,6 +64,12 @@ def _named(name: str) -> str:
     return _EXTENSIONS.get(extension_of(name), "")
 
 
+def _named_text(name: str, text: str) -> str:
+    """What the name says of a text; nothing where files of that kind are no text: it was renamed, or a program has called it so."""
+    kind = _named(name)
+    return "" if kind in _ZIPPED or kind == "msg" or (kind == "pdf" and "endobj" not in text) else kind
+
+
 def _by_magic(name: str, head: bytes) -> str:
     found = next((kind for magic, kind in _MAGIC if head.startswith(magic)), "")
     if found == "zip":
@@ -112,11 +118,17 @@ def _by_text(name: str, head: bytes) -> str:
     if extension in BINARY_EXTENSIONS and not _is_plain(head):
         return _named(name) or "unknown"
     decoded = decode(head)
+    if isinstance(decoded, Binary) and _HTML.match(head[:_PROBE_CHARS].decode("latin-1")):
+        return "html"  # with zero bytes, which browsers pass over
     if isinstance(decoded, Binary):
         return _named(name) or ("records" if extension in RECORD_EXTENSIONS else "unknown")
     text = decoded[0]
     language = language_of(name, text[:_PROBE_CHARS])
-    return _by_content(name, text, language) or _named(name) or ("records" if extension in RECORD_EXTENSIONS else "code" if language else "text")
+    return (
+        _by_content(name, text, language)
+        or _named_text(name, text)
+        or ("records" if extension in RECORD_EXTENSIONS else "code" if language else "text")
+    )
 
 
 def _is_plain(head: bytes) -> bool:

@@ -26,7 +26,7 @@ class Package:
         try:
             self.zip = zipfile.ZipFile(io.BytesIO(data))
         except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError) as error:
-            raise Unreadable("damaged: not a whole zip archive, as files of this kind are; perhaps it was cut off") from error
+            raise Unreadable("damaged: not a whole zip archive, as files of this kind are; perhaps it is truncated") from error
         entries = self.zip.infolist()
         if len(entries) > MOST_PARTS:
             raise Unreadable(f"too large: it has {len(entries):,} parts, more than {MOST_PARTS:,}")

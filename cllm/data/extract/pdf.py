@@ -138,7 +138,7 @@ def _by_pypdf(data: bytes, options: Options, refusal: Exception) -> Document:
     from pypdf import PdfReader
 
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)
-    damaged = Unreadable("damaged: not a whole PDF file; perhaps it was cut off")
+    damaged = Unreadable("damaged: not a whole PDF file; perhaps it is truncated")
     if b"%PDF-" not in data[:1_024]:
         raise damaged from refusal
     try:

@@ -41,7 +41,7 @@ def stream(file: IO[bytes], name: str, options: Options) -> Iterator[Document]:
         return
     is_whole = len(head) < _HEAD_BYTES
     begin = head if is_whole else head[: head.rfind(b"\n") + 1] or head.rstrip(bytes(range(128, 256)))
-    charset = charset_of(io.BytesIO(begin), declared(options))
+    charset = charset_of(io.BytesIO(begin), declared(options, begin))
     if isinstance(charset, Binary):
         raise Unreadable(refusal(charset) if head.strip() else "empty")
     text = "".join(text_of(io.BytesIO(begin), charset))

@@ -19,7 +19,7 @@ _BLOCK = 1 << 20
 def stream(file: IO[bytes], name: str, options: Options) -> Iterator[Document]:
     """Documents are numbered where there are several: "document 2"; the parts of a long one as well: "part 3"."""
     head = file.read(options.document_bytes)
-    charset = detect(io.BytesIO(head), declared(options))
+    charset = detect(io.BytesIO(head), declared(options, head))
     if isinstance(charset, Binary):
         raise Unreadable(refusal(charset) if head else "empty")
     decoder = codecs.getincrementaldecoder(charset.codec)("replace")

@@ -67,3 +67,17 @@ def test_no_command_waits_for_a_pipe_without_a_writer(tmp_path):
         ran = cllm(*arguments, cwd=tmp_path)
         assert ran.status in (1, 2) and ran.err.startswith("error: ") and ran.err.count("\n") == 1, ran.err
         assert "pipe" in ran.err or "config.json" in ran.err
+
+
+def test_what_needs_no_import_or_cannot_be_imported_is_named(tmp_path):
+    (tmp_path / "m.cllm").write_bytes(b"weights")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF\3\0\0\0")
+    (tmp_path / "my run" / "checkpoints").mkdir(parents=True)
+    for given, said in [
+        ("m.cllm", "m.cllm is a .cllm file already. Every command takes it as it is."),
+        ("m.gguf", "m.gguf is a GGUF file, which CLLM writes and does not read."),
+        ("my run", "my run is a run of CLLM. Write it as one file with: "),
+        ("nothing", "nothing is not a folder. Expected a Hugging Face model folder"),
+    ]:
+        ran = cllm("import", given, "--out", "x.cllm", cwd=tmp_path)
+        assert ran.status == 1 and ran.err.startswith(f"error: {said}") and ran.err.count("\n") == 1, ran.err

@@ -201,6 +201,20 @@ def test_a_guess_is_shown_by_a_piece_of_text():
     assert charset.guess and "f\u00e4hrt" in shown and len(shown) < 80 and shown.startswith("... ") and shown.endswith(" ...")
 
 
+@pytest.mark.parametrize(("language", "codec"), [("de", "cp1252"), ("fi", "cp1252"), ("pl", "cp1250"), ("ru", "cp1251"), ("el", "cp1253")])
+@pytest.mark.parametrize("every", [2, 3, 7])
+def test_lines_in_utf8_among_lines_in_another_charset(language, codec, every):
+    lines = [f"{number} {sentence(language, codec)}" for number in range(14)]
+    content = b"\n".join(line.encode("utf-8" if number % every else codec) for number, line in enumerate(lines))
+    text, charset = decode(content)
+    assert text == "\n".join(lines) and charset.guess
+    assert charset.codec == f"utf-8+{codec}"
+    read = io.TextIOWrapper(io.BytesIO(content), encoding=charset.codec, errors="replace")
+    read._CHUNK_SIZE = 7  # characters are cut by the blocks
+    assert read.read() == text
+    assert example(io.BytesIO(content), charset).strip(" .") in lines[0]
+
+
 # -- folders -------------------------------------------------------------------------------------------------------------------------------
 
 

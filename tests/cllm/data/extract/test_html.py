@@ -11,6 +11,7 @@ pytest.importorskip("resiliparse", reason="needs cllm[data]")
 
 from cllm.data.extract import html
 from cllm.data.extract.document import Unreadable
+from cllm.data.extract.kinds import kind_of
 from cllm.data.extract.options import Options
 
 OPTIONS = Options()
@@ -132,6 +133,36 @@ def test_charset_that_the_server_said() -> None:
     text = ARTICLE.replace(PARAGRAPHS[0], "Старая мельница на краю деревни пустовала одиннадцать лет. " * 4)
     told = Options(content_type="text/html; charset=koi8-r")
     assert "Старая мельница" in html.read(text.encode("koi8-r", "replace"), "a.html", told)[0].text
+
+
+@pytest.mark.parametrize(
+    ("told", "text", "codec"),
+    [
+        ("utf-8", "Größe und Äpfel für die Gäste im Frühling", "cp1252"),  # a server that says the same of all pages
+        ("iso-8859-1", "“Smart quotes” — and dashes for 20 €", "cp1252"),  # browsers take the one for the other
+        ("iso-8859-1", "Größe und Äpfel für die Gäste", "utf-8"),
+        ("us-ascii", "Größe und Äpfel für die Gäste", "cp1252"),
+        ("iso-8859-9", "“Çocuklar” — bahçede koşuyor", "cp1254"),
+        ("gb2312", "朱镕基和他的朋友们在喆园喝茶", "gb18030"),
+        ("shift_jis", "①髙島屋の前で待っています", "cp932"),
+        ("shift_jis", "朝〜夜まで待っています", "shift_jis"),
+        ("euc-kr", "펲시콜라와 똠방각하를 보았다", "cp949"),
+        ("iso-8859-2", "Žluťoučký kůň stál u řeky", "iso-8859-2"),
+        ("x-nothing", "Größe und Äpfel für die Gäste", "utf-8"),
+    ],
+)
+def test_charset_that_is_declared_is_taken_as_browsers_take_it_unless_the_bytes_tell_otherwise(told: str, text: str, codec: str) -> None:
+    content = f"<html><body><article><p>{text}.</p><p>{text}!</p></article></body></html>".encode(codec)
+    assert text in html.read(content, "a.html", Options(content_type=f"text/html; charset={told}"))[0].text
+    if told != "utf-8":
+        meta = content.replace(b"<body>", f"<head><meta charset={told}></head><body>".encode())
+        assert text in html.read(meta, "a.html", OPTIONS)[0].text
+
+
+def test_zero_bytes_in_a_page_are_passed_over() -> None:
+    content = page(f"<article><p>{PARAGRAPHS[0]}</p></article>").encode().replace(b" ", b" \0")
+    assert kind_of("page", content) == "html"
+    assert PARAGRAPHS[0] in html.read(content, "page", OPTIONS)[0].text
 
 
 def test_markdown_of_articles_keeps_structure() -> None:

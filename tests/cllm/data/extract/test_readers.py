@@ -49,7 +49,8 @@ def test_the_kind_of_a_file_is_told_by_its_content_and_else_by_its_name(tmp_path
         ("a.docx", b"PK\x03\x04\x14\0", "docx"),
         ("run", b"#!/usr/bin/env python3\nprint(1)\n", "code"), ("a.bin", b"\x7fELF\2\1\1\0" + bytes(100), "unknown"), ("README", b"words\n", "text"),
         ("a.mp3", b"ID3\4\0\0\0\0\0", "unknown"), ("a.md", b"# <b>title</b>\n", "text"), ("a.warc", b"WARC/1.0\r\n", "warc"),
-        ("a.zst", b"\x28\xb5\x2f\xfd", "zst"),
+        ("a.zst", b"\x28\xb5\x2f\xfd", "zst"), ("a.pdf", b"plain words", "text"), ("a.docx", b"plain words", "text"),
+        ("a.msg", b"<html><p>saved under a wrong name", "html"), ("a.pdf", b"%PDX-1.7\n1 0 obj\nendobj\n", "pdf"),
     ],
 )  # fmt: skip
 def test_kinds_by_their_first_bytes(name, head, kind):
