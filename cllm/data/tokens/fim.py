@@ -5,9 +5,12 @@ writes what stands between a beginning and an end.
 
 Training rearranges the pieces of documents in a window (the paper's context level), when the window is made. Whole documents, rearranged when they
 are packed, would mostly be longer than a window and lose their parts to its edges; here every example is complete, and each epoch cuts a text at
-other places. A piece keeps its number of tokens: to make room for the special ones its suffix loses its end, or its prefix its beginning. Places
-are those between characters and not between tokens, because whoever asks for a middle may stand inside a word; the three parts are therefore
-encoded anew, as `fim_prompt` gets them.
+other places. Of a piece, a beginning of any length is rearranged and the rest follows as it is: were it the whole piece, middles would always end
+with the window, and the model would fill whatever room there is.
+
+A piece keeps its number of tokens: to make room for the special ones the suffix loses its end, or the prefix its beginning. Places are those between
+characters and not between tokens, because whoever asks for a middle may stand inside a word; the three parts are therefore encoded anew, as a
+prompt's are.
 """
 
 from __future__ import annotations
@@ -62,12 +65,13 @@ class FillInTheMiddle:
     def rearranged(self, tokens: np.ndarray, begins: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """(n,) int64: as many tokens, each document at its place.
 
-        begins: (k,) the places above 0 at which another document begins. numbers: (k + 1, 3) random numbers of 64 bits, three for each piece.
+        begins: (k,) the places above 0 at which another document begins. numbers: (k + 1, 4) random numbers of 64 bits, four for each piece.
         """
         pieces = np.split(tokens, begins)
-        for place, (chance, one, other) in enumerate(numbers.tolist()):
+        for place, (chance, length, one, other) in enumerate(numbers.tolist()):
             if chance < self.rate * 2**64:
-                pieces[place] = self._rearranged(pieces[place], one, other)
+                cut = length % (len(pieces[place]) + 1)
+                pieces[place] = np.concatenate([self._rearranged(pieces[place][:cut], one, other), pieces[place][cut:]])
         return np.concatenate(pieces)
 
     def _rearranged(self, piece: np.ndarray, one: int, other: int) -> np.ndarray:

@@ -100,8 +100,8 @@ class Batches:
 
     def _rearranged(self, fim: FillInTheMiddle, first: int, row: int, place: int, tokens: np.ndarray, begins: np.ndarray) -> np.ndarray:
         """What the window `first` + `row` holds from a place on; see `gather`."""
-        numbers = _philox(self.seed, _FIM, first + row, place).random_raw(3 * (len(begins) + 1))
-        return fim.rearranged(tokens, begins, numbers.reshape(-1, 3))
+        numbers = _philox(self.seed, _FIM, first + row, place).random_raw(4 * (len(begins) + 1))
+        return fim.rearranged(tokens, begins, numbers.reshape(-1, 4))
 
     def _start(self, window: int) -> int:
         epoch, place = divmod(window, self.windows_per_epoch)

@@ -40,7 +40,8 @@ def parts(tokenizer, tokens):
     if tokens[0] != prefix:
         assert not {prefix, suffix, middle} & set(tokens)
         return None
-    assert [tokens.count(token) for token in (prefix, suffix, middle, tokenizer.eot_id)] == [1, 1, 1, 1] and tokens[-1] == tokenizer.eot_id
+    assert [tokens.count(token) for token in (prefix, suffix, middle)] == [1, 1, 1] and tokens.count(tokenizer.eot_id) in (1, 2)
+    tokens = tokens[: tokens.index(tokenizer.eot_id) + 1]  # what follows is the rest of the piece
     second, third = tokens.index(suffix), tokens.index(middle)
     assert 0 < second < third
     found = tokens[1:second], tokens[third + 1 : -1], tokens[second + 1 : third]
@@ -52,7 +53,7 @@ def parts(tokenizer, tokens):
 def test_the_parts_of_a_piece_are_the_text_in_as_many_tokens(tokenizer, words, is_whole, one, other):
     text = "".join(words)
     piece = np.array([*tokenizer.encode(text), *([tokenizer.eot_id] if is_whole else [])], dtype=np.int64)
-    found = FillInTheMiddle(tokenizer, 1.0).rearranged(piece, np.array([], dtype=np.int64), np.array([[0, one, other]], dtype=np.uint64))
+    found = FillInTheMiddle(tokenizer, 1.0).rearranged(piece, np.array([], dtype=np.int64), np.array([[0, len(piece), one, other]], dtype=np.uint64))
     assert found.shape == piece.shape and found.dtype == np.int64
     cut = parts(tokenizer, found.tolist()) if len(found) else None
     if cut is None:
@@ -71,7 +72,7 @@ def test_the_parts_of_a_piece_are_the_text_in_as_many_tokens(tokenizer, words, i
 def test_characters_that_a_window_cuts_in_two_are_left_out(lost, one, other):
     ids = BYTES.encode("\U0001f642\u4f60" + "a b c d " * 3 + "\u4f60\U0001f642")
     piece = np.array(ids[lost : len(ids) - lost], dtype=np.int64)
-    found = FillInTheMiddle(BYTES, 1.0).rearranged(piece, np.array([], dtype=np.int64), np.array([[0, one, other]], dtype=np.uint64))
+    found = FillInTheMiddle(BYTES, 1.0).rearranged(piece, np.array([], dtype=np.int64), np.array([[0, len(piece), one, other]], dtype=np.uint64))
     assert len(found) == len(piece)
     cut = parts(BYTES, found.tolist())
     assert cut is None or b"".join(cut) in BYTES.decode_bytes(ids)
@@ -125,7 +126,16 @@ def test_a_batch_is_the_same_however_it_is_asked_for_and_keeps_its_documents(spl
             if len(piece) >= 24:  # of others, the places may leave no room for the special tokens
                 pieces += 1
                 changed += is_changed
-    assert not mask or (pieces > 50 and 0.45 < changed / pieces < 0.75)
+    assert not mask or (pieces > 50 and 0.3 < changed / pieces < 0.6)
+
+
+def test_a_middle_ends_anywhere_in_a_window_and_not_with_it(split):
+    ends = []
+    for row in split.batches(48, 100, 1, shuffle="random", fim_rate=1.0).batch(0).tokens.tolist():
+        behind = row[row.index(BYTES.fim_tokens.middle) :] if BYTES.fim_tokens.middle in row else []
+        if BYTES.eot_id in behind:
+            ends.append(len(row) - len(behind) + behind.index(BYTES.eot_id))
+    assert len(ends) > 50 and len(set(ends)) > 25 and max(ends.count(place) for place in ends) < 10
 
 
 def test_a_rate_of_nothing_changes_nothing_and_evaluation_reads_the_text_as_it_is(split):
@@ -137,8 +147,8 @@ def test_a_rate_of_nothing_changes_nothing_and_evaluation_reads_the_text_as_it_i
 def test_batches_are_the_same_on_every_machine(split):
     batch = split.batches(24, 2, 1337, document_mask=True, fim_rate=1.0).batch(1)
     assert [BYTES.decode(row, skip_special=False) for row in batch.tokens.tolist()] == [
-        "<|fim_prefix|>e|>defare<|fim_suffix|>(width,heig<|fim_middle|>a",
-        "<|fim_prefix|>turnw<|fim_suffix|>eight#caf\ufffd<|fim_middle|>idth*h",
+        "<|fim_prefix|><|fim_suffix|>|>de<|fim_middle|>e<|endoftext|>a(width,height)",
+        "<|fim_prefix|><|fim_suffix|><|fim_middle|>tur<|endoftext|>th*height#caf\u00e9\ufffd",
     ]
 
 
