@@ -98,6 +98,19 @@ def test_a_stream_is_stopped_and_keeps_what_had_come(talk):
     assert answer.locator(".message-text").text_content() == text
 
 
+def test_who_only_hears_the_page_is_not_told_of_an_answer_that_failed(talk):
+    page = talk("Completion", max_tokens=4)
+    answers = "**/v1/completions"
+    body = '{"error": {"message": "The model is gone.", "type": "server_error", "param": null, "code": null}}'
+    page.watched.expected.append("500 (Internal Server Error)")
+    page.route(answers, lambda route: route.fulfill(status=500, content_type="application/json", body=body))
+    say(page, "The")
+    expect(page.get_by_role("status").filter(has_text="There is no answer.")).to_have_count(1)
+    page.unroute(answers)
+    page.locator("article.assistant").get_by_role("button", name="Regenerate").click()
+    expect(page.get_by_role("status").filter(has_text="The answer is complete.")).to_have_count(1)
+
+
 def test_a_text_longer_than_the_context_is_gone_on_with_from_its_end(talk):
     page = talk("Completion", max_tokens=2, min_tokens=2)
     say(page, "The value of an expression is computed before it is used. " * 30)

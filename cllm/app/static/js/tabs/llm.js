@@ -28,6 +28,7 @@ class Page {
   #threads = [];
   #ends = [];
   #ended = false;
+  #failed = false;
 
   constructor(panel, route) {
     this.panel = panel;
@@ -127,7 +128,8 @@ class Page {
     else if (kind === "error") this.#fault(thread);
     else if (kind === "running") {
       this.composer.update();
-      this.told.say(session.isBusy ? "The model is writing." : "The answer is complete.");
+      if (session.isBusy) this.#failed = false;
+      this.told.say(session.isBusy ? "The model is writing." : this.#failed ? "There is no answer." : "The answer is complete.");
     }
   }
 
@@ -143,6 +145,7 @@ class Page {
   }
 
   #fault(error) {
+    this.#failed = true;
     this.composer.update();
     this.#lookAgain();
     if (!this.options.error(error.param, error.message)) toast(error.message, { kind: "error" });

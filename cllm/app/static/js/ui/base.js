@@ -50,13 +50,17 @@ export const facts = (pairs) => h("dl", { class: "facts" }, pairs.filter(([, val
 /** A polite live region that says at most one thing in `seconds`, so that it does not chatter. {element, say(text)} */
 export function liveText(seconds = 5) {
   const element = h("p", { class: "visually-hidden", role: "status", "aria-live": "polite" });
-  let last = 0;
+  let latest = "", last = -Infinity, waiting = null;
+  const show = () => {
+    waiting = null;
+    last = performance.now();
+    setText(element, latest);
+  };
   return {
     element,
     say(text) {
-      if (performance.now() - last < seconds * 1000 && last) return;
-      last = performance.now();
-      setText(element, text);
+      latest = text;
+      waiting ??= setTimeout(show, Math.max(0, last + seconds * 1000 - performance.now()));
     },
   };
 }
