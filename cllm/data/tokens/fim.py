@@ -5,8 +5,8 @@ writes what stands between a beginning and an end.
 
 Training rearranges the pieces of documents in a window (the paper's context level), when the window is made. Whole documents, rearranged when they
 are packed, would mostly be longer than a window and lose their parts to its edges; here every example is complete, and each epoch cuts a text at
-other places. Of a piece, a beginning of any length is rearranged and the rest follows as it is: were it the whole piece, middles would always end
-with the window, and the model would fill whatever room there is.
+other places. Of a piece that the window cuts off, a beginning of any length is rearranged and the rest follows as it is: were it the whole piece,
+middles would always end with the window, and the model would fill whatever room there is.
 
 A piece keeps its number of tokens: to make room for the special ones the suffix loses its end, or the prefix its beginning. Places are those between
 characters and not between tokens, because whoever asks for a middle may stand inside a word; the three parts are therefore encoded anew, as a
@@ -70,16 +70,20 @@ class FillInTheMiddle:
         pieces = np.split(tokens, begins)
         for place, (chance, length, one, other) in enumerate(numbers.tolist()):
             if chance < self.rate * 2**64:
-                cut = length % (len(pieces[place]) + 1)
-                pieces[place] = np.concatenate([self._rearranged(pieces[place][:cut], one, other), pieces[place][cut:]])
+                piece = pieces[place]
+                cut = len(piece) if self._is_whole(piece) else length % (len(piece) + 1)
+                pieces[place] = np.concatenate([self._rearranged(piece[:cut], one, other), piece[cut:]])
         return np.concatenate(pieces)
+
+    def _is_whole(self, piece: np.ndarray) -> bool:
+        """Whether it goes up to the end of its document."""
+        return len(piece) > 0 and bool(piece[-1] == self.tokenizer.eot_id)
 
     def _rearranged(self, piece: np.ndarray, one: int, other: int) -> np.ndarray:
         """The piece as it is where it is too short for the special tokens."""
         tokenizer, end = self.tokenizer, self.tokenizer.eot_id
-        is_whole = len(piece) > 0 and piece[-1] == end
         # A window may cut a character in two, whose bytes at the edge are left out.
-        text = tokenizer.decode_bytes(piece[:-1] if is_whole else piece).decode("utf-8", errors="ignore")
+        text = tokenizer.decode_bytes(piece[:-1] if self._is_whole(piece) else piece).decode("utf-8", errors="ignore")
         first, last = sorted((one % (len(text) + 1), other % (len(text) + 1)))
         prefix, middle, suffix = tokenizer.encode_arrays([text[:first], text[first:last], text[last:]])
         extra = len(prefix) + len(middle) + len(suffix) + len(self._tokens) + 1 - len(piece)
