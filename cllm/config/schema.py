@@ -63,8 +63,9 @@ class DataSection:
     )
     document_mask: bool = setting(True, "Each token attends only to its own document, never to the one packed before it.")
     fim_rate: float = setting(
-        0.0, "Share of the documents in training windows that are cut at two random places and learnt in the order prefix, suffix, middle, so that the"
-        " model fills in the middle for --suffix of cllm generate. Where a window cuts a document off, a part of it is. 0 for none.", at_least=0.0, at_most=1.0, example=0.5,
+        0.0, "Share of the documents in training windows that are cut at two random places and learnt in the order prefix, suffix, middle, so that"
+        " the model fills in the middle for --suffix of cllm generate. Where a window cuts a document off, a part of it is. 0 for none.",
+        at_least=0.0, at_most=1.0, example=0.5,
     )  # fmt: skip
     shuffle: str = setting(
         "epoch",

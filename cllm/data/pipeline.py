@@ -162,12 +162,6 @@ def _packed(
 ) -> tuple[Dataset, tuple[str, str, str]]:
     key = _digest(PACK_VERSION, corpus.digest(), plan.method, plan.val_fraction, tokenizer.hash)
     folder = folder_for(out, "tokens", key, keep_others)
-    try:
-        if read_info(folder)["key"] == key:
-            dataset = Dataset.open(folder, tokenizer.hash)
-            return dataset, ("tokens", "cached", token_words(dataset.train, dataset.val))
-    except DataError:
-        pass  # never packed, of other data, or damaged: pack
     info = {
         "format": FORMAT,
         "version": VERSION,
@@ -178,6 +172,14 @@ def _packed(
         "num_documents": len(corpus.rows),
         "skipped": corpus.skipped.to_dict(),
     }
+    try:
+        if read_info(folder)["key"] == key:
+            found = Dataset.open(folder, tokenizer.hash)
+            # The tokens are those of other files too: what was left out is told of these.
+            dataset = Dataset(found.folder, found.train, found.val, found.tokenizer, {**found.info, **info})
+            return dataset, ("tokens", "cached", token_words(dataset.train, dataset.val))
+    except DataError:
+        pass  # never packed, of other data, or damaged: pack
     earlier = Earlier.find(out, corpus, plan, tokenizer)
     with new_folder(folder, DATA) as temporary:
         copied = pack(corpus, plan, tokenizer, temporary, earlier, bar.step("Packing tokens", corpus.num_bytes))

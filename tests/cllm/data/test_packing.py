@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from cllm.data import packing
@@ -18,6 +18,11 @@ def tokenizer():
 
 def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def tokens(folder):
+    """All of it but what was left out, which is told of the files that the tokens were first packed from."""
+    return {name: found for name, found in content(folder).items() if name != "dataset.json"}
 
 
 def tokenized(monkeypatch):
@@ -47,6 +52,7 @@ def written(name, lines):
     st.lists(st.dictionaries(NAMES, TEXTS | st.none(), min_size=1), max_size=3),
     st.sampled_from([0.0, 0.3, None]),
 )
+@example(files={"a.txt": ["some words\n"]}, changes=[{"a.txt": None}, {"a.txt": ["   \n"]}], val_fraction=0.0)
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_after_any_changes_the_result_is_that_of_packing_all_again(tmp_path_factory, tokenizer, files, changes, val_fraction):
     root = tmp_path_factory.mktemp("x")
@@ -62,7 +68,17 @@ def test_after_any_changes_the_result_is_that_of_packing_all_again(tmp_path_fact
         (data / "always.txt").write_text("some words that are always here\n" * 9)
         again = prepare(data, out, tokenizer, val_fraction=val_fraction)
         fresh = prepare(data, root / f"fresh-{round_number}", tokenizer, val_fraction=val_fraction)
-        assert content(again.folder) == content(fresh.folder)
+        assert tokens(again.folder) == tokens(fresh.folder) and again.info == fresh.info
+
+
+def test_what_is_left_out_is_told_of_these_files_where_the_tokens_are_those_of_others(tmp_path, tokenizer):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "always.txt").write_text("some words that are always here\n" * 9)
+    assert not prepare(data, tmp_path / "out", tokenizer).info["skipped"]
+    (data / "blank.txt").write_text("   \n")
+    again = prepare(data, tmp_path / "out", tokenizer)
+    assert again.steps[-1][1] == "cached" and again.info["skipped"]["empty"]["examples"] == ["blank.txt"]
 
 
 def test_only_what_changed_is_tokenized(tmp_path, tokenizer, monkeypatch):
