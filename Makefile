@@ -27,10 +27,10 @@ demo: setup
 app: setup
 	@$(BIN)/cllm app
 
-# Four processes take a file of tests each, because many tests wait for commands; they share the machine, so threads that wait do not spin. Tests
+# Three processes take a file of tests each, because many tests wait for commands; they share the machine, so threads that wait do not spin. Tests
 # start hundreds of processes: with Python's bytecode kept, whatever the environment says, none compiles the sources of CLLM again.
 test: setup
-	@PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder --durations 25
+	@PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 25
 
 # What CLLM is compared with: lm-evaluation-harness, and llama.cpp as a prebuilt library through npm; and NVRTC, which compiles CUDA C++ without a
 # GPU. Without them their tests are skipped.
