@@ -121,7 +121,7 @@ class Fields:
                 raise self.refuse(name, f"must be {word}, got {shortened(value)}.", "invalid_type")
 
     def finish(self) -> None:
-        """Raises Refused for a field that is nobody has read: a misspelt option must not be silently without effect."""
+        """Raises Refused for a field that nobody has read: a misspelt option must not be silently without effect."""
         for name in self._left:
             near = difflib.get_close_matches(name, self._known, n=1)
             hint = f" Did you mean {near[0]}?" if near else " Leave it out."

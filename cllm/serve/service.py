@@ -185,15 +185,15 @@ class Service:
         echo: bool = False,
         shows_special: bool = False,
     ) -> Job:
+        if not all(token < tokenizer.vocab_size for token in options.stop_token_ids):
+            words = f"stop_token_ids holds token ids outside 0 to {tokenizer.vocab_size - 1}."
+            raise Refused(400, words, param="stop_token_ids", code="invalid_value")
         seed = random.getrandbits(62) if options.seed is None else options.seed
         constraint = None if options.form is None else constraint_for(options.form, tokenizer)
         job = Job(
             served, prompts, options.n, stop, seed=seed, streamed=options.stream, scored=options.logprobs is not None,
             min_tokens=options.min_tokens, keeps_nothing=max_tokens == 0, shows_special=shows_special, told=self._note,
         )  # fmt: skip
-        if not all(token < tokenizer.vocab_size for token in options.stop_token_ids):
-            words = f"stop_token_ids holds token ids outside 0 to {tokenizer.vocab_size - 1}."
-            raise Refused(400, words, param="stop_token_ids", code="invalid_value")
         end_tokens = {*options.stop_token_ids, *(() if tokenizer.eot_id is None else (tokenizer.eot_id,))}
         deadline = time.monotonic() + min(self.deadline, options.timeout or math.inf)
         try:

@@ -22,7 +22,7 @@ from cllm.kernels.triton.matmul import matmul as dense_matmul
 from cllm.kernels.triton.matmul import precision_of
 from cllm.runtime.gpu import GPU
 
-MOST_ROWS = 64  # beyond it dense products, which use the matrix units better, are worth the copy
+MOST_ROWS = 64  # beyond it dense products, which use the matrix units better, should be worth the copy: not measured
 STEP_WORDS = 16  # of each output in a step: matrix units sum over no fewer elements
 BLOCK_ROWS = 16  # of a tile, however many rows there are: a row has the same bits beside any others
 LANES = tl.constexpr(STRIP)

@@ -157,7 +157,7 @@ def example(file: IO[bytes], charset: Charset, size: int = 60) -> str:
     look.end()
     sample = look.sample
     if charset.guess:  # lines in UTF-8 among others are read as UTF-8 in records
-        sample = b"".join(line for line in sample.splitlines(keepends=True) if not _is_utf8(line)) or sample
+        sample = b"".join(line for line in sample.splitlines(keepends=True) if not is_utf8(line)) or sample
     for line in sample.decode(charset.codec, "replace").splitlines():
         word = re.search(r"[^\W\d_]*[^\W\d_\x00-\x7f][^\W\d_]*", line)
         if word:
@@ -357,9 +357,11 @@ def _declared(head: bytes, sample: bytes) -> Charset | None:
 
 def _mixed(sample: bytes) -> Charset | None:
     """Lines in UTF-8 among lines in a charset of one byte a character."""
-    lines = sample.splitlines()
-    others = b"\n".join(line for line in lines if not _is_utf8(line))
-    in_utf8 = sum(len(line) - len(line.decode("utf-8")) for line in lines if _is_utf8(line))
+    lines: dict[bool, list[bytes]] = {True: [], False: []}  # by whether they are UTF-8
+    for line in sample.splitlines():
+        lines[is_utf8(line)].append(line)
+    others = b"\n".join(lines[False])
+    in_utf8 = sum(len(line) - len(line.decode("utf-8")) for line in lines[True])
     not_utf8 = others.decode("utf-8", "replace").count("\ufffd")
     # Letters of another charset happen to be UTF-8 now and then, and what is in UTF-8 may be damaged.
     if in_utf8 < 4 or 20 * in_utf8 < not_utf8 or not_utf8 < 2 or 4 * len(_MULTIBYTE_START.findall(others)) > not_utf8:
@@ -371,7 +373,7 @@ def _mixed(sample: bytes) -> Charset | None:
     return Charset(mixed_with(codec), "replace", "lines in two charsets", guess=True)
 
 
-def _is_utf8(line: bytes) -> bool:
+def is_utf8(line: bytes) -> bool:
     try:
         line.decode("utf-8")
     except UnicodeDecodeError:

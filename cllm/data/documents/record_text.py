@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterator
 from typing import IO
 
-from cllm.data.documents.charset import AUTO, Binary, Charset, detect
+from cllm.data.documents.charset import AUTO, Binary, Charset, detect, is_utf8
 
 _BLOCK = 1 << 20
 _UNCUT = 1 << 24  # bytes of a line without a place where it may be cut
@@ -37,7 +37,7 @@ def _line_charset(file: IO[bytes], whole: Charset, encoding: str) -> Charset:
     while size < _SAMPLE and (line := file.readline(1 << 16)):
         if line.isascii():
             continue
-        if _is_utf8(line):
+        if is_utf8(line):
             some_utf8 = some_utf8 or len(line) - len(line.decode("utf-8")) >= 8  # a few bytes of another charset may pass for UTF-8
         else:
             sample.append(line)
@@ -46,14 +46,6 @@ def _line_charset(file: IO[bytes], whole: Charset, encoding: str) -> Charset:
         return whole
     found = detect(io.BytesIO(b"".join(sample)), encoding)
     return Charset("utf-8", "replace", _MIXED) if isinstance(found, Binary) else Charset(found.codec, "replace", _MIXED, found.guess)
-
-
-def _is_utf8(line: bytes) -> bool:
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def text_of(file: IO[bytes], charset: Charset) -> Iterator[str]:
@@ -91,7 +83,7 @@ def _decoded(block: bytes, charset: Charset) -> str:
 
 
 def _decoded_line(line: bytes, charset: Charset) -> str:
-    if not _is_utf8(line):
+    if not is_utf8(line):
         return line.decode(charset.codec, "replace")
     if charset.how != _MIXED and charset.codec in _DOUBLE_BYTE and not line.isascii():
         try:
