@@ -127,9 +127,15 @@ def generate(
         asked: str | list[int] = prompt
         shown = {"prompt": prompt}
         if suffix is not None:
-            asked = fim_prompt(tokenizer, tokenizer.encode(prompt), tokenizer.encode(suffix))
+            before, after, longest = tokenizer.encode(prompt), tokenizer.encode(suffix), model.config.max_seq_len
+            asked = fim_prompt(tokenizer, before, after, longest, max_tokens)
+            if len(asked) < len(before) + len(after) + 3:
+                say(
+                    f"The context of {longest:,} tokens does not hold the prompt of {len(before):,}, the suffix of {len(after):,} and the middle: "
+                    "the model sees what is next to the middle."
+                )
             # A middle ends with the context: without the text around it nothing fits any more.
-            options["max_tokens"] = max_tokens = min(max_tokens, max(1, model.config.max_seq_len - len(asked) + 1))
+            options["max_tokens"] = max_tokens = min(max_tokens, longest - len(asked) + 1)
             shown["suffix"], prompt = suffix, ""
         if beams is not None:
             from cllm.generate.beams import generate_beams

@@ -245,7 +245,7 @@ def load_draft(path: str | None, tokenizer: "Tokenizer", weights: str | None = N
     if own != tokenizer:
         raise UserError(
             f"--draft {path} has another tokenizer than the model, so it cannot guess the model's tokens. Train it with the tokenizer of the model: "
-            "cllm train DATA --tokenizer FILE"
+            "cllm train DATA --tokenizer RUN/tokenizer.json, RUN being the run of the model."
         )
     return model
 

@@ -95,9 +95,9 @@ class Served:
         self._check_tokens(len(tokens), "prompt")
         return Prompt(tokens, text)
 
-    def read_around(self, prefix: str | Sequence[int], suffix: str, may_leave_out: bool = False) -> Prompt:
-        """The tokens after which the text between two others is written; with `may_leave_out` those next to it that the context holds. Raises
-        Refused."""
+    def read_around(self, prefix: str | Sequence[int], suffix: str, max_tokens: int, may_leave_out: bool = False) -> Prompt:
+        """The tokens after which the text between two others is written; with `may_leave_out` those next to it that the context holds beside the
+        answer. Raises Refused."""
         longest = self.context * self._longest_token  # characters that a context holds at most
         if may_leave_out:
             prefix, suffix = prefix[-longest:], suffix[:longest]
@@ -109,7 +109,7 @@ class Served:
             before = self._checked(prefix)
         after = self._encode(suffix, "suffix")
         try:
-            tokens = fim_prompt(self.tokenizer, before, after, most=self.context if may_leave_out else None)
+            tokens = fim_prompt(self.tokenizer, before, after, self.context if may_leave_out else None, max_tokens)
         except UserError as error:
             raise Refused(400, str(error), param="suffix", code="unsupported_value") from None
         self._check_tokens(len(tokens), "prompt with suffix")

@@ -126,7 +126,7 @@ class Service:
         most = COMPLETION_TOKENS if options.max_tokens is None else options.max_tokens
         with self._using(options.model) as served:
             prompts = [
-                served.read_around(each, asked.suffix, asked.may_leave_out) if asked.suffix else served.read(each, asked.may_leave_out)
+                served.read_around(each, asked.suffix, most, asked.may_leave_out) if asked.suffix else served.read(each, asked.may_leave_out)
                 for each in asked.prompts
             ]
             return self._submit(served, options, prompts, most, served.tokenizer, options.stop, client, echo=asked.echo)

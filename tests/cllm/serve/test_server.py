@@ -99,14 +99,17 @@ def test_the_middle_of_a_text_is_that_of_the_command(filling, parts, options):
 
 def test_a_middle_ends_with_the_context_and_only_what_is_next_to_it_is_read_if_that_is_asked_for(filling, parts):
     model, tokenizer = parts
-    _, server = filling
+    place, server = filling
     long = {"prompt": PROMPT * 100, "suffix": TEXT * 100, "temperature": 0, "max_tokens": 5}
     status, found, _ = server.ask("/v1/completions", long)
     assert status == 400 and "suffix has at least" in found["error"]["message"] and found["error"]["code"] == "context_length_exceeded"
     together = {"prompt": tokenizer.encode(TEXT) * 20, "suffix": TEXT}
     assert "prompt with suffix has" in server.ask("/v1/completions", together)[1]["error"]["message"]
     status, found, _ = server.ask("/v1/completions", long | {"truncation": "auto"})
-    assert (status, found["usage"]["prompt_tokens"], found["usage"]["completion_tokens"]) == (200, 256, 1)
+    assert (status, found["usage"]["prompt_tokens"], found["usage"]["completion_tokens"]) == (200, 251, 5)
+    ran = cllm("generate", place, *(each for name, value in long.items() for each in (f"--{name.replace('_', '-')}", value)), "--json")
+    assert ran.json["texts"] == [found["choices"][0]["text"]] and ran.json["prompt_tokens"] == 251
+    assert "The context of 256 tokens does not hold the prompt" in ran.err
     text = {"prompt": PROMPT * 3, "suffix": TEXT, "temperature": 0, "min_tokens": 300, "max_tokens": 300}
     usage = server.ask("/v1/completions", text)[1]["usage"]
     assert usage["total_tokens"] == model.config.max_seq_len + 1
