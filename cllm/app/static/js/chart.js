@@ -121,21 +121,27 @@ export function chart(element, options) {
     state.onzoom?.(range);
   }
 
+  // A mark stays the same element as long as its curve is there: new data that arrive while it is pressed must not take the press away.
   const marks = new Map();
   function makeLegend() {
-    marks.clear();
+    for (const label of marks.keys()) if (!state.series.some((each) => each.label === label)) marks.delete(label);
     replace(legend, state.series.map((each, index) => {
-      const value = h("span", { class: "value" });
-      marks.set(index, value);
-      const swatch = h("span", { class: "swatch", "aria-hidden": "true", style: { background: `var(${seriesColour(each.colour ?? index)})` } });
-      const mark = h("button", { type: "button", "aria-pressed": String(!hidden.has(each.label)), title: "Show or hide this curve", onclick: () => {
-        if (!hidden.delete(each.label)) hidden.add(each.label);
-        mark.setAttribute("aria-pressed", String(!hidden.has(each.label)));
-        rebuild();
-        marks.get(index)?.closest("button").focus();
-      } }, swatch, each.label, value);
+      if (!marks.has(each.label)) marks.set(each.label, makeMark(each.label));
+      const { element: mark, swatch } = marks.get(each.label);
+      swatch.style.background = `var(${seriesColour(each.colour ?? index)})`;
+      mark.setAttribute("aria-pressed", String(!hidden.has(each.label)));
       return mark;
     }));
+  }
+
+  function makeMark(label) {
+    const swatch = h("span", { class: "swatch", "aria-hidden": "true" });
+    const value = h("span", { class: "value" });
+    const toggle = () => {
+      if (!hidden.delete(label)) hidden.add(label);
+      rebuild();
+    };
+    return { element: h("button", { type: "button", title: "Show or hide this curve", onclick: toggle }, swatch, label, value), swatch, value };
   }
 
   function values(at) {
@@ -145,7 +151,7 @@ export function chart(element, options) {
       if (at === null) found = lastKnown(column);
       else if (column[at] === null || column[at] === undefined) found = nearest(column, at);
       const value = column[found];
-      setText(marks.get(index) ?? summary, value === null || value === undefined ? "" : `${yText(value)}${at === null ? "" : ` at ${xText(drawn.data[0][found])}`}`);
+      setText(marks.get(each.label)?.value ?? summary, value === null || value === undefined ? "" : `${yText(value)}${at === null ? "" : ` at ${xText(drawn.data[0][found])}`}`);
     });
   }
 
@@ -165,7 +171,7 @@ export function chart(element, options) {
     const move = (by) => {
       const to = Math.max(0, Math.min(drawn.data[0].length - 1, (plot.cursor.idx ?? (by > 0 ? -1 : drawn.data[0].length)) + by));
       plot.setCursor({ left: plot.valToPos(drawn.data[0][to], "x"), top: plot.bbox.height / devicePixelRatio / 2 });
-      setText(summary, state.series.map((each, index) => `${each.label} ${marks.get(index)?.textContent ?? ""}`).join(", "));
+      setText(summary, state.series.map((each) => `${each.label} ${marks.get(each.label)?.value.textContent ?? ""}`).join(", "));
     };
     const size = (max - min) / 4;
     const actions = {

@@ -13,9 +13,15 @@ export function svg(tag, attributes, ...children) {
   return fill(document.createElementNS(SVG, tag), attributes, children);
 }
 
-/** Puts `children` in the place of what the node holds. */
+/** Puts `children` in the place of what the node holds. What it holds already stays where it is: a press of the mouse or a focus in it is not lost. */
 export function replace(node, ...children) {
-  node.replaceChildren(...nodes(children));
+  const next = nodes(children);
+  const kept = new Set(next);
+  for (const each of [...node.childNodes]) if (!kept.has(each)) each.remove();
+  next.forEach((each, index) => {
+    const here = node.childNodes[index] ?? null;
+    if (here !== each) node.insertBefore(each, here);
+  });
   return node;
 }
 
@@ -42,5 +48,9 @@ function fill(element, attributes, children) {
 }
 
 function nodes(children) {
-  return children.flat(Infinity).filter((each) => each !== null && each !== undefined && each !== false).map((each) => (each instanceof Node ? each : String(each)));
+  const given = children.flat(Infinity).filter((each) => each !== null && each !== undefined && each !== false);
+  return given.flatMap((each) => {
+    if (each instanceof DocumentFragment) return [...each.childNodes];
+    return each instanceof Node ? each : document.createTextNode(String(each));
+  });
 }

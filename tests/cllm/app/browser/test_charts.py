@@ -34,3 +34,30 @@ def test_short_curves_keep_every_point_and_what_is_not_finite_is_left_out(visit,
     assert found["data"] == [[1, 2, 3, 4], [5, None, None, None], [5, None, None, None], [5, None, None, None],
                              [None, None, None, 7], [None, None, None, 6], [None, 1, None, 8]]  # fmt: skip
     assert found["range"] == {"min": 1, "max": 4}
+
+
+PRESSED = """async () => {
+  const { chart } = await import("/js/chart.js");
+  const { replace } = await import("/js/dom.js");
+  const place = document.createElement("div");
+  document.getElementById("main").prepend(place);
+  window.drawn = chart(place, { series: ["two", "one"].map((label) => ({ label, x: [1, 2], y: [3, 4] })), name: "Pressed" });
+  window.again = () => {
+    drawn.update({ log: true, series: ["two", "three"].map((label) => ({ label, x: [1, 2, 3], y: [3, 4, 5] })) });
+    replace(place, [...place.children], "and words");
+  };
+}"""
+
+
+def test_a_press_is_not_lost_where_new_data_arrive_before_the_mouse_is_released(visit, shared_app):
+    page = visit(shared_app)
+    page.evaluate(PRESSED)
+    mark = page.get_by_role("button", name="two")
+    mark.hover()
+    page.mouse.down()
+    page.evaluate("again()")
+    page.mouse.up()
+    assert mark.get_attribute("aria-pressed") == "false" and mark.evaluate("each => each === document.activeElement")
+    marks = page.locator(".legend button[title]").all_inner_texts()
+    assert [each.split()[0] for each in marks] == ["two", "three"]
+    assert page.evaluate("document.getElementById('main').firstChild.lastChild.data") == "and words"

@@ -155,6 +155,9 @@ class View {
   #forbid(found) {
     const urls = (Array.isArray(found) ? found : (found?.urls ?? [])).map((each) => each.url ?? each);
     const count = found?.count ?? urls.length;
+    const wanted = JSON.stringify([count, urls]);
+    if (this.forbidden.dataset.shown === wanted) return;
+    this.forbidden.dataset.shown = wanted;
     const open = this.forbidden.querySelector("details")?.open ?? false;
     replace(this.forbidden, count ? h("details", { class: "card", open }, h("summary", {}, `robots.txt forbids ${number(count)} ${count === 1 ? "address" : "addresses"}`),
       h("ul", { class: "plain" }, urls.map((url) => h("li", { class: "mono" }, url)))) : null);

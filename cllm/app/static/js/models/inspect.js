@@ -24,8 +24,7 @@ export function inspectView(path) {
       if (!cards.has(job.id)) cards.set(job.id, jobCard(job, { next: outcome }));
       else cards.get(job.id).update(job);
     }
-    const wanted = own.map((job) => cards.get(job.id).element);
-    if (wanted.some((each, index) => work.children[index] !== each)) replace(work, wanted);
+    replace(work, own.map((job) => cards.get(job.id).element));
   });
   get("api/models/inspect", { path }, { signal: leaving.signal }).then((model) => show(place, model, path), (error) => {
     if (error.name !== "AbortError") replace(place, h("p", { class: "notice bad", role: "alert" }, error.message));

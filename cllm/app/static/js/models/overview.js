@@ -66,7 +66,7 @@ export function overview() {
       if (!cards.has(job.id)) cards.set(job.id, jobCard(job, { onforget: () => {}, next: outcome }));
       else cards.get(job.id).update(job);
     }
-    replaceIfChanged(work, own.map((job) => cards.get(job.id).element));
+    replace(work, own.map((job) => cards.get(job.id).element));
     workCard.hidden = !own.length;
     const done = own.filter(isEnded).length;
     if (done !== ended) load();
@@ -84,8 +84,4 @@ export function overview() {
       window.removeEventListener("modelschange", load);
     },
   };
-}
-
-function replaceIfChanged(place, wanted) {
-  if (wanted.length !== place.children.length || wanted.some((each, index) => place.children[index] !== each)) replace(place, wanted);
 }

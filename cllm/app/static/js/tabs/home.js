@@ -38,8 +38,7 @@ export function mount(panel) {
       }
     }
     const wanted = active.map((job) => cards.get(job.id).element);
-    if (!wanted.length) replace(now, empty("Nothing runs at the moment."));
-    else if (wanted.length !== now.children.length || wanted.some((each, index) => now.children[index] !== each)) replace(now, wanted);
+    replace(now, wanted.length ? wanted : empty("Nothing runs at the moment."));
     steps.jobs(jobs);
   });
   const endRuns = followRuns((list) => {

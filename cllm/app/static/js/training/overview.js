@@ -34,8 +34,7 @@ export function overview(params) {
       if (cards.has(job.id)) cards.get(job.id).update(job);
       else cards.set(job.id, cardOf(job));
     }
-    const wanted = shown.map((job) => cards.get(job.id).element);
-    if (wanted.length !== queue.children.length || wanted.some((each, index) => queue.children[index] !== each)) replace(queue, wanted);
+    replace(queue, shown.map((job) => cards.get(job.id).element));
     queueCard.hidden = !shown.length;
   });
   const endRuns = followRuns((list) => runs.update(list));

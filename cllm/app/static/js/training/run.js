@@ -117,7 +117,7 @@ export function runView(run) {
     const shown = job && !isEnded(job) && curves.lastStep < 1;
     if (!work && shown) work = progress(job);
     work?.update(job);
-    replaceIfChanged(workPlace, shown ? work.element : null);
+    replace(workPlace, shown ? work.element : null);
   }
 
   function sayState() {
@@ -227,10 +227,6 @@ const PLOTS = [
       .map(([key, label, colour]) => curves.line(key, label, { colour })).filter((each) => each.y.some((value) => value !== null)) },
   { title: "Memory", unit: "", format: bytes, series: (curves) => [curves.line("memory_bytes", "memory", { colour: 7 })] },
 ];
-
-function replaceIfChanged(place, child) {
-  if (place.firstChild !== child) replace(place, child);
-}
 
 function lastOf(values) {
   return values?.findLast((value) => value !== null);
