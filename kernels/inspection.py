@@ -94,7 +94,7 @@ def _identity(launch: Launch) -> Any:
 
 
 def covering(found: Iterable[tuple[str, Launch]]) -> list[tuple[str, Launch]]:
-    """So few of the launches that each kernel still meets every value of each of its constants, argument types, alignments, warps and stages.
+    """So few of the launches that each kernel still meets every value of each of its constants, argument types, warps and stages.
 
     Kernels have up to 72 combinations of these, and a mistake is mostly in what one value brings.
     """
@@ -125,7 +125,7 @@ def largest(found: Iterable[tuple[str, Launch]]) -> list[tuple[str, Launch]]:
 
 def _values(launch: Launch) -> set[Any]:
     constants = {(name, str(getattr(value, "__name__", value))) for name, value in launch.constants}
-    return {*constants, *launch.signature, ("aligned", launch.aligned), ("warps", launch.num_warps), ("stages", launch.num_stages)}
+    return {*constants, *launch.signature, ("warps", launch.num_warps), ("stages", launch.num_stages)}
 
 
 def _source(launch: Launch) -> Any:

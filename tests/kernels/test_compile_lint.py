@@ -57,7 +57,7 @@ def test_few_launches_still_show_each_kernel_every_value_that_any_launch_has():
     def met(launches):
         seen = set()
         for _, launch in launches:
-            options = [("aligned", launch.aligned), ("warps", launch.num_warps), ("stages", launch.num_stages)]
+            options = [("warps", launch.num_warps), ("stages", launch.num_stages)]
             seen |= {(launch.kernel, str(each)) for each in (*launch.constants, *launch.signature, *options)}
         return seen
 
