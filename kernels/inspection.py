@@ -35,7 +35,7 @@ from cllm.runtime.gpu import DESCRIBED, GPU, described
 
 MODULES = (  # those of kernels/triton, unless another folder is named
     "softmax", "norm", "rotary", "embedding", "cross_entropy", "linear_cross_entropy", "matmul", "feed_forward", "attention", "cached_attention",
-    "paged_attention", "quantized", "adamw", "norm_dropout", "attention_dropout",
+    "paged_attention", "quantized", "adamw", "update", "norm_dropout", "attention_dropout",
     "gluon.attention_forward", "gluon.attention_backward",
 )  # fmt: skip
 # Tiles of fewer rows than wgmma's 64: a decoding step has no more.

@@ -1,8 +1,8 @@
-"""The training step on a GPU: forward and backward of a microbatch, and AdamW's update, each captured once as a CUDA graph and replayed.
+"""The training step on a GPU: forward and backward of a microbatch, and the optimizer's update, each captured once as a CUDA graph and replayed.
 
 All that changes from step to step lies in tensors that keep their addresses: the microbatch, the learning rate, the number of targets, the loss
 scale, the count of updates, the key of dropout. Nothing is read back before the end of a step, and while the GPU works the host makes the next
-step's batches and copies them ahead (`staging.py`). The other optimizers decide on the host: their step waits once more, for the gradients.
+step's batches and copies them ahead (`staging.py`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from cllm.monitor.records import StepResult
 from cllm.runtime import progress, settings
 from cllm.runtime.cuda_graphs import Body, CudaGraphs, Graphs
 from cllm.runtime.errors import CheckpointError, UserError
-from cllm.train.optimizers.adamw import AdamW
-from cllm.train.optimizers.base import GradientStatistics, Optimizer
+from cllm.train.optimizers.base import Optimizer
 from cllm.train.staging import DeviceBatch, Staging
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 FIRST_LOSS_SCALE = 65536.0  # fp16: halved when a gradient overflows, doubled after GROWTH_INTERVAL good steps (Micikevicius et al. 2018)
 GROWTH_INTERVAL = 2000.0
-SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 2.0**24
 SMALLEST_USEFUL_SCALE = 1.0  # gradients that overflow without being multiplied are the model's own fault
 
 
@@ -66,7 +64,7 @@ class _Accumulation(NamedTuple):
 
 
 class DeviceStep:
-    """What `TrainStep.run` does on a GPU, with AdamW on its fused kernels and any other optimizer by itself, and with the average of the weights.
+    """What `TrainStep.run` does on a GPU, with the update of any optimizer and the average of the weights.
 
     graphs: records the parts of the step. With None the same operations run one by one, on any device that has the Triton kernels.
     """
@@ -84,31 +82,24 @@ class DeviceStep:
         dropout: Dropout | None = None,
         graphs: Callable[[torch.device], Graphs] | None = CudaGraphs,
     ) -> None:
-        from cllm.kernels.triton.adamw import Fused
-
         self.model, self.optimizer, self.ema = model, optimizer, ema
         self.grad_clip, self.label_smoothing, self.z_loss, self.dropout = grad_clip, label_smoothing, z_loss, dropout
         self.device = model.embedding_weight.device
         self._parameters = list(optimizer.parameters.values())
         self._gradients = [torch.zeros_like(each) for each in self._parameters]  # float32 main gradients, which microbatches add to
-        self._fused: Fused | None = None
-        numbers = 0.0, 0.0, 0.0
-        if isinstance(optimizer, AdamW):
-            moments = list(optimizer.exp_avg.values()), list(optimizer.exp_avg_sq.values())
-            numbers = *optimizer.betas, optimizer.eps
-            with self._current():
-                self._fused = Fused([each.detach() for each in self._parameters], *moments, list(optimizer.decays.values()))
+        with self._current():
+            self._fused = optimizer.fused()
         # As `Fused` keeps it. float64, as the learning rate and betas: float32 would round them.
         self._state = torch.zeros(4, dtype=torch.float64, device=self.device)
         self._state[0].fill_(optimizer.num_updates)
         self._state[1].fill_(FIRST_LOSS_SCALE if loss_scaling else 1.0)
         self._scales = loss_scaling
         growth = GROWTH_INTERVAL if loss_scaling else 0.0
-        self._hyper_host = torch.tensor([0.0, *numbers, grad_clip, 1.0, 1.0, growth, 0.0], dtype=torch.float64)
+        self._hyper_host = torch.tensor([0.0, *optimizer.betas, optimizer.eps, grad_clip, 1.0, 1.0, growth, 0.0], dtype=torch.float64)
         if self.device.type == "cuda":
             with self._current():
                 self._hyper_host = self._hyper_host.pin_memory()
-        # learning rate, betas, eps, clip, inverse scale, skip, growth as AdamW reads them, and 1 / the number of targets
+        # learning rate, betas, eps, clip, inverse scale, skip, growth as `Fused` reads them, and 1 / the number of targets
         self._hyper = self._hyper_host.to(self.device)
         self._loss = torch.zeros((), device=self.device)
         self._one, self._nan = torch.ones_like(self._hyper[:1]), torch.full_like(self._hyper[:1], math.nan)
@@ -116,7 +107,7 @@ class DeviceStep:
         self._staging = Staging(model, self.device)
         self._graphs = None if graphs is None else graphs(self.device)
         self._accumulations: dict[tuple[object, ...], _Accumulation] = {}  # one for each kind of microbatch that has come
-        self._apply: Body | None = None  # the update by `Fused`, once it is captured
+        self._apply: Body | None = None  # the update, once it is captured
 
     def run(
         self,
@@ -149,11 +140,10 @@ class DeviceStep:
                     beat()
             if before_update is not None:
                 before_update()
-            finish = self._finish_on_host if self._fused is None else self._finish
-            return finish(num_targets, learning_rate, ahead)
+            return self._finish(num_targets, learning_rate, ahead)
 
     def _finish(self, num_targets: int, learning_rate: float, ahead: Callable[[], Sequence[Batch]] | None) -> StepResult:
-        """AdamW's update; the host waits for nothing but the result."""
+        """The update; the host waits for nothing but the result."""
         (self._apply or self._update)()
         result = torch.cat((self._loss.reshape(1), self._stats, self._state[:2]))
         if ahead is not None:
@@ -165,30 +155,6 @@ class DeviceStep:
             nonfinite = max(1.0, nonfinite)
         rescaled = self._scales and not updated and math.isfinite(loss) and scale >= SMALLEST_USEFUL_SCALE
         return StepResult(loss, norm, largest, int(nonfinite), num_targets, learning_rate, updated, rescaled=rescaled)
-
-    def _finish_on_host(self, num_targets: int, learning_rate: float, ahead: Callable[[], Sequence[Batch]] | None) -> StepResult:
-        """The update of an optimizer that looks at the gradients' norm on the host."""
-        if ahead is not None:
-            self._staging.start(ahead())
-        loss, updates, scale, good, skipped = self._read(torch.cat((self._loss.reshape(1), self._state)))
-        found = GradientStatistics(math.nan, 0.0, 1)
-        if math.isfinite(loss):
-            if scale != 1.0:
-                torch._foreach_mul_(self._gradients, 1.0 / scale)
-            found = self.optimizer.update(learning_rate, self.grad_clip)
-        updated = self.optimizer.num_updates > int(updates)
-        if self.ema is not None and updated:
-            self.ema.update(self.optimizer.num_updates)
-        rescaled = False
-        if self._scales:  # as AdamW's kernels do it
-            good = good + 1.0 if updated else 0.0
-            grows = good >= GROWTH_INTERVAL
-            scale = min(scale * 2.0, LARGEST_SCALE) if grows else scale if updated else max(scale * 0.5, SMALLEST_SCALE)
-            good = 0.0 if grows else good
-            rescaled = not updated and math.isfinite(loss) and scale >= SMALLEST_USEFUL_SCALE
-        for place, number in enumerate((self.optimizer.num_updates, scale, good, skipped + (not updated))):
-            self._state[place].fill_(number)  # which does not wait, as a copy would
-        return StepResult(loss, found.norm, found.largest, found.num_nonfinite, num_targets, learning_rate, updated, rescaled=rescaled)
 
     def _current(self) -> AbstractContextManager[object]:
         """Makes the model's GPU the current one, which streams, pinned memory and captures go by."""
@@ -229,12 +195,12 @@ class DeviceStep:
         self._loss += (loss.detach() * self._hyper[8]).to(self._loss.dtype)
 
     def _update(self) -> None:
-        """Makes AdamW's update from the gradients, and takes the new weights into their average."""
-        assert self._fused is not None
+        """Makes the optimizer's update from the gradients, and takes the new weights into their average."""
         before = self._state[0].clone()  # updates made so far
-        # A loss that is not finite becomes a factor of NaN for the gradients, and AdamW skips the update.
+        # A loss that is not finite becomes a factor of NaN for the gradients, and the update is left out.
         self._hyper[5:6].copy_(torch.where(torch.isfinite(self._loss), self._one, self._nan))
-        self._fused.run(self._gradients, self._hyper[:8], self._state, self._stats)
+        self._fused.measure(self._gradients, self._hyper[:8], self._state, self._stats)
+        self.optimizer.step_fused(self._fused, self._gradients)
         if self.ema is not None:
             self.ema.update_where(self._state[0] > before, self._state[0])
 
@@ -259,8 +225,8 @@ class DeviceStep:
         state = self._state.clone()
         try:
             graph = self._graphs.capture(accumulate)
-            if self._apply is None and self._fused is not None:
-                self._loss.fill_(math.nan)  # AdamW skips the update of a loss that is not finite, and changes nothing but its own counters
+            if self._apply is None:
+                self._loss.fill_(math.nan)  # the update of a loss that is not finite is left out, and changes nothing but its own counters
                 self._apply = self._graphs.capture(self._update)
         finally:
             self._state.copy_(state)

@@ -1,14 +1,15 @@
 """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) over all tensors at once, in three launches and without a word from the host.
 
 `measure` adds up the squares of every gradient in float64, block by block; `finish`, one block, adds the blocks in a fixed tree, decides whether to
-skip, and works out the clipping, the bias corrections and the loss scale, all on the device; `update` does the rest. Blocks have a fixed size and
-never span two tensors, and find their tensor's addresses in a table on the device. On NVIDIA with CuPy the launches are those of
-`adamw_cuda.py`; elsewhere the Triton kernels below, with the same arithmetic.
+skip, and works out the clipping, the bias corrections and the loss scale, all on the device; `update` does the rest, or a kernel of `update.py` for
+another optimizer. Blocks have a fixed size and never span two tensors, and find their tensor's addresses in a table on the device. On NVIDIA with
+CuPy the launches are those of `adamw_cuda.py`; elsewhere the Triton kernels below, with the same arithmetic.
 """
 
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -28,7 +29,7 @@ SLICE_ELEMENTS = 1 << 20  # that are measured at once, so that no whole embeddin
 PARAM, AVG, AVG_SQ, HALF, SIZE, FIRST_BLOCK, DECAY, HALF_KIND = map(tl.constexpr, range(8))
 LEARNING_RATE, BETA1, BETA2, EPS, MAX_NORM, LOSS_SCALE_INVERSE, SKIP_NONFINITE, GROWTH_INTERVAL = map(tl.constexpr, range(8))
 UPDATES, LOSS_SCALE, GOOD_STEPS, SKIPPED = map(tl.constexpr, range(4))
-GRAD_SCALE, RATE, STEP_SIZE, ROOT, KEEP1, KEEP2, EPSILON, SKIP = map(tl.constexpr, range(8))
+GRAD_SCALE, RATE, STEP_SIZE, ROOT, KEEP1, KEEP2, EPSILON, SKIP, SHARE, DIRECT = map(tl.constexpr, range(10))
 NUM_FIELDS, SMALLEST, LARGEST = tl.constexpr(len(FIELDS)), tl.constexpr(SMALLEST_SCALE), tl.constexpr(LARGEST_SCALE)
 
 
@@ -174,8 +175,8 @@ def update_tile(row, grad, kind, at, inside, scale, beta1, rest1, beta2, rest2, 
 
 @triton.jit
 def update_kernel(table_ptr, grads_ptr, block_tensor_ptr, coefficients_ptr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    if tl.load(coefficients_ptr + SKIP) == 0.0:
-        tensor, row, start, count = find_block(table_ptr, block_tensor_ptr, BLOCK)
+    tensor, row, start, count = find_block(table_ptr, block_tensor_ptr, BLOCK)
+    if (tl.load(coefficients_ptr + SKIP) == 0.0) & (tl.load(row + PARAM) != 0):
         grad, kind = tl.load(grads_ptr + 2 * tensor), tl.load(grads_ptr + 2 * tensor + 1)
         wide1, wide2 = tl.load(coefficients_ptr + KEEP1), tl.load(coefficients_ptr + KEEP2)
         decay = tl.load(row + DECAY).to(tl.float64, bitcast=True)
@@ -206,16 +207,19 @@ class Fused:
     """AdamW over one set of tensors, with all that changes from step to step on the device: a step can be captured in a CUDA graph.
 
     params, exp_avgs and exp_avg_sqs float32, each triple of one shape and order of elements, without holes; one weight decay per tensor;
-    half_copies (None, or a bfloat16 or float16 tensor or None for each) hold the rounded weights, now and after every step. Only
-    addresses are kept: whoever makes a Fused keeps the tensors alive and where they are. Make one step before a capture: the first compiles
-    the kernels. Raises UserError for tensors that do not fit.
+    half_copies (None, or a bfloat16 or float16 tensor or None for each) hold the rounded weights, now and after every step. The gradients of
+    tensors whose exp_avg and exp_avg_sq are None are measured with the others, and the tensors left alone. Only addresses are kept: whoever
+    makes a Fused keeps the tensors alive and where they are. Make one step before a capture: the first compiles the kernels. Raises UserError
+    for tensors that do not fit.
+
+    kernel: that updates, this file's or one of `update.py`, whose two states of each tensor stand in the places of the moments.
 
     `state` float32 (4,) on the device: [updates made, loss scale, good steps since it changed, updates skipped]; a checkpoint holds it.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor], weight_decays: Sequence[float],
-        half_copies: Sequence[Tensor | None] | None = None,
+        self, params: Sequence[Tensor], exp_avgs: Sequence[Tensor | None], exp_avg_sqs: Sequence[Tensor | None], weight_decays: Sequence[float],
+        half_copies: Sequence[Tensor | None] | None = None, kernel: Any = update_kernel,
     ):  # fmt: skip
         halves = list(half_copies) if half_copies else [None] * len(params)
         if not len(params) == len(exp_avgs) == len(exp_avg_sqs) == len(weight_decays) == len(halves):
@@ -228,23 +232,23 @@ class Fused:
             for name, other in (("exp_avg", avg), ("exp_avg_sq", avg_sq), ("half copy", half)):
                 if other is not None and not (other.shape == param.shape and other.device == param.device and same_order(other, param)):
                     raise UserError(f"Fused: the {name} of tensor {index} must have the shape, strides and device of its parameter.")
-            if not (param.dtype == avg.dtype == avg_sq.dtype == torch.float32 and is_dense(param)):
+            kept = [each for each in (param, avg, avg_sq) if each is not None]
+            if any(each.dtype != torch.float32 for each in kept) or not is_dense(param):
                 raise UserError(f"Fused: parameter {index} and its moments must be float32 without holes, got {param.dtype} {param.stride()}.")
             if half is not None and half.dtype not in (torch.bfloat16, torch.float16):
                 raise UserError(f"Fused: the half copy of tensor {index} is {half.dtype}, expected torch.bfloat16 or torch.float16.")
             if half is not None:
                 half.detach().copy_(param.detach())
-            rows.append([
-                param.data_ptr(), avg.data_ptr(), avg_sq.data_ptr(), 0 if half is None else half.data_ptr(), param.numel(), num_blocks,
-                decays[index], 0 if half is None else KINDS[half.dtype],
-            ])  # fmt: skip
+            addresses = [0 if each is None else each.data_ptr() for each in (None if avg is None else param, avg, avg_sq, half)]
+            rows.append([*addresses, param.numel(), num_blocks, decays[index], 0 if half is None else KINDS[half.dtype]])
             count = -(-param.numel() // BLOCK_ELEMENTS)
             blocks += [index] * count
             num_blocks += count
         self.device = params[0].device if params else torch.device("cpu")
         self.orders = [(param.shape, param.stride(), param.is_contiguous()) for param in params]
         self.num_blocks = num_blocks
-        self.aligned = all(address % 16 == 0 for row in rows for address in row[:4])
+        self.kernel = kernel
+        self._aligned = self._tensors_aligned = all(address % 16 == 0 for row in rows for address in row[:4])
         self.table = torch.tensor(rows, dtype=torch.int64).view(-1, len(FIELDS)).to(self.device)
         self.block_tensor = torch.tensor(blocks, dtype=torch.int32).to(self.device)
         self.squares = torch.empty(num_blocks, dtype=torch.float64, device=self.device)
@@ -254,6 +258,7 @@ class Fused:
         self.state = torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=torch.float32).to(self.device)
         self.grads = torch.empty((len(params), 2), dtype=torch.int64, device=self.device)
         self._grads_there: list[tuple[int, int]] | None = None
+        self._measured: list[Tensor] = []
         # Captured copies read the host's memory at every replay: each capture takes a buffer of its own, and it lives as long as this object.
         self._for_captures = [torch.empty((len(params), 2), dtype=torch.int64, pin_memory=True) for _ in range(4 * (self.device.type == "cuda"))]
         self._captured: list[Tensor] = []
@@ -271,6 +276,11 @@ class Fused:
 
     def run(self, grads: Sequence[Tensor], hyper: Tensor, state: Tensor, stats: Tensor) -> None:
         """As `step`, with a state from outside, of the dtype of `hyper`: float32 or float64."""
+        self.measure(grads, hyper, state, stats)
+        self.update()
+
+    def measure(self, grads: Sequence[Tensor], hyper: Tensor, state: Tensor, stats: Tensor) -> None:
+        """What comes before the update of a `run`: the statistics, the next state, and the numbers that the update goes by."""
         if len(grads) != len(self.orders):
             raise UserError(f"Fused: {len(grads)} gradients for {len(self.orders)} parameters.")
         if hyper.shape != (len(HYPER),) or hyper.dtype != state.dtype or hyper.dtype not in (torch.float32, torch.float64):
@@ -278,17 +288,41 @@ class Fused:
         ordered = [self._in_order(grad, *order) for grad, order in zip(grads, self.orders)]
         there = [(grad.data_ptr(), KINDS[grad.dtype]) for grad in ordered]
         self._send(there)
+        self._measured = ordered  # `update` reads what may have been copied for it
+        self._aligned = self._tensors_aligned and all(address % 16 == 0 for address, _ in there)
         sums = self.squares, self.largest, self.nonfinite
-        if self.device.type == "cuda" and not is_recording():
+        if self._has_cuda():
             from cllm.kernels.triton import adamw_cuda
 
-            if adamw_cuda.step(self.table, self.grads, self.block_tensor, self.num_blocks, *sums, self.coefficients, hyper, state, stats):
+            if adamw_cuda.measure(self.table, self.grads, self.block_tensor, self.num_blocks, *sums, self.coefficients, hyper, state, stats):
                 return
-        aligned = self.aligned and all(address % 16 == 0 for address, _ in there)
-        tiles = {"ALIGNED": aligned, "BLOCK": BLOCK_ELEMENTS, "TILE": TILE}
-        launch(measure_kernel, (self.num_blocks,), self.table, self.grads, self.block_tensor, *sums, **tiles)
+        launch(measure_kernel, (self.num_blocks,), self.table, self.grads, self.block_tensor, *sums, **self._tiles())
         launch(finish_kernel, (1,), *sums, self.num_blocks, hyper, state, self.coefficients, stats, TILE=4096, num_warps=16)
-        launch(update_kernel, (self.num_blocks,), self.table, self.grads, self.block_tensor, self.coefficients, **tiles)
+
+    def update(self, share_and_direct: Tensor | None = None) -> None:
+        """Updates the tensors by the gradients and the numbers of the last `measure`. share_and_direct: float64 (2,) on the device, what
+        schedule-free AdamW goes by beside them."""
+        if share_and_direct is not None:
+            self.coefficients[SHARE.value :].copy_(share_and_direct)
+        served = False
+        if self.kernel is update_kernel and self._has_cuda():
+            from cllm.kernels.triton import adamw_cuda
+
+            served = adamw_cuda.update(self.table, self.grads, self.block_tensor, self.num_blocks, self.coefficients)
+        if not served:
+            launch(self.kernel, (self.num_blocks,), self.table, self.grads, self.block_tensor, self.coefficients, **self._tiles())
+        self._measured = []
+
+    def numbers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the last `measure`, scalars on the device for what is updated by other means: the factor of the gradients and the learning rate,
+        float64, and whether nothing may change, bool."""
+        return self.coefficients[GRAD_SCALE.value], self.coefficients[RATE.value], self.coefficients[SKIP.value] != 0
+
+    def _has_cuda(self) -> bool:
+        return self.device.type == "cuda" and not is_recording()
+
+    def _tiles(self) -> dict[str, int]:
+        return {"ALIGNED": self._aligned, "BLOCK": BLOCK_ELEMENTS, "TILE": TILE}
 
     def _in_order(self, grad: Tensor, shape: torch.Size, strides: tuple[int, ...], contiguous: bool) -> Tensor:
         """The gradient with its elements in the order of its parameter's."""

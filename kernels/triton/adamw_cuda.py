@@ -7,6 +7,8 @@ keeps denormal numbers, so that an update has the same bits as that of the Trito
 
 import importlib.util
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -208,9 +210,9 @@ extern "C" __global__ void __launch_bounds__(FINISH_THREADS) finish_float64(
 
 extern "C" __global__ void __launch_bounds__(THREADS) update(
     const long long* table, const long long* grads, const int* block_tensor, const double* coefficients) {
-  if (coefficients[SKIP] != 0.0) return;
   const int tensor = block_tensor[blockIdx.x];
   const long long* row = table + (long long)tensor * NUM_FIELDS;
+  if (coefficients[SKIP] != 0.0 || !row[PARAM]) return;
   const long long start = (blockIdx.x - row[FIRST_BLOCK]) * BLOCK_ELEMENTS, left = row[SIZE] - start;
   const int count = left < BLOCK_ELEMENTS ? (int)left : BLOCK_ELEMENTS;
   const long long grad = grads[2 * tensor], param = row[PARAM], avg = row[AVG], avg_sq = row[AVG_SQ], half = row[HALF];
@@ -318,31 +320,46 @@ def _functions(index: int) -> dict[str, Any] | None:
         return None
 
 
-def step(
-    table: Tensor, grads: Tensor, block_tensor: Tensor, num_blocks: int, squares: Tensor, largest: Tensor, nonfinite: Tensor, coefficients: Tensor,
-    hyper: Tensor, state: Tensor, stats: Tensor,
-) -> bool:  # fmt: skip
-    """The three launches on torch's current stream; False, with nothing done, where CUDA C++ cannot be had."""
-    device = table.device
-    if device.type != "cuda":
-        return False
+@contextmanager
+def _launching(device: torch.device) -> Iterator[dict[str, Any] | None]:
+    """The kernels, while what is launched goes to torch's current stream on `device`; None where CUDA C++ cannot be had."""
     index = torch.cuda.current_device() if device.index is None else device.index
     functions = _functions(index)
     if functions is None:
-        return False
+        yield None
+        return
     import cupy
 
-    what = table.data_ptr(), grads.data_ptr(), block_tensor.data_ptr()
-    sums = squares.data_ptr(), largest.data_ptr(), nonfinite.data_ptr()
     stream = _Stream(device)
     new = hasattr(cupy.cuda.Stream, "from_external")
     with cupy.cuda.Device(index), cupy.cuda.Stream.from_external(stream) if new else cupy.cuda.ExternalStream(stream.pointer, index):
+        yield functions
+
+
+def measure(
+    table: Tensor, grads: Tensor, block_tensor: Tensor, num_blocks: int, squares: Tensor, largest: Tensor, nonfinite: Tensor, coefficients: Tensor,
+    hyper: Tensor, state: Tensor, stats: Tensor,
+) -> bool:  # fmt: skip
+    """The launches before an update; False, with nothing done, where CUDA C++ cannot be had."""
+    with _launching(table.device) as functions:
+        if functions is None:
+            return False
+        import cupy
+
+        sums = squares.data_ptr(), largest.data_ptr(), nonfinite.data_ptr()
         if num_blocks:
-            functions["measure"]((num_blocks,), (THREADS,), (*what, *sums))
+            functions["measure"]((num_blocks,), (THREADS,), (table.data_ptr(), grads.data_ptr(), block_tensor.data_ptr(), *sums))
         finish = functions["finish_float32" if hyper.dtype == torch.float32 else "finish_float64"]
         finish(
             (1,), (FINISH_THREADS,), (*sums, cupy.int32(num_blocks), hyper.data_ptr(), state.data_ptr(), coefficients.data_ptr(), stats.data_ptr())
         )
-        if num_blocks:
-            functions["update"]((num_blocks,), (THREADS,), (*what, coefficients.data_ptr()))
     return True
+
+
+def update(table: Tensor, grads: Tensor, block_tensor: Tensor, num_blocks: int, coefficients: Tensor) -> bool:
+    """The update after `measure`; False, with nothing done, where CUDA C++ cannot be had."""
+    with _launching(table.device) as functions:
+        if functions is not None and num_blocks:
+            what = table.data_ptr(), grads.data_ptr(), block_tensor.data_ptr(), coefficients.data_ptr()
+            functions["update"]((num_blocks,), (THREADS,), what)
+    return functions is not None

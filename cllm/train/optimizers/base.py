@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from cllm.runtime.errors import CheckpointError, UserError
+
+if TYPE_CHECKING:
+    from cllm.kernels.triton.adamw import Fused
 
 
 class GradientStatistics(NamedTuple):
@@ -41,6 +44,10 @@ class Optimizer(ABC):
     name: str  # how the settings call it
     kinds: Sequence[str] = ()  # the kinds of state that each parameter has, "exp_avg" for example
     averaging = False  # whether `averages` returns weights
+    rule = "adamw"  # which of `kernels.triton.update.KERNELS` updates tensors on a GPU, those that have both of these states
+    rule_states = "exp_avg", "exp_avg_sq"
+    betas: tuple[float, float]
+    eps = 0.0
 
     def __init__(self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], *, weight_decay: float = 0.1) -> None:
         self.parameters = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
@@ -80,6 +87,20 @@ class Optimizer(ABC):
     def step(self, grads: Iterable[tuple[str, torch.Tensor]], learning_rate: float) -> None:
         """One update in place. `grads`: (name, gradient) pairs, clipped, finite and float32, made as they are iterated over so that only one copy
         exists at a time. `num_updates` is the number of updates before this one."""
+
+    def fused(self) -> Fused:
+        """The kernels of `step_fused` over all parameters, which stay where they are, as do the tensors of the state."""
+        from cllm.kernels.triton.adamw import Fused
+        from cllm.kernels.triton.update import KERNELS
+
+        first, second = ([self.slots.get(kind, {}).get(name) for name in self.parameters] for kind in self.rule_states)
+        params = [parameter.detach() for parameter in self.parameters.values()]
+        return Fused(params, first, second, list(self.decays.values()), kernel=KERNELS[self.rule])
+
+    def step_fused(self, fused: Fused, grads: Sequence[torch.Tensor]) -> None:
+        """One update in place after `fused.measure(grads, ...)`, by the numbers that it left on the device, where it also decided whether nothing
+        may change: a step that can be captured in a CUDA graph. grads: those of all parameters, in their order."""
+        fused.update()
 
     def averages(self) -> dict[str, torch.Tensor] | None:
         """The weights to evaluate and to export by name, where they differ from those that gradients are computed at; otherwise None."""

@@ -20,6 +20,7 @@ class Lion(Optimizer):
 
     name = "lion"
     kinds = ("momentum",)
+    rule, rule_states = name, ("momentum", "momentum")
 
     def __init__(
         self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], *, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.1

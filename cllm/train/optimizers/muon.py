@@ -1,7 +1,10 @@
 """Muon: momentum whose matrices are made orthogonal before they move the weights."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -9,6 +12,9 @@ from cllm.kernels.muon import NUM_STEPS, MuonAgain
 from cllm.runtime.gpu import multiplies_bf16
 from cllm.train.optimizers.adamw import AdamW
 from cllm.train.optimizers.base import Optimizer
+
+if TYPE_CHECKING:
+    from cllm.kernels.triton.adamw import Fused
 
 # Five steps of an odd quintic polynomial with these coefficients bring singular values into about [0.7, 1.2]: the slope at 0 is as steep as it
 # can be, and 1 is not quite reached (Keller Jordan, https://kellerjordan.github.io/posts/muon/).
@@ -42,7 +48,7 @@ class Muon(Optimizer):
         momentum: float = 0.95,
     ) -> None:
         super().__init__(named_parameters, weight_decay=weight_decay)
-        self.momentum = momentum
+        self.betas, self.eps, self.momentum = betas, eps, momentum
         matrices = [name for name, parameter in self.parameters.items() if parameter.dim() == 2 and not any(each in name for each in TABLES)]
         others = [(name, parameter) for name, parameter in self.parameters.items() if name not in matrices]
         self.adamw = AdamW(others, betas=betas, eps=eps, weight_decay=weight_decay) if others else None
@@ -69,17 +75,25 @@ class Muon(Optimizer):
             self.adamw.num_updates = self.num_updates
             self.adamw.step_clipped(list(rest), list(rest.values()), clip, learning_rate)
 
-    def _step_together(self, names: Sequence[str], grads: Sequence[torch.Tensor], clip: float, learning_rate: float) -> None:
-        """`step` for matrices of one shape, as few operations: a GPU would wait for the host to launch each matrix's own."""
+    def step_fused(self, fused: Fused, grads: Sequence[torch.Tensor]) -> None:
+        super().step_fused(fused, grads)  # AdamW's tensors
+        matrices = {name: grad for name, grad in zip(self.parameters, grads, strict=True) if name in self.slots["momentum"]}
+        for group in _groups(matrices):
+            self._step_together(group, [matrices[name] for name in group], *fused.numbers())
+
+    def _step_together(
+        self, names: Sequence[str], grads: Sequence[torch.Tensor], clip: float | torch.Tensor, learning_rate: float | torch.Tensor,
+        left_out: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """`step` for matrices of one shape, as few operations: a GPU would wait for the host to launch each matrix's own. clip and learning_rate:
+        numbers, or scalars on the device; left_out: a bool there, whether nothing changes."""
         weights, momenta = [self.parameters[name].detach() for name in names], [self.slots["momentum"][name] for name in names]
-        new = torch._foreach_mul([grad.float() for grad in grads], (1 - self.momentum) * clip)
-        torch._foreach_mul_(momenta, self.momentum)
-        torch._foreach_add_(momenta, new)
-        ahead = torch._foreach_mul(momenta, self.momentum)
-        torch._foreach_add_(ahead, new)
-        update = orthogonal_together(torch.stack(ahead)).mul_(learning_rate * 0.2 * math.sqrt(max(weights[0].shape)))
-        torch._foreach_mul_(weights, 1 - learning_rate * self.decays[names[0]])  # all matrices have one decay
-        torch._foreach_sub_(weights, list(update.unbind()))
+        new = torch.stack([grad.float() for grad in grads]).mul_((1 - self.momentum) * clip)
+        momentum = torch.stack(momenta).mul_(self.momentum).add_(new)
+        update = orthogonal_together(new.add_(momentum * self.momentum)).mul_(learning_rate * 0.2 * math.sqrt(max(weights[0].shape)))
+        _put(momenta, momentum, left_out)
+        keep = 1 - learning_rate * self.decays[names[0]]  # all matrices have one decay
+        _put(weights, torch.stack(weights).mul_(keep).sub_(update), left_out)
 
     def step(self, grads: Iterable[tuple[str, torch.Tensor]], learning_rate: float) -> None:
         rest = []
@@ -125,6 +139,13 @@ def _groups(matrices: dict[str, torch.Tensor]) -> list[list[str]]:
             groups.append(group)
         group.append(name)
     return groups
+
+
+def _put(places: list[torch.Tensor], values: torch.Tensor, left_out: torch.Tensor | None) -> None:
+    """Copies values (N, R, C) into N matrices, unless they are left out."""
+    if left_out is not None:
+        values = torch.where(left_out, torch.stack(places), values)
+    torch._foreach_copy_(places, list(values.unbind()))
 
 
 def orthogonal_together(matrices: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,10 @@
 """Schedule-free AdamW: an average of the iterates takes the place of the learning rate's decay."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,13 +13,10 @@ from cllm.kernels.update import UpdateAgain
 from cllm.runtime.errors import UserError
 from cllm.train.optimizers.base import Optimizer
 
+if TYPE_CHECKING:
+    from cllm.kernels.triton.adamw import Fused
 
-class _Numbers(NamedTuple):
-    """Of one update."""
-
-    root: float  # sqrt(1 - beta2^t)
-    share: float  # c
-    direct: float  # what d is multiplied with before it is added to y
+SMALLEST = 1e-300  # divides where the sum of squares is 0, as long as every learning rate was
 
 
 class ScheduleFreeAdamW(Optimizer):
@@ -36,6 +35,7 @@ class ScheduleFreeAdamW(Optimizer):
     name = "schedule_free"
     kinds = ("z", "exp_avg_sq")
     averaging = True
+    rule, rule_states = name, kinds
 
     def __init__(
         self,
@@ -52,16 +52,18 @@ class ScheduleFreeAdamW(Optimizer):
         for name, z in self.slots["z"].items():
             z.copy_(self.parameters[name].detach())
         # float64: the sum grows by small squares for as long as the run lasts.
-        self.weights = torch.zeros(2, dtype=torch.float64)  # the sum of squared learning rates, the largest learning rate
+        device = next(iter(self.parameters.values())).device
+        self.weights = torch.zeros(2, dtype=torch.float64, device=device)  # the sum of squared learning rates, the largest learning rate
         self._again = UpdateAgain("schedule_free")
 
     def step_clipped(self, names: Sequence[str], grads: Sequence[torch.Tensor], clip: float, learning_rate: float) -> None:
         """On a CPU as one launch over all parameters, with the bits of `step`."""
         weights, numbers = self._numbers(learning_rate)
+        share, direct = numbers.tolist()
         served = self._again.call(
             [self.parameters[name].detach() for name in names], list(grads), [self.slots["z"][name] for name in names],
             [self.slots["exp_avg_sq"][name] for name in names], [self.decays[name] for name in names],
-            learning_rate=learning_rate, clip=clip, beta2=self.betas[1], eps=self.eps, **numbers._asdict(),
+            learning_rate=learning_rate, clip=clip, beta2=self.betas[1], eps=self.eps, root=self._root(), share=share, direct=direct,
         )  # fmt: skip
         if served:
             self.weights.copy_(weights)
@@ -70,7 +72,8 @@ class ScheduleFreeAdamW(Optimizer):
 
     def step(self, grads: Iterable[tuple[str, torch.Tensor]], learning_rate: float) -> None:
         beta2 = self.betas[1]
-        weights, (root, share, direct) = self._numbers(learning_rate)
+        weights, numbers = self._numbers(learning_rate)
+        root, (share, direct) = self._root(), numbers.tolist()
         self.weights.copy_(weights)
         for name, grad in grads:
             y, z, v = self.parameters[name].detach(), self.slots["z"][name], self.slots["exp_avg_sq"][name]
@@ -82,13 +85,24 @@ class ScheduleFreeAdamW(Optimizer):
             y.add_((z - y).mul_(share)).add_(direction * direct)
             z.sub_(direction.mul_(learning_rate))
 
-    def _numbers(self, learning_rate: float) -> tuple[torch.Tensor, _Numbers]:
-        """(what `weights` will be after this update, the numbers that it goes by)."""
-        largest = max(learning_rate, float(self.weights[1]))
-        total = float(self.weights[0]) + largest**2
-        share = largest**2 / total if total else 0.0
-        root = math.sqrt(1 - self.betas[1] ** (self.num_updates + 1))
-        return torch.tensor([total, largest], dtype=torch.float64), _Numbers(root, share, learning_rate * (self.betas[0] * (1 - share) - 1))
+    def step_fused(self, fused: Fused, grads: Sequence[torch.Tensor]) -> None:
+        _, learning_rate, left_out = fused.numbers()
+        weights, numbers = self._numbers(learning_rate)
+        fused.update(numbers)
+        self.weights.copy_(torch.where(left_out, self.weights, weights))
+
+    def _numbers(self, learning_rate: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what `weights` will be after this update, c and what d is multiplied with before it is added to y), float64 (2,) where `weights` lies.
+        learning_rate: a number, or a float64 scalar there."""
+        largest = self.weights[1].clamp(min=learning_rate)
+        square = largest * largest
+        total = self.weights[0] + square
+        share = square / total.clamp(min=SMALLEST)
+        return torch.stack((total, largest)), torch.stack((share, learning_rate * (self.betas[0] * (1 - share) - 1)))
+
+    def _root(self) -> float:
+        """sqrt(1 - beta2^t) of the next update."""
+        return math.sqrt(1 - self.betas[1] ** (self.num_updates + 1))
 
     def averages(self) -> dict[str, torch.Tensor]:
         """x = y + (1 - 1 / beta1) (z - y) of each parameter."""

@@ -385,7 +385,7 @@ def test_both_languages_finish_alike(on_the_host, bad, interval, total, inverse,
     """Decisions, coefficients and the next state, bit for bit; NaN and infinities too."""
     hyper, state = np.array([*HYPER.values(), 0.5, inverse, 1.0, interval]), np.array([41.0, loss_scale, 1.0, 2.0])
     device_state, stats = torch.tensor(state, device=DEVICE), torch.empty(3, device=DEVICE)
-    coefficients = torch.empty(len(adamw.COEFFICIENTS), dtype=torch.float64, device=DEVICE)
+    coefficients = torch.zeros(len(adamw.COEFFICIENTS), dtype=torch.float64, device=DEVICE)
     sums = torch.tensor([total], dtype=torch.float64), torch.tensor([1.5]), torch.tensor([bad], dtype=torch.int32)
     adamw.launch(
         adamw.finish_kernel, (1,), *(t.to(DEVICE) for t in sums), 1, torch.tensor(hyper, device=DEVICE), device_state, coefficients, stats, TILE=16,

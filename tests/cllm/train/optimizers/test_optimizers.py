@@ -1,5 +1,6 @@
 """Muon, Lion and schedule-free AdamW: the numbers of their papers in float64, states that go on bit by bit, the same bits for any threads."""
 
+import importlib.util
 import math
 
 import pytest
@@ -36,14 +37,36 @@ def gradients(update):
     return {name: torch.randn(shape, generator=generator) * 0.03 * (update + 1) for name, shape in SHAPES.items()}
 
 
-def updated(make, num_updates=len(RATES), params=None, first=0):
+def updated(make, num_updates=len(RATES), params=None, first=0, on_gpu=False):
     params = parameters() if params is None else params
     optimizer = make(params.items())
+    apply = updating_on_a_gpu(optimizer) if on_gpu else optimizer.update
     for update in range(first, first + num_updates):
         for name, gradient in gradients(update).items():
             params[name].grad = gradient.clone()
-        optimizer.update(RATES[update], CLIP)
+        apply(RATES[update], CLIP)
     return params, optimizer
+
+
+def updating_on_a_gpu(optimizer):
+    """`optimizer.update` by the kernels of a GPU, which Triton's interpreter runs."""
+    fused = optimizer.fused()
+
+    def update(rate, max_norm):
+        grads = [parameter.grad for parameter in optimizer.parameters.values()]
+        hyper = torch.tensor([rate, *optimizer.betas, optimizer.eps, max_norm, 1.0, 1.0, 0.0], dtype=torch.float64)
+        state, stats = torch.tensor([optimizer.num_updates, 1.0, 0.0, 0.0], dtype=torch.float64), torch.empty(3)
+        fused.measure(grads, hyper, state, stats)
+        optimizer.step_fused(fused, grads)
+        optimizer.num_updates = int(state[0])
+        return stats.tolist()
+
+    return update
+
+
+INTERPRETED = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
+# On a CPU, and as on a GPU.
+EVERYWHERE = [False, pytest.param(True, marks=pytest.mark.skipif(not INTERPRETED, reason="Triton has no interpreter here"), id="gpu")]
 
 
 def clipped(update):
@@ -71,7 +94,8 @@ def test_clipping_is_at_work_in_these_tests():
     assert min(norms) < CLIP < max(norms)
 
 
-def test_lion_is_algorithm_2_of_its_paper():
+@pytest.mark.parametrize("on_gpu", EVERYWHERE)
+def test_lion_is_algorithm_2_of_its_paper(on_gpu):
     beta1, beta2 = 0.9, 0.99
     weights = {name: weight.detach() for name, weight in parameters(dtype=torch.float64).items()}
     momentum = {name: torch.zeros_like(weight) for name, weight in weights.items()}
@@ -80,11 +104,12 @@ def test_lion_is_algorithm_2_of_its_paper():
             c = beta1 * momentum[name] + (1 - beta1) * g
             weights[name] = weights[name] - rate * (torch.sign(c) + weight_decay(name) * weights[name])
             momentum[name] = beta2 * momentum[name] + (1 - beta2) * g
-    ours, _ = updated(lambda named: Lion(named, betas=(beta1, beta2), weight_decay=DECAY))
+    ours, _ = updated(lambda named: Lion(named, betas=(beta1, beta2), weight_decay=DECAY), on_gpu=on_gpu)
     assert_close(ours, weights)
 
 
-def test_schedule_free_is_algorithm_1_of_its_paper():
+@pytest.mark.parametrize("on_gpu", EVERYWHERE)
+def test_schedule_free_is_algorithm_1_of_its_paper(on_gpu):
     beta1, beta2, eps = 0.9, 0.95, 1e-8
     x = {name: weight.detach() for name, weight in parameters(dtype=torch.float64).items()}
     z, v = dict(x), {name: torch.zeros_like(weight) for name, weight in x.items()}
@@ -102,7 +127,7 @@ def test_schedule_free_is_algorithm_1_of_its_paper():
             z[name] = z[name] - rate * direction
             x[name] = (1 - c) * x[name] + c * z[name]
             y[name] = (1 - beta1) * z[name] + beta1 * x[name]
-    ours, optimizer = updated(lambda named: ScheduleFreeAdamW(named, betas=(beta1, beta2), eps=eps, weight_decay=DECAY))
+    ours, optimizer = updated(lambda named: ScheduleFreeAdamW(named, betas=(beta1, beta2), eps=eps, weight_decay=DECAY), on_gpu=on_gpu)
     assert_close(ours, y)
     assert_close(optimizer.averages(), x)
     assert_close(optimizer.slots["z"], z)
@@ -127,10 +152,14 @@ def newton_schulz(matrix):
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
-@pytest.mark.parametrize(("way", "tolerance"), [("fp32", 2e-6), ("widened", 5e-3), (None, 5e-3)])
-def test_muon_is_its_papers_update_for_matrices_and_adamw_for_the_rest(monkeypatch, way, tolerance):
+@pytest.mark.parametrize(
+    ("way", "on_gpu", "tolerance"),
+    [("fp32", False, 2e-6), ("widened", False, 5e-3), (None, False, 5e-3), pytest.param("fp32", *EVERYWHERE[1].values, 2e-6)],
+)
+def test_muon_is_its_papers_update_for_matrices_and_adamw_for_the_rest(monkeypatch, way, on_gpu, tolerance):
     if way is not None:
         monkeypatch.setattr(muon, "way", lambda: way)
+    monkeypatch.setattr(muon_optimizer, "multiplies_bf16", lambda device: False)
     momentum = 0.95
     reference = parameters(dtype=torch.float64)
     weights = {name: weight.detach().clone() for name, weight in reference.items() if name.startswith("layers")}
@@ -147,7 +176,7 @@ def test_muon_is_its_papers_update_for_matrices_and_adamw_for_the_rest(monkeypat
         for group, name in zip(adamw.param_groups, rest):
             group["lr"], reference[name].grad = rate, grads[name]
         adamw.step()
-    ours, optimizer = updated(lambda named: Muon(named, weight_decay=DECAY, momentum=momentum))
+    ours, optimizer = updated(lambda named: Muon(named, weight_decay=DECAY, momentum=momentum), on_gpu=on_gpu)
     assert_close(ours, weights | {name: reference[name] for name in rest}, tolerance)
     assert set(optimizer.slots["momentum"]) == set(weights) and set(optimizer.slots["exp_avg"]) == set(rest)
 
@@ -363,15 +392,16 @@ def test_a_stored_state_continues_with_the_same_bits(name, tmp_path):
     assert {tensor.dtype for key, tensor in stored.items() if "." in key} == {torch.float32}
 
 
+@pytest.mark.parametrize("on_gpu", EVERYWHERE)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_non_finite_gradient_changes_nothing_at_all(name):
+def test_a_non_finite_gradient_changes_nothing_at_all(name, on_gpu):
     params, optimizer = updated(lambda named: make(name, named), num_updates=2)
     weights = {key: param.detach().clone() for key, param in params.items()}
     state = {key: tensor.clone() for key, tensor in optimizer.state_dict().items()}
     for key, gradient in gradients(2).items():
         params[key].grad = gradient
     params["norm.weight"].grad[3] = math.inf
-    norm, _, nonfinite = optimizer.update(1e-2, CLIP)
+    norm, _, nonfinite = (updating_on_a_gpu(optimizer) if on_gpu else optimizer.update)(1e-2, CLIP)
     assert nonfinite == 1 and not math.isfinite(norm)
     assert all(torch.equal(params[key], weights[key]) for key in weights)
     assert all(torch.equal(tensor, state[key]) for key, tensor in optimizer.state_dict().items())
