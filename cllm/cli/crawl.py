@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +20,7 @@ from cllm.runtime.quantities import counted, size
 from cllm.shell import command
 
 if TYPE_CHECKING:
+    from cllm.data.sources.browser import Browser
     from cllm.data.sources.crawl import Figures
     from cllm.data.sources.settings import Settings
     from cllm.data.sources.summary import Summary
@@ -104,6 +107,10 @@ def crawl(
             at_least=0,
         ),
     ] = None,
+    browser: Annotated[
+        bool | None,
+        typer.Option("--browser/--no-browser", help="Run the scripts of pages, in a Chromium without network. [default: no]", show_default=False),
+    ] = None,
     contact: Annotated[str | None, text_option("--contact", "Web or e-mail address in the user agent, for the owners of sites.")] = None,
     allow_private: Annotated[
         list[str] | None,
@@ -139,6 +146,7 @@ def crawl(
         "feeds": feeds,
         "content_signals": content_signals,
         "revisit": revisit,
+        "browser": browser,
         "contact": contact,
     }
     check_writable(out, DATA)
@@ -156,11 +164,11 @@ def crawl(
         raise UserError(f"{out} holds no crawl yet, so say where to begin. Example: cllm crawl https://example.org/ --out {out}")
     if before is None and out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} holds other files and no crawl. Choose a new folder with --out.")
-    with CrawlLock(out), training_beside(out, train, console):
+    with _browser(settings) as chromium, CrawlLock(out), training_beside(out, train, console):
         write_settings(out, settings)
         for change in changes:
             say(f"{change}.")
-        _crawl(out, settings, guard, console)
+        _crawl(out, settings, guard, chromium, console)
 
 
 def _seeds(texts: list[str]) -> tuple[str, ...]:
@@ -176,14 +184,36 @@ def _seeds(texts: list[str]) -> tuple[str, ...]:
     return tuple(seeds)
 
 
-def _crawl(out: Path, settings: Settings, guard: Any, console: Console) -> None:
+@contextmanager
+def _browser(settings: Settings) -> Iterator[Browser | None]:
+    """What runs the scripts of pages, where they are to be run. Raises DataError where it is not there."""
+    if not settings.browser:
+        yield None
+        return
+    from cllm.data.sources.browser import Browser
+
+    with Browser() as chromium:
+        if not chromium.is_sandboxed:
+            say("Chromium has no sandbox as root, nor where users get no namespaces: what breaks out of a page has your rights, without a network.")
+        yield chromium
+
+
+def _crawl(out: Path, settings: Settings, guard: Any, chromium: Browser | None, console: Console) -> None:
     from cllm.data.sources.crawl import Crawl
     from cllm.data.sources.summary import read_summary
     from cllm.monitor.stop_signals import Interrupted, StopSignals
 
     told = _Told(console, settings)
     with StopSignals(lambda name: None, _PAUSING) as signals, Progress(settings.max_pages, "crawling", unit="pages") as line:
-        crawl = Crawl(out, settings, guard, stop=lambda: signals.asked is not None, tell=lambda each: told.figures(each, line), sealed=told.sealed)
+        crawl = Crawl(
+            out,
+            settings,
+            guard,
+            browser=chromium,
+            stop=lambda: signals.asked is not None,
+            tell=lambda each: told.figures(each, line),
+            sealed=told.sealed,
+        )
         told.event("begun", out=str(out), seeds=list(settings.seeds))
         is_done = crawl.run()
     _, summary, due = read_summary(out)
@@ -234,7 +264,10 @@ def _lines(summary: Summary) -> list[str]:
     doubles = f", {summary.duplicates:,} of them with the bytes of another" if summary.duplicates else ""
     stored = f"in {counted(summary.segments, 'file')} of {size(summary.bytes)}"
     lines = [f"{counted(summary.pages, 'page')}{doubles}, of {counted(summary.sites, 'site')}, {stored}"]
-    for title, reasons in (("failed", summary.failed), ("left out", summary.left_out), ("links not followed", summary.not_queued)):
+    if summary.rendered:
+        lines.append(f"scripts were run on {counted(summary.rendered, 'page')}")
+    titles = ("kept as they came, their scripts not run", "failed", "left out", "links not followed")
+    for title, reasons in zip(titles, (summary.not_rendered, summary.failed, summary.left_out, summary.not_queued)):
         if reasons:
             lines.append(f"{title}: {sum(reasons.values()):,}")
             lines.append(table([(f"{count:,}", reason) for reason, count in list(reasons.items())[:12]], indent="    "))

@@ -75,7 +75,12 @@ def detail(path: str, place: Path, root: Path, job: Job | None) -> dict[str, Any
         "duplicates": summary.duplicates,
         "segments": summary.segments,
         "next_due": due,
-        "by_reason": {"failed": summary.failed, "left_out": summary.left_out, "not_queued": summary.not_queued},
+        "by_reason": {
+            "failed": summary.failed,
+            "left_out": summary.left_out,
+            "not_queued": summary.not_queued,
+            "not_rendered": summary.not_rendered,
+        },
         "newest": newest,
         **more,
     }
@@ -91,7 +96,7 @@ def begun(path: str, place: Path, job: Job) -> dict[str, Any]:
         "job": job["id"],
         "settings": {},
         "next_due": None,
-        "by_reason": {"failed": {}, "left_out": {}, "not_queued": {}},
+        "by_reason": {"failed": {}, "left_out": {}, "not_queued": {}, "not_rendered": {}},
         "robots_forbidden": {"count": 0, "urls": []},
         **{name: [] for name in ("newest", "hosts", "queue", "failures")},
     }

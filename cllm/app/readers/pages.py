@@ -54,30 +54,36 @@ def _pages(segment: Path, count: int) -> list[Page]:
     except OSError:
         return []
     found: list[Page] = []
+    made_from = ""
     end = len(content)
     while len(found) < count and (begin := content.rfind(_MEMBER, 0, end)) >= 0:
-        page = _page(content[begin : begin + _END])
-        if page is not None:
-            found.append(page)
+        fields, rest = _record(content[begin : begin + _END])
+        identity = fields.get("warc-record-id", "")
+        if fields.get("warc-type") == "conversion" or (fields.get("warc-type") == "response" and identity != made_from):
+            found.append(_page(fields, rest))
+        made_from = fields.get("warc-refers-to", "") or made_from
         end = begin
     return found
 
 
-def _page(member: bytes) -> Page | None:
-    """The page in the record that begins here; None where there is none, as where the magic number stands inside packed bytes."""
+def _record(member: bytes) -> tuple[dict[str, str], bytes]:
+    """Fields and block of the record that begins here; both empty where there is none, as where the magic number stands inside packed bytes."""
     unpacker = zlib.decompressobj(31)
     try:
         record = unpacker.decompress(member, _MOST_RECORD)
     except zlib.error:
-        return None
+        return {}, b""
     head, _, rest = record.partition(b"\r\n\r\n")
-    fields = _fields(head)
-    if not head.startswith(b"WARC/1.") or fields.get("warc-type") != "response":
-        return None
-    answer, _, body = rest.partition(b"\r\n\r\n")
+    return (_fields(head), rest) if head.startswith(b"WARC/1.") else ({}, b"")
+
+
+def _page(fields: dict[str, str], rest: bytes) -> Page:
+    """The page in the block of a record: an answer of HTTP, or what the scripts of the page have made of it."""
+    is_answer = fields["warc-type"] == "response"
+    answer, end, body = rest.partition(b"\r\n\r\n") if is_answer else (b"", b"", rest)
     length = fields.get("content-length", "")
-    size = int(length) - len(answer) - 4 if length.isascii() and length.isdigit() and len(length) < 16 else len(body)
-    kind = _fields(answer).get("content-type", "")
+    size = int(length) - len(answer + end) if length.isascii() and length.isdigit() and len(length) < 16 else len(body)
+    kind = (_fields(answer) if is_answer else fields).get("content-type", "")
     title, text = _readable(body[:_MOST_MARKUP], kind)
     return Page(fields.get("warc-target-uri", "")[:2_000], title, text, max(0, size))
 

@@ -38,7 +38,7 @@ def read(data: bytes, name: str, options: Options) -> list[Document]:
         if not text:
             text = article(root, page, markdown=True) or _linear(page)
     if not text.strip():
-        raise Unreadable("empty: the page has no text besides navigation; pages written by scripts need cllm[browser] when they are crawled")
+        raise Unreadable("empty: the page has no text besides navigation; cllm crawl --browser stores what scripts write")
     return [Document(text, title=head.title, date=head.date, language=head.language, licence=head.licence, url=head.url)]
 
 

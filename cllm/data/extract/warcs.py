@@ -32,7 +32,26 @@ class Page:
 
 
 def pages(stream: Readable, options: Options, budget: Budget) -> Iterator[Page]:
-    """The pages of all records that hold one. Raises Unreadable behind the last whole record where the file is damaged or ends in the middle."""
+    """The pages of all records that hold one. Raises Unreadable behind the last whole record where the file is damaged or ends in the middle.
+
+    A page that was made from the answer in the record before it, as by a browser that ran its scripts, takes its place.
+    """
+    before, held = "", None
+    try:
+        for identity, made_from, page in _records(stream, options, budget):
+            if held is not None and not (made_from and made_from == before and not page.problem):
+                yield held
+            before, held = identity, page
+    except Unreadable:
+        if held is not None:
+            yield held
+        raise
+    if held is not None:
+        yield held
+
+
+def _records(stream: Readable, options: Options, budget: Budget) -> Iterator[tuple[str, str, Page]]:
+    """Of each record with a page its name, the name of the one that it was converted from, and the page."""
     source = _Lines(stream)
     number = 0
     while True:
@@ -47,18 +66,20 @@ def pages(stream: Readable, options: Options, budget: Budget) -> Iterator[Page]:
         kind = header.get("warc-type", "")
         url, date = header.get("warc-target-uri", "").strip("<>"), header.get("warc-date", "")
         same_as = header.get("warc-refers-to-target-uri", "").strip("<>")
+        identity = header.get("warc-record-id", "")
+        made_from = header.get("warc-refers-to", "") if kind == "conversion" else ""
         if kind == "revisit" and same_as not in ("", url):
-            yield Page(part, printable(url), date, same_as=printable(same_as))
+            yield identity, "", Page(part, printable(url), date, same_as=printable(same_as))
         if kind not in ("response", "resource", "conversion") or url.startswith(("dns:", "filedesc:")):
             source.skip(int(length))
             continue
         told = Page(part, printable(url), date, header.get("content-type", ""))
         if int(length) > options.input_bytes:
             source.skip(int(length))
-            yield Page(part, told.url, problem=f"too large (more than {size(options.input_bytes)})")
+            yield identity, made_from, Page(part, told.url, problem=f"too large (more than {size(options.input_bytes)})")
             continue
         content = source.exactly(int(length))
-        yield _response(told, content, budget) if kind == "response" else _page(told, content)
+        yield identity, made_from, _response(told, content, budget) if kind == "response" else _page(told, content)
 
 
 def _page(told: Page, body: bytes) -> Page:

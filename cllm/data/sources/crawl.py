@@ -9,6 +9,7 @@ Redirects are links: where they lead is queued, and so is subject to scope, robo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import socket
 import time
@@ -21,11 +22,13 @@ from typing import Any
 
 from cllm.data.sources import urls
 from cllm.data.sources.addresses import Guard
+from cllm.data.sources.browser import Browser
 from cllm.data.sources.discovery import Discovery, key_of
 from cllm.data.sources.fetch import DOCUMENTS, Fetcher, Limits, agent
 from cllm.data.sources.frontier import AGAIN, FAILED, LEFT_OUT, NEW, PAGE, SITEMAP, WAITING, Entry, Site, explained, open_frontier
 from cllm.data.sources.outcome import Outcomes
-from cllm.data.sources.politeness import Schedule, back_off, pause_of
+from cllm.data.sources.politeness import Schedule, Turns, back_off, pause_of
+from cllm.data.sources.rendering import Rendering
 from cllm.data.sources.robots import Robots
 from cllm.data.sources.settings import DATABASE, PAGES, Settings
 from cllm.data.sources.store import Store
@@ -51,8 +54,8 @@ class Figures:
 class Crawl:
     """A crawl into `folder`, whose lock the caller holds.
 
-    stop: asked five times a second whether to pause. tell: called as often with the figures. sealed: called with each segment that is whole.
-    Raises DataError and UserError.
+    browser: runs the scripts of pages. stop: asked five times a second whether to pause. tell: called as often with the figures. sealed: called with
+    each segment that is whole. Raises DataError and UserError.
     """
 
     def __init__(
@@ -61,11 +64,12 @@ class Crawl:
         settings: Settings,
         guard: Guard,
         *,
+        browser: Browser | None = None,
         stop: Callable[[], bool] = lambda: False,
         tell: Callable[[Figures], None] = lambda figures: None,
         sealed: Callable[[Path], None] = lambda path: None,
     ) -> None:
-        self.folder, self.settings, self._guard = folder, settings, guard
+        self.folder, self.settings, self._guard, self._browser = folder, settings, guard, browser
         self._stop, self._tell, self._sealed = stop, tell, sealed
         self._agent = agent(settings.contact)
         self._limits = Limits(settings.timeout, settings.max_bytes, settings.types or DOCUMENTS, CONNECTIONS)
@@ -95,11 +99,16 @@ class Crawl:
         self._reserved = 0  # requests in flight that may bring a new page
         self._failure: BaseException | None = None
         self._recent: deque[tuple[float, int]] = deque(maxlen=50)
+        self._turns = Turns() if self._browser else None
         self._begin()
-        async with Fetcher(self._limits, self._guard, self._agent) as fetcher:
-            self._fetcher = fetcher
-            self._robots = Robots(fetcher, back_off(self.settings.delay, 1, None), self.settings.content_signals)
-            self._outcomes = Outcomes(self.frontier, self._discovery, self._writer, self.settings, self._enter)
+        async with contextlib.AsyncExitStack() as stack:
+            self._fetcher = await stack.enter_async_context(Fetcher(self._limits, self._guard, self._agent))
+            self._robots = Robots(self._fetcher, back_off(self.settings.delay, 1, None), self.settings.content_signals)
+            rendering = None
+            if self._browser and self._turns:
+                rendering = Rendering(self._browser, self.settings, self._limits, self._agent, self._fetcher, self._robots, self._turns)
+                await stack.enter_async_context(rendering)
+            self._outcomes = Outcomes(self.frontier, self._discovery, self._writer, self.settings, self._enter, rendering)
             writing = asyncio.create_task(self._writer.run())
             try:
                 is_done = await self._loop(writing)
@@ -230,7 +239,8 @@ class Crawl:
             self._enter(site)
 
     async def _read_robots(self, site: Site) -> None:
-        rules = await self._robots.site(f"{site.name}/")
+        async with self._turn(site):
+            rules = await self._robots.site(f"{site.name}/")
         if not rules.temporary:
             for url in rules.sitemaps or (f"{site.name}/sitemap.xml",):
                 if self.settings.sitemaps and self.settings.depth and not rules.closed:
@@ -264,7 +274,9 @@ class Crawl:
         is_new = not entry.stored
         self._reserved += is_new
         try:
-            answer = await self._fetcher.fetch(entry.url, etag=entry.etag or "", last_modified=entry.last_modified or "", types=self._types(entry))
+            async with self._turn(site):
+                etag, last_modified = self._conditions(entry)
+                answer = await self._fetcher.fetch(entry.url, etag=etag, last_modified=last_modified, types=self._types(entry))
             pause = await self._outcomes.of(site, entry, answer)
         finally:
             self._reserved -= is_new
@@ -272,6 +284,14 @@ class Crawl:
             site.ready_at = time.time() + pause
         rules = self._robots.known(entry.url)
         return pause_of(max(self.settings.delay, rules.delay if rules else 0.0), entry.key)
+
+    def _turn(self, site: Site) -> contextlib.AbstractAsyncContextManager[Any]:
+        """What is held during a request to a site: nothing where the schedule alone decides who is asked."""
+        return self._turns.of(f"{site.name}/") if self._turns else contextlib.nullcontext()
+
+    def _conditions(self, entry: Entry) -> tuple[str, str]:
+        """The ETag and Last-Modified of what is at hand. Whether a page changed whose scripts are run, its server does not know."""
+        return ("", "") if self._browser and entry.kind == PAGE else (entry.etag or "", entry.last_modified or "")
 
     def _types(self, entry: Entry) -> tuple[str, ...] | None:
         """The content types to take: a sitemap or feed is never stored, and may be of any."""

@@ -16,7 +16,7 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ PRODUCT = "cllm"  # the name by which a robots.txt speaks to this crawler
 MAX_HOPS = 12
 MAX_RETRY_AFTER = 3600.0  # seconds; a server that asks for more is not waited for any longer
 _REDIRECTS = (301, 302, 303, 307, 308)
+_CONDITIONS = ("If-None-Match", "If-Modified-Since")
 _MAX_FIELD = 32 << 10  # bytes of one header; some policies of real sites are longer than the usual 8 KiB
 _ENCODED = re.compile(r"[!-~]{1,500}")
 _DNS_THREADS = 32
@@ -197,13 +198,15 @@ class Fetcher:
         max_hops: int = MAX_HOPS,
         types: tuple[str, ...] | None = None,
         head_bytes: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> Fetched:
         """Asks for a clean address (see `urls.clean`) and follows its redirects.
 
         etag, last_modified: of the copy that is at hand; the answer may then be 304. may_follow: asked before each redirect; none is followed
-        without it. types: in place of those of the limits. head_bytes: take this much of a longer body instead of refusing it.
+        without it. types: in place of those of the limits. head_bytes: take this much of a longer body instead of refusing it. headers: sent in
+        place of the usual ones of their names.
         """
-        asked = _Request(url, {}, self._types if types is None else _pattern(types), head_bytes)
+        asked = _Request(url, dict(headers or {}), self._types if types is None else _pattern(types), head_bytes)
         if _ENCODED.fullmatch(etag):
             asked.headers["If-None-Match"] = etag
         if re.fullmatch(r"[ -~]{1,100}", last_modified):
@@ -217,7 +220,7 @@ class Fetcher:
             left -= time.monotonic() - started
             if not answer.redirect or answer.problem:
                 break
-            problem = _downgrade(at, answer.redirect)
+            problem = downgrade(at, answer.redirect)
             if len(hops) >= max_hops:
                 problem = f"it redirects more than {max_hops} times"
             elif answer.redirect == url or any(answer.redirect == hop.url for hop in hops):
@@ -273,7 +276,7 @@ class Fetcher:
             address=getattr(response, "peer", ""),
             retry_after=_retry_after(response.headers.get("Retry-After", "")),
         )
-        if status == 304 and asked.headers:
+        if status == 304 and not asked.headers.keys().isdisjoint(_CONDITIONS):
             return answer
         if status in _REDIRECTS:
             return _redirected(answer, response.headers.get("Location", ""))
@@ -327,7 +330,8 @@ def _redirected(answer: Fetched, location: str) -> Fetched:
         return _with(answer, problem=f"it redirects to {printable(location)[:100]}: {error}")
 
 
-def _downgrade(url: str, target: str) -> str:
+def downgrade(url: str, target: str) -> str:
+    """Why a redirect may not be followed, whoever asks; empty where it may."""
     return "it redirects from https to http" if url.startswith("https:") and target.startswith("http:") else ""
 
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import re
 import time
 from collections.abc import Callable
 
 from cllm.data.sources import urls
-from cllm.data.sources.directives import NO_TRAINING, of_headers
+from cllm.data.sources.browser import Rendered
+from cllm.data.sources.directives import NO_TRAINING, Directives, of_headers
 from cllm.data.sources.discovery import Discovery, key_of
 from cllm.data.sources.fetch import MAX_HOPS, Fetched
 from cllm.data.sources.frontier import DONE, FAILED, FEED, LEFT_OUT, PAGE, SITEMAP, SLOWEST, Entry, Frontier, Site
 from cllm.data.sources.links import Links, is_html, links
 from cllm.data.sources.politeness import back_off
+from cllm.data.sources.rendering import Rendering
 from cllm.data.sources.settings import Settings
 from cllm.data.sources.sitemaps import read
 from cllm.data.sources.traps import NOVEL, STALE
-from cllm.data.sources.writer import Page, Writer
+from cllm.data.sources.writer import NOT_RENDERED, RENDERED, Page, Writer
 
 UNREACHABLE = 12  # failures in a row, after which a site is left for this run
 LARGE = 1 << 18  # bytes of a page whose links are looked for in another thread
@@ -29,13 +33,23 @@ REDIRECT = "it redirects"
 A_LIST = "a sitemap or feed"
 SITE_FULL = "the site has given --max-per-site pages"
 MAX_NESTED = 4  # sitemaps that are named in sitemaps
+_SCRIPT = re.compile(rb"<script\b", re.IGNORECASE)
 
 
 class Outcomes:
-    """Decides about answers. `enter`: called with each site that has more to do."""
+    """Decides about answers. `enter`: called with each site that has more to do; `rendering`: runs the scripts of pages, where they are run."""
 
-    def __init__(self, frontier: Frontier, discovery: Discovery, writer: Writer, settings: Settings, enter: Callable[[Site], None]) -> None:
+    def __init__(
+        self,
+        frontier: Frontier,
+        discovery: Discovery,
+        writer: Writer,
+        settings: Settings,
+        enter: Callable[[Site], None],
+        rendering: Rendering | None = None,
+    ) -> None:
         self._frontier, self._discovery, self._writer, self._settings, self._enter = frontier, discovery, writer, settings, enter
+        self._rendering = rendering
 
     async def of(self, site: Site, entry: Entry, answer: Fetched) -> float:
         """Returns how many seconds the site is to be left alone because of it; 0 for no more than the usual pause."""
@@ -56,7 +70,7 @@ class Outcomes:
         elif entry.kind != PAGE:
             await self._read_list(entry, answer, now)
         else:
-            await self._read_page(site, entry, answer, now)
+            return await self._read_page(site, entry, answer, now)
         return 0.0
 
     def _finish(self, entry: Entry, state: int, reason: str, now: float, *, status: int = 0, pace: int = 0) -> None:
@@ -107,24 +121,39 @@ class Outcomes:
             self._queue(url, depth=1 if entry.kind == SITEMAP else entry.depth + 1)
         self._finish(entry, DONE, A_LIST, now, status=answer.status, pace=0 if found.pages else 1)
 
-    async def _read_page(self, site: Site, entry: Entry, answer: Fetched, now: float) -> None:
+    async def _read_page(self, site: Site, entry: Entry, answer: Fetched, now: float) -> float:
         directives = of_headers(answer.headers, self._settings.content_signals)
-        digest = hashlib.blake2b(answer.body, digest_size=16).digest()
+        rendered, pause = Rendered(), 0.0
         if is_html(answer.content_type, answer.body):
-            read = asyncio.to_thread(links, answer.body, entry.url, answer.charset) if len(answer.body) > LARGE else None
-            page = await read if read is not None else links(answer.body, entry.url, answer.charset)
-            if not directives.nofollow:
-                self._follow(page, entry)
-            directives |= page.directives
+            directives |= await self._read_links(entry, answer.body, answer.charset, directives.nofollow)
+            if self._rendering is not None and not directives.noindex and _SCRIPT.search(answer.body):
+                rendered, pause = await self._rendering.of(answer)
+                directives |= await self._read_links(entry, rendered.body, "utf-8", directives.nofollow, rendered.leads_to)
         if directives.noindex:
             self._finish(entry, LEFT_OUT, ASKS_NO_TRAINING if directives.words == NO_TRAINING else ASKS_NOT, now, status=answer.status, pace=1)
-            return
+            return pause
+        note = RENDERED if rendered.body else NOT_RENDERED + rendered.problem if rendered.problem else ""
+        if rendered.problem and entry.stored and self._frontier.note(entry) == RENDERED:
+            self._finish(entry, DONE, RENDERED, now, status=answer.status, pace=entry.pace)  # what is stored has more in it
+            return pause
+        digest = hashlib.blake2b(answer.body + rendered.body, digest_size=16).digest()
         if entry.digest == digest:
-            self._finish(entry, DONE, "", now, status=answer.status, pace=entry.pace + 1)
-            return
+            self._finish(entry, DONE, note, now, status=answer.status, pace=entry.pace + 1)
+            return pause
         same_as = self._writer.with_digest(digest)
-        self._judge(site, entry, 0.0 if same_as else self._writer.novelty.of(site.id, answer.body))
-        await self._writer.put(Page(entry, answer, now, digest, None if same_as == entry.url else same_as))
+        self._judge(site, entry, 0.0 if same_as else self._writer.novelty.of(site.id, rendered.body or answer.body))
+        await self._writer.put(Page(entry, answer, now, digest, None if same_as == entry.url else same_as, rendered.body, note))
+        return pause
+
+    async def _read_links(self, entry: Entry, body: bytes, charset: str, nofollow: bool, more: tuple[str, ...] = ()) -> Directives:
+        """Queues the links of a page, and `more` addresses. Returns what its tags ask for."""
+        page = await asyncio.to_thread(links, body, entry.url, charset) if len(body) > LARGE else links(body, entry.url, charset)
+        if not nofollow:
+            self._follow(page, entry)
+            for each in more:
+                with contextlib.suppress(urls.BadURL):
+                    self._queue(urls.clean(each, entry.url), depth=entry.depth + 1)
+        return page.directives
 
     def _follow(self, page: Links, entry: Entry) -> None:
         for url in page.pages:

@@ -6,10 +6,13 @@ one that was asked longest ago comes first. Times are seconds since 1970, becaus
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 from cllm.data.sources.frontier import Site
+from cllm.data.sources.urls import authority
 
 LONGEST_BACK_OFF = 600.0  # seconds
 LONGEST_RETRY_AFTER = 6 * 3600.0  # a server that asks for more is asked again then
@@ -94,3 +97,14 @@ class Schedule:
     def next_time(self) -> float | None:
         """When `pop` can have a site again, as far as is known; None where there is nothing to wait for."""
         return self._heap[0][0] if self._heap else None
+
+
+class Turns:
+    """One request in flight for each host, where more than the schedule asks: the scripts of pages load from any host."""
+
+    def __init__(self) -> None:
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def of(self, url: str) -> asyncio.Lock:
+        """What is held while a clean address is asked for."""
+        return self._locks.setdefault(authority(url), asyncio.Lock())

@@ -49,6 +49,8 @@ class Settings:
     feeds: bool = True
     content_signals: bool = True
     """Whether a site or page is left out that asks not to be trained on (Content-Signal: ai-train=no)."""
+    browser: bool = False
+    """Whether the scripts of pages are run."""
     contact: str = ""
     """In the user agent: whom a site's owner can write to."""
     revisit: float = 86400.0
@@ -67,7 +69,7 @@ def read_settings(folder: Path) -> Settings | None:
         values = json.loads(path.read_bytes())
         if values.pop("format") != _FORMAT:
             raise ValueError("its format is of another version")
-        values = {"content_signals": True, **values}  # crawls that were begun before there were such signals
+        values = {"content_signals": True, "browser": False, **values}  # crawls that were begun before there were these
         known = {each.name: each for each in dataclasses.fields(Settings)}
         if set(values) != set(known):
             raise ValueError(f"it should hold {', '.join(sorted(known))}")

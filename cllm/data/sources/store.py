@@ -52,6 +52,12 @@ def revisit_record(url: str, date: float, status: int, headers: Sequence[tuple[b
     return _record("revisit", url, date, "application/http;msgtype=response", _head(status, kept), fields)
 
 
+def conversion_record(url: str, date: float, page: bytes) -> bytes:
+    """A page after its scripts have run, as HTML in UTF-8; it belongs to the response of the same address and date."""
+    fields = [("WARC-Refers-To", _identity("response", _moment(date), url)), ("WARC-Block-Digest", _sha1(page))]
+    return _record("conversion", url, date, "text/html; charset=utf-8", page, fields)
+
+
 def info_record(number: int, date: float, software: str) -> bytes:
     """The first record of a segment: who wrote it."""
     block = f"software: {software}\r\nformat: WARC File Format 1.1\r\nrobots: obeyed\r\n".encode()
@@ -64,11 +70,11 @@ def _head(status: int, headers: Sequence[tuple[bytes, bytes]]) -> bytes:
 
 
 def _record(kind: str, url: str, date: float, content_type: str, block: bytes, more: list[tuple[str, str]]) -> bytes:
-    when = datetime.fromtimestamp(date, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    when = _moment(date)
     target = ("WARC-Filename", url) if kind == "warcinfo" else ("WARC-Target-URI", _ascii(url))
     fields = [
         ("WARC-Type", kind),
-        ("WARC-Record-ID", f"<urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, f'{kind} {when} {url}')}>"),
+        ("WARC-Record-ID", _identity(kind, when, url)),
         ("WARC-Date", when),
         target,
         *more,
@@ -78,6 +84,14 @@ def _record(kind: str, url: str, date: float, content_type: str, block: bytes, m
     head = "WARC/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in fields) + "\r\n"
     packer = zlib.compressobj(_LEVEL, zlib.DEFLATED, 31)
     return packer.compress(head.encode() + block + b"\r\n\r\n") + packer.flush()
+
+
+def _moment(date: float) -> str:
+    return datetime.fromtimestamp(date, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _identity(kind: str, when: str, url: str) -> str:
+    return f"<urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, f'{kind} {when} {url}')}>"
 
 
 def _ascii(url: str) -> str:

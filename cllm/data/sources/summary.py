@@ -10,6 +10,7 @@ from typing import Any
 
 from cllm.data.sources.frontier import AGAIN, DONE, FAILED, LEASED, LEFT_OUT, NEW, PAGE, WAITING, Frontier, explained, open_frontier
 from cllm.data.sources.settings import DATABASE, Settings, read_settings
+from cllm.data.sources.writer import NOT_RENDERED, RENDERED
 
 # Reasons that go on with what differs from URL to URL (an address, a name, a year), and how they are told together.
 _TOGETHER = (
@@ -32,6 +33,9 @@ class Summary:
     failed: dict[str, int]
     left_out: dict[str, int]
     not_queued: dict[str, int]
+    rendered: int
+    not_rendered: dict[str, int]
+    """Pages that are kept as they came, although their scripts were to be run."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -41,6 +45,7 @@ def summarise(frontier: Frontier) -> Summary:
     """Reads the whole frontier once."""
     sql = frontier.sql
     (duplicates,) = sql.execute("SELECT COUNT(*) FROM urls WHERE stored > 0 AND reason = 'the same bytes as another page'").fetchone()
+    (rendered,) = sql.execute("SELECT COUNT(*) FROM urls WHERE stored > 0 AND reason = ?", (RENDERED,)).fetchone()
     segments, num_bytes = sql.execute("SELECT SUM(bytes > 0), SUM(bytes) FROM segments").fetchone()
     return Summary(
         pages=frontier.pages,
@@ -56,6 +61,11 @@ def summarise(frontier: Frontier) -> Summary:
             f"SELECT reason, COUNT(*) FROM urls WHERE state = {LEFT_OUT} OR (state = {DONE} AND kind = {PAGE} AND stored = 0) GROUP BY reason",
         ),
         not_queued=_reasons(frontier, "SELECT reason, COUNT(*) FROM skipped GROUP BY reason"),
+        rendered=rendered,
+        not_rendered=_reasons(
+            frontier,
+            f"SELECT SUBSTR(reason, {len(NOT_RENDERED) + 1}), COUNT(*) FROM urls WHERE stored > 0 AND reason LIKE '{NOT_RENDERED}%' GROUP BY reason",
+        ),
     )
 
 

@@ -12,22 +12,28 @@ from pathlib import Path
 from cllm._version import __version__
 from cllm.data.sources.fetch import Fetched
 from cllm.data.sources.frontier import Entry, Frontier
-from cllm.data.sources.store import SEGMENT_BYTES, SEGMENT_SECONDS, Store, info_record, response_record, revisit_record
+from cllm.data.sources.store import SEGMENT_BYTES, SEGMENT_SECONDS, Store, conversion_record, info_record, response_record, revisit_record
 from cllm.data.sources.traps import Novelty
 
 BATCH_PAGES, BATCH_BYTES, BATCH_SECONDS = 128, 16 << 20, 0.25  # after which pages are brought to the disk
+RENDERED, NOT_RENDERED = "its scripts were run", "its scripts were not run: "  # what is told of a page that is stored
 NOVELTY_SECONDS = 10.0  # between two times that it is saved what was seen
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A page that is to be stored. `same_as`: the URL under which its bytes are stored already."""
+    """A page that is to be stored. `same_as`: the URL under which its bytes are stored already.
+
+    `rendered`: what its scripts have made of it; `note`: whether they have been run, for the summary.
+    """
 
     entry: Entry
     fetched: Fetched
     date: float
     digest: bytes
     same_as: str | None
+    rendered: bytes = b""
+    note: str = ""
 
 
 class Writer:
@@ -68,7 +74,7 @@ class Writer:
         self._pending += 1
         self.new_pages += not page.entry.stored
         self._digests.setdefault(page.digest, page.entry.url)
-        self._bytes += len(page.fetched.body)
+        self._bytes += len(page.fetched.body) + len(page.rendered)
         if len(self._batch) >= BATCH_PAGES or self._bytes >= BATCH_BYTES:
             self._full.set()
         if self._bytes >= 2 * BATCH_BYTES:
@@ -130,6 +136,8 @@ class Writer:
             headers = [(name.encode("utf-8", "surrogateescape"), value.encode("utf-8", "surrogateescape")) for name, value in fetched.headers]
             answer = (page.entry.url, page.date, fetched.status, headers, fetched.body)
             records.append(response_record(*answer) if page.same_as is None else revisit_record(*answer, page.same_as))
+            if page.rendered and page.same_as is None:
+                records.append(conversion_record(page.entry.url, page.date, page.rendered))
         self._store.append(records)
         return sum(map(len, records))
 
@@ -141,5 +149,5 @@ class Writer:
             etag=page.fetched.header("ETag") or None,
             last_modified=page.fetched.header("Last-Modified") or None,
             digest=page.digest,
-            reason="" if page.same_as is None else "the same bytes as another page",
+            reason=page.note if page.same_as is None else "the same bytes as another page",
         )

@@ -270,3 +270,33 @@ def test_pages_of_a_crawl(tmp_path, pack):
     assert {(each.kind, each.date, each.content_type) for each in pages} == {("html", "2026-11-29T01:02:03Z", "text/html; charset=koi8-r")}
     assert [each for each in results if isinstance(each, Again)] == [("http://a.example/y", "2026-11-29T01:02:03Z", "http://a.example/x")]
     assert [each for each in results if isinstance(each, Refused)] == [("p.warc.gz record 2", "no page (the server answered with status 404)")]
+
+
+def test_what_a_browser_made_of_a_page_takes_its_place(tmp_path):
+    def converted(url, body, made_from):
+        more = f"WARC-Refers-To: <urn:{made_from}>\r\n"
+        head = WARC.format(kind="conversion", url=url, length=len(body), more=more).replace(
+            "application/http; msgtype=response", "text/html; charset=utf-8"
+        )
+        return head.encode() + body + b"\r\n\r\n"
+
+    def named(name, record):
+        return record.replace(b"\r\n", f"\r\nWARC-Record-ID: <urn:{name}>\r\n".encode(), 1)
+
+    records = [
+        named("x", record("http://a.example/x", b"shell")),
+        converted("http://a.example/x", b"<p>text</p>", "x"),
+        named("y", record("http://a.example/y", b"page")),
+        converted("http://a.example/z", b"of another file", "z"),
+        named("e", record("http://a.example/e", b"kept")),
+        converted("http://a.example/e", b" ", "e"),
+        named("l", record("http://a.example/last", b"whole")),
+        converted("http://a.example/last", b"cut", "l")[:-9],
+    ]
+    path = tmp_path / "p.warc"
+    path.write_bytes(b"".join(records))
+    results = list(members(path, "p.warc"))
+    assert [(each.url[-1], each.source) for each in results if isinstance(each, Member)] == [
+        ("x", b"<p>text</p>"), ("y", b"page"), ("z", b"of another file"), ("e", b"kept"), ("t", b"whole"),
+    ]  # fmt: skip
+    assert results[0].content_type == "text/html; charset=utf-8"

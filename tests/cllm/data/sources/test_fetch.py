@@ -266,10 +266,10 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(web, tmp_path):
 
 
 def test_a_redirect_does_not_leave_https():
-    from cllm.data.sources.fetch import _downgrade
+    from cllm.data.sources.fetch import downgrade
 
-    assert _downgrade("https://example.org/a", "http://example.org/a")
-    assert not _downgrade("http://example.org/a", "https://example.org/a") and not _downgrade("https://a.example/", "https://b.example/")
+    assert downgrade("https://example.org/a", "http://example.org/a")
+    assert not downgrade("http://example.org/a", "https://example.org/a") and not downgrade("https://a.example/", "https://b.example/")
 
 
 # -- the kinds of sites -----------------------------------------------------------------------------------------------------

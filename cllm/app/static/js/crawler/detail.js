@@ -140,7 +140,7 @@ class View {
     this.#figures({ pages: found.pages, bytes: found.bytes, queued: found.queued, waiting: found.waiting, failed: found.errors });
     if (!this.job || isEnded(this.job)) this.#figures({ rate: 0 });
     this.#tools();
-    const kinds = [["failed", "Errors by reason"], ["left_out", "Left out and why"], ["not_queued", "Links not followed and why"]];
+    const kinds = [["failed", "Errors by reason"], ["left_out", "Left out and why"], ["not_queued", "Links not followed and why"], ["not_rendered", "Scripts not run and why"]];
     const card = (title, content) => h("section", { class: "card" }, h("h2", {}, title), content);
     replace(this.reasons, kinds.map(([key, title]) => {
       const pairs = Object.entries(found.by_reason?.[key] ?? {});
