@@ -277,6 +277,11 @@ class TrainStep:
         """The tensors that the optimizer updates, by name."""
         return self.model.named_parameters()
 
+    @property
+    def works_ahead(self) -> bool:
+        """Whether `run` calls `ahead` while a GPU computes."""
+        return self._graphs is not None
+
     def loss_scale(self) -> float:
         """The factor in the gradients until the update: other than 1 in fp16 alone. Waits for the GPU."""
         return 1.0 if self._graphs is None else self._graphs.loss_scale()

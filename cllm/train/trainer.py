@@ -9,7 +9,7 @@ a run that was stopped anywhere, also by SIGKILL, and resumed writes the same bi
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -51,6 +51,7 @@ from cllm.train.update_data import UpdateData
 
 if TYPE_CHECKING:
     from cllm.data import Dataset
+    from cllm.data.tokens.batch import Batch
     from cllm.data.tokens.tokenizer import Tokenizer
     from cllm.model.model import Model
 
@@ -104,6 +105,7 @@ class Trainer:
         self._resumed_from: int | None = None
         self._former_end: int | None = None  # the last step of a run that was finished and is now trained longer
         self._last_step: StepResult | None = None
+        self._unwritten: Callable[[], None] | None = None  # shows the last step and writes its row of metrics
         self._measured: Measured | None = None  # the last evaluation
 
     @property
@@ -169,7 +171,7 @@ class Trainer:
             with report.reading(state.step), self._left_at_once():
                 microbatches = self.data.microbatches(state.step)
             with report.step(state.step):
-                ahead = partial(self.data.microbatches, state.step + 1)
+                ahead = partial(self._while_computing, state.step + 1)
                 result = self._train_step.run(microbatches, self._learning_rate(), self._beat, ahead, self._before_update)
             state.step += 1
             state.tokens += result.num_targets
@@ -216,19 +218,38 @@ class Trainer:
         self._checkpoints.before_update()
 
     def _record(self, result: StepResult) -> None:
-        """Shows the step that was just made and writes its rows of metrics."""
-        self._last_step, step = result, self.state.step
-        timing = self._report.trained(step, self.state.tokens, result, self._train_step.seconds)
-        if step % self.config.log.metrics_every == 0 or not result.finite:
-            self._metrics.write(TrainRow.of(step, result, self.state.tokens, self._seconds_before + self._report.seconds, timing))
+        """Shows the step that was just made and writes its rows of metrics: at once, or while a GPU computes the next one."""
+        self._write_what_is_left()
+        first, step = self._last_step is None, self.state.step
+        self._last_step = result
+        self._unwritten = partial(self._write_step, step, result, self.state.tokens, self._seconds_before + self._report.seconds)
         layers = self._diagnostics.after_update(step)
+        if first or layers is not None or not self._train_step.works_ahead:
+            self._write_what_is_left()
         if layers is not None:
             self._metrics.write(layers[0])
             self._metrics.histograms("gradients", step, layers[1])
 
+    def _write_step(self, step: int, result: StepResult, tokens: int, seconds: float) -> None:
+        timing = self._report.trained(step, tokens, result, self._train_step.seconds)
+        if step % self.config.log.metrics_every == 0 or not result.finite:
+            self._metrics.write(TrainRow.of(step, result, tokens, seconds, timing))
+
+    def _write_what_is_left(self) -> None:
+        """Of the last step. Comes before everything that is written after it, its checkpoint above all."""
+        write, self._unwritten = self._unwritten, None
+        if write is not None:
+            write()
+
+    def _while_computing(self, following: int) -> list[Batch]:
+        """What the host does while a GPU computes an update. Returns the microbatches of update number `following`."""
+        self._write_what_is_left()
+        return self.data.microbatches(following)
+
     def _evaluate(self) -> None:
         """Comes after the checkpoint of the same step was written: an evaluation that fails costs nothing."""
         state, report, rate = self.state, self._report, self._learning_rate()
+        self._write_what_is_left()
         self._checkpoints.before_update()  # weights may be swapped for their averages
         with self._aside(), self._train_step.evaluation_weights(), self._left_at_once():
             self._measured = found = self._evaluations.measure(report, self._check_stop)
@@ -312,6 +333,7 @@ class Trainer:
         it."""
         if pace is None or self._end is None:
             return
+        self._write_what_is_left()
         so_far = pace.until(self.step)
         now, early = so_far.decisions[-1], so_far.most_steps is not None
         self._metrics.write(PaceRow(step=self.step, steps=now.steps, share=now.share, early=early, seconds=round(self.spent or 0.0, 3)))
@@ -375,7 +397,8 @@ class Trainer:
 
     @contextmanager
     def _saving_when_stopped(self) -> Iterator[None]:
-        """Around the loop: writes a checkpoint when it is asked to stop at a point where the folder does not hold everything."""
+        """Around the loop: writes a checkpoint when it is asked to stop at a point where the folder does not hold everything, and however the loop
+        ends the row of its last step."""
         try:
             yield
         except StopRequested as request:
@@ -384,11 +407,14 @@ class Trainer:
                 self._save()
                 self._checkpoints.finish()
             raise
+        finally:
+            self._write_what_is_left()
 
     # -- steps that went wrong ----------------------------------------------------------------------------------------------
 
     def _handle(self, fault: Fault) -> None:
         """Records what went wrong in the step before, and does what its policy says."""
+        self._write_what_is_left()
         data, documents = self.data.number(self.step - 1), self.data.documents(self.step - 1)
         where = f"data {data:,} from {', '.join(documents[:3])}{f' and {len(documents) - 3} more' if len(documents) > 3 else ''}"
         row = partial(FaultRow, event=fault.kind, action=fault.action, text=fault.text, fault_step=self.step, data=data, documents=tuple(documents))
@@ -508,6 +534,7 @@ class Trainer:
 
     def _save(self) -> None:
         """The checkpoint of this step, where there is none yet."""
+        self._write_what_is_left()
         if self._checkpoints.newest_step != self.step:
             self._checkpoints.save(self.step, self._train_step.weights(), self._train_step.state_dict(), self._state_to_store())
 

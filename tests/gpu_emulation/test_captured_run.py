@@ -14,11 +14,11 @@ if torch.cuda.is_available():
 from gpu_emulation.graphs import EmulatedGraphs
 from gpu_emulation.memory import Memory
 
-from cllm import Model, ModelConfig, TrainConfig
+from cllm import Model, ModelConfig, TrainConfig, TrainStep
 from cllm.checkpoint.safetensors import sha256_of
 from cllm.checkpoint.store import CheckpointStore
 from cllm.data.pipeline import prepare
-from cllm.monitor.metrics import TIME_FIELDS, read_metrics
+from cllm.monitor.metrics import TIME_FIELDS, Metrics, read_metrics
 from cllm.runtime.errors import UserError
 from cllm.train.step_graph import DeviceStep
 from cllm.train.trainer import Trainer
@@ -39,7 +39,7 @@ def dataset(tmp_path_factory):
 
 
 def run(monkeypatch, graphs, dataset, out, steps=4, spoil=None, **values):
-    """What is left of a run whose step is a `DeviceStep`, as on a GPU."""
+    """The step of a run, a `DeviceStep` as on a GPU. Without graphs rows of metrics are written at once, as on a CPU."""
     made = []
 
     def graph_step(model, optimizer, precision, ema, *, allowed, **options):
@@ -47,6 +47,7 @@ def run(monkeypatch, graphs, dataset, out, steps=4, spoil=None, **values):
         return made[-1]
 
     monkeypatch.setattr("cllm.train.step.graph_step", graph_step)
+    monkeypatch.setattr(TrainStep, "works_ahead", graphs is not None)
     model = Model(ModelConfig(vocab_size=dataset.tokenizer.vocab_size, embed_dim=16, num_layers=1, num_heads=2, max_seq_len=16))
     trainer = Trainer(model, dataset, TrainConfig(**SETTINGS | {"on_nonfinite": "rollback"} | values), out=out)
     if steps < SETTINGS["steps"]:
@@ -76,6 +77,23 @@ def run(monkeypatch, graphs, dataset, out, steps=4, spoil=None, **values):
     return made[-1]
 
 
+def noted_events(patch):
+    """What happens while `patch` lasts: the steps of rows of training as they are written, and "computing" where a GPU has got a whole step to do."""
+    events, write, finish = [], Metrics.write, DeviceStep._finish
+
+    def writing(metrics, row):
+        events.extend([row.step] if row.kind == "train" else [])
+        write(metrics, row)
+
+    def computing(step, *args):
+        events.append("computing")
+        return finish(step, *args)
+
+    patch.setattr(Metrics, "write", writing)
+    patch.setattr(DeviceStep, "_finish", computing)
+    return events
+
+
 def left(out):
     newest = CheckpointStore(out / "checkpoints").newest_good()
     files = {name: sha256_of(newest.path / name) for name in ("model.safetensors", "optimizer.safetensors")}
@@ -84,7 +102,10 @@ def left(out):
 
 
 def test_a_captured_run_leaves_the_files_of_one_that_was_not_captured(dataset, tmp_path, monkeypatch):
-    step = run(monkeypatch, EmulatedGraphs, dataset, tmp_path / "captured")
+    with monkeypatch.context() as patch:
+        events = noted_events(patch)
+        step = run(monkeypatch, EmulatedGraphs, dataset, tmp_path / "captured")
+    assert events == ["computing", 1, "computing", 2, "computing", "computing", 3, 4], "row 3, which no checkpoint waits for, comes during step 4"
     assert step._graphs.replays > 4 and len(step._graphs.records) == 2
     run(monkeypatch, None, dataset, tmp_path / "plain")
     run(monkeypatch, EmulatedGraphs, dataset, tmp_path / "resumed", steps=2)
@@ -94,7 +115,7 @@ def test_a_captured_run_leaves_the_files_of_one_that_was_not_captured(dataset, t
 
 def test_a_rollback_leads_captured_and_plain_runs_to_the_same_place(dataset, tmp_path, monkeypatch):
     for graphs, name in ((EmulatedGraphs, "captured"), (None, "plain")):
-        run(monkeypatch, graphs, dataset, tmp_path / name, spoil=2)
+        run(monkeypatch, graphs, dataset, tmp_path / name, spoil=3)
     assert left(tmp_path / "captured") == left(tmp_path / "plain")
     assert "rollback" in (tmp_path / "captured" / "metrics.jsonl").read_text()
 
