@@ -77,11 +77,14 @@ def cllm(*arguments: object, cwd: Path | None = None, stdin: str = "", timeout: 
 
 def python(*words: object, cwd: Path | None = None, **variables: str) -> Ran:
     """`python SCRIPT ...` or `python -c CODE ...`, run to its end in a process with the libraries imported."""
-    if words[0] == "-c":
-        started = Started(*words[2:], program=str(words[1]), cwd=cwd, **variables)
-    else:
-        started = Started(*words, program=_SCRIPT, cwd=cwd, **variables)
+    started = start_python(*words, cwd=cwd, **variables)
     return Ran(started.wait(), *started.communicate())
+
+
+def start_python(*words: object, cwd: Path | None = None, **variables: str) -> "Started":
+    if words[0] == "-c":
+        return Started(*words[2:], program=str(words[1]), cwd=cwd, **variables)
+    return Started(*words, program=_SCRIPT, cwd=cwd, **variables)
 
 
 _SCRIPT = """
@@ -96,7 +99,7 @@ READ_AT_THE_START = ("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "NUMBA_", "TR
 
 
 def _environment() -> dict[str, str]:
-    ours = ("TRITON_INTERPRET", "PYTEST_CURRENT_TEST")  # no user has these
+    ours = ("TRITON_INTERPRET", "PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")  # no user has these; torch sets the last when it first compiles
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # as in an activated environment
     return environment

@@ -57,12 +57,13 @@ class Pool:
         return self
 
     def _start(self):
-        spawning = multiprocessing.get_context("spawn")
+        forking = multiprocessing.get_context("forkserver")
+        forking.set_forkserver_preload(["torch.distributed", "torch.distributed.fsdp", "numba", "tokenizers", "process_jobs"])
         self._folder = tempfile.TemporaryDirectory()
-        self._results = spawning.Queue()
-        self._jobs = [spawning.SimpleQueue() for _ in range(self.size)]
+        self._results = forking.Queue()
+        self._jobs = [forking.SimpleQueue() for _ in range(self.size)]
         self._processes = [
-            spawning.Process(target=_serve, args=(rank, self.size, self._folder.name, self._jobs[rank], self._results), daemon=True)
+            forking.Process(target=_serve, args=(rank, self.size, self._folder.name, self._jobs[rank], self._results), daemon=True)
             for rank in range(self.size)
         ]
         for process in self._processes:

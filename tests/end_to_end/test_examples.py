@@ -8,7 +8,7 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
-from command import PATIENCE, Ran, cllm
+from command import PATIENCE, Ran, cllm, python
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -70,14 +70,20 @@ def run(*words: object, cwd: Path, path: Path | None = None, **more: str) -> str
     return done.stdout
 
 
+def script(name: str, *words: object, cwd: Path) -> str:
+    done = python(EXAMPLES / name, *words, cwd=cwd)
+    assert done.status == 0, done.err
+    return done.out
+
+
 def test_the_training_loop_learns_and_saves_a_model(text, tmp_path):
-    printed = run(sys.executable, EXAMPLES / "train_loop.py", text / "bisect.py", "--steps", 12, cwd=tmp_path)
+    printed = script("train_loop.py", text / "bisect.py", "--steps", 12, cwd=tmp_path)
     first, last = (float(line.split("loss")[1].split()[0]) for line in printed.splitlines() if line.startswith("step"))
     assert last < first and "validation: loss" in printed and (tmp_path / "model.cllm").exists()
 
 
 def test_the_profile_names_backend_and_times_and_writes_a_trace(tmp_path):
-    printed = run(sys.executable, EXAMPLES / "profile_kernel.py", "--rows", 64, "--columns", 64, "--rounds", 3, cwd=tmp_path)
+    printed = script("profile_kernel.py", "--rows", 64, "--columns", 64, "--rounds", 3, cwd=tmp_path)
     assert "softmax on cpu: numba" in printed and "on backend numba" in printed and (tmp_path / "trace.json").stat().st_size > 100
 
 
@@ -114,10 +120,12 @@ def test_novels_come_out_of_the_data_of_an_r_package(tmp_path):
     texts = b"".join(b"\0\x04\0\x09" + len(each).to_bytes(4, "big") + each.encode() for each in lines)
     serialised = b"X\n" + bytes(12) + (5).to_bytes(4, "big") + b"UTF-8" + bytes(3) + b"\x10" + len(lines).to_bytes(4, "big") + texts
     (tmp_path / "data.rdb").write_bytes(2 * (len(serialised).to_bytes(4, "big") + zlib.compress(serialised)))
-    run(sys.executable, EXAMPLES / "production" / "novels.py", tmp_path / "data.rdb", tmp_path / "novels", cwd=tmp_path)
+    script("production/novels.py", tmp_path / "data.rdb", tmp_path / "novels", cwd=tmp_path)
     chapters = [each.read_text() for each in sorted((tmp_path / "novels" / "a-novel").iterdir())]
     assert chapters == ["It was late in autumn." + 60 * "\n\nNothing happened." + "\n", "The end.\n"]
 
 
 def test_the_kernel_of_ones_own_passes_its_tests(tmp_path):
-    run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", EXAMPLES / "own_kernel" / "test_squared_relu.py", cwd=tmp_path)
+    words = ("-q", "-p", "no:cacheprovider", EXAMPLES / "own_kernel" / "test_squared_relu.py")
+    done = python("-c", "import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))", *words, cwd=tmp_path)
+    assert done.status == 0, done.out

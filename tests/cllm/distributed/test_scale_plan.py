@@ -2,15 +2,13 @@
 
 import importlib.util
 import itertools
-import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import process_jobs as jobs
 import pytest
-from command import PATIENCE
+from command import python
 from processes import Pool
 
 from cllm.data.pipeline import prepare
@@ -73,10 +71,9 @@ def test_a_process_holds_the_state_that_the_plan_says(scale, pool, data, paralle
 
 
 def test_the_plan_goes_from_1_to_1024_gpus():
-    command = [sys.executable, SCRIPT, "--preset", "cllm-125m", "--parallel", "fsdp", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)["rows"]
+    done = python(SCRIPT, "--preset", "cllm-125m", "--parallel", "fsdp", "--json")
+    assert done.status == 0, done.err
+    rows = done.json["rows"]
     assert [row["gpus"] for row in rows] == [2**power for power in range(11)]
     assert rows[0]["sent_gb"] == 0 and rows[0]["efficiency"] == 1
     assert all(left["state_gb"] == pytest.approx(2 * right["state_gb"]) for left, right in itertools.pairwise(rows))

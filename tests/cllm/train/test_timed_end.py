@@ -1,11 +1,10 @@
 """A run that was given its time, through the trainer: what its clock decided is on record, so that a resume and a replay compute the same bits."""
 
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command import python
 
 from cllm.checkpoint.safetensors import sha256_of
 from cllm.checkpoint.store import CheckpointStore
@@ -22,6 +21,7 @@ from cllm.train import clock
 from cllm.train.run_folder import stored_run
 from cllm.train.trainer import Trainer
 
+FOLDERS = [str(Path(__file__).parent), str(Path(__file__).parents[2])]  # where a program finds this module and those of all tests
 WORDS = ["def", "return", "self", "import", "for", "in", "range", "print", "while", "True", "None", "class"]
 # A clock that passes a second each time it is read, and two when the run is in its second half: the machine becomes busy.
 CLOCK = """
@@ -33,9 +33,8 @@ clock.now = lambda: (lambda n: n if n < 150 else 2 * n - 150)(next(ticks)) / 1.0
 KILLED = (
     CLOCK
     + """
-import sys
 from cllm.train.trainer import Trainer
-sys.path.insert(0, {folder!r})
+sys.path[:0] = {folders!r}
 import test_timed_end as test
 def killed(self, *arguments, save=Trainer._save):
     save(self)
@@ -102,9 +101,9 @@ def test_a_run_made_again_from_its_record_has_the_same_bits(dataset, tmp_path, s
 @pytest.mark.parametrize("share", [0.3, COOLDOWN + 0.02])
 def test_a_run_that_was_killed_goes_on_by_its_record(dataset, tmp_path, seconds_pass, share):
     """Killed before and in its cooldown, and made again in one piece by the record of both lives."""
-    words = KILLED.format(folder=str(Path(__file__).parent), data=str(dataset.folder), out=str(tmp_path / "run"), share=share)
-    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True)
-    assert done.returncode == -9, done.stderr
+    words = KILLED.format(folders=FOLDERS, data=str(dataset.folder), out=str(tmp_path / "run"), share=share)
+    done = python("-c", words)
+    assert done.status == -9, done.err
     before = Pace.of_text(stored_run(tmp_path / "run").config.train.pace)
     killed_at = stored_run(tmp_path / "run").step
     assert before.share(killed_at) >= share
@@ -119,8 +118,8 @@ def test_a_run_that_was_killed_goes_on_by_its_record(dataset, tmp_path, seconds_
 
 
 def test_the_time_of_a_run_that_was_killed_counts(dataset, tmp_path, monkeypatch):
-    words = KILLED.format(folder=str(Path(__file__).parent), data=str(dataset.folder), out=str(tmp_path / "run"), share=0.3)
-    assert subprocess.run([sys.executable, "-c", words], capture_output=True).returncode == -9
+    words = KILLED.format(folders=FOLDERS, data=str(dataset.folder), out=str(tmp_path / "run"), share=0.3)
+    assert python("-c", words).status == -9
     found = CheckpointStore(tmp_path / "run" / "checkpoints").newest_good()
     assert found.state["spent"] > 0.2 * 480
     monkeypatch.setattr(clock, "now", lambda: 480 - found.state["spent"])  # the second life begins with what is left, and reads it all
