@@ -124,11 +124,17 @@ class Browser:
         load: called in the loop that this is called in. Raises DataError where Chromium does not start again after a crash.
         """
         here = asyncio.get_running_loop()
+        loads: list[Future[Answer | None]] = []
 
         async def there(asked: str, accept: str) -> Answer | None:
-            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(load(asked, accept), here))
+            loads.append(asyncio.run_coroutine_threadsafe(load(asked, accept), here))
+            return await asyncio.wrap_future(loads[-1])
 
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._render(_Visit(page, url, there, bounds)), self._loop))
+        try:
+            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._render(_Visit(page, url, there, bounds)), self._loop))
+        finally:
+            for each in loads:
+                each.cancel()  # what the page no longer waits for, as at the end of its time
 
     # -- what follows runs in the thread of the browser -----------------------------------------------------------------
 

@@ -63,7 +63,7 @@ def is_html(content_type: str, body: bytes) -> bool:
 
 def links(body: bytes, url: str, charset: str = "") -> Links:
     """Reads a page that came from `url`, with the charset that the server has told."""
-    codec = _codec(body, charset)
+    codec = codec_of(body, charset)
     text = body[:_MAX_BYTES].decode(codec, "replace")
     if codec.startswith("utf"):
         codec = "utf-8"  # queries are never written in UTF-16
@@ -156,7 +156,7 @@ def _cleaned(hrefs: list[str], base: str, codec: str, most: int) -> Iterator[str
             yield url
 
 
-def _codec(body: bytes, told: str) -> str:
+def codec_of(body: bytes, told: str) -> str:
     """The charset of a page as browsers find it: byte order mark, server, declaration, and UTF-8 where its bytes fit."""
     for mark, codec in ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be")):
         if body.startswith(mark):

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import OrderedDict
 from typing import Any
@@ -19,6 +20,7 @@ from cllm.data.sources.addresses import Guard
 from cllm.data.sources.browser import Answer, Bounds, Browser, Rendered
 from cllm.data.sources.directives import NO_TRAINING, of_headers
 from cllm.data.sources.fetch import Fetched, Fetcher, Limits, downgrade
+from cllm.data.sources.links import codec_of
 from cllm.data.sources.politeness import Turns, back_off
 from cllm.data.sources.robots import Robots
 from cllm.data.sources.scope import Patterns
@@ -32,7 +34,7 @@ _PASSED_ON = (
     "access-control-allow-credentials", "access-control-allow-origin", "access-control-expose-headers", "content-type",
     "cross-origin-resource-policy", "x-content-type-options",
 )  # fmt: skip
-_OF_PAGES = ("content-security-policy", "content-type")
+_OF_PAGES = ("content-security-policy",)
 _Key = tuple[str, str, str, bool]
 """Address, Accept, origin of the page, and whether that came from an address that was allowed by name."""
 
@@ -62,7 +64,7 @@ class Rendering:
     async def of(self, answer: Fetched) -> tuple[Rendered, float]:
         """A page that was fetched, after its scripts have run, and the seconds for which its site is to be left alone because of what they loaded."""
         loads = _Loads(self, answer.final_url, self._is_inside(answer))
-        page = Answer(answer.status, _named(answer, _OF_PAGES), answer.body)
+        page = Answer(answer.status, _named(answer, _OF_PAGES) | {"content-type": _type(answer)}, answer.body)
         rendered = await self._browser.render(page, answer.final_url, loads.load, self._bounds)
         return rendered, max(0.0, self._resting.get(urls.authority(answer.final_url), 0.0) - time.monotonic())
 
@@ -138,6 +140,15 @@ class _Loads:
                 self._rendering.keep(key, loaded)
             return loaded
         return None
+
+
+def _type(answer: Fetched) -> str:
+    """The Content-Type of a page. UTF-8 that nobody has declared is told, because browsers take it for an older charset."""
+    if codec_of(answer.body, answer.charset) == "utf-8":
+        with contextlib.suppress(UnicodeDecodeError):
+            answer.body.decode()
+            return f"{answer.content_type or 'text/html'}; charset=utf-8"
+    return answer.header("Content-Type") or "text/html"
 
 
 def _named(answer: Fetched, names: tuple[str, ...]) -> dict[str, Any]:

@@ -31,6 +31,32 @@ class Scripted:
         return found if isinstance(found, Rendered) else Rendered(found.encode())
 
 
+@pytest.mark.parametrize(
+    ("told", "text", "given"),
+    [
+        ("text/html", "gr\u00fcn".encode(), "text/html; charset=utf-8"),
+        ("", b"green", "text/html; charset=utf-8"),
+        ("text/html", "gr\u00fcn".encode("latin-1"), "text/html"),
+        ("text/html; charset=koi8-r", b"green", "text/html; charset=koi8-r"),
+        ("text/html", b"<meta charset=koi8-r>", "text/html"),
+    ],
+)
+def test_the_browser_is_told_the_charset_that_a_page_does_not_tell(told, text, given):
+    seen = []
+
+    class Looking(Scripted):
+        async def render(self, page, url, load, bounds):
+            seen.append(page.headers["content-type"])
+            return Rendered(b"x")
+
+    async def run():
+        async with Rendering(Looking(None), Settings(), Limits(), "cllm/1", None, None, Turns()) as rendering:
+            await rendering.of(Fetched("http://x.org/", "http://x.org/", 200, headers=(("Content-Type", told),) if told else (), body=text))
+
+    asyncio.run(run())
+    assert seen == [given]
+
+
 @pytest.fixture
 def web():
     with Web() as found:
