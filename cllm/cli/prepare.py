@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 STOPPED = "interrupted; nothing is lost: the same command goes on where this one stopped"
 SHOWN_REASONS, SHOWN_FILES = 8, 5
+BESIDE = (("evaluation", "text for evaluation"), ("examples", "examples of good text"))
 
 app = typer.Typer()
 
@@ -58,6 +59,9 @@ def prepare(
     passwords: Annotated[
         list[str] | None, text_option("--password", "Password of encrypted files. Can be given several times; each is tried.", metavar="TEXT")
     ] = None,
+    text_field: Annotated[
+        str, text_option("--text-field", "Field of records that holds the text. [default: the one that looks like it]", metavar="NAME")
+    ] = "",
     rules: Annotated[
         list[str] | None,
         text_option(
@@ -111,7 +115,16 @@ def prepare(
     with stopping_with(STOPPED):
         mixes = {name: values for name, values in (("epochs", epochs), ("weight", weight), ("cap", cap)) if values}
         recipe = _recipe(
-            no_filter, no_dedup, ocr, passwords, rules, exclude, against, like, read_mix(mixes, find_sources(sources, out) if mixes else [])
+            no_filter,
+            no_dedup,
+            ocr,
+            passwords,
+            text_field,
+            rules,
+            exclude,
+            against,
+            like,
+            read_mix(mixes, find_sources(sources, out) if mixes else []),
         )
         where = runner_of(runner, workers or len(os.sched_getaffinity(0)))
         try:
@@ -128,6 +141,7 @@ def _recipe(
     no_dedup: bool,
     ocr: bool,
     passwords: list[str] | None,
+    text_field: str,
     rules: list[str] | None,
     exclude: list[Path] | None,
     against: list[Path] | None,
@@ -141,6 +155,8 @@ def _recipe(
         extraction["ocr"] = True
     if passwords:
         extraction["passwords"] = passwords
+    if text_field:
+        extraction["text_field"] = text_field
     changed = {}
     for each in rules or []:
         name, equals, value = each.partition("=")
@@ -168,6 +184,17 @@ def _confirmed(question: str, as_json: bool) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
+def _tell_beside(console: Console, read: dict[str, Any] | None, what: str) -> None:
+    """What of the text for evaluation, or of the examples, could not be heeded."""
+    if read is None:
+        return
+    console.print(f"  {what}: {counted(read['texts'], 'text')} in {', '.join(read['places'])}")
+    for path, reason in read["unread"][:SHOWN_FILES]:
+        console.print(f"    not heeded: {path}: {reason}")
+    if read["num_unread"] > SHOWN_FILES:
+        console.print(f"    and {counted(read['num_unread'] - SHOWN_FILES, 'other file')} that could not be read, see the report")
+
+
 def _tell(console: Console, prepared: Prepared, report: Path) -> None:
     """The summary for a person: what came, what was kept, what went and why, and what to do next."""
     from cllm.data.clean.rules import Rules
@@ -186,14 +213,17 @@ def _tell(console: Console, prepared: Prepared, report: Path) -> None:
         console.print(table([(f"{count:,}".rjust(9), reason) for reason, count in ordered[:SHOWN_REASONS]], indent="    "))
     if len(ordered) > SHOWN_REASONS:
         console.print(f"    and for {counted(len(ordered) - SHOWN_REASONS, 'other reason')}")
-    if ordered and 2 * ordered[0][1] > summary["documents"] and hasattr(Rules, ordered[0][0]):
+    if ordered and 2 * ordered[0][1] > summary["documents"] and hasattr(Rules, ordered[0][0]) and ordered[0][0] != "max_evaluation_overlap":
         console.print(f"  One rule dropped more than half. Where it should not: --rule {ordered[0][0]}=off, or --no-filter for all of its kind.")
     for source, path, reason in found["unreadable"][:SHOWN_FILES]:
         console.print(f"  {source}/{path}: {reason}")
-    if len(found["unreadable"]) > SHOWN_FILES:
-        console.print(f"  and {counted(len(found['unreadable']) - SHOWN_FILES, 'other file')} without text, named in the report")
+    if found["without_text"] > SHOWN_FILES:
+        console.print(f"  and {counted(found['without_text'] - SHOWN_FILES, 'other file')} without text, see the report")
+    for name, what in BESIDE:
+        _tell_beside(console, summary[name], what)
     console.print(f"What came, what went and why, with samples: {report}")
     if summary["kept"]:
         console.print(f"Next: {command('train', prepared.folder)}")
     else:
-        console.print("Nothing was kept, so there is nothing to train on. The report says why; --no-filter keeps what the rules dropped.")
+        hint = "; --no-filter keeps what the rules dropped" if any(hasattr(Rules, reason) for reason in reasons) else ""
+        console.print(f"Nothing was kept, so there is nothing to train on. The report says why{hint}.")

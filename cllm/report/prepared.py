@@ -32,6 +32,8 @@ def prepared_page(summary: Mapping[str, Any]) -> str:
         _sources(found),
         _reasons(found),
         _unreadable(found, summary["not_looked_at"]),
+        _beside(summary["evaluation"], "Text for evaluation", "What has a part of them was dropped (max_evaluation_overlap)."),
+        _beside(summary["examples"], "Examples of good text", "Documents that are too unlike them were dropped (min_quality)."),
         _histograms(found),
         _samples(found),
     ]
@@ -88,12 +90,24 @@ def _unreadable(found: Mapping[str, Any], not_looked_at: Mapping[str, Any]) -> H
     if found["unreadable"]:
         rows = [[f"{source}/{path}", reason] for source, path, reason in found["unreadable"][:MOST_NAMES]]
         parts.append(table(["file", "why"], rows))
-        if len(rows) == MOST_NAMES:
-            parts.append(element("p", f"The first {MOST_NAMES} are named. `cllm data search` finds the others by their reasons."))
+        if found["without_text"] > len(rows):
+            parts.append(element("p", f"{len(rows)} of {found['without_text']:,} are named. `cllm data search` finds the others by their reasons."))
     if not_looked_at:
         names = [f"{values['count']:,} {reason} ({', '.join(values['examples'])})" for reason, values in not_looked_at.items()]
         parts.append(element("p", "Not looked at: " + "; ".join(names) + "."))
     return section("Files without text", *parts) if parts else None
+
+
+def _beside(read: Mapping[str, Any] | None, title: str, effect: str) -> Html | None:
+    """Texts that were read beside the documents, and the files that gave none and so had no effect."""
+    if read is None:
+        return None
+    parts = [element("p", f"{counted(read['texts'], 'text')} in {', '.join(read['places'])}. {effect}")]
+    if read["unread"]:
+        parts += [element("p", "These could not be read, and had no effect:"), table(["file", "why"], read["unread"])]
+    if read["num_unread"] > len(read["unread"]):
+        parts.append(element("p", f"And {counted(read['num_unread'] - len(read['unread']), 'other file')}."))
+    return section(title, *parts)
 
 
 def _histograms(found: Mapping[str, Any]) -> Html | None:

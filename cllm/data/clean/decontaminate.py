@@ -4,6 +4,7 @@ The method of GPT-3 (Brown et al. 2020, arXiv 2005.14165, appendix C). A text fo
 nothing that others would not say as well.
 """
 
+import unicodedata
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from cllm.data.clean.compiling import jit
 from cllm.data.clean.measures import slot, table_size
+from cllm.data.clean.normalise import normalise
 from cllm.data.clean.rules import Rules
 from cllm.data.clean.words import Words, between, ngrams, power, prefixes, split
 
@@ -30,15 +32,17 @@ class Grams(NamedTuple):
 
 
 def grams_of(texts: Iterable[str]) -> Grams:
-    """The runs of words of texts for evaluation."""
+    """The runs of words of texts for evaluation, as they are and as documents may be: cleaned, and with each letter in its plainest form."""
     found: list[np.ndarray] = []
     sizes: set[int] = set()
     for text in texts:
-        hashes = split(text).hashes
-        size = min(len(hashes), LENGTH)
-        if size >= SHORTEST:
-            found.append(ngrams(hashes, size))
-            sizes.add(size)
+        cleaned = normalise(text, False, Rules())[0]
+        for form in {text, cleaned, unicodedata.normalize("NFKC", cleaned)}:
+            hashes = split(form).hashes
+            size = min(len(hashes), LENGTH)
+            if size >= SHORTEST:
+                found.append(ngrams(hashes, size))
+                sizes.add(size)
     return arranged(np.unique(np.concatenate(found)) if found else np.empty(0, np.uint64), np.array(sorted(sizes), np.int64))
 
 
@@ -52,11 +56,13 @@ def overlap(words: Words, grams: Grams) -> float:
     return float(_overlap(words.hashes, grams.sizes, grams.table)) if len(grams.hashes) else 0.0
 
 
-def judge(words: Words, grams: Grams, rules: Rules) -> str:
-    """Why a document is dropped, or ""."""
+def judge(text: str, words: Words, grams: Grams, rules: Rules) -> str:
+    """Why a document is dropped, or "". words: of the text."""
     if rules.max_evaluation_overlap is None:
         return ""
     share = overlap(words, grams)
+    if not text.isascii() and not unicodedata.is_normalized("NFKC", text):  # ligatures of a PDF, letters of double width
+        share = max(share, overlap(split(unicodedata.normalize("NFKC", text)), grams))
     if share <= rules.max_evaluation_overlap:
         return ""
     return f"max_evaluation_overlap: {100 * share:.3g} % of its runs of {LENGTH} words stand in text for evaluation"

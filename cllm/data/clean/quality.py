@@ -2,8 +2,13 @@
 
 The classifier of GPT-3's data (Brown et al. 2020, arXiv 2005.14165, appendix A) and of many filters since, small enough to train in seconds. The same
 texts in the same order give the same weights, bit for bit: one thread, a fixed order, and only operations whose rounding IEEE 754 defines.
+
+Some of the other texts are as good as the examples: that is why they are looked for. So each is looked at about once, by small steps, examples and
+others in turns, however many there are of each: after more, the score knows the others by heart. It must not judge a text that it has learnt from,
+for which there are two, each of one half of the texts (`half_of`).
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,10 +19,10 @@ from cllm.data.clean.words import Words, ngrams, split
 from cllm.runtime.errors import DataError
 
 BUCKETS = 1 << 18
-_PASSES = 12
-_RATE = 2.0  # of the first step; features of a text have the length 1
+_RATE = 0.3  # of the first step; features of a text have the length 1
+_FEWEST_STEPS = 100  # on each side
 _SHRINK = 1e-5  # of all weights that a step touches
-_FEWEST = 10  # texts on each side; fewer say more about themselves than about what is wanted
+_FEWEST, _FEWEST_OTHERS = 10, 3  # examples, and texts beside them; fewer say more about themselves than about what is wanted
 
 
 class Quality(NamedTuple):
@@ -32,26 +37,35 @@ class Quality(NamedTuple):
         return round(float(_sigmoid(_margin(self.weights, places, values))), 4)
 
 
+def half_of(number: str) -> int:
+    """0 or 1, drawn by the id of a document."""
+    return hashlib.blake2b(number.encode(), digest_size=1, person=b"half").digest()[0] & 1
+
+
 def train(examples: Sequence[str], others: Sequence[str]) -> Quality:
     """A score for texts that are like `examples` rather than like `others` (a sample of what is to be filtered). Both sides weigh the same.
 
-    Raises DataError where a side has fewer than ten texts with words in them.
+    Raises DataError where there are fewer than ten examples, or three others, with words in them.
     """
     sides = [[each for each in map(_features_of, texts) if len(each[0])] for texts in (others, examples)]
-    for what, side in zip(("other texts", "examples of good text"), sides):
-        if len(side) < _FEWEST:
-            raise DataError(f"a score of quality needs at least {_FEWEST} {what}, and there are {len(side)}. Give more of them.")
+    for what, side, fewest in zip(("documents to compare them with", "examples of good text"), sides, (_FEWEST_OTHERS, _FEWEST)):
+        if len(side) < fewest:
+            raise DataError(f"a score of quality needs at least {fewest} {what}, and there are {len(side)}. Give more of them.")
     places = [place for side in sides for place, _ in side]
     values = [value for side in sides for _, value in side]
     ends = np.cumsum([0, *map(len, places)])
-    labels = np.repeat([0.0, 1.0], [len(side) for side in sides])
-    total = len(labels)
-    costs = np.repeat([total / (2 * len(side)) for side in sides], [len(side) for side in sides])
+    num_others, num_examples = map(len, sides)
+    steps = max(num_others, num_examples, _FEWEST_STEPS)
     draw = np.random.default_rng(0)
-    order = np.concatenate([draw.permutation(total) for _ in range(_PASSES)])
+    order = np.stack([_drawn(draw, num_others, steps), num_others + _drawn(draw, num_examples, steps)], axis=1).ravel()
     weights = np.zeros(BUCKETS + 1)
-    _fit(weights, np.concatenate(places), np.concatenate(values), ends, labels, costs, order)
+    _fit(weights, np.concatenate(places), np.concatenate(values), ends, num_others, order)
     return Quality(weights.astype(np.float32))
+
+
+def _drawn(draw: np.random.Generator, count: int, steps: int) -> np.ndarray:
+    """(steps,) numbers below `count`, each as often as the others."""
+    return np.concatenate([draw.permutation(count) for _ in range(-(-steps // count))])[:steps]
 
 
 def loaded(weights: np.ndarray) -> Quality:
@@ -93,11 +107,11 @@ def _margin(weights, places, values):
 
 
 @jit
-def _fit(weights, places, values, ends, labels, costs, order):
+def _fit(weights, places, values, ends, num_others, order):
     for step in range(len(order)):
         text = order[step]
         first, last = ends[text], ends[text + 1]
-        error = (labels[text] - _sigmoid(_margin(weights, places[first:last], values[first:last]))) * costs[text]
+        error = (1.0 if text >= num_others else 0.0) - _sigmoid(_margin(weights, places[first:last], values[first:last]))
         rate = _RATE * (1.0 - step / len(order))
         for i in range(first, last):
             weights[places[i]] += rate * (error * values[i] - _SHRINK * weights[places[i]])

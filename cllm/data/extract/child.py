@@ -87,7 +87,7 @@ def _answers(request: dict[str, Any], pieces: _Pieces, options: Options) -> Iter
                 batch.append(document)
                 held += len(document.text)
                 if held >= _BATCH_CHARS or len(batch) >= _BATCH_DOCUMENTS:
-                    yield Answer(MORE, batch)
+                    yield Answer(MORE, batch, position=file.tell() if file.seekable() else 0)
                     batch, held = [], 0
         yield Answer(DONE, batch, "", peak_bytes())
     except Unreadable as error:

@@ -28,6 +28,8 @@ class Answer(NamedTuple):
     reason: str = ""
     peak_bytes: int = 0
     """The most memory that the child ever held."""
+    position: int = 0
+    """How far the child has read the file, where it has opened it itself."""
 
     @property
     def is_last(self) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from cllm.data.documents.files import FOREIGN_FOLDERS, VCS_FOLDERS
@@ -82,10 +82,28 @@ class Refused(NamedTuple):
 Found = Member | Refused | Again
 
 
-def members(path: Path, name: str = "", options: Options = Options()) -> Iterator[Found]:
-    """All that is in a file, in its order. name: what people call it; its path where nothing is given. Raises OSError where it cannot be opened."""
+class Watch:
+    """How far a file of the disk has been read."""
+
+    position = 0
+
+
+class _Watched(io.FileIO):
+    def __init__(self, path: Path, watch: Watch):
+        super().__init__(path)
+        self._watch = watch
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        count = super().readinto(buffer)
+        self._watch.position = self.tell()
+        return count
+
+
+def members(path: Path, name: str = "", options: Options = Options(), watch: Watch | None = None) -> Iterator[Found]:
+    """All that is in a file, in its order. name: what people call it; its path where nothing is given; watch: tells how far an archive has been read
+    here. Raises OSError where the file cannot be opened."""
     name = printable(name or path.as_posix())
-    with open(path, "rb") as file:
+    with io.BufferedReader(_Watched(path, watch or Watch())) as file:
         head = file.read(HEAD_BYTES)
         if not head:
             yield Refused(name, "empty")

@@ -18,6 +18,8 @@ class Options:
     """The charset of files that are not certainly Unicode, as `charset.check_encoding` gives it."""
     text_field: str = ""
     """The field of records that holds the text; empty: found by itself."""
+    every_text: bool = False
+    """Whether each text in a record is a document, as of text for evaluation: a question, its answers, the turns of a chat."""
     separator: str = "auto"
     """What stands between documents in one text, as `separators.parse` gives it."""
     content_type: str = ""

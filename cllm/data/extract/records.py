@@ -28,6 +28,7 @@ _CHATS = "no text (a file of chats, which teach a trained model to answer; give 
 _URL, _TITLE, _DATE = ("url", "link", "source_url"), ("title", "headline"), ("date", "published", "created", "created_at", "timestamp", "time")
 _LANGUAGE, _LICENCE = ("language", "lang"), ("licence", "license", "spdx")
 _NESTED = ("meta", "metadata")
+_ABOUT = frozenset((*_URL, *_DATE, *_LANGUAGE, *_LICENCE))
 _ISO_DATE = re.compile(r"\d{4}(?:-\d\d(?:-\d\d(?:[T ]\d\d:\d\d(?::\d\d)?(?:\.\d+)?(?:Z|[+-]\d\d:?\d\d)?)?)?)?")
 
 Read = Callable[[json_records.Malformed], Iterator[tuple[str, Any]]]
@@ -49,6 +50,10 @@ def stream(file: IO[bytes], name: str, options: Options) -> Iterator[Document]:
         raise Unreadable("empty")
     extension = extension_of(name)
     unit, kind, reads = _layout(text, is_whole, extension)
+    whole = io.BufferedReader(_Rejoined(head, file))
+    if options.every_text:
+        yield from _all_texts(reads(text_of(whole, charset)), unit)
+        return
     sample = _first(reads(iter([text]))(lambda reason, place: None))
     if not options.text_field and mostly_conversations(sample):
         raise Unreadable(_CHATS)
@@ -57,8 +62,7 @@ def stream(file: IO[bytes], name: str, options: Options) -> Iterator[Document]:
         yield from _as_code(head, file, name, options)
         return
     if sample and not choice.fields:
-        raise Unreadable(f"no text ({kind} in which {choice.reason.replace('data.text_field', 'the option text_field')})")
-    whole = io.BufferedReader(_Rejoined(head, file))
+        raise Unreadable(f"no text ({kind} in which {choice.reason.replace('data.text_field', '--text-field')})")
     yield from _documents(reads(text_of(whole, charset)), choice.fields, unit, options)
 
 
@@ -98,6 +102,29 @@ def _documents(read: Read, names: tuple[str, ...], unit: str, options: Options) 
         raise Unreadable("empty")
 
 
+def _all_texts(read: Read, unit: str) -> Iterator[Document]:
+    """Raises Unreadable at the end where some records are damaged."""
+    damaged = Skipped()
+    for place, record in read(lambda reason, place: damaged.add(reason, f"{unit} {place}")):
+        for text in _texts_in(record):
+            yield Document(plain(text), f"{unit} {place}")
+    if damaged.total:
+        raise Unreadable(f"damaged ({'; '.join(damaged.lines()[:3])})")
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """All strings of a record, at any depth, but for those that tell of it and not what it says; a list of strings as lines as well."""
+    if isinstance(value, str):
+        if value.strip():
+            yield value
+    elif isinstance(value, list):
+        yield from (text for each in value for text in _texts_in(each))
+        if len(value) > 1 and all(isinstance(each, str) for each in value):
+            yield "\n".join(value)
+    elif isinstance(value, dict):
+        yield from (text for name, each in value.items() if str(name).lower() not in _ABOUT for text in _texts_in(each))
+
+
 def _told(record: Any) -> dict[str, str]:
     """What a record says of its text."""
     if not isinstance(record, dict):
@@ -135,12 +162,15 @@ def _parquet(head: bytes, file: IO[bytes], options: Options) -> Iterator[Documen
         source.seek(0)
         return parquet.rows(source, malformed)
 
+    if options.every_text:
+        yield from _all_texts(read, "row")
+        return
     sample = _first(read(lambda reason, place: None))
     if not options.text_field and mostly_conversations(sample):
         raise Unreadable(_CHATS)
     choice = fields.choose(sample, options.text_field)
     if not sample or not choice.fields:
-        reason = choice.reason.replace("data.text_field", "the option text_field") if sample else "there is no row"
+        reason = choice.reason.replace("data.text_field", "--text-field") if sample else "there is no row"
         raise Unreadable(f"no text (Parquet in which {reason})")
     yield from _documents(read, choice.fields, "row", options)
 

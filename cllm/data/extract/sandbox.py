@@ -46,6 +46,8 @@ class Sandbox:
     def __init__(self, options: Options = Options()):
         self._options = options
         self._child: _Child | None = None
+        self.position = 0
+        """How far the newest file has been read in the child, in bytes, where it is one of the disk."""
 
     def __enter__(self) -> "Sandbox":
         return self
@@ -93,6 +95,7 @@ class Sandbox:
             skipped = given
             try:
                 for document in child.documents(request, source):
+                    self.position = child.position
                     if skipped:
                         skipped -= 1
                         continue
@@ -131,6 +134,7 @@ class _Child:
     def __init__(self, options: Options):
         self.files = 0
         self.is_busy = False
+        self.position = 0
         self._options = options
         self._peak_bytes = 0
         self._answers = AnswerReader()
@@ -161,10 +165,12 @@ class _Child:
         """Raises Unreadable as the child or the source says, _Lost where the child could not say it."""
         self.files += 1
         self.is_busy = True
+        self.position = 0
         outgoing = _Outgoing(self._first + write_request(request), source)
         self._first = b""
         for answer in self._exchange(outgoing):
             self._peak_bytes = max(self._peak_bytes, answer.peak_bytes)
+            self.position = max(self.position, answer.position)
             yield from answer.documents
             if not answer.is_last:
                 continue

@@ -20,7 +20,7 @@ from cllm.data.clean.lines import drop_policy_lines
 from cllm.data.clean.near import BANDS, signature
 from cllm.data.clean.normalise import normalise
 from cllm.data.clean.personal import protect
-from cllm.data.clean.quality import Quality
+from cllm.data.clean.quality import Quality, half_of
 from cllm.data.clean.rules import Rules
 from cllm.data.clean.words import LETTERS, Words, split
 from cllm.data.preparation.boilerplate import Boilerplate, site_of
@@ -29,6 +29,7 @@ from cllm.data.preparation.examples import grams_at, score_at
 from cllm.data.preparation.recipe import rules_of
 from cllm.data.preparation.rows import Row, as_json, file_facts, read_rows, writing
 from cllm.data.preparation.versions import reasons
+from cllm.data.preparation.within import tell
 
 
 def clean(
@@ -51,10 +52,11 @@ def clean(
     replaced: the file of older versions of pages. lines: the counted lines of web pages. evaluation, score: place and digest of what `examples` has
     made, or nothing.
     """
-    how = _How(rules_of(changes, filter), Boilerplate(lines), grams_at(*evaluation) if evaluation else None, score_at(*score) if score else None)
+    how = _How(rules_of(changes, filter), Boilerplate(lines), grams_at(*evaluation) if evaluation else None, score_at(*score) if score else ())
     signatures = _Signatures()
     lengths: list[int] = []
     counts: dict[str, int] = {}
+    chars = 0
     target = Path(place + ".parquet")
     older = reasons(replaced, piece)
     with writing(target) as out:
@@ -66,6 +68,8 @@ def clean(
                     signatures.add(int(OWN) | key_of(row["id"]), row["text"], words)
             lengths.append(-1 - len(row["text"]) if row["dropped_because"] else len(row["text"]))
             out.add(row)
+            chars += len(row["text"])
+            tell(chars)
     files = {".parquet": file_facts(target), ".lengths": save(Path(place + ".lengths"), np.array(lengths, np.int32)), **signatures.save(place)}
     return {"files": files, "rows": len(lengths), "signed": signatures.count, "counts": dict(sorted(counts.items()))}
 
@@ -76,7 +80,8 @@ class _How(NamedTuple):
     rules: Rules
     boilerplate: Boilerplate
     evaluation: decontaminate.Grams | None
-    quality: Quality | None
+    quality: tuple[Quality, ...]
+    """For each half of the documents; none where nothing is scored."""
 
 
 def _cleaned(row: Row, how: _How, counts: dict[str, int]) -> Words | None:
@@ -110,14 +115,14 @@ def _cleaned(row: Row, how: _How, counts: dict[str, int]) -> Words | None:
         row["language"], scores["language"] = language_of(text, int(words.counts[LETTERS]) + words.ideographs)
     reason, measured = judge(text, row["language"], is_code, rules, words)
     scores |= measured
-    if how.quality is not None:
-        scores["quality"] = how.quality.score(words)
+    if how.quality:
+        scores["quality"] = how.quality[half_of(row["id"])].score(words)
     row["scores"] = as_json(scores)
     row["dropped_because"] = (
         secret
         or ("" if is_code else _other_language(row["language"], scores["language"], rules))
         or reason
-        or ("" if how.evaluation is None else decontaminate.judge(words, how.evaluation, rules))
+        or ("" if how.evaluation is None else decontaminate.judge(text, words, how.evaluation, rules))
         or _unlike(scores.get("quality"), rules)
     )
     return words

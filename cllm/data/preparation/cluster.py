@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cllm._version import __version__
+from cllm.data.preparation.ledger import Heard, unheard
 from cllm.data.preparation.worker import ATTEMPTS, answer, blame, result_of
 from cllm.runtime.errors import DataError, UserError
 
@@ -96,7 +97,7 @@ class Dask:
             self.close()
             raise
 
-    def run(self, function: str, arguments: Sequence[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def run(self, function: str, arguments: Sequence[dict[str, Any]], heard: Heard = unheard) -> Iterator[tuple[int, dict[str, Any]]]:
         from distributed import KilledWorker, as_completed
 
         def submit(number: int) -> Any:
@@ -153,7 +154,7 @@ class Ray:
             self.close()
             raise
 
-    def run(self, function: str, arguments: Sequence[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def run(self, function: str, arguments: Sequence[dict[str, Any]], heard: Heard = unheard) -> Iterator[tuple[int, dict[str, Any]]]:
         remote = self._ray.remote(_answer_of_ours).options(num_cpus=1, max_retries=ATTEMPTS - 1, scheduling_strategy="SPREAD")
         numbers: dict[Any, int] = {}
         to_come = iter(range(len(arguments)))

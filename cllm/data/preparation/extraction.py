@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from cllm.data.extract.document import Document, Unreadable
-from cllm.data.extract.members import Again, Found, Member, Refused, members
+from cllm.data.extract.members import Again, Found, Member, Refused, Watch, members
 from cllm.data.extract.options import Options
 from cllm.data.extract.sandbox import Sandbox
 from cllm.data.preparation.duplicates import key_of
 from cllm.data.preparation.rows import COLUMNS, Row, file_facts, writing
 from cllm.data.preparation.versions import Fetched
+from cllm.data.preparation.within import tell
 
 _own = threading.local()  # the sandbox of this thread, which reads one file after the other
 
@@ -28,14 +29,17 @@ def extract(
     """
     target = Path(place + ".parquet")
     how = Options.from_dict(options)
-    sandbox = _sandbox(how)
+    sandbox = sandbox_of(how)
     chars = pages = first = 0
     parts = [(0, 0)]  # the first row of each part, and the characters before it
     fetched = Fetched()
+    watch = Watch()
     with writing(target) as rows:
         for name in files:
             before = None
-            for member, row in [(None, _refusal(name, refused[name]))] if name in refused else _rows_of(_path(root, name), name, how, sandbox):
+            for member, row in (
+                [(None, _refusal(name, refused[name]))] if name in refused else rows_of(path_of(root, name), name, how, sandbox, watch)
+            ):
                 row["id"], row["source"] = f"{piece:08x}{rows.num_rows:08x}", source
                 if isinstance(member, Again):
                     fetched.add(member.url, member.date, key_of(row["id"]), key_of(row["id"]), member.same_as)
@@ -47,13 +51,15 @@ def extract(
                 if chars - parts[-1][1] >= part_chars:
                     parts.append((rows.num_rows, chars))
                 rows.add(row)
+                if len(files) == 1:  # a large one; of many, none takes long
+                    tell(max(watch.position, sandbox.position))
                 chars += len(row["text"])
                 pages += row["kind"] == "html"
     made = {".parquet": file_facts(target), ".fetched": fetched.save(Path(place + ".fetched"))}
     return {"files": made, "rows": rows.num_rows, "chars": chars, "parts": parts, "pages": pages, "fetched": len(fetched)}
 
 
-def _sandbox(options: Options) -> Sandbox:
+def sandbox_of(options: Options) -> Sandbox:
     if getattr(_own, "options", None) != options:
         if hasattr(_own, "sandbox"):
             _own.sandbox.close()
@@ -62,7 +68,8 @@ def _sandbox(options: Options) -> Sandbox:
     return sandbox
 
 
-def _path(root: str, name: str) -> Path:
+def path_of(root: str, name: str) -> Path:
+    """Where a file of a source is, whose root may be that file."""
     below = Path(root)
     return below / name if below.is_dir() else below
 
@@ -71,11 +78,11 @@ def _refusal(path: str, reason: str, **more: str) -> Row:
     return {**dict.fromkeys(COLUMNS, ""), "path": path, "dropped_because": reason, **more}
 
 
-def _rows_of(path: Path, name: str, options: Options, sandbox: Sandbox) -> Iterator[tuple[Found | None, Row]]:
+def rows_of(path: Path, name: str, options: Options, sandbox: Sandbox, watch: Watch | None = None) -> Iterator[tuple[Found | None, Row]]:
     """The documents of a file or of all that is in it, each with what it was found in. What cannot be read costs itself, and where an archive breaks
     off, what is behind. A page that is stored under another address has a row without anything in it."""
     try:
-        for member in members(path, name, options):
+        for member in members(path, name, options, watch):
             if isinstance(member, Member):
                 yield from ((member, row) for row in _documents(member, sandbox))
             else:

@@ -15,7 +15,9 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from cllm.files import DATA, write_file
 from cllm.runtime.errors import DataError, UserError
 
 LIST = "inputs.jsonl"
+_SAVED_EVERY = 30.0  # seconds
 
 
 @dataclass
@@ -206,28 +209,44 @@ class Digests:
         except (OSError, ValueError, TypeError):
             self._known = {}
         self._used: dict[str, list[object]] = {}
+        self._due = float("inf")
 
-    def of(self, path: Path, status: os.stat_result) -> str:
-        """Content digest; "unreadable" with the reason where it cannot be read."""
+    def of(self, path: Path, status: os.stat_result, read: Callable[[int], None] = lambda num_bytes: None) -> str:
+        """Content digest; "unreadable" with the reason where it cannot be read. read: is told of bytes as they are read."""
         key, stamp = os.path.abspath(path), [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
         known = self._known.get(key)
         if isinstance(known, list) and known[:4] == stamp:
             digest = str(known[4])
+            read(status.st_size)
         else:
-            digest = _digest(path)
+            digest = _digest(path, read)
         self._used[key] = [*stamp, digest]
+        if time.monotonic() >= self._due:
+            self._save()
         return digest
 
-    def save(self) -> None:
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """What is learnt in the block is remembered at its end, and now and then before, so that a program that is killed has not read in vain."""
+        self._due = time.monotonic() + _SAVED_EVERY
+        try:
+            yield
+        finally:
+            self._save()
+
+    def _save(self) -> None:
+        began = time.monotonic()
         write_file(self.place, json.dumps(self._known | self._used).encode("utf-8", "surrogateescape"), DATA)
+        self._due = time.monotonic() + max(_SAVED_EVERY, 20 * (time.monotonic() - began))  # which a list of millions of files may take long
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, read: Callable[[int], None]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     try:
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
+                read(len(block))
     except OSError as error:
         return f"unreadable: {error.strerror}"
     return digest.hexdigest()

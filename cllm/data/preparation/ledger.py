@@ -28,10 +28,20 @@ from cllm.runtime.quantities import size
 FOLDER = ".ledger"
 
 
-class Runner(Protocol):
-    """Runs tasks somewhere. The results come in any order, with the number of the arguments; a task whose worker died is run again."""
+Heard = Callable[[int, float], None]
 
-    def run(self, function: str, arguments: Sequence[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]: ...
+
+def unheard(number: int, done: float) -> None:
+    """For those who do not ask how far a task is."""
+
+
+class Runner(Protocol):
+    """Runs tasks somewhere. The results come in any order, with the number of the arguments; a task whose worker died is run again.
+
+    heard: is told by runners that know it how much of the weight of a task is done while it runs.
+    """
+
+    def run(self, function: str, arguments: Sequence[dict[str, Any]], heard: Heard = unheard) -> Iterator[tuple[int, dict[str, Any]]]: ...
 
     def close(self) -> None: ...
 
@@ -115,11 +125,22 @@ class Ledger:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
             with Progress(total, label, initial=so_far, unit=unit) as bar:
                 arguments = [{"place": self._place(name, tasks[n].number), **tasks[n].arguments} for n in todo]
-                for place, result in runner.run(function, arguments):
+                begun: dict[int, float] = {}  # how much is done of tasks that run
+
+                def show() -> None:
+                    far = so_far + sum(begun.values())
+                    bar.update(far, _figures(far, total, unit))
+
+                def heard(place: int, weight: float) -> None:
+                    begun[place] = min(weight, tasks[todo[place]].weight)
+                    show()
+
+                for place, result in runner.run(function, arguments, heard):
                     number = todo[place]
                     done[number] = self._finish(name, tasks[number].number, keys[number], result)
                     so_far += tasks[number].weight
-                    bar.update(so_far, _figures(so_far, total, unit))
+                    begun.pop(place, None)
+                    show()
         return [each_done for each_done in done if each_done is not None]
 
     def tidy(self, name: str, numbers: set[int]) -> None:

@@ -28,7 +28,8 @@ from cllm.data.preparation.recipe import LARGE_LOSS, VERSIONS, Recipe, epochs_of
 from cllm.data.preparation.rows import arrow, digest_of
 from cllm.files import DATA, write_file
 from cllm.runtime.errors import DataError, UserError
-from cllm.runtime.progress import track
+from cllm.runtime.progress import Progress
+from cllm.runtime.quantities import size
 
 Ask = Callable[[str], bool]
 _ROOM = "cllm.data.preparation"
@@ -67,6 +68,8 @@ class Preparation:
         self.inputs = Inputs(self.ledger.folder)
         self.pieces: list[Piece] = []
         self.parts: list[_Part] = []
+        self.evaluation: Done | None = None
+        self.score: Done | None = None
 
     def run(self) -> Prepared:
         """Raises DataError where there is nothing to prepare, and where a loss was asked about and is not wanted."""
@@ -76,6 +79,7 @@ class Preparation:
         self.pieces = [piece for piece in self.inputs.pieces if piece.source in self.sources]
         if not self.pieces:
             raise DataError(f"there are no files in {', '.join(self.sources)}. Give a folder with documents.")
+        self.evaluation = self._evaluation()
         extracted = self._extract()
         self.parts = [part for piece, done in zip(self.pieces, extracted) for part in _parts_of(piece, done)]
         cleaned = self._clean(extracted)
@@ -96,20 +100,35 @@ class Preparation:
             if root and root not in {each for source in self.sources.values() for each in (source.name, source.root)}:
                 names = ", ".join(source.name for source in self.sources.values())
                 raise UserError(f"--rule {name}: there is no source {root!r}. The sources are {names}.")
+        if self.recipe.against and not self.recipe.dedup:
+            raise UserError(
+                "--against has no effect with --no-dedup: its documents count as seen in the search for duplicates. Leave one of them out."
+            )
         for folder in self.recipe.against:
             open_prepared(Path(folder))
-        find_sources([*self.recipe.exclude, *([self.recipe.like] if self.recipe.like else [])], self.out)
+        for option, places in (("--exclude", self.recipe.exclude), ("--like", self._like)):
+            for each in find_sources(places, self.out):
+                if not each.found:
+                    raise UserError(f"{option} {each.root}: there are no files in it. Give a folder with documents, or a file.")
 
     # -- texts -------------------------------------------------------------------------------------------------------------------
 
     def _extract(self) -> list[Done]:
+        total, seen = sum(status.st_size for source in self.sources.values() for status in source.found.values()), 0
         digests, tasks = Digests(self.ledger.folder), []
-        try:
-            for piece in track(self.pieces, len(self.pieces), "Looking at the files"):
+        with digests.kept(), Progress(total, "Looking at the files", unit="bytes") as bar:
+
+            def read(num_bytes: int) -> None:
+                nonlocal seen
+                seen += num_bytes
+                bar.update(seen, f"{size(seen)} of {size(total)}")
+
+            for piece in self.pieces:
                 source = self.sources[piece.source]
                 there = [name for name in piece.files if name in source.found or name in source.refused]
                 files = [
-                    [name, digests.of(source.path(name), source.found[name]) if name in source.found else source.refused[name]] for name in there
+                    [name, digests.of(source.path(name), source.found[name], read) if name in source.found else source.refused[name]]
+                    for name in there
                 ]
                 refused = {name: source.refused[name] for name in there if name in source.refused}
                 options = dict(self.recipe.extraction)
@@ -117,10 +136,8 @@ class Preparation:
                     "piece": piece.number, "source": source.name, "root": source.root, "files": there, "refused": refused, "options": options,
                     "part_chars": self.recipe.sizes.part_chars,
                 }  # fmt: skip
-                size = sum(source.found[name].st_size for name in there if name in source.found)
-                tasks.append(Task(piece.number, arguments, [source.name, files, _without_secrets(options), self.recipe.sizes.part_chars], 1 + size))
-        finally:
-            digests.save()
+                weight = 1 + sum(source.found[name].st_size for name in there if name in source.found)
+                tasks.append(Task(piece.number, arguments, [source.name, files, _without_secrets(options), self.recipe.sizes.part_chars], weight))
         return self._stage("extract", "Reading documents", "extraction:extract", tasks, "bytes")
 
     def _versions(self, extracted: list[Done]) -> np.ndarray:
@@ -143,7 +160,8 @@ class Preparation:
 
     def _clean(self, extracted: list[Done]) -> list[Done]:
         older = self._versions(extracted)
-        lines, evaluation, score = self._boilerplate(extracted, older), self._evaluation(), self._score(extracted)
+        self.score = self._score(extracted)
+        lines, evaluation, score = self._boilerplate(extracted, older), self.evaluation, self.score
         tasks, by_piece = [], {piece.number: done for piece, done in zip(self.pieces, extracted)}
         for part in self.parts:
             piece, done = part.piece, by_piece[part.piece.number]
@@ -190,23 +208,32 @@ class Preparation:
         """The runs of words of the text for evaluation."""
         if not self.recipe.exclude:
             return None
-        task = Task(0, {"inputs": list(self.recipe.exclude)}, self._contents(self.recipe.exclude))
+        inputs, contents = self._files(self.recipe.exclude)
+        options = dict(self.recipe.extraction)
+        task = Task(0, {"inputs": inputs, "options": options}, [contents, _without_secrets(options)])
         return self._stage("evaluation", "Reading text for evaluation", "examples:evaluation", [task])[0]
 
     def _score(self, extracted: list[Done]) -> Done | None:
         """The score of quality that the user's examples teach."""
         if not self.recipe.like:
             return None
-        arguments = {"like": self.recipe.like, "inputs": [done.path(".parquet") for done in extracted]}
-        task = Task(0, arguments, [self._contents([self.recipe.like]), [done.digest for done in extracted]])
+        like, contents = self._files(self._like)
+        options = dict(self.recipe.extraction)
+        arguments = {"like": like, "inputs": [done.path(".parquet") for done in extracted], "options": options}
+        task = Task(0, arguments, [contents, _without_secrets(options), [done.digest for done in extracted]])
         return self._stage("score", "Learning from the examples", "examples:score", [task])[0]
 
-    def _contents(self, places: Sequence[str]) -> list[str]:
-        """The digests of all files at these places."""
+    @property
+    def _like(self) -> list[str]:
+        return [self.recipe.like] if self.recipe.like else []
+
+    def _files(self, places: Sequence[str]) -> tuple[list[list[str]], list[list[str]]]:
+        """All files at these places as [root, name], and what a task that reads them depends on."""
         digests = Digests(self.ledger.folder)
-        found = [digests.of(source.path(name), status) for source in find_sources(places, self.out) for name, status in sorted(source.found.items())]
-        digests.save()
-        return found
+        found = [(source, name, status) for source in find_sources(places, self.out) for name, status in sorted(source.found.items())]
+        with digests.kept():
+            contents = [[name, digests.of(source.path(name), status)] for source, name, status in found]
+        return [[source.root, name] for source, name, _ in found], contents
 
     def _changes_for_all(self) -> dict[str, Any]:
         return {name: value for name, value in self.recipe.rules.items() if ":" not in name}
@@ -400,6 +427,8 @@ class Preparation:
             "shards": sum(shard.is_kept for shard, _ in written),
             "files": sum(len(source.found) + len(source.refused) for source in self.sources.values()),
             "not_looked_at": skipped.to_dict(),
+            "evaluation": _beside(self.evaluation, self.recipe.exclude),
+            "examples": _beside(self.score, self._like),
             "tally": whole,
         }
 
@@ -435,6 +464,11 @@ def _parts_of(piece: Piece, extracted: Done) -> list[_Part]:
         _Part(piece, number << 32 | piece.number, first, last, end - begin)
         for number, ((first, begin), (last, end)) in enumerate(itertools.pairwise(begins))
     ]
+
+
+def _beside(done: Done | None, places: Sequence[str]) -> dict[str, Any] | None:
+    """What was read beside the documents, for the summary: the places, how many texts there were, and which files gave none."""
+    return None if done is None else {"places": list(places), **done.result}
 
 
 def _place(done: Done | None) -> list[str]:

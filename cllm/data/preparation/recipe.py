@@ -7,6 +7,7 @@ other bytes for the same input.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from cllm.runtime.errors import UserError
 
 VERSIONS = dict.fromkeys(
     ("extract", "versions", "lines", "evaluation", "score", "clean", "sign", "exact", "near", "forest", "verify", "write"), 1
-) | {"extract": 3}
+) | {"extract": 3, "evaluation": 2, "score": 2, "write": 2}
 LARGE_LOSS = 100
 """Near duplicates that a source has to lose before half of it is worth a question."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -95,10 +96,15 @@ def read_mix(given: Mapping[str, Sequence[str]], sources: Sequence[Source]) -> d
                     f"--{kind} must be SOURCE=VALUE, got {text!r}. Use something like --{kind} books={'500MB' if kind == 'cap' else '2'}."
                 )
             matching = [source for source in sources if name.rstrip("/") in (source.name, source.root)]
-            if len(matching) != 1:
+            if not matching:
                 names = ", ".join(source.name for source in sources[:8])
-                raise UserError(f"--{kind} {text}: there is no source {name!r}. The sources are {names}.")
-            values.setdefault(matching[0].root, {})[kind] = _amount(kind, text, value)
+                several = sum(os.path.basename(source.root) == name for source in sources) > 1
+                what = f"several sources are called {name!r}, so give the whole path of one" if several else f"there is no source {name!r}"
+                raise UserError(f"--{kind} {text}: {what}. The sources are {names}.")
+            own = values.setdefault(matching[0].root, {})
+            if kind in own:
+                raise UserError(f"--{kind} was given twice for {name}. Give it once.")
+            own[kind] = _amount(kind, text, value)
     mixes = {root: Mix(**found) for root, found in values.items()}
     weighted = [source for source in sources if source.root in mixes and mixes[source.root].weight is not None]
     if weighted and len(weighted) != len(sources):

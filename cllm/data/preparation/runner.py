@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from cllm.data.preparation.ledger import Runner
+from cllm.data.preparation.ledger import Heard, Runner, unheard
 from cllm.data.preparation.worker import ATTEMPTS, ONE_THREAD, blame, result_of
 from cllm.runtime.errors import DataError, UserError
 
@@ -47,7 +47,7 @@ class Pool:
         """Of the workers that run."""
         return [worker.process.pid for worker in self._workers]
 
-    def run(self, function: str, arguments: Sequence[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def run(self, function: str, arguments: Sequence[dict[str, Any]], heard: Heard = unheard) -> Iterator[tuple[int, dict[str, Any]]]:
         waiting = list(range(len(arguments)))[::-1]
         deaths = [0] * len(arguments)
         busy: dict[_Worker, int] = {}
@@ -64,9 +64,13 @@ class Pool:
             if worker not in busy:  # it died while it had nothing to do
                 self._workers.remove(worker)
                 continue
+            message = json.loads(line) if line else {}
+            if "done" in message:
+                heard(busy[worker], message["done"])
+                continue
             number = busy.pop(worker)
-            if line:
-                yield number, result_of(json.loads(line), function)
+            if message:
+                yield number, result_of(message, function)
                 continue
             self._workers.remove(worker)
             deaths[number] += 1
@@ -105,7 +109,8 @@ class _Worker:
         assert self.process.stdout is not None
         try:
             for line in self.process.stdout:
-                answers.put((self, line))
+                if line.endswith("\n"):  # or it was killed in the middle of it
+                    answers.put((self, line))
         except ValueError:  # closed by `end`
             return
         answers.put((self, ""))

@@ -30,6 +30,7 @@ class Tally:
         self.lengths: dict[str, int] = {}
         self.samples: dict[str, list[list[str]]] = {}
         self.unreadable: list[list[str]] = []
+        self.without_text = 0
 
     def add(self, row: Row, times: int = 1) -> None:
         """A document that was written `times` times."""
@@ -48,6 +49,7 @@ class Tally:
             bin = str(chars.bit_length())  # 2^(n-1) <= chars < 2^n
             self.lengths[bin] = self.lengths.get(bin, 0) + 1
         if reason and not chars:
+            self.without_text += 1
             self.unreadable.append([row["source"], row["path"], reason])
             self.unreadable = sorted(self.unreadable)[:NAMED] if len(self.unreadable) > 2 * NAMED else self.unreadable
         else:
@@ -66,6 +68,7 @@ class Tally:
             "lengths": dict(sorted(self.lengths.items(), key=lambda item: int(item[0]))),
             "samples": dict(sorted(self.samples.items())),
             "unreadable": sorted(self.unreadable)[:NAMED],
+            "without_text": self.without_text,
         }
 
 
@@ -86,4 +89,5 @@ def total(tallies: Iterable[dict[str, Any]]) -> dict[str, Any]:
             for sample in samples:
                 whole._sample(kind, sample)
         whole.unreadable += tally["unreadable"]
+        whole.without_text += tally["without_text"]
     return whole.to_dict()

@@ -1,4 +1,5 @@
-"""A worker of the pool: reads tasks as lines of JSON on standard input, and writes their results as lines of JSON on standard output.
+"""A worker of the pool: reads tasks as lines of JSON on standard input, and writes their results as lines of JSON on standard output, and before
+a result now and then how far it is.
 
 It is started as a program of its own (`python -m`), so it shares no threads and no memory with whoever started it, may have child processes, and
 ends when its standard input does, also in the middle of a task: a pool that was killed leaves nothing behind.
@@ -16,6 +17,7 @@ import threading
 import traceback
 from typing import Any
 
+from cllm.data.preparation import within
 from cllm.runtime.errors import DataError
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
@@ -58,7 +60,7 @@ def result_of(message: dict[str, Any], function: str) -> dict[str, Any]:
 
 def blame(function: str, arguments: dict[str, Any], how: str) -> str:
     files = arguments.get("files") or arguments.get("inputs") or [arguments.get("place", "")]
-    named = ", ".join(str(each) for each in files[:5])
+    named = ", ".join(each if isinstance(each, str) else os.path.join(*each) for each in files[:5])
     return f"a part of the work cannot be done: {how} ({function.partition(':')[2]} of {named}). Leave these files out, or use fewer --workers."
 
 
@@ -72,13 +74,16 @@ def main() -> None:
             tasks.put(line)
         os._exit(0)
 
+    def say(message: dict[str, Any]) -> None:
+        out.write(json.dumps(message) + "\n")
+        out.flush()
+
     threading.Thread(target=listen, daemon=True).start()
+    within.hear = lambda done: say({"done": done})
     while True:
         task = json.loads(tasks.get())
-        message = json.dumps(answer(task["function"], task["arguments"]))
         try:
-            out.write(message + "\n")
-            out.flush()
+            say(answer(task["function"], task["arguments"]))
         except BrokenPipeError:
             return
 

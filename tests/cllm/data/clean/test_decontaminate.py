@@ -1,12 +1,15 @@
 """Runs of 13 words that stand in text for evaluation are found wherever they stand, and nothing else is."""
 
 import random
+import unicodedata
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cllm.data.clean.decontaminate import LENGTH, arranged, grams_of, judge, overlap
+from cllm.data.clean.normalise import normalise
 from cllm.data.clean.rules import Rules
 from cllm.data.clean.words import split
 
@@ -36,10 +39,28 @@ def test_the_overlap_is_what_plain_python_counts(evaluation, text):
 def test_a_question_inside_of_a_document_drops_it():
     grams = grams_of([ENGLISH])
     leaked = FINNISH + "\n> " + ENGLISH[100:260].upper().replace(" ", "\n") + "\n" + FINNISH
-    assert judge(split(leaked), grams, Rules()).startswith("max_evaluation_overlap: ")
-    assert judge(split(FINNISH), grams, Rules()) == ""
-    assert judge(split(leaked), grams, Rules().changed({"max_evaluation_overlap": "off"})) == ""
-    assert judge(split(leaked), grams, Rules(max_evaluation_overlap=0.5)) == ""
+    assert judge(leaked, split(leaked), grams, Rules()).startswith("max_evaluation_overlap: ")
+    assert judge(FINNISH, split(FINNISH), grams, Rules()) == ""
+    assert judge(leaked, split(leaked), grams, Rules().changed({"max_evaluation_overlap": "off"})) == ""
+    assert judge(leaked, split(leaked), grams, Rules(max_evaluation_overlap=0.5)) == ""
+
+
+ACCENTS = "un \u00e9t\u00e9 o\u00f9 le caf\u00e9 \u00e9tait tr\u00e8s cher pr\u00e8s de la for\u00eat \u00e0 c\u00f4t\u00e9"
+OFFICE = "the first officer of the staff office was efficient and flew a different flag"
+IN_DOCUMENTS = {
+    "composed": (unicodedata.normalize("NFD", ACCENTS), ACCENTS, False),
+    "taken apart, in code": (ACCENTS, unicodedata.normalize("NFD", ACCENTS), True),
+    "ligatures": (OFFICE, OFFICE.replace("ffi", "\ufb03").replace("fi", "\ufb01").replace("fl", "\ufb02"), False),
+    "double width": (OFFICE, "".join(chr(ord(each) + 0xFEE0) if each != " " else each for each in OFFICE), False),
+    "soft hyphens": (OFFICE.replace("ff", "f\u00adf"), OFFICE, False),
+}
+
+
+@pytest.mark.parametrize("form", IN_DOCUMENTS)
+def test_the_form_of_letters_does_not_matter(form):
+    evaluation, text, is_code = IN_DOCUMENTS[form]
+    text = normalise(text, is_code, Rules())[0]
+    assert judge(text, split(text), grams_of([evaluation]), Rules()).startswith("max_evaluation_overlap: ")
 
 
 def test_short_texts_count_as_a_whole_or_not_at_all():

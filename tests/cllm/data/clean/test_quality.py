@@ -35,13 +35,20 @@ def test_new_texts_are_told_apart(score):
     assert all(0 <= each <= 1 for each in good + bad)
 
 
+def test_texts_like_the_examples_among_the_others_do_not_spoil_the_score():
+    """Most of what is to be found stands among the documents that it is told from, and examples are few."""
+    found = train(texts("ships", 20, 1), texts("trade", 300, 1) + texts("ships", 60, 3))
+    assert sum(found.score(split(text)) > 0.5 for text in texts("ships", 50, 2)) >= 45
+    assert sum(found.score(split(text)) < 0.5 for text in texts("trade", 50, 2)) >= 49
+
+
 def test_the_weights_are_the_same_bit_for_bit(score):
     again = train(texts("ships", 60, 1), texts("trade", 200, 1))
     assert np.array_equal(again.weights, score.weights)
     assert hashlib.sha256(score.weights.tobytes()).hexdigest()[:16] == GOLDEN
 
 
-GOLDEN = "d5b4fc4c45081130"
+GOLDEN = "69be2703c94155bf"
 
 
 def test_a_kept_score_is_the_same(score):
@@ -54,5 +61,5 @@ def test_an_empty_text_has_a_score_and_few_examples_are_refused(score):
     assert 0 <= score.score(split("")) <= 1
     with pytest.raises(DataError, match="at least 10 examples of good text, and there are 3"):
         train(texts("ships", 3, 1), texts("trade", 30, 1))
-    with pytest.raises(DataError, match="at least 10 other texts, and there are 0"):
+    with pytest.raises(DataError, match="at least 3 documents to compare them with, and there are 0"):
         train(texts("ships", 30, 1), ["..."] * 30)

@@ -9,7 +9,7 @@ class Here:
     def __init__(self):
         self.ran = []
 
-    def run(self, function, arguments):
+    def run(self, function, arguments, heard=None):
         for number, each in enumerate(arguments):
             self.ran.append(function.partition(":")[2])
             yield number, call(function, each)

@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+from cllm.data.preparation import within
 from cllm.runtime.errors import DataError
 
 
@@ -26,6 +27,12 @@ def dies_once(place, number):
 
 def dies(place, number):
     os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def tells(place, number):
+    within.tell(0.5)
+    within.tell(0.75)  # too soon to be told
+    return {"files": {}, "double": 2 * number}
 
 
 def raises_data(place, number):

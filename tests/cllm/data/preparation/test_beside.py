@@ -1,5 +1,8 @@
 """What documents are judged by beside themselves: the lines of their site, text for evaluation, examples of good text, languages, secrets."""
 
+import json
+import zipfile
+
 import pytest
 from here import Here
 from made import prose, recipe
@@ -8,7 +11,8 @@ from cllm.data.clean.rules import Rules
 from cllm.data.preparation import boilerplate
 from cllm.data.preparation.plan import prepare
 from cllm.data.preparation.rows import COLUMNS, read_rows, writing
-from cllm.runtime.errors import DataError
+from cllm.report.prepared import prepared_page
+from cllm.runtime.errors import DataError, UserError
 
 pytest.importorskip("pyarrow", reason="the data extra is not installed")
 MENU, FOOTER = "Home | News | Contact us today", "Copyright 2026 The Harbour Gazette"
@@ -79,6 +83,39 @@ def test_documents_that_hold_text_for_evaluation_are_dropped(folder, tmp_path):
         because(folder, tmp_path / "out", recipe(exclude=[str(tests)]))
 
 
+def test_text_for_evaluation_stands_in_files_of_any_kind(folder, tmp_path):
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    part = [" ".join(prose(number).split()[20:40]) for number in range(7)]
+    asked = [{"question": part[0], "answer": part[1]}, {"question": "Who was it?", "answer": "Nobody."}]
+    (tests / "asked.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
+    chat = {"messages": [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": part[2]}]}
+    (tests / "chats.jsonl").write_text(json.dumps(chat) + "\n")
+    (tests / "choices.json").write_text(json.dumps([{"id": 1, "choices": [part[3], "no"], "licence": part[6]}]))
+    with zipfile.ZipFile(tests / "more.zip", "w") as archive:
+        archive.writestr(
+            "page.html", f"<html><body><article><p>{part[4].replace(' ', ' <i>', 1).replace(' ', '</i> ', 2)}</p></article></body></html>"
+        )
+    (tests / "words.jsonl").write_text(json.dumps({"tokens": part[5].split()}) + "\n")
+    (tests / "broken.pdf").write_bytes(b"%PDF-1.4\n")
+    prepared = prepare([str(folder)], tmp_path / "out", recipe(exclude=[str(tests)]), Here())
+    dropped = [row["path"] for place in prepared.paths(kept=False) for row in read_rows(place)]
+    assert dropped == [f"{number:02}.txt" for number in range(6)]
+    read = prepared.summary["evaluation"]
+    assert read["places"] == [str(tests)] and [path for path, _ in read["unread"]] == ["broken.pdf"]
+    page = prepared_page(prepared.summary)
+    assert "These could not be read, and had no effect" in page and "broken.pdf" in page
+
+
+@pytest.mark.parametrize("given", [{"exclude": ["empty"]}, {"like": "empty"}])
+def test_an_empty_folder_beside_the_documents_is_told_before_they_are_read(folder, tmp_path, monkeypatch, given):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"--(exclude|like) empty: there are no files in it"):
+        because(folder, tmp_path / "out", recipe(**given))
+    assert not (tmp_path / "out/.ledger/extract").exists()
+
+
 def test_documents_unlike_the_examples_are_dropped(folder, tmp_path):
     good = tmp_path / "good"
     good.mkdir()
@@ -88,10 +125,11 @@ def test_documents_unlike_the_examples_are_dropped(folder, tmp_path):
         return f"Cake number {number}. {steps}" + " ".join(f"Add {number + k} eggs." for k in range(8))
 
     for number in range(12):
-        (good / f"{number}.txt").write_text(cake(number))
-    (folder / "cake.txt").write_text(cake(5) + " That is all.")
-    found = because(folder, tmp_path / "out", recipe(filter=False, like=str(good)))
-    assert not found["cake.txt"] and sum(reason.startswith("min_quality") for reason in found.values()) >= 10
+        (good / f"{number}.txt").write_text(cake(2 * number))
+        (folder / f"cake{number}.txt").write_text(cake(2 * number + 1))
+    found = because(folder, tmp_path / "out", recipe(filter=False, dedup=False, like=str(good)))
+    assert {path for path, reason in found.items() if not reason} == {f"cake{number}.txt" for number in range(12)}
+    assert {reason.partition(":")[0] for reason in found.values()} == {"", "min_quality"}
 
 
 def test_languages_secrets_and_single_rules(folder, tmp_path):

@@ -1,6 +1,8 @@
 """Preparing documents: what comes out, what is done again when something changes, and what people are told."""
 
+import gzip
 import json
+import random
 import zipfile
 
 import pytest
@@ -8,7 +10,7 @@ from here import Here
 from made import edited, prose, recipe
 
 from cllm.data import stream_texts
-from cllm.data.preparation import look
+from cllm.data.preparation import extraction, look, within
 from cllm.data.preparation.manifest import open_prepared
 from cllm.data.preparation.plan import prepare
 from cllm.data.preparation.recipe import Mix, Recipe, Sizes, read_mix
@@ -145,6 +147,20 @@ def test_documents_of_an_earlier_data_set_are_not_taken_again(folder, tmp_path):
     assert dropped["near.txt"].startswith("near duplicate of row ")
     with pytest.raises(DataError, match="holds no prepared data"):
         run([more], tmp_path / "third", recipe(against=[str(folder)]))
+    with pytest.raises(UserError, match="--against has no effect with --no-dedup"):
+        run([more], tmp_path / "third", recipe(against=[str(tmp_path / "first")], dedup=False))
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_the_reading_of_a_large_file_tells_how_far_it_is(tmp_path, monkeypatch, ending):
+    heard = []
+    monkeypatch.setattr(within, "hear", heard.append)
+    monkeypatch.setattr(within, "_PAUSE", 0.0)
+    place = tmp_path / f"records.jsonl{ending}"
+    content = "".join(json.dumps({"text": f"{number} {random.Random(number).randbytes(1500).hex()}"}) + "\n" for number in range(700)).encode()
+    place.write_bytes(gzip.compress(content, 1) if ending else content)
+    extraction.extract(str(tmp_path / "0"), 0, "records", str(place), [place.name], {}, {}, 1 << 20)
+    assert heard == sorted(heard) and (ending or len({*heard}) > 1) and 0.5 * place.stat().st_size < heard[-1] <= place.stat().st_size
 
 
 def test_sources_are_mixed_by_epochs_weights_and_caps(folder, tmp_path):
@@ -172,12 +188,14 @@ def test_sources_are_mixed_by_epochs_weights_and_caps(folder, tmp_path):
         ({"epochs": ["texts=0"]}, "above 0"),
         ({"cap": ["texts=much"]}, "an amount of text"),
         ({"weight": ["texts=1"]}, "for all sources or for none"),
+        ({"epochs": ["texts=1", "a/texts=2"]}, "was given twice"),
+        ({"epochs": ["same=1"]}, "several sources are called 'same', so give the whole path"),
     ],
 )
 def test_a_wrong_mix_is_told(given, words):
     from cllm.data.preparation.inputs import Source
 
-    sources = [Source("a/texts", "texts"), Source("b/other", "other")]
+    sources = [Source("a/texts", "texts"), Source("b/other", "other"), Source("c/same", "c/same"), Source("d/same", "d/same")]
     with pytest.raises(UserError, match=words):
         read_mix(given, sources)
     assert read_mix({"epochs": ["texts=0.5"], "cap": ["b/other/=1.5MB"]}, sources) == {"a/texts": Mix(epochs=0.5), "b/other": Mix(cap=1_500_000)}

@@ -18,6 +18,12 @@ def pool():
     pool.close()
 
 
+def test_a_task_tells_how_far_it_is(pool):
+    heard = []
+    results = list(pool.run("tasks:tells", ARGUMENTS[:1], lambda number, done: heard.append((number, done))))
+    assert heard == [(0, 0.5)] and results == [(0, {"files": {}, "double": 0})]
+
+
 def doubles(pool, function, arguments=ARGUMENTS):
     return {number: result["double"] for number, result in pool.run(f"tasks:{function}", arguments)}
 
