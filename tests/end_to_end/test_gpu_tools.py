@@ -52,7 +52,7 @@ def test_without_a_gpu_it_says_what_to_do():
 
 
 def test_the_compile_check_prints_what_the_compiler_made_of_each_kernel():
-    done = run("profiling/compile_lint.py", "--gpu", "h200", "softmax", "--json")
+    done = run("profiling/compile_lint.py", "--gpu", "h200", "--few", "softmax", "--json")
     builds = json.loads(done.stdout.splitlines()[-1])
     assert builds and all(build["registers"] > 0 and build["occupancy"] > 0 and not build["complaints"] for build in builds)
     assert "softmax_forward_kernel" in done.stdout and "0 with complaints" in done.stdout
@@ -63,7 +63,7 @@ def test_the_gpu_commands_of_the_documentation_are_these():
     blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
     lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
     assert [words for words in lines if "profiling/" in " ".join(words)] == [
-        ["python", "profiling/compile_lint.py", "--gpu", "h200", "softmax"],
+        ["python", "profiling/compile_lint.py", "--gpu", "h200", "--few", "softmax"],
         ["python", "profiling/gpu_suite.py", "--tiny"],
     ]  # both are run above
 

@@ -1,6 +1,7 @@
 """The code for a GPU on devices that are not there: nothing waits, mixes devices, races or touches another GPU, and the results are the CPU's."""
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -16,7 +17,8 @@ if torch.cuda.is_available():
     pytest.skip("with a GPU the same code runs there, in tests/gpu", allow_module_level=True)
 
 HERE = Path(__file__).parent
-SCENARIOS = ["rules rivals", "train_llama train_muon", "train_gpt2", "use_the_model harness", "command_line"]  # a process for each, to save imports
+HARNESS = " harness" if importlib.util.find_spec("lm_eval") else ""
+SCENARIOS = ["rules rivals", "train_llama train_muon", "train_gpt2", f"use_the_model{HARNESS}", "command_line"]
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +36,39 @@ def library(tmp_path_factory):
     return built
 
 
-@pytest.mark.parametrize("names", SCENARIOS)
-def test_on_a_gpu_that_is_not_there(names, library, tmp_path):
-    scenarios = [each for each in names.split() if each != "harness" or importlib.util.find_spec("lm_eval")]
-    code = "import sys; from gpu_emulation import device; device.load(sys.argv[1]); from gpu_emulation import scenarios; scenarios.run(*sys.argv[2:])"
+# The device has to be there before torch is imported, which takes seconds: one process imports, and forks for each group of scenarios.
+PROGRAM = """
+import json, os, sys
+from gpu_emulation import device
+device.load(sys.argv[1])
+from gpu_emulation import scenarios
+statuses = {}
+for names in sys.argv[3:]:
+    if os.fork() == 0:
+        print(f"-- {names}", file=sys.stderr, flush=True)
+        scenarios.run(sys.argv[2], *names.split())
+        sys.stdout.flush()
+        os._exit(0)
+    statuses[names] = os.wait()[1]
+print(json.dumps(statuses))
+"""
+
+
+@pytest.fixture(scope="module")
+def ran(library, tmp_path_factory):
+    """(the status of each group of scenarios, what was printed, errors)."""
+    folder = tmp_path_factory.mktemp("scenarios")
     paths = [str(HERE.parents[1]), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    settings = {"TRITON_INTERPRET": "1", "CLLM_THREADS": "1", "OMP_NUM_THREADS": "1", "CLLM_CACHE_DIR": str(tmp_path / "cache")}
+    settings = {"TRITON_INTERPRET": "1", "CLLM_THREADS": "1", "OMP_NUM_THREADS": "1", "CLLM_CACHE_DIR": str(folder / "cache")}
     environment = os.environ | settings | {"PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-c", code, library, tmp_path, *scenarios]
+    command = [sys.executable, "-c", PROGRAM, library, folder, *SCENARIOS]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.split("\n")[-2] == f"ran {' '.join(scenarios)}"
+    return json.loads(done.stdout.splitlines()[-1]), done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("names", SCENARIOS)
+def test_on_a_gpu_that_is_not_there(names, ran):
+    statuses, printed, said = ran
+    assert statuses[names] == 0, said.partition(f"-- {names}\n")[2].partition("\n-- ")[0][-4000:]
+    assert f"ran {names}\n" in printed

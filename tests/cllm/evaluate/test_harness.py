@@ -1,5 +1,6 @@
 """The adapter for lm-evaluation-harness: the harness's own numbers for the same model through transformers, and a local task end to end."""
 
+import functools
 import importlib.util
 import json
 import sys
@@ -121,7 +122,7 @@ def test_an_option_that_generation_does_not_have_is_refused(trained):
 
 
 @needs_harness
-def test_a_local_task_runs_from_a_checkpoint_by_the_registered_name(trained, tmp_path):
+def test_a_local_task_runs_from_a_checkpoint_by_the_registered_name(trained, tmp_path, monkeypatch):
     """The way of the harness's users: model="cllm" with model_args, a task from a file, data from a file."""
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -129,6 +130,7 @@ def test_a_local_task_runs_from_a_checkpoint_by_the_registered_name(trained, tmp
     import cllm
     import cllm.evaluate.harness
 
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.cache(TaskManager))  # to read the harness's thousands of tasks takes seconds
     cllm.save(trained[0], tmp_path / "model.cllm", tokenizer=trained[1])
     docs = [{"q": f"On day {n} the", "choices": [" owl saw", " zebra yawned"], "text": TEXT[n : n + 200]} for n in range(4)]
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
