@@ -49,13 +49,26 @@ _STARTING = 60.0  # seconds
 _MEMORY = 2 << 30  # bytes of each process of Chromium
 _PAGES = 1000  # after which Chromium is started again, since it keeps a little of each page
 
-# Scripts, which have run, and styles are left out. Metadata for search engines is a script by name only.
+# The page is not needed any more. Shadow trees take the place of what their elements hold, which goes where their slots are. Scripts, which have run,
+# and styles are left out; metadata for search engines is a script by name only.
 _READ = """(() => {
+  const flatten = (tree) => {
+    for (const host of tree.querySelectorAll("*")) {
+      if (!host.shadowRoot) continue;
+      flatten(host.shadowRoot);
+      for (const slot of host.shadowRoot.querySelectorAll("slot")) {
+        const filled = slot.assignedNodes();
+        slot.replaceWith(...(filled.length ? filled : slot.childNodes));
+      }
+      host.replaceChildren(...host.shadowRoot.childNodes);
+    }
+  };
+  flatten(document);
   for (const each of document.querySelectorAll("script:not([type='application/ld+json']), noscript, style")) each.remove();
   const page = "<!DOCTYPE html>\\n" + (document.documentElement?.outerHTML ?? "");
   return page.length > %d ? null : page;
 })()"""
-_REST = "new Promise((done) => setTimeout(() => requestIdleCallback(done), 100))"
+_REST = "new Promise((done) => setTimeout(() => requestIdleCallback(done, { timeout: 1000 }), 100))"
 
 
 @dataclass(frozen=True)

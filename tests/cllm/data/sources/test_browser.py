@@ -40,6 +40,11 @@ APP = """
 document.write("<link rel=stylesheet href=/style.css><img src=/picture.png><iframe src=/frame></iframe>");
 const refused = [];
 const get = (path, how) => fetch(path, how).then((answer) => answer.text()).catch(() => { refused.push(path); return ""; });
+const part = (name, inside) => customElements.define(name, class extends HTMLElement {
+  constructor() { super().attachShadow({ mode: "open" }).innerHTML = inside; }
+});
+part("inner-part", "<style>b { color: red }</style><b><slot>empty</slot></b><i><slot name=more>nothing more</slot></i>");
+part("outer-part", "<inner-part>in <u>two</u> trees</inner-part>");
 addEventListener("load", async () => {
   document.cookie = "seen=" + location.pathname;
   const text = await get("/api" + location.pathname);
@@ -50,6 +55,7 @@ addEventListener("load", async () => {
   document.querySelector("p").textContent = [text, refused, document.cookie].join(" | ");
   const paths = text.split(" ").filter((word) => word[0] === "/");
   document.body.append(...paths.map((path) => Object.assign(document.createElement("a"), { href: path })));
+  document.body.append(document.createElement("outer-part"));
   if (text.includes("noindex")) document.head.innerHTML += "<meta name=robots content=noindex>";
   if (text.includes("leaves")) location.href = "/reached";
 });
@@ -117,6 +123,8 @@ def test_what_scripts_write_is_what_is_read_and_links_of_it_are_followed(tmp_pat
     for path, body in read.items():
         # what was refused: the path that robots.txt forbids, and the POST; a page sees only the cookie that it has set itself
         assert f"<p>{TEXTS[path]} | /private/secret,/send | seen={path}</p>" in body and "<script" not in body
+        shadows = "<inner-part><b>in <u>two</u> trees</b><i>nothing more</i></inner-part>"
+        assert f"<outer-part>{shadows}</outer-part>" in body
     assert site.counts == dict.fromkeys(["/app.js", *TEXTS, *(f"/api{path}" for path in TEXTS)], 1)
     assert any("noindex" in reason for reason in summary.left_out) and site.most_at_once == 1
     assert {each.title for each in newest_pages(tmp_path / "c/pages", tmp_path, 9)} == {"Begin", "First", "Reached"}
