@@ -31,23 +31,26 @@ def make_decoder(stack: Stack, keys: Sequence[Tensor], values: Sequence[Tensor],
 
 
 def make_paged_decoder(
-    stack: Stack, keys: Sequence[Tensor], values: Sequence[Tensor], dtype: torch.dtype, most_tokens: int
+    stack: Stack, keys: Sequence[Tensor], values: Sequence[Tensor], dtype: torch.dtype, most_tokens: int,
+    scales: Sequence[tuple[Tensor, Tensor]] | None = None,
 ) -> PagedDecoder | None:  # fmt: skip
     """decoder(tokens (N,), positions (N,), slots (N,), pages (N, M), ngram_rows) -> logits (N, V), for any N up to `decoder.most_tokens`; all are
     lists. ngram_rows: for each of `stack.ngram_embeddings` the row (N,) of each token.
 
-    keys, values: one pool (P, 128, H_kv, D) of `dtype` for each layer, contiguous (see `paged_attention`). Each token is a row of its own: its key
-    and value are stored at place `slots[i]` of each pool, counted in tokens (page * 128 + place in it), all N of a layer before any of them looks;
-    then it sees the keys up to its position through its own row of page numbers. Tokens of one sequence may come together. What is prepared for a
-    number of tokens is kept. None where no backend offers it: call the operations one by one then. A backend may take fewer tokens at once than
-    `most_tokens`.
+    keys, values: one pool (P, 128, H_kv, D) of `dtype` for each layer, contiguous, or of int8 with `scales` (see `paged_attention`). Each token is a
+    row of its own: its key and value are stored at place `slots[i]` of each pool, counted in tokens (page * 128 + place in it), all N of a layer
+    before any of them looks; then it sees the keys up to its position through its own row of page numbers. Tokens of one sequence may come together.
+    What is prepared for a number of tokens is kept. None where no backend offers it: call the operations one by one then. A backend may take fewer
+    tokens at once than `most_tokens`.
     """
     heads = stack.layers[0].q.weight.shape[0] // stack.head_dim
+    stored = dtype if scales is None else torch.int8
     for pool in (*keys, *values):
-        assert pool.dtype == dtype and pool.shape == keys[0].shape and pool.shape[1] == PAGE and pool.is_contiguous()
+        assert pool.dtype == stored and pool.shape == keys[0].shape and pool.shape[1] == PAGE and pool.is_contiguous()
     chosen = backend_for("paged_attention", ((most_tokens, heads, stack.head_dim), tuple(keys[0].shape)), dtype, keys[0].device.type)
     tables = [stack.embedding, *([] if stack.position_embedding is None else [stack.position_embedding]), *stack.ngram_embeddings]
     if not chosen.has("paged_decoding") or any(each.dtype not in (torch.float32, torch.bfloat16) for each in tables):
         return None
-    decoder: PagedDecoder = chosen.module("paged_decoding").PagedDecoder(stack, keys, values, dtype, most_tokens)
+    of_layers: Sequence[tuple[Tensor, Tensor] | None] = scales or [None] * len(keys)
+    decoder: PagedDecoder = chosen.module("paged_decoding").PagedDecoder(stack, keys, values, dtype, most_tokens, of_layers)
     return decoder

@@ -17,14 +17,18 @@ __all__ = ["PAGE", "paged_attention"]
 
 
 def paged_attention(
-    q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, lengths: Tensor, queries: Tensor, *, window: int | None = None, scale: float | None = None
-) -> Tensor:
+    q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, lengths: Tensor, queries: Tensor, *, window: int | None = None,
+    scale: float | None = None, scales: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """Causal attention of q (N, H, D), the newest tokens of R sequences one sequence after the other -> (N, H, D); no gradients.
 
     keys, values (P, 128, Hkv, D), contiguous: the pool. pages (R, M) int32: the token at position p of sequence r lies in page
     `pages[r, p // 128]`, at place p % 128; sequences may share pages. lengths (R,) int64: keys of each sequence, those of its own newest tokens
     included. queries (R,) int64, at least 1 each, N together: query i of n stands at position length - n + i and sees the keys up to its own, and
     with `window` only the last so many of them. `scale` defaults to D ** -0.5.
+
+    scales: two (P, 128, Hkv) float32 of keys and values that are int8 (`quantize_rows` of kernels/quantization.py). The result then has the bits that
+    it has for the pool that `dequantize_rows` makes of them in q's dtype. On a CPU alone.
 
     Each row has the bits that it has without the others; on a CPU those of `attention` of its sequence alone. What lies in the pool behind a
     sequence's length, and page numbers that none of its queries needs, may be anything. lengths, queries and pages lie on q's device; on a CPU
@@ -37,14 +41,28 @@ def paged_attention(
             f"Expected q (N, H, D), keys and values (pages, {PAGE}, Hkv, D)."
         )
     check_heads("paged_attention", q.shape[1], keys.shape[2], q.shape[2])
-    check_floating("paged_attention", q=q, keys=keys, values=values)
+    if scales is None:
+        check_floating("paged_attention", q=q, keys=keys, values=values)
+    else:
+        _check_int8(q, keys, values, *scales)
     if not (keys.is_contiguous() and values.is_contiguous()):
         raise UserError("paged_attention: keys and values must be contiguous: a copy of the pool at every call would cost more than the attention.")
     _check_table(q, pages, lengths, queries)
     if window is not None and window < 1:
         raise UserError(f"paged_attention: window must be >= 1, got {window}. Use None for no window.")
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
-    return _paged_attention(q.detach(), keys.detach(), values.detach(), pages, lengths, queries, window or 0, scale)
+    return _paged_attention(q.detach(), keys.detach(), values.detach(), pages, lengths, queries, window or 0, scale, *(scales or (None, None)))
+
+
+def _check_int8(q: Tensor, keys: Tensor, values: Tensor, key_scales: Tensor, value_scales: Tensor) -> None:
+    check_floating("paged_attention", q=q)
+    if keys.dtype != torch.int8 or values.dtype != torch.int8:
+        raise UserError(f"paged_attention: scales belong to keys and values of int8, got {keys.dtype} and {values.dtype}. Leave them out.")
+    for each in (key_scales, value_scales):
+        if each.dtype != torch.float32 or each.shape != keys.shape[:3] or not each.is_contiguous():
+            raise UserError(f"paged_attention: scales must be float32 {tuple(keys.shape[:3])}, contiguous, got {each.dtype} {tuple(each.shape)}.")
+    if not q.device == keys.device == values.device == key_scales.device == value_scales.device:
+        raise UserError(f"paged_attention: q is on {q.device}, keys, values or scales on another device. Move one.")
 
 
 def _check_table(q: Tensor, pages: Tensor, lengths: Tensor, queries: Tensor) -> None:
@@ -83,8 +101,10 @@ def _check_values(q: Tensor, keys: Tensor, pages: Tensor, lengths: Tensor, queri
 
 @operation("paged_attention", lambda q, *_: q.new_empty(q.shape))
 def _paged_attention(
-    q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, lengths: Tensor, queries: Tensor, window: int, scale: float
+    q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, lengths: Tensor, queries: Tensor, window: int, scale: float,
+    key_scales: Tensor | None = None, value_scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     _check_values(q, keys, pages, lengths, queries, window)
     serving = backend("paged_attention", (q.shape, keys.shape), q.dtype, q.device.type)
-    return serving.forward(q, keys, values, pages, lengths, queries, window, scale)
+    scales = None if key_scales is None or value_scales is None else (key_scales, value_scales)
+    return serving.forward(q, keys, values, pages, lengths, queries, window, scale, scales)

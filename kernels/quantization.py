@@ -1,6 +1,8 @@
 """Weights as int8 with a float32 scale for every SCALE_BLOCK elements of a row, 8.5 bits each, or as int4 with a bfloat16 scale for every
 SCALE_GROUP, 4.5 bits each: for generation.
 
+Rows of activations, such as cached keys and values, as int8 with one float32 scale each (`quantize_rows`).
+
 Symmetric, to nearest. int8: w = q * s with s = max |w| / 127 over the block, q in -127 .. 127 (the blocks of GGUF's q8_0 are half as long). int4: q
 in -8 .. 7, with the scale of least squared error of a few (GGUF's q4_0 takes max / -8, and a scale of float16). On a CPU, bfloat16 activations become
 integers of 16 bits, scaled by their largest in each block of K, and the products of a block are summed exactly, with the same bits on every
@@ -145,3 +147,23 @@ def _int4_levels(wide: Tensor, scale: Tensor) -> Tensor:
     """-8 .. 7; 0 where the scale is, or is so small that its inverse is none."""
     inverse = torch.where(scale != 0, 1.0 / scale, 0.0).nan_to_num_(posinf=0.0, neginf=0.0)
     return (wide * inverse).round_().clamp_(-8, 7)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (..., D) of any floating dtype -> values (..., D) int8 and scales (...) float32: x is about q * s with s = max |x| / 127 over the row, and q
+    the nearest whole number, of two the even one.
+
+    A row depends on nothing but itself. One that holds NaN or infinity gets the scale NaN, so that whatever looks at it shows that it is damaged.
+    """
+    wide = x.detach().float()
+    largest = wide.abs().amax(-1)
+    finite = largest < torch.inf
+    scales = torch.where(finite, largest / 127.0, torch.nan)
+    divisor = torch.where(scales > 0, scales, 1.0)[..., None]  # of denormals there may be no 127th part
+    values = (wide / divisor).round_().clamp_(-127, 127)
+    return torch.where(finite[..., None], values, 0.0).to(torch.int8), scales
+
+
+def dequantize_rows(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """values (..., D) int8, scales (...) float32 -> (..., D) in `dtype`, each q * s rounded once more where that has fewer bits than float32."""
+    return (values.float() * scales[..., None]).to(dtype)

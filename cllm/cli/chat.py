@@ -16,6 +16,7 @@ from cllm.cli.options import (
     Device,
     Draft,
     Json,
+    KvCache,
     Stretch,
     Threads,
     Weights,
@@ -53,6 +54,7 @@ def chat(
     context: Context = None,
     stretch: Stretch = None,
     weights: Weights = None,
+    kv_cache: KvCache = None,
     draft: Draft = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -66,8 +68,10 @@ def chat(
     from cllm import runtime
 
     with runtime.use(threads=threads):
-        model, tokenizer = load_model(checkpoint, weights=weights, device=device, generating=True, context=context, stretch=stretch)
-        guesser = load_draft(draft, tokenizer, weights, device)
+        model, tokenizer = load_model(
+            checkpoint, weights=weights, device=device, generating=True, context=context, stretch=stretch, kv_cache=kv_cache
+        )
+        guesser = load_draft(draft, tokenizer, weights, device, kv_cache)
         talk = converse(console, model, tokenizer, standard_input(), system, draft=guesser, **options)
     console.result(talk.to_dict())
 
@@ -142,7 +146,7 @@ def _engine_of(model: Model, tokenizer: Tokenizer, draft: Model | None) -> Engin
     from cllm.model.pages import page_bytes, pages_for
 
     pages = 2 * pages_for(model.config.max_seq_len)
-    return Engine(model, vocab_size=tokenizer.vocab_size, memory=pages * page_bytes(model.config, model.compute_dtype), most_rows=1, draft=draft)
+    return Engine(model, vocab_size=tokenizer.vocab_size, memory=pages * page_bytes(model.config, model.cache_dtype), most_rows=1, draft=draft)
 
 
 def _tell_left_out(seen: Seen, context: int, told: set[str]) -> None:

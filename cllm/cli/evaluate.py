@@ -6,9 +6,8 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -18,6 +17,7 @@ from cllm.cli.options import (
     Checkpoint,
     Device,
     Json,
+    KvCache,
     Threads,
     Weights,
     argument,
@@ -46,10 +46,28 @@ if TYPE_CHECKING:
 
 SHOWN_SOURCES = 20
 WORST = 5  # documents with the highest loss that are listed
-STORED = "evaluating with the weights as they are stored"
 GROUPINGS = ("auto", "file", "folder")
 
 app = typer.Typer()
+
+
+class Before(NamedTuple):
+    """A model in more bits, which the evaluated one is compared with, and how to tell of both."""
+
+    load: Callable[[], Model]
+    """Called when the evaluated model has been scored, which may be the same object."""
+    key: str
+    """Of its figures in the result."""
+    title: str
+    beginning: str
+    changes: str
+
+    def change(self, before: Evaluation, after: Evaluation) -> str:
+        share = 100 * (after.perplexity / before.perplexity - 1)
+        return (
+            f"{self.beginning} loss {before.loss:.4f}, perplexity {before.perplexity:,.2f}: "
+            f"{self.changes} the loss by {after.loss - before.loss:+.4f} and the perplexity by {share:+.2f} %."
+        )
 
 
 @app.command(
@@ -115,6 +133,7 @@ def evaluate(
         int, option("--samples", int, "With --suite: functions, lines, paragraphs and texts to look at, at most.", unit="texts", at_least=1)
     ] = 100,
     weights: Weights = None,
+    kv_cache: KvCache = None,
     device: Device = "auto",
     threads: Threads = None,
     as_json: Json = False,
@@ -141,7 +160,7 @@ def evaluate(
 
         check_request(names, task_path)
     with runtime.use(threads=threads):
-        model, tokenizer = load_model(checkpoint, weights=weights, device=device)
+        model, tokenizer = load_model(checkpoint, weights=weights, device=device, kv_cache=kv_cache)
         if tasks is not None:
             values = tasks_run(console, model, tokenizer, names, task_path, batch_size)
         elif suite is not None and train is not None:
@@ -150,8 +169,8 @@ def evaluate(
         else:
             assert data is not None
             sizes: dict[str, Any] = {"seq_len": seq_len, "stride": stride, "batch_size": batch_size, "checkpoint": checkpoint}
-            stored = partial(load_model, checkpoint, device="cpu" if device == "auto" else device) if weights in ("int8", "int4") else None
-            values = evaluate_run(console, model, tokenizer, data, **sizes, confidence=confidence, by=by, worst=worst, reading=reading, stored=stored)
+            before = _before(model, checkpoint, weights, kv_cache, device)
+            values = evaluate_run(console, model, tokenizer, data, **sizes, confidence=confidence, by=by, worst=worst, reading=reading, before=before)
     console.result({"checkpoint": checkpoint, "data": data, **values})
 
 
@@ -169,10 +188,10 @@ def evaluate_run(
     by: str,
     worst: int | None,
     reading: Reading,
-    stored: Callable[[], tuple[Model, Any]] | None = None,
+    before: Before | None = None,
 ) -> dict[str, Any]:
-    """Scores all documents of `data`, prints the tables, and returns everything as plain values. checkpoint: where the model comes from; stored:
-    loads it with the weights as they are stored, where `model` has others, to score the same text with them and tell the change."""
+    """Scores all documents of `data`, prints the tables, and returns everything as plain values. checkpoint: where the model comes from; before:
+    the same model in more bits, to score the same text with it and tell the change."""
     from cllm import runtime
     from cllm.cli.trained_on import trained_on
     from cllm.data.tokens.conversations import ChatSplit
@@ -189,7 +208,7 @@ def evaluate_run(
             unused = [name for name, value in (("--stride", stride), ("--by", None if by == "auto" else by), ("--worst", worst)) if value is not None]
             if unused:
                 raise UserError(f"{data} holds chats, whose answers are scored as one text, each once. Leave out {', '.join(unused)}.")
-            return _evaluate_chats(console, model, split, learnt, length, batch_size, stored)
+            return _evaluate_chats(console, model, split, learnt, length, batch_size, before)
 
         def score(each: Model, title: str) -> DocumentScores:
             with runtime.progress.Progress(None, title) as line:
@@ -201,13 +220,13 @@ def evaluate_run(
                 return score_documents(each, split, tokenizer, length, batch_size, stride=stride, progress=report)
 
         scores = score(model, "evaluating")
-        before = None if stored is None else score(stored()[0], STORED).total()
+        of_more_bits = None if before is None else score(before.load(), before.title).total()
     with runtime.progress.stage(f"resampling {scores.num_documents:,} documents"):
         total, interval = scores.total(), scores.interval(confidence)
         sources, poorest = scores.by_source(by, confidence), scores.worst(WORST if worst is None else worst)
     console.print(total)
-    if before is not None:
-        console.print(_change(before, total))
+    if before is not None and of_more_bits is not None:
+        console.print(before.change(of_more_bits, total))
     console.print(_interval_words(scores, interval, confidence))
     if learnt is not None:
         console.print(learnt)
@@ -218,7 +237,7 @@ def evaluate_run(
         console.print(f"\ndocuments with the highest loss:\n{_group_table(poorest, None)}")
     return {
         **total.to_dict(),
-        **({} if before is None else {"stored_weights": before.to_dict()}),
+        **({} if before is None or of_more_bits is None else {before.key: of_more_bits.to_dict()}),
         "scored": "text",
         "seq_len": length,
         "stride": stride or length,
@@ -233,19 +252,29 @@ def evaluate_run(
     }
 
 
-def _change(before: Evaluation, after: Evaluation) -> str:
-    """before: with the weights as they are stored."""
-    share = 100 * (after.perplexity / before.perplexity - 1)
-    return (
-        f"The stored weights have loss {before.loss:.4f}, perplexity {before.perplexity:,.2f}: "
-        f"these change the loss by {after.loss - before.loss:+.4f} and the perplexity by {share:+.2f} %."
-    )
+def _before(model: Model, checkpoint: str, weights: str | None, kv_cache: str | None, device: str) -> Before | None:
+    """What a model in fewer bits is compared with."""
+
+    def stored() -> Model:
+        found: Model = load_model(checkpoint, device="cpu" if device == "auto" else device)[0]
+        return found
+
+    def without_cache() -> Model:
+        model.kv_cache = None
+        return model
+
+    if weights in ("int8", "int4"):
+        changes = "these change" if kv_cache is None else f"these and a KV cache of {kv_cache} change"
+        return Before(stored, "stored_weights", "evaluating with the weights as they are stored", "The stored weights have", changes)
+    if kv_cache is not None:
+        title = "evaluating with keys and values as they are computed"
+        return Before(without_cache, "computed_kv", title, "Keys and values as they are computed give", f"{kv_cache} changes")
+    return None
 
 
 def _evaluate_chats(
-    console: Console, model: Model, split: ChatSplit, learnt: TrainedOn | None, seq_len: int, batch_size: int,
-    stored: Callable[[], tuple[Model, Any]] | None,
-) -> dict[str, Any]:  # fmt: skip
+    console: Console, model: Model, split: ChatSplit, learnt: TrainedOn | None, seq_len: int, batch_size: int, before: Before | None
+) -> dict[str, Any]:
     """The answers alone are predicted, as in training; conversations are packed whole, so that there is nothing to slide over."""
     from cllm import runtime
     from cllm.data.tokens.chat import check_fit
@@ -263,17 +292,17 @@ def _evaluate_chats(
             return evaluate(each, split, seq_len=seq_len, batch_size=batch_size, progress=report)
 
     result = score(model, "evaluating")
-    before = None if stored is None else score(stored()[0], STORED)
+    of_more_bits = None if before is None else score(before.load(), before.title)
     console.print(result)
-    if before is not None:
-        console.print(_change(before, result))
+    if before is not None and of_more_bits is not None:
+        console.print(before.change(of_more_bits, result))
     scored = split.fit(seq_len).usable
     console.print(f"Scored are the answers of {counted(scored, 'conversation')}, which training learns from; questions are read and not predicted.")
     if learnt is not None:
         console.print(learnt)
     return {
         **result.to_dict(),
-        **({} if before is None else {"stored_weights": before.to_dict()}),
+        **({} if before is None or of_more_bits is None else {before.key: of_more_bits.to_dict()}),
         "scored": "answers",
         "seq_len": seq_len,
         "num_conversations": split.num_documents,

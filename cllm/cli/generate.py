@@ -16,6 +16,7 @@ from cllm.cli.options import (
     Device,
     Draft,
     Json,
+    KvCache,
     Stretch,
     Threads,
     Weights,
@@ -82,6 +83,7 @@ def generate(
     context: Context = None,
     stretch: Stretch = None,
     weights: Weights = None,
+    kv_cache: KvCache = None,
     draft: Draft = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -119,8 +121,10 @@ def generate(
     from cllm.generate.decoding import stream as run_stream
 
     with runtime.use(threads=threads):
-        model, tokenizer = load_model(checkpoint, weights=weights, device=device, generating=True, context=context, stretch=stretch)
-        options["draft"] = load_draft(draft, tokenizer, weights, device)
+        model, tokenizer = load_model(
+            checkpoint, weights=weights, device=device, generating=True, context=context, stretch=stretch, kv_cache=kv_cache
+        )
+        options["draft"] = load_draft(draft, tokenizer, weights, device, kv_cache)
         options["on_slide"] = lambda: say(_slides(model.config.max_seq_len))
         if form is not None:
             options["constraint"] = compile_constraint(tokenizer, *form)

@@ -117,6 +117,17 @@ Weights = Annotated[
         choices=("fp32", "bf16", "int8", "int4"),
     ),
 ]
+KvCache = Annotated[
+    str | None,
+    option(
+        "--kv-cache",
+        str,
+        "Number format of the keys and values of the text so far: int8 takes half of the memory of bf16, at a small cost in quality; on a CPU. "
+        "[default: that of the activations]",
+        optional=True,
+        choices=("int8",),
+    ),
+]
 Draft = Annotated[
     str | None,
     text_option("--draft", "A smaller model with the same tokenizer that guesses tokens ahead. The text is the same, sooner.", "MODEL"),
@@ -212,12 +223,12 @@ def check_text(path: str) -> None:
 
 def load_model(
     path: str, need_tokenizer: bool = True, weights: str | None = None, device: str = "cpu", generating: bool = False,
-    context: int | None = None, stretch: str | None = None,
+    context: int | None = None, stretch: str | None = None, kv_cache: str | None = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     """The model and its tokenizer.
 
     generating: the matrices may give way to a layout that decoding reads faster (`Model.pack_`). context, stretch: a longer context than the model's
-    own, and how its positions get there (`cllm.model.stretch`).
+    own, and how its positions get there (`cllm.model.stretch`). kv_cache: as `Model.kv_cache`.
     """
     if (context is None) != (stretch is None):
         raise UserError("--context and --stretch belong together: how long a text the model is to see, and how its positions get there.")
@@ -230,18 +241,22 @@ def load_model(
         from cllm.model.stretch import stretch_
 
         stretch_(model, context, stretch)
+    model.kv_cache = kv_cache
     if generating:
+        model.check_cache()
         model.pack_()
     if need_tokenizer and tokenizer is None:
         raise DataError(f"{path} holds no tokenizer, so text cannot be read or written. Save one with it: cllm.save(model, path, tokenizer=...).")
     return model, tokenizer
 
 
-def load_draft(path: str | None, tokenizer: "Tokenizer", weights: str | None = None, device: str = "cpu") -> Any:
+def load_draft(
+    path: str | None, tokenizer: "Tokenizer", weights: str | None = None, device: str = "cpu", kv_cache: str | None = None
+) -> Any:  # fmt: skip
     """The model that guesses for one with this tokenizer; None where none was asked for. Raises UserError where it has another tokenizer."""
     if path is None:
         return None
-    model, own = load_model(path, weights=weights, device=device, generating=True)
+    model, own = load_model(path, weights=weights, device=device, generating=True, kv_cache=kv_cache)
     if own != tokenizer:
         raise UserError(
             f"--draft {path} has another tokenizer than the model, so it cannot guess the model's tokens. Train it with the tokenizer of the model: "

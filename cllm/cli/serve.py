@@ -9,7 +9,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cllm.cli.console import Console, open_console
-from cllm.cli.options import Device, Draft, Json, Threads, Weights, argument, check_model, examples, load_draft, load_model, option, text_option
+from cllm.cli.options import (
+    Device,
+    Draft,
+    Json,
+    KvCache,
+    Threads,
+    Weights,
+    argument,
+    check_model,
+    examples,
+    load_draft,
+    load_model,
+    option,
+    text_option,
+)
 from cllm.cli.until_told import until_told
 from cllm.runtime.errors import CLLMError, UserError
 from cllm.shell import quoted
@@ -39,6 +53,7 @@ def serve(
     ] = None,
     follow: Annotated[list[str] | None, text_option("--follow", "A run whose better checkpoints are taken as it writes them.", "RUN")] = None,
     weights: Weights = None,
+    kv_cache: KvCache = None,
     draft: Draft = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -70,9 +85,9 @@ def serve(
 
     def load(identity: str, path: str) -> Served:
         with runtime.use(threads=threads):
-            model, tokenizer = load_model(path, weights=weights, device=device)
+            model, tokenizer = load_model(path, weights=weights, device=device, kv_cache=kv_cache)
             memory = None if cache_mb is None else cache_mb << 20
-            guesser = load_draft(draft, tokenizer, weights, device)
+            guesser = load_draft(draft, tokenizer, weights, device, kv_cache)
             engine = Engine(
                 model, vocab_size=tokenizer.vocab_size, memory=memory, most_rows=most_rows, most_waiting=most_waiting, draft=guesser
             )  # fmt: skip

@@ -29,7 +29,8 @@ class EvaluationPrograms(Programs):
         """(the loss of each target, whether it is the token that the model ranks first), there until the next call; without gradients, on the model's
         device."""
         with self.taken() as taken:
-            kind = self.kind_of(batch, ()) if taken and self._model.is_ours() and not self._model.is_packed else None
+            recordable = self._model.is_ours() and not self._model.is_packed and self._model.kv_cache is None
+            kind = self.kind_of(batch, ()) if taken and recordable else None
             losses, correct = self.computed(batch, kind, {}, self._run, {FORWARD: 0.0})
         assert losses is not None and correct is not None
         return losses, correct

@@ -178,6 +178,8 @@ class _Run:
             raise UserError("a stop string must not be empty. Leave it out, or give the text to stop at.")
         if max_tokens < 1 or samples < 1:
             raise UserError(f"max_tokens and samples must be at least 1, got {max_tokens} and {samples}.")
+        if use_cache:
+            model.check_cache()
         self.model, self.sampling, self.max_tokens, self.seed = model, sampling, max_tokens, seed
         self.use_cache, self.constraint, self.engine, self.draft, self.on_slide = use_cache, constraint, engine, draft, on_slide
         self.vocab_size = tokenizer.vocab_size
@@ -239,7 +241,7 @@ class _Run:
         config, samples = self.model.config, len(self.continuations)
         rows = min(samples, MOST_ROWS)
         pages = rows * pages_for(min(config.max_seq_len, len(self.prompt) + self.max_tokens))
-        memory = pages * page_bytes(config, self.model.compute_dtype)
+        memory = pages * page_bytes(config, self.model.cache_dtype)
         return Engine(self.model, vocab_size=self.vocab_size, memory=memory, most_rows=rows, most_waiting=samples, draft=self.draft)
 
     def _device_pieces(self) -> Iterator[tuple[int, str]]:

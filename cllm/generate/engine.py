@@ -43,7 +43,8 @@ class Engine:
     vocab_size: the tokenizer's. memory: bytes for keys and values, by default what `most_rows` answers of full length take, at most a quarter of
     the free memory. most_rows: the most samples that run at once. chunk: the most prompt tokens in a step while no answer is being written.
     most_waiting: the most samples that wait. draft: a smaller model of the same tokenizer that guesses where a text does not repeat itself; its keys
-    and values take as many pages as those of the model. Raises UserError where the memory does not hold one page.
+    and values take as many pages as those of the model. `Model.kv_cache` says whether pages hold numbers of the compute dtype or int8. Raises
+    UserError where the memory does not hold one page, or no kernel reads them.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Engine:
         self.model, self.vocab_size = model, vocab_size
         self.most_rows, self.chunk, self.most_waiting = most_rows, chunk, most_waiting
         self.limit = model.config.max_seq_len
-        size = page_bytes(model.config, model.compute_dtype)
+        size = page_bytes(model.config, model.cache_dtype)
         if memory is None:
             memory = min(most_rows * pages_for(self.limit) * size, max(size * pages_for(self.limit), _free_memory(model) // 4))
         if memory < size:

@@ -17,11 +17,13 @@ from torch.utils.checkpoint import checkpoint
 from cllm import kernels, runtime
 from cllm.config.model import ModelConfig
 from cllm.kernels.embedding import tied_embedding
+from cllm.kernels.quantization import dequantize_rows, quantize_rows
 from cllm.kernels.quantized import quantized_feed_forward, quantized_matmul
 from cllm.kernels.stack import NGRAM_SHARE, Layer, Linear, Norm, Packed
 from cllm.model.cache import DeviceCache, KVCache
 from cllm.model.ngrams import row_of, tokens_before
 from cllm.model.pages import PageBatch
+from cllm.runtime.errors import UserError
 
 # The places at which dropout draws: norm n, which takes in what the branch before it has computed (norm 0 the embedding), is place n, and head h of
 # layer l is place FIRST_HEAD + l * num_heads + h. None of them depends on how many layers there are.
@@ -42,6 +44,7 @@ class Context:
         tied: bool = False,
         dropout: kernels.Dropout | None = None,
         row_len: int = 0,
+        kv_cache: str | None = None,
     ) -> None:
         self.recompute = recompute
         self.dropout = dropout
@@ -53,11 +56,14 @@ class Context:
         self.cu_seqlens = cu_seqlens
         self.cache = cache
         self.window = window
+        self.kv_cache = kv_cache  # what a cache would make of keys and values, where there is none
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, T, H, D), k and v (B, T, H_kv, D) of the new tokens -> (B, T, H, D), seeing the cached ones too."""
         if self.cache is not None:
             return self.cache.attend(layer, q, k, v, self.window)
+        if self.kv_cache == "int8":
+            k, v = _as_int8(k), _as_int8(v)
         if self.dropout is not None:
             place = FIRST_HEAD + layer * q.shape[2]
             return kernels.attention_dropout(
@@ -90,6 +96,13 @@ class Context:
             else:
                 x, h = block(x, h, self)
         return x, h
+
+
+def _as_int8(x: Tensor) -> Tensor:
+    """What a pool of int8 gives back of keys or values (B, T, H_kv, D)."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise UserError("keys and values in int8 have no gradients. Compute under torch.no_grad(), or set model.kv_cache = None to train.")
+    return dequantize_rows(*quantize_rows(x), x.dtype)
 
 
 def moved_by(fn: Callable[[Tensor], Tensor], packed: Packed | None) -> Packed | None:

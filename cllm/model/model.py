@@ -64,6 +64,7 @@ class Model(nn.Module):
             self.transformer = GPT2Backbone(config)
         self.lm_head = None if config.tie_embeddings else Weights(config.vocab_size, config.embed_dim)
         self._compute_dtype: torch.dtype | None = None
+        self._kv_cache: str | None = None
         self.recompute = "none"
         self._packed_output: Packed | None = None
         self._packed_as = ""
@@ -151,6 +152,33 @@ class Model(nn.Module):
             raise UserError(f"the weights are {self._packed_as}; set compute_dtype before pack_().")
         self._compute_dtype = dtype
 
+    @property
+    def kv_cache(self) -> str | None:
+        """None for keys and values in the compute dtype, or "int8": for each token and head int8 and one float32 scale (`quantize_rows` of
+        `cllm.kernels.quantization`). It holds for pools of pages that are made afterwards, and all that is computed without a cache attends to what
+        such a pool would give back, so that it predicts as with the pool, bit for bit on a CPU. For generation and evaluation; pages of int8 are for
+        a CPU."""
+        return self._kv_cache
+
+    @kv_cache.setter
+    def kv_cache(self, kind: str | None) -> None:
+        if kind not in (None, "int8"):
+            raise UserError(f"kv_cache must be None or 'int8', got {kind!r}.")
+        self._kv_cache = kind
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of the keys and values in `make_pool`."""
+        return torch.int8 if self._kv_cache == "int8" else self.compute_dtype
+
+    def check_cache(self) -> None:
+        """Raises UserError where nothing could read the pages that `kv_cache` asks for."""
+        if self._kv_cache == "int8" and self.embedding_weight.device.type != "cpu":
+            raise UserError(
+                "a KV cache of int8 needs a CPU, because no kernel of a GPU reads it. Compute on the CPU (device cpu), or leave keys and values in "
+                "the numbers that the model computes with."
+            )
+
     def torch_aside(self) -> AbstractContextManager[None]:
         """A scope with torch on the calling thread only, while our workers do this model's work: torch's own threads would wait for their next loop
         on the cores that the workers need. Where torch's kernels serve (float64, other devices) it keeps its threads."""
@@ -217,7 +245,7 @@ class Model(nn.Module):
             if start:
                 positions = torch.arange(start, start + length, device=tokens.device)
         tables = self.rotary_tables(tokens.device) if self.config.position == "rotary" else None
-        context = Context(positions, tables, cu_seqlens, cache, self.config.window_or_none, self.recompute, tied, dropout, length)
+        context = Context(positions, tables, cu_seqlens, cache, self.config.window_or_none, self.recompute, tied, dropout, length, self._kv_cache)
         with _gradients_unless(cache):
             x = self.backbone(tokens, context, self.compute_dtype)
         if cache is not None:
@@ -270,8 +298,9 @@ class Model(nn.Module):
         return self._capped(self._logits(x[batch.wanted]))
 
     def make_pool(self, num_pages: int) -> PagePool:
-        """Pages for the keys and values of many sequences (`step`)."""
-        return PagePool(self.config, num_pages, self.compute_dtype, self.embedding_weight.device)
+        """Pages for the keys and values of many sequences (`step`), as `kv_cache` says. Raises UserError where no kernel reads them."""
+        self.check_cache()
+        return PagePool(self.config, num_pages, self.cache_dtype, self.embedding_weight.device)
 
     def _logits(self, x: Tensor) -> Tensor:
         """The last hidden state (B, T, E) -> (B, T, V), not capped."""
@@ -297,7 +326,7 @@ class Model(nn.Module):
         """What takes a few tokens of any sequences through the layers in one call; None where the layers have to do it."""
         key = (self.embedding_weight.data_ptr(), self.is_packed, self.compute_dtype, runtime.settings())
         if pool.decoder is None or pool.decoder[0] != key:
-            pool.decoder = key, make_paged_decoder(self._stack(), pool.keys, pool.values, self.compute_dtype, MOST_DECODED)
+            pool.decoder = key, make_paged_decoder(self._stack(), pool.keys, pool.values, self.compute_dtype, MOST_DECODED, pool.scales)
         return pool.decoder[1]
 
     def _stack(self) -> Stack:
@@ -341,7 +370,9 @@ class Model(nn.Module):
         )
 
     def make_cache(self, batch: int, max_len: int | None = None) -> KVCache:
-        """An empty cache for `batch` sequences of up to `max_len` tokens (default: the model's context)."""
+        """An empty cache for `batch` sequences of up to `max_len` tokens (default: the model's context), in the compute dtype."""
+        if self._kv_cache is not None:
+            raise UserError(f"a cache of {self._kv_cache} lies in pages: use make_pool and step, or an Engine. make_cache needs kv_cache None.")
         max_len = self.config.max_seq_len if max_len is None else max_len
         if batch < 1 or not 1 <= max_len <= self.config.max_seq_len:
             raise UserError(f"a cache needs batch >= 1 and max_len from 1 to {self.config.max_seq_len}, got {batch} and {max_len}.")

@@ -10,6 +10,7 @@ N tokens, R sequences, M pages of the longest one, W tokens whose logits are wan
 from array import array
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from cllm import kernels
 from cllm.kernels.paged_attention import PAGE
+from cllm.kernels.quantization import quantize_rows
 from cllm.model.ngrams import NONE, row_of
 from cllm.runtime.errors import UserError
 
@@ -32,12 +34,17 @@ def pages_for(num_tokens: int) -> int:
 
 
 def page_bytes(config: "ModelConfig", dtype: torch.dtype) -> int:
-    """Bytes that one page takes in all layers together, keys and values."""
-    return 2 * config.num_layers * PAGE * config.kv_heads * config.head_size * dtype.itemsize
+    """Bytes that one page of numbers of `dtype` takes in all layers together, keys and values; of int8 with their scales."""
+    head = config.head_size * dtype.itemsize + (torch.float32.itemsize if dtype == torch.int8 else 0)
+    return 2 * config.num_layers * PAGE * config.kv_heads * head
 
 
 class PagePool:
-    """The pages of all layers, and which of them are free. A page is held by whoever took it and by everyone who `hold`s it besides."""
+    """The pages of all layers, and which of them are free. A page is held by whoever took it and by everyone who `hold`s it besides.
+
+    dtype: of keys and values, the model's compute dtype or int8. A row of int8, a head of one token, is written once and depends on itself alone, so
+    that it has the same bits whatever came with it.
+    """
 
     def __init__(self, config: "ModelConfig", num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
         if num_pages < 1:
@@ -45,6 +52,11 @@ class PagePool:
         shape = (num_pages, PAGE, config.kv_heads, config.head_size)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        # Of the rows of keys and of values in each layer, where they are int8.
+        self.scales: list[tuple[Tensor, Tensor]] | None = None
+        if dtype == torch.int8:
+            keys, values = ([torch.empty(shape[:3], dtype=torch.float32, device=device) for _ in range(config.num_layers)] for _ in range(2))
+            self.scales = list(zip(keys, values))
         self.ngram_tables = config.ngram_tables
         # The token of each place, on the host, where the model looks n-grams up.
         self.tokens = array("q", bytes(8 * num_pages * PAGE)) if config.ngram_tables else None
@@ -79,7 +91,7 @@ class PagePool:
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
         """The first `num_tokens` places of a page into another."""
-        for layer in (*self.keys, *self.values):
+        for layer in (*self.keys, *self.values, *chain.from_iterable(self.scales or ())):
             layer[target, :num_tokens] = layer[source, :num_tokens]
         if self.tokens is not None:
             begin, there = source * PAGE, target * PAGE
@@ -187,6 +199,14 @@ class PageBatch:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """q (1, N, H, D), k and v (1, N, H_kv, D) of the new tokens -> (1, N, H, D) over all tokens of each one's sequence so far."""
         keys, values = self.pool.keys[layer], self.pool.values[layer]
-        keys.view(-1, *keys.shape[2:]).index_copy_(0, self.slots, k[0])
-        values.view(-1, *values.shape[2:]).index_copy_(0, self.slots, v[0])
-        return kernels.paged_attention(q[0], keys, values, *self._table, window=window)[None]
+        scales = None if self.pool.scales is None else self.pool.scales[layer]
+        for number, (pool, new) in enumerate(((keys, k[0]), (values, v[0]))):
+            if scales is not None:
+                new, of_rows = quantize_rows(new)
+                self._put(scales[number], of_rows)
+            self._put(pool, new)
+        return kernels.paged_attention(q[0], keys, values, *self._table, window=window, scales=scales)[None]
+
+    def _put(self, pool: Tensor, new: Tensor) -> None:
+        """One row for each new token into a pool (P, 128, ...)."""
+        pool.flatten(0, 1).index_copy_(0, self.slots, new)

@@ -17,6 +17,7 @@ from cllm.kernels.numba.attention_tile import KEYS, SEGMENT, WORD, F, P
 from cllm.kernels.numba.fields import fields
 from cllm.kernels.numba.gemm import TILES as TILES_KERNEL
 from cllm.kernels.numba.gemm import bf16_kernel
+from cllm.kernels.numba.int8_rows import dequantize_rows
 from cllm.kernels.numba.launch import Kernel, at_most, float32_at, hold, inline, int64_at, jit, num_workers, put_float32, scratch
 from cllm.kernels.numba.micro import CONFIGURATION, HAS_TILES
 from cllm.kernels.numba.simd import (
@@ -80,6 +81,7 @@ OWN, own_arguments = fields(_Own, start=len(P))
 ROWS_STEP = 16  # a tile is filled up to a multiple of this many rows, which vectors and AMX tiles can both read
 _ONE, _INFINITY, _LOWEST = np.float32(1.0), np.float32(np.inf), np.float32(-np.inf)
 _STATE_BYTES = (3 + W) * ROWS * WORD
+_SPARE_BYTES = W * W * WORD
 
 
 @inline
@@ -99,10 +101,10 @@ def _work_space(p, worker):
 
 
 def work_bytes(dim: int) -> int:
-    """Bytes of `_work_space`: two tiles of rows, scores, the state, a row of dropout, and a block of keys and values with room for one more W x W of
-    the packing."""
+    """Bytes of `_work_space`: two tiles of rows, scores, the state, a row of dropout, and a block of keys and values with room for what `_pack_block`
+    needs besides: one more W x W, and the rows of a block that was int8."""
     width = -(-dim // W) * W
-    size = 2 * ROWS * width * WORD + ROWS * KEYS * WORD + _STATE_BYTES + at.KEPT_BYTES + 2 * KEYS * width * WORD + W * W * WORD
+    size = 2 * ROWS * width * WORD + ROWS * KEYS * WORD + _STATE_BYTES + at.KEPT_BYTES + 3 * KEYS * width * WORD + _SPARE_BYTES
     return -(-size // 4096) * 4096
 
 
@@ -210,17 +212,30 @@ def _pair_strips(keys):
     return (keys + amx.STEP - 1) // amx.STEP * 2
 
 
+@inline
+def _as_numbers(p, source, source_row, scales, token, kv, rows, target):
+    """(address, bytes from row to row) of a block's rows as `half` says: where they are, or at `target` if they are int8."""
+    if scales == 0:
+        return source, source_row
+    dequantize_rows(source, source_row, scales + (token * p[P.kv_heads] + kv) * WORD, p[P.kv_heads] * WORD, rows, p[P.dim], p[P.half], target)
+    return target, p[P.dim] * (2 if p[P.half] else WORD)
+
+
 @jit
 def _pack_block(p, b, token, kv, rows, target, width, spare, with_values):
     k = p[P.k] + b * p[P.k_batch] + token * p[P.k_token] + kv * p[P.k_head]
     v = p[P.v] + b * p[P.v_batch] + token * p[P.v_token] + kv * p[P.v_head]
+    values, numbers = target + KEYS * width * WORD, spare + _SPARE_BYTES
+    k, k_row = _as_numbers(p, k, p[P.k_token], p[P.k_scales], token, kv, rows, numbers)
     if HAS_TILES and p[OWN.tiles]:
-        amx.fill_strips_of_rows(k, p[P.k_token], rows, p[P.dim], _pair_strips(rows), target, spare)
-        amx.fill_strips_of_columns(v, p[P.v_token], rows, p[P.dim], KEYS // 2, target + KEYS * width * WORD, spare)
+        amx.fill_strips_of_rows(k, k_row, rows, p[P.dim], _pair_strips(rows), target, spare)
+        v, v_row = _as_numbers(p, v, p[P.v_token], p[P.v_scales], token, kv, rows, numbers)
+        amx.fill_strips_of_columns(v, v_row, rows, p[P.dim], KEYS // 2, values, spare)
         return
-    at.fill_strips(k, p[P.half], p[P.k_token], rows, p[P.dim], target, spare)
+    at.fill_strips(k, p[P.half], k_row, rows, p[P.dim], target, spare)
     if with_values:
-        at.fill_rows(v, p[P.half], p[P.v_token], rows, p[P.dim], target + KEYS * width * WORD, _ONE, rows)
+        v, v_row = _as_numbers(p, v, p[P.v_token], p[P.v_scales], token, kv, rows, numbers)
+        at.fill_rows(v, p[P.half], v_row, rows, p[P.dim], values, _ONE, rows)
 
 
 def _pack(p, f, task, worker):
@@ -254,7 +269,7 @@ def _walk(p, f, segment, kv, space, rows, num_queries, t0, head):
     q, out, scores, state, own_block = space.q, space.out, space.scores, space.state, space.own_block
     queries, num_keys, width = int64_at(segment, SEGMENT.queries), int64_at(segment, SEGMENT.num_keys), at.padded_dim(p[P.dim])
     factor, row, scores_row, tiles = np.float32(at.log2_factor(f)), width * WORD, KEYS * WORD, p[OWN.tiles]
-    values_in_place = not tiles and p[P.half] != 0 and rows <= at.MOST_FEW and width == p[P.dim]
+    values_in_place = not tiles and p[P.half] != 0 and rows <= at.MOST_FEW and width == p[P.dim] and p[P.v_scales] == 0
     last = t0 + num_queries - 1
     end = at.end_key(p, last, queries, num_keys)
     open_from, open_to = at.first_key(p, last, queries, num_keys), at.end_key(p, t0, queries, num_keys)
@@ -434,9 +449,10 @@ def forward(
 
 def launch(
     grid: Grid, planned: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, window: int, scale: float,
-    softcap: float = 0.0, dropout: at.Drawn = at.NO_DROPOUT, most_blocks: int | None = None,
+    softcap: float = 0.0, dropout: at.Drawn = at.NO_DROPOUT, most_blocks: int | None = None, scales: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """The forward pass of a grid into `out` and `lse`, with at most the planned workers; q, k and v have unit stride in D.
+    """The forward pass of a grid into `out` and `lse`, with at most the planned workers; q, k and v have unit stride in D. scales: of keys and values
+    in int8.
 
     most_blocks: for a recording in which the grid's tables change, the most blocks of keys that they can ask to be packed.
     """
@@ -451,12 +467,11 @@ def launch(
     packed = 0
     if most_blocks:
         packed_owner, packed = scratch("attention keys", 2 * block_size * most_blocks)
-    arguments = (
-        *at.shared(
-            q, k, v, out, lse, causal=causal, window=window, segments=grid.table, scratch=address, scratch_size=size, packed=packed, dropout=dropout
-        ),
-        *own_arguments(tiles=tiles, configuration=CONFIGURATION, pack_segments=grid.pack_table.ctypes.data),
-    )
+    shared = at.shared(
+        q, k, v, out, lse, causal=causal, window=window, segments=grid.table, scratch=address, scratch_size=size, packed=packed, dropout=dropout,
+        scales=scales,
+    )  # fmt: skip
+    arguments = (*shared, *own_arguments(tiles=tiles, configuration=CONFIGURATION, pack_segments=grid.pack_table.ctypes.data))
     if packed:
         _pack_kernel(grid.blocks, workers, arguments, counted=counts and counts + 8)
     _forward_kernel(grid.tasks, workers, arguments, at.options(scale=scale, softcap=softcap, kept=dropout.kept), counts)

@@ -63,6 +63,8 @@ class _Shared(NamedTuple):
     key: int = 0  # address of the key of the draws, int64: the seed, the step, and the number of the first query among the tokens that draw
     place: int = 0  # of the first head
     period: int = 0  # the length of the rows that packed documents were cut from; 0: there are none
+    k_scales: int = 0  # float32 of each token and head of the pool, whose keys and values are then int8; 0: they are as `half` says
+    v_scales: int = 0
 
 
 class _Options(NamedTuple):
@@ -444,10 +446,10 @@ def strided(x: Tensor) -> Tensor:
 
 def shared(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, window: int, segments: np.ndarray, scratch: int, scratch_size: int,
-    packed: int = 0, dropout: Drawn = NO_DROPOUT,
+    packed: int = 0, dropout: Drawn = NO_DROPOUT, scales: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[int, ...]:  # fmt: skip
-    """The shared arguments of a launch; q, k and v have unit stride in D."""
-    size = q.element_size()
+    """The shared arguments of a launch; q, k and v have unit stride in D. scales: of keys and values in int8, contiguous."""
+    size, kv_size = q.element_size(), k.element_size()
     (_, tokens, heads, dim), kv_heads = q.shape, k.shape[2]
     q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
     return _shared(
@@ -456,13 +458,13 @@ def shared(
         q_token=q_strides[1] * size,
         q_head=q_strides[2] * size,
         k=k.data_ptr(),
-        k_batch=k_strides[0] * size,
-        k_token=k_strides[1] * size,
-        k_head=k_strides[2] * size,
+        k_batch=k_strides[0] * kv_size,
+        k_token=k_strides[1] * kv_size,
+        k_head=k_strides[2] * kv_size,
         v=v.data_ptr(),
-        v_batch=v_strides[0] * size,
-        v_token=v_strides[1] * size,
-        v_head=v_strides[2] * size,
+        v_batch=v_strides[0] * kv_size,
+        v_token=v_strides[1] * kv_size,
+        v_head=v_strides[2] * kv_size,
         out=out.data_ptr(),
         lse=lse.data_ptr(),
         half=is_half(q),
@@ -481,6 +483,8 @@ def shared(
         key=0 if dropout.key is None else dropout.key.data_ptr(),
         place=dropout.place,
         period=dropout.period,
+        k_scales=0 if scales is None else scales[0].data_ptr(),
+        v_scales=0 if scales is None else scales[1].data_ptr(),
     )
 
 

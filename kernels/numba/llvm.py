@@ -127,17 +127,23 @@ def lane_mask(bld: Any, n: Any) -> Any:
     return bld.icmp_signed("<", lanes, splat(bld, bld.trunc(n, I32), VI))
 
 
+def _name(element: ir.Type) -> str:
+    return "f32" if element is F32 else str(element)
+
+
+def _bytes(element: ir.Type) -> int:
+    return 4 if element is F32 else int(element.width) // 8
+
+
 def masked_load(bld: Any, ptr: Any, ty: ir.VectorType, n: Any) -> Any:
-    name = f"llvm.masked.load.v{ty.count}{'f32' if ty.element is F32 else 'i16'}.p0"
-    align = I32(4 if ty.element is F32 else 2)
+    name, align = f"llvm.masked.load.v{ty.count}{_name(ty.element)}.p0", I32(_bytes(ty.element))
     zero = ir.Constant(ty, [0.0 if ty.element is F32 else 0] * ty.count)
     return call(bld, name, ty, bld.bitcast(ptr, ty.as_pointer()), align, lane_mask(bld, n), zero)
 
 
 def masked_store(bld: Any, value: Any, ptr: Any, n: Any) -> None:
     ty = value.type
-    name = f"llvm.masked.store.v{ty.count}{'f32' if ty.element is F32 else 'i16'}.p0"
-    align = I32(4 if ty.element is F32 else 2)
+    name, align = f"llvm.masked.store.v{ty.count}{_name(ty.element)}.p0", I32(_bytes(ty.element))
     call(bld, name, ir.VoidType(), value, bld.bitcast(ptr, ty.as_pointer()), align, lane_mask(bld, n))
 
 

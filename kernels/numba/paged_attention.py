@@ -35,8 +35,12 @@ def launched_workers(planned: int, shapes: Shapes, dtype: torch.dtype, **options
     return at_most(planned, attention.dense_grid(num_queries, 1, 1, heads, kv_heads).tasks)
 
 
-def forward(q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, lengths: Tensor, queries: Tensor, window: int, scale: float) -> Tensor:
-    """q (N, H, D), keys and values (P, PAGE, Hkv, D), pages (R, M) int32, lengths and queries (R,) int64 -> (N, H, D)."""
+def forward(
+    q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, lengths: Tensor, queries: Tensor, window: int, scale: float,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """q (N, H, D), keys and values (P, PAGE, Hkv, D), pages (R, M) int32, lengths and queries (R,) int64 -> (N, H, D). scales: two (P, PAGE, Hkv)
+    float32, where keys and values are int8."""
     out = torch.empty(q.shape, dtype=q.dtype)
     if not out.numel():
         return out
@@ -46,5 +50,5 @@ def forward(q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, lengths: Ten
     grid = attention.grid_of(segments(pages, lengths, queries, window), heads, kv_heads)
     planned = num_workers("paged_attention", (q.shape, keys.shape), q.dtype, pairs=at.visible_pairs(grid.table, True, window))
     q, (k, v) = at.strided(q[None]), (x.flatten(0, 1)[None] for x in (keys, values))  # a block of a page is addressed by its first token
-    attention.launch(grid, planned, q, k, v, out[None], lse, causal=True, window=window, scale=scale)
+    attention.launch(grid, planned, q, k, v, out[None], lse, causal=True, window=window, scale=scale, scales=scales)
     return out

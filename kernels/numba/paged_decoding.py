@@ -17,10 +17,11 @@ from torch import Tensor
 
 from cllm.kernels.numba import attention, matvec, norm, rotary
 from cllm.kernels.numba import attention_tile as at
-from cllm.kernels.numba.attention_tile import KEYS, SEGMENT
+from cllm.kernels.numba.attention_tile import KEYS, SEGMENT, WORD
 from cllm.kernels.numba.compiling import called_by_python
 from cllm.kernels.numba.fields import fields
 from cllm.kernels.numba.gemm import TILES, bf16_kernel
+from cllm.kernels.numba.int8_rows import quantize_row
 from cllm.kernels.numba.launch import Kernel, copy_bytes, dense, inline, int32_at, int64_at, is_half, load, num_workers, put_int64, store
 from cllm.kernels.numba.launches import Launches, aligned, rows_of
 from cllm.kernels.numba.micro import CONFIGURATION
@@ -45,6 +46,8 @@ class _Storing(NamedTuple):
     half: int  # whether all of them are bfloat16
     keys: int  # the pool
     values: int
+    key_scales: int  # of a pool of int8; 0: it is of the dtype of q
+    value_scales: int
     slots: int  # int64: the place of each token in the pool
     positions: int  # int64
     cos: int  # tables of D/2 float32 for each position; 0: no rotation
@@ -80,9 +83,17 @@ def _store(p, f, task, worker):
     for h in range(p[P.heads]):
         q = p[P.q] + task * p[P.q_row] + h * head
         _finish_head(p, f, q, q, p[P.q_norm], p[P.q_norm_half], table)
-    for h in range(p[P.kv_heads]):
-        _finish_head(p, f, p[P.k] + task * p[P.k_row] + h * head, p[P.keys] + slot + h * head, p[P.k_norm], p[P.k_norm_half], table)
-    copy_bytes(p[P.values] + slot, p[P.v] + task * p[P.v_row], p[P.kv_heads] * head)
+    k, v = p[P.k] + task * p[P.k_row], p[P.v] + task * p[P.v_row]
+    if p[P.key_scales] == 0:
+        for h in range(p[P.kv_heads]):
+            _finish_head(p, f, k + h * head, p[P.keys] + slot + h * head, p[P.k_norm], p[P.k_norm_half], table)
+        copy_bytes(p[P.values] + slot, v, p[P.kv_heads] * head)
+    else:
+        for h in range(p[P.kv_heads]):
+            _finish_head(p, f, k + h * head, k + h * head, p[P.k_norm], p[P.k_norm_half], table)
+            row = int64_at(p[P.slots], task) * p[P.kv_heads] + h
+            quantize_row(k + h * head, p[P.half], p[P.dim], p[P.keys] + row * p[P.dim], p[P.key_scales] + row * WORD)
+            quantize_row(v + h * head, p[P.half], p[P.dim], p[P.values] + row * p[P.dim], p[P.value_scales] + row * WORD)
 
 
 _store_kernel = Kernel(_store)
@@ -178,8 +189,11 @@ class _Plan(NamedTuple):
 class PagedDecoder:
     """See `make_paged_decoder` of kernels/decoding.py."""
 
-    def __init__(self, stack: Stack, keys: Sequence[Tensor], values: Sequence[Tensor], dtype: torch.dtype, most_tokens: int) -> None:
-        self.stack, self.keys, self.values, self.dtype = stack, keys, values, dtype
+    def __init__(
+        self, stack: Stack, keys: Sequence[Tensor], values: Sequence[Tensor], dtype: torch.dtype, most_tokens: int,
+        scales: Sequence[tuple[Tensor, Tensor] | None],
+    ) -> None:  # fmt: skip
+        self.stack, self.keys, self.values, self.scales, self.dtype = stack, keys, values, scales, dtype
         self.most_tokens = most_tokens = min(most_tokens, MOST_TOKENS)
         first, dim = stack.layers[0], stack.head_dim
         self.heads, self.kv_heads = first.q.weight.shape[0] // dim, first.k.weight.shape[0] // dim
@@ -258,11 +272,11 @@ class PagedDecoder:
         launches.kept.append(grid)
         launches.add(_embed_kernel, tokens, self._looking_up(x, branch))
         added: Tensor | None = None  # the branch that is still to be added to the residual stream x
-        for layer, keys, values in zip(stack.layers, self.keys, self.values):
+        for layer, keys, values, scales in zip(stack.layers, self.keys, self.values, self.scales, strict=True):
             launches.norm(x, added, layer.attention_norm, y, stack.eps)
             launches.products([(y, layer.q, rows_of(q)), (y, layer.k, rows_of(k)), (y, layer.v, rows_of(v))])
-            self._store(launches, layer, (q, k, v), keys, values)
-            self._attend(launches, grid, q.view(1, tokens, self.heads, dim), keys, values, mixed)
+            self._store(launches, layer, (q, k, v), keys, values, scales)
+            self._attend(launches, grid, q.view(1, tokens, self.heads, dim), keys, values, scales, mixed)
             launches.products([(mixed, layer.out, rows_of(branch))])
             launches.norm(x, branch, layer.mlp_norm, y, stack.eps)
             launches.feed_forward(y, layer, z, h, branch, stack.activation)
@@ -304,7 +318,10 @@ class PagedDecoder:
             columns=x.shape[1],
         )
 
-    def _store(self, launches: Launches, layer: Layer, projected: tuple[Tensor, Tensor, Tensor], keys: Tensor, values: Tensor) -> None:
+    def _store(
+        self, launches: Launches, layer: Layer, projected: tuple[Tensor, Tensor, Tensor], keys: Tensor, values: Tensor,
+        scales: tuple[Tensor, Tensor] | None,
+    ) -> None:  # fmt: skip
         q, k, v = projected
         cos, sin = (0, 0) if self._tables is None else (table.data_ptr() for table in self._tables)
 
@@ -331,6 +348,8 @@ class PagedDecoder:
             half=is_half(q),
             keys=keys.data_ptr(),
             values=values.data_ptr(),
+            key_scales=0 if scales is None else scales[0].data_ptr(),
+            value_scales=0 if scales is None else scales[1].data_ptr(),
             slots=self._slots.ctypes.data,
             positions=self._positions.ctypes.data,
             cos=cos,
@@ -342,13 +361,15 @@ class PagedDecoder:
         )
         launches.add(_store_kernel, len(q), arguments, norm.options(eps=self.stack.eps))
 
-    def _attend(self, launches: Launches, grid: attention.Grid, q: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
+    def _attend(
+        self, launches: Launches, grid: attention.Grid, q: Tensor, keys: Tensor, values: Tensor, scales: tuple[Tensor, Tensor] | None, out: Tensor
+    ) -> None:
         k, v = (pool.flatten(0, 1)[None] for pool in (keys, values))
         tiles = int(self.dtype == torch.bfloat16 and bf16_kernel() == TILES)
         arguments = (
             *at.shared(
                 q, k, v, out, self._lse, causal=True, window=self.stack.window, segments=grid.table, scratch=aligned(self._attention_scratch),
-                scratch_size=self._attention_bytes,
+                scratch_size=self._attention_bytes, scales=scales,
             ),
             *attention.own_arguments(tiles=tiles, configuration=CONFIGURATION),
         )  # fmt: skip

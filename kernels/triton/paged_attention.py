@@ -21,6 +21,7 @@ from cllm.kernels.triton.attention_decode import attention_join_kernel
 from cllm.kernels.triton.attention_forward import LOG2_E, block_and_pair, forward_steps
 from cllm.kernels.triton.launch import Calls, launch, next_power_of_2
 from cllm.kernels.triton.matmul import precision_of
+from cllm.runtime.errors import UserError
 from cllm.runtime.gpu import GPU, gpu_of
 
 SECTION = 512  # keys of one block: whole pages
@@ -99,8 +100,14 @@ def paged_attention_kernel(
     tl.store(part_lse_ptr + place, lse, mask=inside)
 
 
-def forward(q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, lengths: Tensor, queries: Tensor, window: int, scale: float) -> Tensor:
-    """q (N, H, D), keys and values (P, PAGE, Hkv, D), pages (R, M) int32, lengths and queries (R,) int64 -> (N, H, D)."""
+def forward(
+    q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, lengths: Tensor, queries: Tensor, window: int, scale: float,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """q (N, H, D), keys and values (P, PAGE, Hkv, D), pages (R, M) int32, lengths and queries (R,) int64 -> (N, H, D). scales: two (P, PAGE, Hkv)
+    float32, where keys and values are int8."""
+    if scales is not None:
+        raise UserError("paged_attention: keys and values in int8 are read by the kernels of the CPU alone. Take a pool of q's dtype on a GPU.")
     num_tokens, num_heads, head_dim = q.shape
     num_sequences, num_pages = pages.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -80,6 +80,8 @@ def test_generate_is_repeatable_and_greedy_needs_no_cache(run):
     assert first.status == 0 and first.json["texts"] == second.json["texts"]
     greedy = [cllm(*options, "--temperature", 0, *extra).json["tokens"] for extra in ((), ("--no-cache",))]
     assert greedy[0] == greedy[1] and len(greedy[0][0]) > 0
+    in_int8 = [cllm(*options, "--temperature", 0, "--kv-cache", "int8", *extra).json["tokens"] for extra in ((), ("--no-cache",))]
+    assert in_int8[0] == in_int8[1]
 
 
 def test_a_draft_model_changes_nothing_and_has_to_know_the_same_tokens(run, tmp_path):

@@ -93,10 +93,23 @@ def test_both_explain_themselves_with_examples(command):
     assert ran.status == 0 and f"cllm {command}" in ran.out.split("Examples:")[1] and "--json" in ran.out
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_evaluate_tells_what_fewer_bits_change(model, documents, weights):
-    stored = cllm("evaluate", model, "--threads", 1, documents, "--json").json
-    ran = cllm("evaluate", model, "--threads", 1, documents, "--weights", weights)
-    result = cllm("evaluate", model, "--threads", 1, documents, "--weights", weights, "--json").json
-    assert result["stored_weights"]["loss"] == stored["loss"] != result["loss"] and "stored_weights" not in stored
-    assert f"loss {stored['loss']:.4f}" in ran.out and f"change the loss by {result['loss'] - stored['loss']:+.4f}" in ran.out
+@pytest.fixture(scope="module")
+def stored(model, documents):
+    """The figures of the model as it is stored."""
+    return cllm("evaluate", model, "--threads", 1, documents, "--json").json
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "what"),
+    [
+        (("--weights", "int8"), "stored_weights", "these change"),
+        (("--weights", "int4", "--kv-cache", "int8"), "stored_weights", "these and a KV cache of int8 change"),
+        (("--kv-cache", "int8"), "computed_kv", "int8 changes"),
+    ],
+    ids=str,
+)
+def test_evaluate_tells_what_fewer_bits_change(model, documents, stored, options, key, what):
+    ran = cllm("evaluate", model, "--threads", 1, documents, *options, "--json")
+    result = ran.json
+    assert result[key]["loss"] == stored["loss"] != result["loss"] and key not in stored
+    assert f"loss {stored['loss']:.4f}" in ran.err and f"{what} the loss by {result['loss'] - stored['loss']:+.4f}" in ran.err

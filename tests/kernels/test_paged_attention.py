@@ -1,5 +1,8 @@
 """Attention over pages: the float64 oracle, the bits of `attention` of each sequence alone, and memory that nobody may look at."""
 
+import math
+from copy import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 
 from cllm import kernels, runtime
 from cllm.kernels.paged_attention import PAGE
+from cllm.kernels.quantization import dequantize_rows, quantize_rows
 from cllm.runtime.errors import UserError
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -53,6 +57,24 @@ class Pool:
     def attention(self, q: torch.Tensor, queries: list[int], **options) -> torch.Tensor:
         lengths = torch.tensor([len(k) for k, _ in self.alone], device=device())
         return kernels.paged_attention(q, self.keys, self.values, self.table(), lengths, torch.tensor(queries, device=device()), **options)
+
+    def in_int8(self) -> "Pool":
+        """The same, to be asked with its `scales`; what nobody has written stays NaN."""
+        other = copy(self)
+        (other.keys, of_keys), (other.values, of_values) = quantize_rows(self.keys), quantize_rows(self.values)
+        other.scales = of_keys, of_values
+        return other
+
+    def of_dtype(self, dtype: torch.dtype) -> "Pool":
+        other = copy(self)
+        other.keys, other.values = self.keys.to(dtype), self.values.to(dtype)
+        return other
+
+    def of_int8(self, dtype: torch.dtype) -> "Pool":
+        """What lies in a pool of int8, in numbers of `dtype`."""
+        other = copy(self)
+        other.keys, other.values = (dequantize_rows(*each, dtype) for each in zip((self.keys, self.values), self.scales))
+        return other
 
 
 def _alone(pool: Pool, q: torch.Tensor, queries: list[int], dtype: torch.dtype, **options) -> torch.Tensor:
@@ -145,6 +167,48 @@ def test_neither_pages_before_the_window_nor_memory_behind_the_length_are_looked
     assert torch.equal(pool.attention(q, queries, window=100), expected)
 
 
+@DTYPES
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), [(4, 2, 64, None), (3, 3, 20, 190), (66, 1, 16, None)])
+def test_a_pool_of_int8_gives_the_bits_of_its_numbers(serve, backend_name, dtype, heads, kv_heads, dim, window):
+    serve(backend_name, "paged_attention")
+    pool = Pool(20, kv_heads, dim, dtype)
+    for length, shared in ((300, 0), (290, 2), (1, 0)):
+        pool.add(length, shared)
+    pool = pool.in_int8()
+    for queries in ([1] * 3, [200, 1, 1], [3, 70, 1]):
+        q = pool.normal(sum(queries), heads, dim)
+        if backend_name == "triton":
+            with pytest.raises(UserError, match="the CPU alone"):
+                pool.attention(q, queries, scales=pool.scales)
+            return
+        expected = pool.of_int8(dtype).attention(q, queries, window=window)
+        for threads in (1, 3):
+            with runtime.use(threads=threads):
+                assert torch.equal(pool.attention(q, queries, window=window, scales=pool.scales), expected), (queries, threads)
+
+
+@DTYPES
+def test_int8_is_as_near_to_float64_as_the_dtype_and_to_the_numbers_before_as_its_steps_allow(serve, backend_name, dtype):
+    if backend_name == "triton":
+        return
+    serve(backend_name, "paged_attention")
+    pool, queries, dim = Pool(12, 2, 40, dtype), [1, 70], 40
+    for length in (PAGE + 1, 2 * PAGE + 70):
+        pool.add(length)
+    q = pool.normal(sum(queries), 4, dim)
+    of_int8 = pool.in_int8()
+    found = of_int8.attention(q, queries, scales=of_int8.scales).double()
+    with runtime.use(backend="torch"):
+        exact, before = (each.of_dtype(torch.float64).attention(q.double(), queries) for each in (of_int8.of_int8(torch.float64), pool))
+    tolerance = 16 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found, exact, rtol=tolerance, atol=tolerance)
+    # A score moves by at most d, so a probability by a factor of e^(2 d) at most, and an output by that share of the largest value and half a step.
+    of_keys, of_values = (each.nan_to_num(0.0).amax().item() for each in of_int8.scales)
+    d = dim**-0.5 * q.double().abs().sum(-1).amax().item() * of_keys / 2
+    moved = (exact - before).abs().amax().item()
+    assert 0 < moved <= math.expm1(2 * d) * pool.values.nan_to_num(0.0).abs().amax().item() + of_values / 2
+
+
 def test_no_tokens_are_no_rows(serve, backend_name):
     serve(backend_name, "paged_attention")
     pool = torch.zeros(2, PAGE, 1, 8, device=device())
@@ -161,6 +225,9 @@ def test_the_operator_is_traced_as_one(serve):
     torch.library.opcheck(torch.ops.cllm.paged_attention.default, (q, pool.keys, pool.values, pool.table(), one * 200, one, 0, 0.1))
 
 
+INT8 = {name: torch.zeros(5, PAGE, 2, 8, dtype=torch.int8) for name in ("keys", "values")} | {"scales": (torch.ones(5, PAGE, 2),) * 2}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -175,6 +242,12 @@ def test_the_operator_is_traced_as_one(serve):
         ({"lengths": torch.tensor([1, 2], dtype=torch.int32)}, "lengths must be int64"),
         ({"queries": torch.tensor([3])}, r"queries must be int64 \(2,\)"),
         ({"window": 0}, "window must be >= 1"),
+        ({"scales": (torch.ones(5, PAGE, 2), torch.ones(5, PAGE, 2))}, "belong to keys and values of int8"),
+        ({**INT8, "keys": torch.zeros(5, PAGE, 2, 8)}, "belong to keys and values of int8"),
+        ({**INT8, "scales": (torch.ones(5, PAGE, 2), torch.ones(5, PAGE, 1))}, r"scales must be float32 \(5, 128, 2\)"),
+        ({**INT8, "scales": (torch.ones(5, PAGE, 2, dtype=torch.float64), torch.ones(5, PAGE, 2))}, "scales must be float32"),
+        ({**INT8, "q": torch.zeros(3, 4, 8, dtype=torch.int8)}, "q must be floating point"),
+        ({**INT8, "scales": None}, "must agree"),
         ({"queries": torch.tensor([3, 0])}, "queries must be >= 1 and 3 together"),
         ({"queries": torch.tensor([1, 1])}, "queries must be >= 1 and 3 together"),
         ({"lengths": torch.tensor([1, 5])}, "must be >= queries"),

@@ -7,7 +7,7 @@ import torch
 from cllm import kernels, runtime
 from cllm.kernels.decoding import make_paged_decoder
 from cllm.kernels.paged_attention import PAGE
-from cllm.kernels.quantization import quantize
+from cllm.kernels.quantization import quantize, quantize_rows
 from cllm.kernels.quantized import quantized_feed_forward, quantized_matmul
 from cllm.kernels.stack import Layer, Linear, Norm, Stack
 
@@ -58,10 +58,10 @@ def make_stack(kind: str, dtype: torch.dtype, weights: str) -> Stack:
     return Stack(layers, final, output, dim, about["activation"], 1e-5, tables, about.get("window", 0), embeddings[0], of_positions, of_ngrams)
 
 
-def one_by_one(stack, keys, values, *given):
-    """What a decoder does, with the operations of this package."""
+def one_by_one(stack, dtype, pools, *given):
+    """What a decoder does, with the operations of this package. pools: `Sequences`, to store into."""
     tokens, positions, slots, pages = map(torch.tensor, given[:4])
-    dtype, pages = keys[0].dtype, pages.int()
+    pages = pages.int()
     x = kernels.embedding(tokens, stack.embedding, dtype)
     if stack.position_embedding is not None:
         x = x + kernels.embedding(positions, stack.position_embedding, dtype)
@@ -86,11 +86,17 @@ def one_by_one(stack, keys, values, *given):
         return kernels.rotary(x[None], *stack.rotary, positions, repeated, stack.eps)[0]
 
     h = torch.zeros_like(x)
-    for layer, k_pool, v_pool in zip(stack.layers, keys, values):
+    for layer, k_pool, v_pool, scales in zip(stack.layers, pools.keys, pools.values, pools.scales or [None] * len(stack.layers)):
         y, h = norm(x, h, layer.attention_norm)
         q, k = of_heads(product(y, layer.q), layer.q_norm), of_heads(product(y, layer.k), layer.k_norm)
-        k_pool.flatten(0, 1)[slots], v_pool.flatten(0, 1)[slots] = k, product(y, layer.v).view(k.shape)
-        mixed = kernels.paged_attention(q, k_pool, v_pool, pages, positions + 1, torch.ones_like(positions), window=stack.window or None)
+        v = product(y, layer.v).view(k.shape)
+        if scales is not None:
+            (k, of_k), (v, of_v) = quantize_rows(k), quantize_rows(v)
+            scales[0].flatten(0, 1)[slots], scales[1].flatten(0, 1)[slots] = of_k, of_v
+        k_pool.flatten(0, 1)[slots], v_pool.flatten(0, 1)[slots] = k, v
+        mixed = kernels.paged_attention(
+            q, k_pool, v_pool, pages, positions + 1, torch.ones_like(positions), window=stack.window or None, scales=scales
+        )
         y, h = norm(product(mixed.flatten(1), layer.out), h, layer.mlp_norm)
         forward = kernels.feed_forward if isinstance(layer.up.weight, torch.Tensor) else quantized_feed_forward
         gate = None if layer.gate is None else layer.gate.weight
@@ -105,7 +111,7 @@ class Sequences:
     HELD = (PAGE - 5, PAGE, 2 * PAGE - 3)
     PAGES = torch.tensor([[5, 0, 3], [5, 2, -9], [6, 1, 4]], dtype=torch.int32)
 
-    def __init__(self, stack: Stack, dtype: torch.dtype):
+    def __init__(self, stack: Stack, dtype: torch.dtype, in_int8: bool = False):
         shape = (7, PAGE, stack.layers[0].k.weight.shape[0] // stack.head_dim, stack.head_dim)
         generator = torch.Generator().manual_seed(4)
         self.text = torch.randint(VOCABULARY, (3, 2 * PAGE + 20), generator=generator)
@@ -116,6 +122,10 @@ class Sequences:
                 for begin in range(0, held, PAGE):
                     part = pool[row[begin // PAGE], : held - begin]
                     part.copy_(torch.randn(part.shape, generator=generator))
+        self.scales = None
+        if in_int8:
+            (self.keys, of_keys), (self.values, of_values) = (zip(*map(quantize_rows, pools)) for pools in (self.keys, self.values))
+            self.scales = list(zip(of_keys, of_values))
 
     def tokens(self, places: list[tuple[int, int]]):
         """Tokens, positions, slots, pages and rows of n-grams of these (sequence, position)."""
@@ -145,10 +155,24 @@ def test_tokens_get_the_bits_of_the_operations_called_one_by_one(kind, weights, 
             assert decoder is not None and decoder.most_tokens == matvec.MOST_ROWS
             for places in calls():
                 found = decoder(*ours.tokens(places))
-                expected = one_by_one(stack, other.keys, other.values, *other.tokens(places))
+                expected = one_by_one(stack, dtype, other, *other.tokens(places))
                 assert found.dtype == dtype and expected.isfinite().all() and torch.equal(found, expected), (threads, places)
             for pools in ((ours.keys, other.keys), (ours.values, other.values)):
                 assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(*pools))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["qk_norm_and_biases", "window", "gpt2"])
+def test_so_do_tokens_over_a_pool_of_int8_which_holds_the_same(kind, dtype):
+    stack = make_stack(kind, dtype, "master")
+    ours, other = Sequences(stack, dtype, in_int8=True), Sequences(stack, dtype, in_int8=True)
+    decoder = make_paged_decoder(stack, ours.keys, ours.values, dtype, matvec.MOST_ROWS, ours.scales)
+    for places in calls():
+        expected = one_by_one(stack, dtype, other, *other.tokens(places))
+        assert expected.isfinite().all() and torch.equal(decoder(*ours.tokens(places)), expected), places
+    assert all(map(torch.equal, (*ours.keys, *ours.values), (*other.keys, *other.values)))
+    for pairs in zip(ours.scales, other.scales):
+        assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(*pairs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -28,9 +28,9 @@ FLAGS = {
         --learning-rate --min-lr --warmup --schedule --dropout --fim-rate --seed --checkpoint-every --keep --eval-every --patience --sample-every
         --on-nonfinite --overfit-one-batch""",
     "generate": """--context --stretch --prompt --prompt-file --suffix --encoding --max-tokens --stop --seed --samples --beams --length-penalty
-        --json-schema --regex --grammar --no-cache --stream --weights --draft --device --threads --json
+        --json-schema --regex --grammar --no-cache --stream --weights --kv-cache --draft --device --threads --json
         --temperature --top-k --top-p --min-p --typical-p --repetition-penalty --presence-penalty --frequency-penalty""",
-    "chat": """--context --stretch --system --max-tokens --seed --weights --draft --device --threads --json
+    "chat": """--context --stretch --system --max-tokens --seed --weights --kv-cache --draft --device --threads --json
         --temperature --top-k --top-p --min-p --typical-p --repetition-penalty --presence-penalty --frequency-penalty""",
 }
 
@@ -41,7 +41,7 @@ def test_the_flags_of_commands_are_frozen(command):
     assert set(options(command)) == set(FLAGS[command].split())
 
 
-@pytest.mark.parametrize(("command", "settings", "others"), [("train", SETTINGS | FOLLOW, 9), ("generate", SAMPLING, 22), ("chat", SAMPLING, 10)])
+@pytest.mark.parametrize(("command", "settings", "others"), [("train", SETTINGS | FOLLOW, 9), ("generate", SAMPLING, 23), ("chat", SAMPLING, 11)])
 def test_the_help_of_a_flag_is_the_help_of_its_setting(command, settings, others):
     declared = {each.option: each for each in settings.values()}
     made = {
@@ -105,6 +105,7 @@ WRONG = [
     (("generate", "M", "--prompt", "x", "--seed", "-1"), "--seed must be >= 0, got -1."),
     (("generate", "M", "--prompt", "x", "--seed", "1e30"), "--seed must be a whole number, got '1e30'."),
     (("generate", "M", "--prompt", "x", "--weights", "int16"), "--weights must be one of fp32, bf16, int8, int4, got 'int16'. Did you mean 'int8'?"),
+    (("serve", "M", "--kv-cache", "int4"), "--kv-cache must be one of int8, got 'int4'. Did you mean 'int8'?"),
     (("generate", "M", "--prompt", "x", "--device", "gpu"), "--device must be one of auto, cpu, cuda, got 'gpu'. Did you mean 'cpu'?"),
     (("generate", "M", "--prompt", "x", "--threads", "0"), "--threads must be >= 1, got 0. Use a value like 2."),
     (("generate", "M", "--prompt", "x", "--regex", "a", "--grammar", "b"), "give only one of --json-schema, --regex and --grammar."),

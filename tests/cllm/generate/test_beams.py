@@ -140,9 +140,13 @@ class Again:
         return torch.cat([self.model(torch.tensor([text]), last_only=True)[:, 0] for text in self.texts])
 
 
-@pytest.mark.parametrize(("prompt_tokens", "changes"), [(1, {}), (122, {"bigram_rows": 500, "trigram_rows": 500}), (128, {})])
-def test_texts_in_pages_are_those_of_the_whole_texts_again(prompt_tokens, changes):
+@pytest.mark.parametrize(
+    ("prompt_tokens", "changes", "kv_cache"),
+    [(1, {}, None), (122, {"bigram_rows": 500, "trigram_rows": 500}, None), (128, {}, None), (122, {}, "int8")],
+)
+def test_texts_in_pages_are_those_of_the_whole_texts_again(prompt_tokens, changes, kv_cache):
     model = model_of(**changes)
+    model.kv_cache = kv_cache
     prompt = torch.randint(320, (prompt_tokens,), generator=torch.Generator().manual_seed(prompt_tokens)).tolist()
     paged, again = PagedRows(model, prompt, 320, beams=3, max_tokens=14), Again(model, prompt)
     found, expected = (search(rows, rows.first, beams=3, max_tokens=14, early_stopping="never") for rows in (paged, again))

@@ -3,6 +3,7 @@
 import threading
 import time
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from cllm.config.sampling import Sampling
 from cllm.generate.decoding import generate
 from cllm.generate.engine import Engine
 from cllm.generate.request import QueueFull, Request
-from cllm.model.pages import PAGE, page_bytes, pages_for
+from cllm.model.pages import PAGE, Part, page_bytes, pages_for
 from cllm.runtime.errors import UserError
 
 V = 61
@@ -44,6 +45,9 @@ def make(name="llama", dtype=torch.float32, **more):
 DRAFTS = {"none": None, "same": make("llama"), "small": make("llama", num_layers=1, max_seq_len=150)}
 MODELS = {(name, dtype): make(name, dtype) for name in ("llama", "gpt2") for dtype in (torch.float32, torch.bfloat16)}
 MODELS["ngrams", torch.bfloat16] = make("ngrams", torch.bfloat16)
+INT8 = {("int8", *key): make(*key) for key in (("llama", torch.float32), ("gpt2", torch.bfloat16))}  # of the cache
+for each in INT8.values():
+    each.kv_cache = "int8"
 
 
 class Asked:
@@ -69,7 +73,7 @@ class Asked:
 
 
 def engine_of(model, pages=40, **options):
-    return Engine(model, vocab_size=V, memory=pages * page_bytes(model.config, model.compute_dtype), **options)
+    return Engine(model, vocab_size=V, memory=pages * page_bytes(model.config, model.cache_dtype), **options)
 
 
 def run(engine):
@@ -103,9 +107,8 @@ def reference(model, prompt, count):
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("key", MODELS, ids=str)
-def test_greedy_tokens_are_those_of_the_model_run_on_the_whole_text(key):
-    model = MODELS[key]
+@pytest.mark.parametrize("model", (MODELS | INT8).values(), ids=map(str, MODELS | INT8))
+def test_greedy_tokens_are_those_of_the_model_run_on_the_whole_text(model):
     prompt = torch.randint(V, (150,), generator=torch.Generator().manual_seed(1)).tolist()
     asked = Asked(prompt, 30, sampling=Sampling(temperature=0))
     engine = engine_of(model, chunk=64)
@@ -132,11 +135,21 @@ def requests(draw):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("key", MODELS, ids=str)
+@pytest.mark.parametrize("model", MODELS.values(), ids=map(str, MODELS))
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_an_answer_is_the_same_whoever_else_asks_and_when(key, data):
-    model = MODELS[key]
+def test_an_answer_is_the_same_whoever_else_asks_and_when(model, data):
+    ask_beside_others(model, data)
+
+
+@pytest.mark.parametrize("model", INT8.values(), ids=map(str, INT8))
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_so_it_is_with_keys_and_values_in_int8(model, data):
+    ask_beside_others(model, data)
+
+
+def ask_beside_others(model, data):
     wanted = [Asked(**each) for each in data.draw(st.lists(requests(), min_size=1, max_size=6))]
     arrivals = data.draw(st.lists(st.integers(0, 8), min_size=len(wanted), max_size=len(wanted)))
     draft = DRAFTS[data.draw(st.sampled_from(list(DRAFTS)))]
@@ -153,6 +166,42 @@ def test_an_answer_is_the_same_whoever_else_asks_and_when(key, data):
         expected = alone(model, asked.request)
         assert asked.tokens == expected.tokens
         assert set(asked.reasons) == set(range(asked.samples)) and set(asked.reasons.values()) <= {"length", "end"}
+
+
+def test_the_logits_with_a_cache_of_int8_are_those_of_the_model_without_one_bit_for_bit_and_near_those_of_its_own_numbers():
+    for key, model in INT8.items():
+        prompt = SYSTEM[:170]
+        pool = model.make_pool(2)
+        pages = [pool.take(), pool.take()]
+        with torch.no_grad():
+            found = torch.cat([model.step(pool, [Part(prompt[a:b], a, pages, b - a)]) for a, b in ((0, 100), (100, 101), (101, 170))])
+            whole, plain = model(torch.tensor([prompt]))[0], MODELS[key[1:]](torch.tensor([prompt]))[0]
+        assert pool.keys[0].dtype == torch.int8 and torch.equal(found, whole)
+        assert 0 < (whole - plain).float().square().mean().sqrt() < 0.05 * plain.float().std()
+
+
+def test_the_same_memory_holds_more_pages_of_int8():
+    config = MODELS["llama", torch.float32].config
+    per_token = [page_bytes(config, dtype) / PAGE for dtype in (torch.float32, torch.bfloat16, torch.int8)]
+    numbers = 2 * config.num_layers * config.kv_heads
+    assert per_token == [numbers * config.head_size * 4, numbers * config.head_size * 2, numbers * (config.head_size + 4)]
+    pages = [Engine(model, vocab_size=V, memory=1 << 20).pool for model in (MODELS["llama", torch.float32], INT8["int8", "llama", torch.float32])]
+    assert [each.num_pages for each in pages] == [(1 << 20) // page_bytes(config, dtype) for dtype in (torch.float32, torch.int8)]
+    held = [(*each.keys, *each.values, *chain.from_iterable(each.scales or ())) for each in pages]
+    assert all((1 << 20) * 0.9 < sum(tensor.nbytes for tensor in tensors) <= 1 << 20 for tensors in held)
+
+
+def test_where_int8_cannot_be_kept_it_is_refused_with_the_reason():
+    model = Model(MODELS["llama", torch.float32].config)
+    with pytest.raises(UserError, match="kv_cache must be None or 'int8'"):
+        model.kv_cache = "int4"
+    model.kv_cache = "int8"
+    with pytest.raises(UserError, match="no gradients"):
+        model(torch.tensor([[1, 2]]))
+    with pytest.raises(UserError, match="lies in pages"):
+        model.make_cache(1)
+    with pytest.raises(UserError, match="needs a CPU"):
+        engine_of(model.to("meta"))
 
 
 def test_log_probabilities_are_the_same_too_and_those_of_the_prompt_are_told():

@@ -60,13 +60,17 @@ def test_the_line_that_is_printed_works_as_it_is_and_ctrl_c_ends_in_order(model)
     assert [line["status"] for line in lines] == [200, 200]
 
 
-def test_a_key_is_needed_on_an_open_address_and_is_in_no_log(model):
+def test_a_key_is_needed_on_an_open_address_and_is_in_no_log(model, monkeypatch):
     key = "a-very-secret-key"
-    started = Server(model[0], "--host", "0.0.0.0", CLLM_API_KEY=key)
+    started = Server(model[0], "--host", "0.0.0.0", "--kv-cache", "int8", CLLM_API_KEY=key)
     started.address = started.address.replace("0.0.0.0", "127.0.0.1")
     assert started.ask("/health")[0] == 200 and started.ask("/v1/models")[0] == 401
     assert started.ask("/v1/models", Authorization="Bearer wrong")[0] == 401
     assert started.ask("/v1/models", Authorization=f"Bearer {key}")[0] == 200
+    monkeypatch.setattr(model[1], "kv_cache", "int8")
+    body = {"model": "tiny.cllm", "prompt": "What", "max_tokens": 8, "temperature": 0}
+    answer = json.loads(started.ask("/v1/completions", body, Authorization=f"Bearer {key}")[1])
+    assert answer["choices"][0]["text"] == generate(*model[1:], "What", max_tokens=8, temperature=0)[0].text
     status, out, err = started.end()
     assert status == 0 and key not in out + err
 
