@@ -27,8 +27,8 @@ def paged_attention(
     included. queries (R,) int64, at least 1 each, N together: query i of n stands at position length - n + i and sees the keys up to its own, and
     with `window` only the last so many of them. `scale` defaults to D ** -0.5.
 
-    scales: two (P, 128, Hkv) float32 of keys and values that are int8 (`quantize_rows` of kernels/quantization.py). The result then has the bits that
-    it has for the pool that `dequantize_rows` makes of them in q's dtype. On a CPU alone.
+    scales: two (P, 128, Hkv) float32 of keys and values that are int8 (`quantize_rows` of kernels/quantization.py). The result is that for
+    the pool that `dequantize_rows` makes of them in q's dtype, on a CPU bit for bit.
 
     Each row has the bits that it has without the others; on a CPU those of `attention` of its sequence alone. What lies in the pool behind a
     sequence's length, and page numbers that none of its queries needs, may be anything. lengths, queries and pages lie on q's device; on a CPU

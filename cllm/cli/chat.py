@@ -121,7 +121,8 @@ def converse(
     talk = Talk([] if system is None else [{"role": "system", "content": system}])
     check_system(tokenizer, talk.messages, context)
     told: set[str] = set()
-    engine = None if model.embedding_weight.device.type == "cuda" and draft is None else _engine_of(model, tokenizer, draft)
+    by_graph = model.embedding_weight.device.type == "cuda" and draft is None and model.kv_cache is None
+    engine = None if by_graph else _engine_of(model, tokenizer, draft)
     for line in lines:
         if not line.strip():
             continue

@@ -122,7 +122,7 @@ KvCache = Annotated[
     option(
         "--kv-cache",
         str,
-        "Number format of the keys and values of the text so far: int8 takes half of the memory of bf16, at a small cost in quality; on a CPU. "
+        "Number format of the keys and values that are kept of a text: int8 takes about half of the memory of bf16, at a small cost in quality. "
         "[default: that of the activations]",
         optional=True,
         choices=("int8",),
@@ -243,7 +243,6 @@ def load_model(
         stretch_(model, context, stretch)
     model.kv_cache = kv_cache
     if generating:
-        model.check_cache()
         model.pack_()
     if need_tokenizer and tokenizer is None:
         raise DataError(f"{path} holds no tokenizer, so text cannot be read or written. Save one with it: cllm.save(model, path, tokenizer=...).")

@@ -178,8 +178,6 @@ class _Run:
             raise UserError("a stop string must not be empty. Leave it out, or give the text to stop at.")
         if max_tokens < 1 or samples < 1:
             raise UserError(f"max_tokens and samples must be at least 1, got {max_tokens} and {samples}.")
-        if use_cache:
-            model.check_cache()
         self.model, self.sampling, self.max_tokens, self.seed = model, sampling, max_tokens, seed
         self.use_cache, self.constraint, self.engine, self.draft, self.on_slide = use_cache, constraint, engine, draft, on_slide
         self.vocab_size = tokenizer.vocab_size
@@ -207,7 +205,8 @@ class _Run:
         return Generation(continuation.text, tokens, continuation.finish_reason, len(self.prompt), seconds, rate)
 
     def _runs_as_a_graph(self) -> bool:
-        return self.use_cache and self.constraint is None and self.draft is None and _computes_on_a_gpu(self.model)
+        in_pages = self.constraint is not None or self.draft is not None or self.model.kv_cache is not None
+        return self.use_cache and not in_pages and _computes_on_a_gpu(self.model)
 
     def _engine_pieces(self) -> Iterator[tuple[int, str]]:
         told: list[tuple[int, str]] = []

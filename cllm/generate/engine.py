@@ -44,7 +44,7 @@ class Engine:
     the free memory. most_rows: the most samples that run at once. chunk: the most prompt tokens in a step while no answer is being written.
     most_waiting: the most samples that wait. draft: a smaller model of the same tokenizer that guesses where a text does not repeat itself; its keys
     and values take as many pages as those of the model. `Model.kv_cache` says whether pages hold numbers of the compute dtype or int8. Raises
-    UserError where the memory does not hold one page, or no kernel reads them.
+    UserError where the memory does not hold one page.
     """
 
     def __init__(

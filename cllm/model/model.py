@@ -156,8 +156,7 @@ class Model(nn.Module):
     def kv_cache(self) -> str | None:
         """None for keys and values in the compute dtype, or "int8": for each token and head int8 and one float32 scale (`quantize_rows` of
         `cllm.kernels.quantization`). It holds for pools of pages that are made afterwards, and all that is computed without a cache attends to what
-        such a pool would give back, so that it predicts as with the pool, bit for bit on a CPU. For generation and evaluation; pages of int8 are for
-        a CPU."""
+        such a pool would give back, so that it predicts as with the pool, bit for bit on a CPU. For generation and evaluation."""
         return self._kv_cache
 
     @kv_cache.setter
@@ -170,14 +169,6 @@ class Model(nn.Module):
     def cache_dtype(self) -> torch.dtype:
         """Of the keys and values in `make_pool`."""
         return torch.int8 if self._kv_cache == "int8" else self.compute_dtype
-
-    def check_cache(self) -> None:
-        """Raises UserError where nothing could read the pages that `kv_cache` asks for."""
-        if self._kv_cache == "int8" and self.embedding_weight.device.type != "cpu":
-            raise UserError(
-                "a KV cache of int8 needs a CPU, because no kernel of a GPU reads it. Compute on the CPU (device cpu), or leave keys and values in "
-                "the numbers that the model computes with."
-            )
 
     def torch_aside(self) -> AbstractContextManager[None]:
         """A scope with torch on the calling thread only, while our workers do this model's work: torch's own threads would wait for their next loop
@@ -298,8 +289,7 @@ class Model(nn.Module):
         return self._capped(self._logits(x[batch.wanted]))
 
     def make_pool(self, num_pages: int) -> PagePool:
-        """Pages for the keys and values of many sequences (`step`), as `kv_cache` says. Raises UserError where no kernel reads them."""
-        self.check_cache()
+        """Pages for the keys and values of many sequences (`step`), as `kv_cache` says."""
         return PagePool(self.config, num_pages, self.cache_dtype, self.embedding_weight.device)
 
     def _logits(self, x: Tensor) -> Tensor:

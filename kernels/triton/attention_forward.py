@@ -84,15 +84,24 @@ def kept_pairs(key_ptr, dropped, place, token, offset, first, ALIGNED: tl.conste
 
 
 @triton.jit
+def numbers_of(rows, scales, seen, dtype: tl.constexpr):
+    """Rows of int8 and the addresses of their scales -> what they stand for, as `dequantize_rows` of kernels/quantization.py."""
+    return (rows.to(tl.float32) * tl.load(scales, mask=seen, other=0.0)[:, None]).to(dtype)
+
+
+@triton.jit
 def forward_steps(
     acc, largest, total, q, k_ptr, v_ptr, k_stride, v_stride, lo, hi, start, stop, num_keys, factor, softcap, d, head_dim, MASK: tl.constexpr,
     FLIP: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr = False, key_ptr=None, dropped=0, place=0, token=None, offset=None, ALIGNED: tl.constexpr = True,
+    EXACT: tl.constexpr = False, key_ptr=None, dropped=0, place=0, token=None, offset=None, ALIGNED: tl.constexpr = True, k_scales=None,
+    v_scales=None, scale_stride=0,
 ):  # fmt: skip
     """Keys start <= s < stop, a block at a time. Exponentials are of base 2: exp(x) = exp2(x log2 e), which one multiply-add prepares.
 
     EXACT: a block of which a query sees nothing leaves no trace in its row. Elsewhere the multiply-add, which rounds once, need not give 0 for the
     maximum that stayed what it was, because the shift was rounded before.
+
+    k_scales, v_scales: of the rows of keys and values in int8, scale_stride from key to key; only with MASK.
     """
     in_base_2 = LOG2_E if SOFTCAP else factor * LOG2_E
     for first in range(start, stop, BLOCK_N):
@@ -105,6 +114,8 @@ def forward_steps(
             k = tl.load(k_ptr + row[:, None] * k_stride + d[None, :], mask=(d < head_dim)[None, :], other=0.0)
         else:
             k = tl.load(k_ptr + row[:, None] * k_stride + d[None, :])
+        if k_scales is not None:
+            k = numbers_of(k, k_scales + row * scale_stride, s < num_keys, q.dtype)
         scores = scores_of(q, tl.trans(k), factor, softcap, FLIP, SOFTCAP, PRECISION)
         if MASK:
             scores = tl.where((s[None, :] >= lo[:, None]) & (s[None, :] < hi[:, None]), scores, float("-inf"))
@@ -125,6 +136,8 @@ def forward_steps(
             v = tl.load(v_ptr + row[:, None] * v_stride + d[None, :], mask=(d < head_dim)[None, :], other=0.0)
         else:
             v = tl.load(v_ptr + row[:, None] * v_stride + d[None, :])
+        if v_scales is not None:
+            v = numbers_of(v, v_scales + row * scale_stride, s < num_keys, q.dtype)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, largest, total
 

@@ -21,7 +21,6 @@ from cllm.kernels.triton.attention_decode import attention_join_kernel
 from cllm.kernels.triton.attention_forward import LOG2_E, block_and_pair, forward_steps
 from cllm.kernels.triton.launch import Calls, launch, next_power_of_2
 from cllm.kernels.triton.matmul import precision_of
-from cllm.runtime.errors import UserError
 from cllm.runtime.gpu import GPU, gpu_of
 
 SECTION = 512  # keys of one block: whole pages
@@ -46,13 +45,14 @@ def tile_of(index, queries_ptr, num_sequences, tile_queries, BLOCK_R: tl.constex
 
 @triton.jit
 def paged_attention_kernel(
-    q_ptr, k_ptr, v_ptr, pages_ptr, lengths_ptr, queries_ptr, part_ptr, part_lse_ptr, q_token, q_head, pages_row, first_token, num_tokens,
-    num_sequences, num_pages, num_kv_heads, group, window, factor, head_dim, section, FLIP: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, pages_ptr, lengths_ptr, queries_ptr, part_ptr, part_lse_ptr, q_token, q_head, pages_row,
+    first_token, num_tokens, num_sequences, num_pages, num_kv_heads, group, window, factor, head_dim, section, FLIP: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile and one section of its keys -> part (sections, tokens, Hkv, G, D) float32 and part_lse (sections, tokens, Hkv, G).
 
-    num_pages: page numbers of a sequence. Of all tokens those from first_token on are written, num_tokens of them.
+    num_pages: page numbers of a sequence. Of all tokens those from first_token on are written, num_tokens of them. k_scales_ptr, v_scales_ptr: of a
+    pool of int8, or None.
     """
     num_places = num_pages * _PAGE
     num_sections = tl.cdiv(num_places, section)
@@ -89,9 +89,16 @@ def paged_attention_kernel(
     for number in range(begin // _PAGE, tl.cdiv(end, _PAGE)):
         page = tl.load(pages_ptr + sequence.to(tl.int64) * pages_row + number)
         moved = (page - number).to(tl.int64) * _PAGE * stride  # from where these keys would lie without pages
+        k_scales = k_scales_ptr
+        v_scales = v_scales_ptr
+        if k_scales_ptr is not None:
+            moved_scales = (page - number).to(tl.int64) * _PAGE * num_kv_heads + head
+            k_scales += moved_scales
+            v_scales += moved_scales
         acc, largest, total = forward_steps(  # `end` in place of the number of keys: nothing behind it is read
             acc, largest, total, q, k_ptr + moved, v_ptr + moved, stride, stride, lo, hi, tl.maximum(begin, number * _PAGE),
             tl.minimum(end, number * _PAGE + _PAGE), end, factor, 0.0, d, head_dim, True, FLIP, False, BLOCK_N, BLOCK_D, PADDED, PRECISION, True,
+            k_scales=k_scales, v_scales=v_scales, scale_stride=num_kv_heads,
         )  # fmt: skip
     nothing = total == 0.0
     lse = tl.where(nothing, float("-inf"), largest * (factor * LOG2_E) + tl.log2(tl.where(nothing, 1.0, total)))
@@ -106,8 +113,6 @@ def forward(
 ) -> Tensor:  # fmt: skip
     """q (N, H, D), keys and values (P, PAGE, Hkv, D), pages (R, M) int32, lengths and queries (R,) int64 -> (N, H, D). scales: two (P, PAGE, Hkv)
     float32, where keys and values are int8."""
-    if scales is not None:
-        raise UserError("paged_attention: keys and values in int8 are read by the kernels of the CPU alone. Take a pool of q's dtype on a GPU.")
     num_tokens, num_heads, head_dim = q.shape
     num_sequences, num_pages = pages.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -121,6 +126,8 @@ def forward(
     tiles = decode_tiles(width, q.dtype, gpu_of(q.device))
     if width == 256:  # four warps have no registers for the addresses of pages as well
         tiles["num_warps"] = 8
+    if scales is not None:  # nor for as many keys in float32
+        tiles |= {"BLOCK_N": max(16, tiles["BLOCK_N"] // 2), "num_stages": 2}
     rows = tiles["BLOCK_M"]
     most_tiles = num_sequences + (num_tokens - num_sequences) // (rows // min(group, rows))
     step = max(1, min(num_tokens, PARTS_BYTES // (sections * num_heads * head_dim * 4)))
@@ -129,9 +136,9 @@ def forward(
         part = torch.empty((sections, count, num_kv_heads, group, head_dim), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((sections, count, num_kv_heads, group), dtype=torch.float32, device=q.device)
         launch(
-            paged_attention_kernel, (sections * -(-group // rows) * most_tiles * num_kv_heads,), q, keys, values, pages, lengths, queries, part,
-            part_lse, q.stride(0), q.stride(1), pages.stride(0), first, count, num_sequences, num_pages, num_kv_heads, group, window,
-            max(abs(scale), 1e-30), head_dim, SECTION, FLIP=scale < 0, BLOCK_R=max(16, next_power_of_2(num_sequences)), BLOCK_M=rows,
+            paged_attention_kernel, (sections * -(-group // rows) * most_tiles * num_kv_heads,), q, keys, values, *(scales or (None, None)), pages,
+            lengths, queries, part, part_lse, q.stride(0), q.stride(1), pages.stride(0), first, count, num_sequences, num_pages, num_kv_heads, group,
+            window, max(abs(scale), 1e-30), head_dim, SECTION, FLIP=scale < 0, BLOCK_R=max(16, next_power_of_2(num_sequences)), BLOCK_M=rows,
             BLOCK_N=tiles["BLOCK_N"], BLOCK_D=width, PADDED=width != head_dim, PRECISION=precision_of(q.dtype), num_warps=tiles["num_warps"],
             num_stages=tiles["num_stages"],
         )  # fmt: skip
@@ -152,3 +159,7 @@ def launches(gpu: GPU, dtype: torch.dtype) -> Calls:
         for name, window, scale in (("", 0, 1.0), (" window", 256, 1.0), (" negative scale", 0, -1.0)):
             arguments = (empty(80, 8, head_dim), pool, pool, empty(16, 32, of=torch.int32), numbers, numbers, window, scale)
             yield f"paged attention D{head_dim}{name}", partial(forward, *arguments)
+    for head_dim in (64, 128, 256, 80):
+        pool, scales, numbers = empty(128, PAGE, 2, head_dim, of=torch.int8), empty(128, PAGE, 2, of=torch.float32), empty(16, of=torch.int64)
+        of_int8 = (empty(80, 8, head_dim), pool, pool, empty(16, 32, of=torch.int32), numbers, numbers, 0, 1.0, (scales, scales))
+        yield f"paged attention D{head_dim} int8", partial(forward, *of_int8)

@@ -239,6 +239,7 @@ def command_line(folder):
         ["evaluate", str(folder / "run"), str(folder / "other.txt"), "--device", "cuda"],
         ["generate", str(folder / "run"), "--prompt", "one ", "--max-tokens", "2", "--device", "cuda"],
         ["generate", str(folder / "run"), "--prompt", "one ", "--max-tokens", "2", "--weights", "int8"],
+        ["generate", str(folder / "run"), "--prompt", "one ", "--max-tokens", "2", "--kv-cache", "int8"],
     ]
     for command in commands:
         sys.argv = ["cllm", *command]

@@ -104,6 +104,14 @@ def test_a_sample_is_the_same_among_any_others(monkeypatch, graphs):
     assert among[0].tokens == alone.tokens and len({tuple(each.tokens) for each in among}) > 1
 
 
+def test_with_keys_and_values_in_int8_a_text_is_written_as_the_server_writes_it(monkeypatch, graphs):
+    monkeypatch.setattr(decoding, "_computes_on_a_gpu", lambda model: True)
+    model = model_of("cllm")
+    model.kv_cache = "int8"
+    found, expected = (generate(model, Letters(), "HELLO", temperature=0, max_tokens=30, use_cache=each)[0] for each in (True, False))
+    assert found.tokens == expected.tokens and not graphs
+
+
 def test_damaged_weights_are_told(monkeypatch, graphs):
     monkeypatch.setattr(decoding, "_computes_on_a_gpu", lambda model: True)
     model = model_of("gpt2")

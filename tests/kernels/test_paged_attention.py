@@ -169,30 +169,28 @@ def test_neither_pages_before_the_window_nor_memory_behind_the_length_are_looked
 
 @DTYPES
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), [(4, 2, 64, None), (3, 3, 20, 190), (66, 1, 16, None)])
-def test_a_pool_of_int8_gives_the_bits_of_its_numbers(serve, backend_name, dtype, heads, kv_heads, dim, window):
+def test_a_pool_of_int8_gives_what_its_numbers_give_on_a_cpu_bit_for_bit(serve, backend_name, dtype, heads, kv_heads, dim, window):
+    if backend_name == "triton" and window is None:
+        return  # the interpreter takes its time
     serve(backend_name, "paged_attention")
     pool = Pool(20, kv_heads, dim, dtype)
     for length, shared in ((300, 0), (290, 2), (1, 0)):
         pool.add(length, shared)
     pool = pool.in_int8()
-    for queries in ([1] * 3, [200, 1, 1], [3, 70, 1]):
+    for queries in ([1] * 3, [200, 1, 1], [3, 70, 1])[: 1 if backend_name == "triton" else 3]:
         q = pool.normal(sum(queries), heads, dim)
-        if backend_name == "triton":
-            with pytest.raises(UserError, match="the CPU alone"):
-                pool.attention(q, queries, scales=pool.scales)
-            return
         expected = pool.of_int8(dtype).attention(q, queries, window=window)
-        for threads in (1, 3):
+        for threads in (1, 3) if backend_name == "numba" else (1,):
             with runtime.use(threads=threads):
-                assert torch.equal(pool.attention(q, queries, window=window, scales=pool.scales), expected), (queries, threads)
+                found = pool.attention(q, queries, window=window, scales=pool.scales)
+            tolerance = 4 * torch.finfo(dtype).eps if backend_name == "triton" else 0.0  # whose blocks of keys are smaller
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, msg=str((queries, threads)))
 
 
 @DTYPES
 def test_int8_is_as_near_to_float64_as_the_dtype_and_to_the_numbers_before_as_its_steps_allow(serve, backend_name, dtype):
-    if backend_name == "triton":
-        return
     serve(backend_name, "paged_attention")
-    pool, queries, dim = Pool(12, 2, 40, dtype), [1, 70], 40
+    pool, queries, dim = Pool(12, 2, 40, dtype), [1, 3 if backend_name == "triton" else 70], 40
     for length in (PAGE + 1, 2 * PAGE + 70):
         pool.add(length)
     q = pool.normal(sum(queries), 4, dim)
