@@ -9,7 +9,8 @@ from dataclasses import dataclass
 _PRODUCT = "cllm"
 _FOR_ALL = "robots"
 NO_TRAINING = "ai-train=no"
-_AGAINST = ("noindex", "none", "noai", "noml", "tdm-reservation", NO_TRAINING)
+_AGAINST_TRAINING = (NO_TRAINING, "noai", "noml", "tdm-reservation")
+_AGAINST = (*_AGAINST_TRAINING, "noindex", "none")
 _SIGNAL = re.compile(r"\bai-train\s*=\s*no\b", re.IGNORECASE)
 _RULE = re.compile(r"[a-z-]+")
 # Other directives of the form "name: value", whose name is no robot's.
@@ -27,6 +28,11 @@ class Directives:
     """Its links must not be followed."""
     words: str = ""
     """The directive because of which the page is not kept."""
+
+    @property
+    def notraining(self) -> bool:
+        """Whether it is models that must not learn from it, whoever else may keep it."""
+        return self.words in _AGAINST_TRAINING
 
     def __or__(self, other: Directives) -> Directives:
         return Directives(self.noindex or other.noindex, self.nofollow or other.nofollow, self.words or other.words)

@@ -1,4 +1,4 @@
-"""Takes the network away from a thread and from all processes that it starts: the kernel gives them no sockets, whatever they run (seccomp).
+"""Takes the network away from a thread and from all processes that it starts: the kernel gives them no socket of one, whatever they run (seccomp).
 
 The filter is that of the calling thread, so the rest of the process keeps its network. Children inherit it, and nothing takes it off again. Pipes,
 `socketpair` and sockets of the file system go on working.

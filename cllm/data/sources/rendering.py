@@ -18,7 +18,7 @@ from typing import Any
 from cllm.data.sources import urls
 from cllm.data.sources.addresses import Guard
 from cllm.data.sources.browser import Answer, Bounds, Browser, Rendered
-from cllm.data.sources.directives import NO_TRAINING, of_headers
+from cllm.data.sources.directives import of_headers
 from cllm.data.sources.fetch import Fetched, Fetcher, Limits, downgrade
 from cllm.data.sources.links import codec_of
 from cllm.data.sources.politeness import Turns, back_off
@@ -86,8 +86,8 @@ class Rendering:
             if len(self._resting) >= _RESTING:
                 self._resting.clear()
             self._resting[host] = time.monotonic() + back_off(self._settings.delay, 1, answer.retry_after)
-        if of_headers(answer.headers, self._settings.content_signals).words == NO_TRAINING:
-            return None
+        if of_headers(answer.headers, self._settings.content_signals).notraining:
+            return None  # noindex alone stands on data that pages show
         return answer
 
     def kept(self, key: _Key) -> Answer | None:

@@ -97,6 +97,10 @@ async def answers(exchange):
             await exchange.send("x" * 2000)
         case "/not-for-models":
             await exchange.send("x", Content_Signal="ai-train=no")
+        case "/noai":
+            await exchange.send("x", X_Robots_Tag="noindex, noai")
+        case "/noindex":
+            await exchange.send("data", X_Robots_Tag="noindex")
         case "/busy":
             await exchange.send("", 429, Retry_After="77")
         case path:
@@ -105,11 +109,11 @@ async def answers(exchange):
 
 def test_scripts_load_what_the_rules_for_pages_allow(web):
     site, other = web.site(answers), web.site(answers)
-    paths = ["/one", "/one", "/forbidden", "/moved", "/away", "/gone", "/large", "/not-for-models", "/denied/x"]
+    paths = ["/one", "/one", "/forbidden", "/moved", "/away", "/gone", "/large", "/not-for-models", "/denied/x", "/noai", "/noindex"]
     urls = [*map(site.url, paths), other.url("/two"), "ftp://x.org/", "http://127.0.0.1:9/", site.url("/busy"), site.url("/after")]
     found, pause = load_all(web, urls, site, deny=("/denied/",))
     one, two = (200, b"/one"), (200, b"/two")
-    assert found == [one, one, None, None, None, (404, b""), None, None, None, two, None, None, (429, b""), None]
+    assert found == [one, one, None, None, None, (404, b""), None, None, None, None, (200, b"data"), two, None, None, (429, b""), None]
     assert site.counts["/one"] == 1 and not {"/forbidden", "/forbidden/more", "/denied/x", "/after"} & set(site.paths)
     assert 70 < pause <= 77
     assert other.hits[-1].headers["origin"] == site.url("") and "origin" not in site.hits[-1].headers
