@@ -233,8 +233,8 @@ def _pack_block(p, b, token, kv, rows, target, width, spare, with_values):
         amx.fill_strips_of_columns(v, v_row, rows, p[P.dim], KEYS // 2, values, spare)
         return
     at.fill_strips(k, p[P.half], k_row, rows, p[P.dim], target, spare)
+    v, v_row = _as_numbers(p, v, p[P.v_token], p[P.v_scales], token, kv, rows, numbers)
     if with_values:
-        v, v_row = _as_numbers(p, v, p[P.v_token], p[P.v_scales], token, kv, rows, numbers)
         at.fill_rows(v, p[P.half], v_row, rows, p[P.dim], values, _ONE, rows)
 
 
@@ -269,7 +269,8 @@ def _walk(p, f, segment, kv, space, rows, num_queries, t0, head):
     q, out, scores, state, own_block = space.q, space.out, space.scores, space.state, space.own_block
     queries, num_keys, width = int64_at(segment, SEGMENT.queries), int64_at(segment, SEGMENT.num_keys), at.padded_dim(p[P.dim])
     factor, row, scores_row, tiles = np.float32(at.log2_factor(f)), width * WORD, KEYS * WORD, p[OWN.tiles]
-    values_in_place = not tiles and p[P.half] != 0 and rows <= at.MOST_FEW and width == p[P.dim] and p[P.v_scales] == 0
+    in_int8, of_all_tiles = p[P.v_scales] != 0, p[P.packed] != 0 and int64_at(segment, SEGMENT.blocks) >= 0
+    values_in_place = not tiles and p[P.half] != 0 and rows <= at.MOST_FEW and width == p[P.dim] and not (in_int8 and of_all_tiles)
     last = t0 + num_queries - 1
     end = at.end_key(p, last, queries, num_keys)
     open_from, open_to = at.first_key(p, last, queries, num_keys), at.end_key(p, t0, queries, num_keys)
@@ -300,7 +301,10 @@ def _walk(p, f, segment, kv, space, rows, num_queries, t0, head):
             if values_in_place:
                 token = at.first_token(segment, block) * p[P.v_token]
                 values = p[P.v] + int64_at(segment, SEGMENT.batch) * p[P.v_batch] + token + kv * p[P.v_head]
-                at.multiply_half(scores, scores_row, values, p[P.v_token], out, row, rows, valid, width // W, begins)
+                values_row = p[P.v_token]
+                if in_int8:  # where `_pack_block` has left them
+                    values, values_row = own_block + 2 * KEYS * row + _SPARE_BYTES, p[P.dim] * 2
+                at.multiply_half(scores, scores_row, values, values_row, out, row, rows, valid, width // W, begins)
             else:
                 at.multiply(scores, scores_row, packed + KEYS * row, row, W * WORD, out, row, rows, valid, width // W, begins)
 
