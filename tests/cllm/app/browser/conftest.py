@@ -3,6 +3,8 @@
 A test fails on an error in the console, an error of the page, or a request to another host. Without Chromium or Playwright the tests are skipped.
 """
 
+from pathlib import Path
+
 import pytest
 from app_browser import QUIET, TINY, Watched, chromium, real_text, start_app
 from command import cllm
@@ -18,13 +20,28 @@ def driver():
     return sync_api, path
 
 
-@pytest.fixture(scope="module")  # not longer: while Playwright runs, nothing else in the thread can run an event loop of its own
+_open = []  # Playwright and its Chromium, for all tests of this folder that follow one another
+
+
+@pytest.fixture
 def browser(driver):
-    sync_api, path = driver
-    with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=path, args=list(QUIET))
-        yield found
-        found.close()
+    if not _open:
+        sync_api, path = driver
+        _open.append(sync_api.sync_playwright().start())
+        _open.append(_open[0].chromium.launch(executable_path=path, args=list(QUIET)))
+    return _open[1]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    """Closes Chromium behind the last test of this folder: while Playwright runs, nothing else in the thread can run an event loop of its own."""
+    result = yield
+    if _open and (nextitem is None or Path(__file__).parent not in nextitem.path.parents):
+        playwright, chromium = _open
+        _open.clear()
+        chromium.close()
+        playwright.stop()
+    return result
 
 
 @pytest.fixture(scope="session")

@@ -73,6 +73,7 @@ def test_runs_with_commas_are_followed_and_compared(visit, hostile):
     expect(page.get_by_role("columnheader", name=f"runs/{HOSTILE[1]}", exact=True)).to_be_visible()
     open_tab(page, "Home")
     page.get_by_role("link", name=f"runs/{COMMA}", exact=True).first.click()
+    expect(page.get_by_role("heading", name=f"runs/{COMMA}", exact=True)).to_be_visible()
     expect(page.get_by_text("40 of 40")).to_be_visible()
     metrics = hostile.workspace / "runs" / COMMA / "metrics.jsonl"
     with metrics.open("a") as file:
