@@ -22,7 +22,7 @@ from cllm.kernels.quantized import quantized_feed_forward, quantized_matmul
 from cllm.kernels.stack import NGRAM_SHARE, Layer, Linear, Norm, Packed
 from cllm.model.cache import DeviceCache, KVCache
 from cllm.model.ngrams import row_of, tokens_before
-from cllm.model.pages import PageBatch
+from cllm.model.pages import DeviceTokens, PageBatch
 from cllm.runtime.errors import UserError
 
 # The places at which dropout draws: norm n, which takes in what the branch before it has computed (norm 0 the embedding), is place n, and head h of
@@ -38,7 +38,7 @@ class Context:
         positions: Tensor | None,
         rotary_tables: tuple[Tensor, Tensor] | None,
         cu_seqlens: Tensor | None,
-        cache: KVCache | DeviceCache | PageBatch | None,
+        cache: KVCache | DeviceCache | PageBatch | DeviceTokens | None,
         window: int | None,
         recompute: str = "none",
         tied: bool = False,

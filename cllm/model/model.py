@@ -29,8 +29,9 @@ from cllm.kernels.quantized import packing_pays, quantized_matmul
 from cllm.kernels.stack import Decoder, Linear, Packed, PagedDecoder, Stack
 from cllm.kernels.strips import pack
 from cllm.model.cache import DeviceCache, KVCache
+from cllm.model.device_steps import DeviceSteps
 from cllm.model.layers import Context, GPT2Backbone, LlamaBackbone, Weights, moved_by
-from cllm.model.pages import PageBatch, PagePool, Part
+from cllm.model.pages import DeviceTokens, PageBatch, PagePool, Part
 from cllm.model.rope import rotary_tables
 from cllm.runtime.errors import UserError
 from cllm.runtime.huge_pages import HugePages
@@ -278,15 +279,22 @@ class Model(nn.Module):
         longest = max(part.start + len(part.tokens) for part in parts)
         if longest > self.config.max_seq_len:
             raise UserError(f"{longest} tokens are longer than the model's context of {self.config.max_seq_len} (max_seq_len).")
-        batch = PageBatch(pool, parts)
+        with pool.current():
+            return self._step(pool, PageBatch(pool, parts))
+
+    def _step(self, pool: PagePool, batch: PageBatch) -> Tensor:
         decoder = self._paged_decoder(pool)
         if decoder is not None and batch.num_tokens <= decoder.most_tokens:
-            logits = decoder(*batch.lists())
-            return self._capped(logits if batch.wants_all else logits[batch.wanted])
-        tables = self.rotary_tables(pool.device) if self.config.position == "rotary" else None
-        context = Context(batch.positions, tables, None, batch, self.config.window_or_none)
-        x = self.backbone(batch.tokens.unsqueeze(0), context, self.compute_dtype)[0]
-        return self._capped(self._logits(x[batch.wanted]))
+            logits = decoder(batch) if isinstance(decoder, DeviceSteps) else self._capped(decoder(*batch.lists()))
+            return logits if batch.wants_all else logits[batch.wanted]
+        return self._over_pages(batch.tokens.unsqueeze(0), batch.positions, batch, batch.wanted)
+
+    def _over_pages(self, tokens: Tensor, positions: Tensor, pages: PageBatch | DeviceTokens, wanted: Tensor | None = None) -> Tensor:
+        """tokens (1, N) and positions (N,) -> logits (N, V), or (W, V) of those that are wanted."""
+        tables = self.rotary_tables(tokens.device) if self.config.position == "rotary" else None
+        context = Context(positions, tables, None, pages, self.config.window_or_none)
+        x = self.backbone(tokens, context, self.compute_dtype)[0]
+        return self._capped(self._logits(x if wanted is None else x[wanted]))
 
     def make_pool(self, num_pages: int) -> PagePool:
         """Pages for the keys and values of many sequences (`step`), as `kv_cache` says."""
@@ -312,11 +320,16 @@ class Model(nn.Module):
             cache.decoder = key, make_decoder(self._stack(), cache.keys, cache.values, self.compute_dtype)
         return cache.decoder[1]
 
-    def _paged_decoder(self, pool: PagePool) -> PagedDecoder | None:
+    def _paged_decoder(self, pool: PagePool) -> PagedDecoder | DeviceSteps | None:
         """What takes a few tokens of any sequences through the layers in one call; None where the layers have to do it."""
         key = (self.embedding_weight.data_ptr(), self.is_packed, self.compute_dtype, runtime.settings())
         if pool.decoder is None or pool.decoder[0] != key:
-            pool.decoder = key, make_paged_decoder(self._stack(), pool.keys, pool.values, self.compute_dtype, MOST_DECODED, pool.scales)
+            pool.decoder = None  # its memory is free before the next is made
+            if _is_on_a_gpu(pool):
+                logits = torch.empty((MOST_DECODED, self.config.vocab_size), dtype=self.compute_dtype, device=pool.device)
+                pool.decoder = key, DeviceSteps(self._over_pages, pool.layers, logits)
+            else:
+                pool.decoder = key, make_paged_decoder(self._stack(), pool.keys, pool.values, self.compute_dtype, MOST_DECODED, pool.scales)
         return pool.decoder[1]
 
     def _stack(self) -> Stack:
@@ -421,6 +434,10 @@ class Model(nn.Module):
             f"{config.num_heads} heads of {config.head_dim} ({config.num_kv_heads} for keys), "
             f"ffn {config.ffn_dim}, vocabulary {config.vocab_size}, context {config.max_seq_len})\n{self.summary()}"
         ).replace("torch.", "")
+
+
+def _is_on_a_gpu(pool: PagePool) -> bool:
+    return pool.device.type == "cuda"
 
 
 def _gradients_unless(cache: KVCache | None) -> torch.set_grad_enabled:

@@ -9,8 +9,9 @@ N tokens, R sequences, M pages of the longest one, W tokens whose logits are wan
 
 from array import array
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from itertools import chain
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -25,7 +26,10 @@ from cllm.runtime.errors import UserError
 if TYPE_CHECKING:
     from cllm.config.model import ModelConfig
 
-__all__ = ["PAGE", "PageBatch", "PagePool", "Part", "page_bytes", "pages_for"]
+__all__ = ["PAGE", "DeviceTokens", "PageBatch", "PagePool", "Part", "page_bytes", "pages_for"]
+
+
+PagedLayer = tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]  # keys, values, and the scales of both where they are int8
 
 
 def pages_for(num_tokens: int) -> int:
@@ -57,6 +61,7 @@ class PagePool:
         if dtype == torch.int8:
             keys, values = ([torch.empty(shape[:3], dtype=torch.float32, device=device) for _ in range(config.num_layers)] for _ in range(2))
             self.scales = list(zip(keys, values))
+        self.layers: list[PagedLayer] = list(zip(self.keys, self.values, self.scales or repeat(None)))
         self.ngram_tables = config.ngram_tables
         # The token of each place, on the host, where the model looks n-grams up.
         self.tokens = array("q", bytes(8 * num_pages * PAGE)) if config.ngram_tables else None
@@ -65,6 +70,10 @@ class PagePool:
         self.decoder: Any = None  # what the model prepared to decode into these pages, and for which settings
         self._holders = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))
+
+    def current(self) -> AbstractContextManager[object]:
+        """Makes the pool's GPU the current one, which pinned memory and captures go by."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     @property
     def num_free(self) -> int:
@@ -143,6 +152,11 @@ class PageBatch:
         pages = [self._pages[owner] for owner in self._owners]
         return self._tokens, self._positions, self._slots, pages, self._ngram_rows()
 
+    def numbers(self) -> tuple[list[list[int]], list[list[int]]]:
+        """The pages of each token's sequence, as many for all; then tokens, positions, slots, and for each distance that an n-gram reaches back the
+        tokens so far before."""
+        return [self._pages[owner] for owner in self._owners], [self._tokens, self._positions, self._slots, *self._before]
+
     def before(self, tokens: Tensor, distance: int) -> Tensor:
         """Of each of the new tokens, (1, N), the one so many places before it in its sequence."""
         return self._tensor(self._before[distance - 1]).unsqueeze(0)
@@ -187,7 +201,8 @@ class PageBatch:
         return self._tensor(self._wanted)
 
     def _tensor(self, values: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(self._device, non_blocking=True)
+        made = torch.tensor(values, dtype=dtype)
+        return made.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else made.to(self._device)
 
     @cached_property
     def _table(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,15 +213,54 @@ class PageBatch:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """q (1, N, H, D), k and v (1, N, H_kv, D) of the new tokens -> (1, N, H, D) over all tokens of each one's sequence so far."""
-        keys, values = self.pool.keys[layer], self.pool.values[layer]
-        scales = None if self.pool.scales is None else self.pool.scales[layer]
-        for number, (pool, new) in enumerate(((keys, k[0]), (values, v[0]))):
-            if scales is not None:
-                new, of_rows = quantize_rows(new)
-                self._put(scales[number], of_rows)
-            self._put(pool, new)
-        return kernels.paged_attention(q[0], keys, values, *self._table, window=window, scales=scales)[None]
+        return _attend(self.pool.layers[layer], self.slots, self._table, q, k, v, window)
 
-    def _put(self, pool: Tensor, new: Tensor) -> None:
-        """One row for each new token into a pool (P, 128, ...)."""
-        pool.flatten(0, 1).index_copy_(0, self.slots, new)
+
+class DeviceTokens:
+    """N tokens at fixed addresses, each a sequence of its own to the kernels. For `Context` it is the cache, as a `PageBatch` is.
+
+    `numbers` (K + M, N) int64 holds tokens, positions, slots, for each distance that an n-gram reaches back the tokens so far before, and the page
+    numbers of each token's sequence.
+    """
+
+    def __init__(self, layers: Sequence[PagedLayer], num_tokens: int, num_pages: int, num_rows: int) -> None:
+        device = layers[0][0].device
+        self._layers, self._num_rows, self._num_pages = layers, num_rows, num_pages
+        self.numbers = torch.zeros((num_rows + num_pages, num_tokens), dtype=torch.int64, device=device)
+        self._ones = torch.ones(num_tokens, dtype=torch.int64, device=device)
+
+    def take(self, pages: list[list[int]], numbers: list[list[int]]) -> None:
+        """Copies the numbers of a step to the device, without waiting for the copy to end."""
+        missing = self.numbers.shape[1] - len(pages)
+        pages = [[*row, *[0] * (self._num_pages - len(row))] for row in (*pages, *pages[-1:] * missing)]
+        rows = [[*row, *row[-1:] * missing] for row in numbers]
+        there = torch.tensor(rows + [list(column) for column in zip(*pages)], dtype=torch.int64)
+        if self.numbers.device.type == "cuda":
+            there = there.pin_memory()
+        self.numbers.copy_(there, non_blocking=True)
+
+    def positions(self) -> Tensor:
+        """(N,) int64. Asked once a step: `attend` looks for every layer's keys where they say."""
+        self._pages = self.numbers[self._num_rows :].T.to(torch.int32, memory_format=torch.contiguous_format)
+        self._lengths = self.numbers[1] + 1
+        return self.numbers[1]
+
+    def before(self, tokens: Tensor, distance: int) -> Tensor:
+        """Of each of the tokens, (1, N), the one so many places before it in its sequence."""
+        return self.numbers[2 + distance].unsqueeze(0)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """q (1, N, H, D), k and v (1, N, H_kv, D) -> (1, N, H, D) over all tokens of each one's sequence up to itself."""
+        table = self._pages, self._lengths, self._ones
+        return _attend(self._layers[layer], self.numbers[2], table, q, k, v, window)
+
+
+def _attend(layer: PagedLayer, slots: Tensor, table: tuple[Tensor, Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Stores the new keys and values of a layer, one of each for each of `slots`, and sees all by the table: pages, lengths, queries."""
+    keys, values, scales = layer
+    for number, (pool, new) in enumerate(((keys, k[0]), (values, v[0]))):
+        if scales is not None:
+            new, of_rows = quantize_rows(new)
+            scales[number].flatten(0, 1).index_copy_(0, slots, of_rows)
+        pool.flatten(0, 1).index_copy_(0, slots, new)
+    return kernels.paged_attention(q[0], keys, values, *table, window=window, scales=scales)[None]

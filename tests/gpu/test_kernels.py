@@ -72,13 +72,16 @@ def test_attention_may_be_torchs_own(backward):
         torch.testing.assert_close(out, kernels.attention(q, k, v, causal=True), atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_the_captured_step_does_what_the_cpu_does(precision):
+@pytest.mark.parametrize(
+    ("precision", "optimizer"),
+    [("fp32", "adamw"), ("bf16", "adamw"), ("fp16", "adamw"), ("bf16", "muon"), ("fp32", "lion"), ("fp32", "schedule_free")],
+)
+def test_the_captured_step_does_what_the_cpu_does(precision, optimizer):
     sizes = {"vocab_size": 257, "embed_dim": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 128, "max_seq_len": 64}
     generator = torch.Generator().manual_seed(0)
     data = [torch.randint(257, (4, 64), generator=generator) for _ in range(2)]
-    here, there = TrainStep(Model(ModelConfig(**sizes)), learning_rate=1e-3), None
-    there = TrainStep(Model(ModelConfig(**sizes)).to("cuda"), precision=precision, learning_rate=1e-3)
+    here = TrainStep(Model(ModelConfig(**sizes)), learning_rate=1e-3, optimizer=optimizer)
+    there = TrainStep(Model(ModelConfig(**sizes)).to("cuda"), precision=precision, learning_rate=1e-3, optimizer=optimizer)
     for _ in range(5):
         expected, found = float(here(*data)), float(there(*data))
         assert found == pytest.approx(expected, rel=1e-4 if precision == "fp32" else 1e-2)
@@ -107,6 +110,26 @@ def test_generation_by_a_graph_writes_what_the_host_chooses():
         by_host = generate(model, tokenizer, "It was", max_tokens=60, use_cache=False, **options)
         by_graph = generate(model, tokenizer, "It was", max_tokens=60, **options)
         assert [each.tokens for each in by_graph] == [each.tokens for each in by_host]
+
+
+def test_an_engine_by_graphs_gives_the_tokens_of_one_without(monkeypatch):
+    from cllm.generate.engine import Engine
+    from cllm.generate.request import Request
+    from cllm.model import model as models
+
+    model = Model(ModelConfig.preset("cllm-1m", vocab_size=64, max_seq_len=256), seed=1).cuda()
+    answers = []
+    for by_graphs in (True, False):
+        monkeypatch.setattr(models, "_is_on_a_gpu", lambda pool, by_graphs=by_graphs: by_graphs)
+        engine, tokens = Engine(model, vocab_size=64), {}
+        for number in range(5):
+            told = lambda _, chosen, mine=tokens.setdefault(number, []): mine.append(chosen.token) or True  # noqa: E731
+            engine.submit(Request([1 + number] * (3 + 30 * number), 40, on_token=told))
+            engine.step()
+        while engine.step():
+            pass
+        answers.append(tokens)
+    assert answers[0] == answers[1] and all(len(each) == 40 for each in answers[0].values())
 
 
 def test_training_through_the_command_line(tmp_path):

@@ -37,6 +37,7 @@ EVALUATION = {  # the sums of a batch
     "cllm.evaluate.classes.report_classes",
 }
 CHECKPOINT = {"cllm.checkpoint.writer.CheckpointWriter._copy", "cllm.train.step_graph.DeviceStep.state"}
+STEPS = "cllm.generate.engine.Engine.step"  # the logits of each step go to the host
 TOKEN = "cllm.generate.decoding._Run.pieces"  # each token goes to the host
 
 
@@ -162,8 +163,24 @@ def train_muon(folder):
     assert GPU.contexts == {1}, f"memory is used on {GPU.contexts}"
 
 
+def answers_of(model, backend):
+    """The tokens of two requests that an engine has at once, and the number of its steps."""
+    from cllm.generate.engine import Engine
+    from cllm.generate.request import Request
+    from cllm.model.pages import page_bytes
+
+    engine = Engine(model, vocab_size=12, memory=4 * page_bytes(model.config, model.compute_dtype))
+    tokens, steps = [], 0
+    for prompt in ([1, 2, 3, 1, 2], [5]):
+        engine.submit(Request(prompt, 3, on_token=lambda _, chosen: tokens.append(chosen.token) or True))
+    with runtime.use(backend=backend):
+        while engine.step():
+            steps += 1
+    return tokens, steps
+
+
 def use_the_model(folder):
-    """Evaluation, generation, a chat and the evaluation harness, on the second GPU while the first one is current."""
+    """Evaluation, generation, an engine and the evaluation harness, on the second GPU while the first one is current."""
     from cllm.data.pipeline import prepare
     from cllm.evaluate.loss import evaluate
     from cllm.generate import generate
@@ -184,6 +201,9 @@ def use_the_model(folder):
             with runtime.use(**settings):
                 texts.append([each.text for each in generate(model, dataset.tokenizer, "one t", max_tokens=3, samples=2, **sampling)])
         assert texts[0] == texts[1], sampling
+    GPU.waiting_allowed |= {STEPS}
+    answers = [answers_of(there, None), answers_of(here, "torch")]
+    assert answers[0] == answers[1] and GPU.waits[STEPS] == answers[0][1], "an engine waits once a step"
     assert GPU.contexts == {1}, f"memory is used on {GPU.contexts}"
 
 

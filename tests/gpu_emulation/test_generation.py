@@ -1,5 +1,7 @@
 """Generation on a GPU: one graph of a whole decoding step writes what the host writes token by token."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,8 +10,14 @@ pytest.importorskip("triton")
 from gpu_emulation.graphs import EmulatedGraphs
 
 from cllm import Model, ModelConfig, runtime
+from cllm.config.sampling import Sampling
 from cllm.generate import decoding, device_decoding
 from cllm.generate.decoding import generate
+from cllm.generate.engine import Engine
+from cllm.generate.request import Request
+from cllm.model import device_steps
+from cllm.model import model as models
+from cllm.model.pages import PAGE, page_bytes
 from cllm.runtime.errors import CLLMError
 
 VOCAB = 60
@@ -63,7 +71,8 @@ CALLS = {
 def graphs(monkeypatch):
     """What was recorded. Generation takes the way that it takes on a GPU; the kernels are plain torch."""
     made = []
-    monkeypatch.setattr(device_decoding, "CudaGraphs", lambda device: made.append(EmulatedGraphs(device)) or made[-1])
+    for module in (device_decoding, device_steps):
+        monkeypatch.setattr(module, "CudaGraphs", lambda device: made.append(EmulatedGraphs(device)) or made[-1])
     with runtime.use(backend="torch"):
         yield made
 
@@ -119,3 +128,40 @@ def test_damaged_weights_are_told(monkeypatch, graphs):
         model.backbone.blocks[1].mlp.c_fc.weight[0, 0] = float("nan")
     with pytest.raises(CLLMError, match="logits are not finite"):
         generate(model, Letters(), "HELLO", max_tokens=20)
+
+
+def answers(model):
+    """What an engine makes of requests that come one by one: one whose answer needs another page and has guesses, sampled ones, and a short one."""
+    engine = Engine(model, vocab_size=VOCAB, memory=8 * page_bytes(model.config, model.compute_dtype), chunk=70)
+    greedy, sampled = {"sampling": Sampling(temperature=0)}, {"sampling": Sampling(temperature=1.2), "samples": 2}
+    asked = [([3, 1, 4, 1, 5] * 24, 20, greedy), ([9, 2, 6], 12, sampled), ([5, 3], 2, greedy)]
+    tokens: dict[tuple[int, int], list[int]] = {}
+    reasons, steps = [], 0
+    for number, (prompt, most, options) in enumerate(asked):
+
+        def told(sample, chosen, number=number):
+            tokens.setdefault((number, sample), []).append(chosen.token)
+            return True
+
+        engine.submit(Request(prompt, most, on_token=told, on_finish=lambda _, reason: reasons.append(reason), **options))
+        engine.step()
+        steps += 1
+    while engine.step():
+        steps += 1
+    return tokens, reasons, steps
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_requests_by_graphs_get_the_tokens_of_the_same_operations_one_by_one(monkeypatch, graphs, family):
+    model = Model(replace(FAMILIES[family], max_seq_len=PAGE + 30), seed=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+    model.kv_cache = "int8" if family == "gpt2" else None
+    expected = answers(model)
+    assert not graphs and expected[1] == ["length"] * 4
+    monkeypatch.setattr(models, "_is_on_a_gpu", lambda pool: True)
+    assert answers(model) == expected
+    (recorded,) = graphs
+    assert recorded.replays >= expected[2] - 3 and len(recorded.records) < 10, "but for the steps that read much of a prompt"
