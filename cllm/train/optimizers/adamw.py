@@ -19,6 +19,7 @@ class AdamW(Optimizer):
 
     name = "adamw"
     kinds = ("exp_avg", "exp_avg_sq")
+    rule, rule_states = name, kinds
 
     def __init__(
         self,

@@ -44,8 +44,8 @@ class Optimizer(ABC):
     name: str  # how the settings call it
     kinds: Sequence[str] = ()  # the kinds of state that each parameter has, "exp_avg" for example
     averaging = False  # whether `averages` returns weights
-    rule = "adamw"  # which of `kernels.triton.update.KERNELS` updates tensors on a GPU, those that have both of these states
-    rule_states = "exp_avg", "exp_avg_sq"
+    rule: str  # which of `kernels.triton.update.KERNELS` updates tensors on a GPU, those that have both of these states
+    rule_states: Sequence[str]
     betas: tuple[float, float]
     eps = 0.0
 

@@ -37,6 +37,7 @@ class Muon(Optimizer):
     """
 
     name = "muon"
+    rule, rule_states = AdamW.name, AdamW.kinds
 
     def __init__(
         self,
