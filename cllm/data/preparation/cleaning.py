@@ -46,8 +46,8 @@ def clean(
     evaluation: list[str],
     score: list[str],
 ) -> dict[str, Any]:
-    """Cleans rows `first` to `last` of an extracted piece. Writes PLACE.parquet; PLACE.lengths, the characters of each text as int32, -1 - characters
-    where it is dropped; PLACE.exact and PLACE.bands, what the search for duplicates sorts (see duplicates.py).
+    """Cleans rows `first` to `last` of an extracted piece. Writes PLACE.parquet; PLACE.lengths, the bytes of each text as int32, -1 - bytes where
+    it is dropped; PLACE.exact and PLACE.bands, what the search for duplicates sorts (see duplicates.py).
 
     replaced: the file of older versions of pages. lines: the counted lines of web pages. evaluation, score: place and digest of what `examples` has
     made, or nothing.
@@ -66,7 +66,8 @@ def clean(
                 words = _cleaned(row, how, counts)
                 if sign and words is not None and not row["dropped_because"]:
                     signatures.add(int(OWN) | key_of(row["id"]), row["text"], words)
-            lengths.append(-1 - len(row["text"]) if row["dropped_because"] else len(row["text"]))
+            size = len(row["text"]) if row["text"].isascii() else len(row["text"].encode("utf-8", "replace"))
+            lengths.append(-1 - size if row["dropped_because"] else size)
             out.add(row)
             chars += len(row["text"])
             tell(chars)

@@ -68,6 +68,8 @@ def open_prepared(folder: Path) -> Prepared:
         if summary["format"] != PREPARED_FORMAT:
             raise ValueError
         shards, _ = _read(folder / MANIFEST)
+        if summary["shards"] != sum(shard.is_kept for shard in shards):
+            raise ValueError
     except FileNotFoundError as error:
         unfinished = " yet. Run the same cllm prepare again" if (folder / ".ledger").is_dir() else ""
         raise DataError(

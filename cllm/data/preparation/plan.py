@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -341,30 +341,31 @@ class Preparation:
 
     def _write(self, cleaned: list[Done], pairs: Path, references: list[_Reference]) -> list[tuple[Shard, dict[str, Any]]]:
         duplicate = duplicates.load(str(pairs), duplicates.PAIR)
-        chars: list[np.ndarray] = []
+        sizes: list[np.ndarray] = []  # bytes of each document; -1 - bytes of one that is dropped
         totals = dict.fromkeys(self.sources, 0)
         for part, done in zip(self.parts, cleaned):
             lengths = np.fromfile(done.path(".lengths"), np.int32)
             own = shards.pairs_in(duplicate, part.piece.number, part.first, part.last)
             rows = (own["key"] & np.uint64(0xFFFFFFFF)).astype(np.int64) - part.first
             lengths[rows] = -1 - lengths[rows]
-            chars.append(lengths)
+            sizes.append(lengths)
             totals[part.piece.source] += int(lengths[lengths > 0].sum(dtype=np.int64))
-        epochs = epochs_of(self.recipe.mixes, totals)
+        caps = {root: shards.epochs_within(mix.cap, self._kept_of(root, sizes)) for root, mix in self.recipe.mixes.items() if mix.cap is not None}
+        epochs = epochs_of(self.recipe.mixes, totals, caps)
         tasks: list[Task] = []
-        numbers, shard_chars = {True: 0, False: 0}, self.recipe.sizes.shard_chars
+        numbers, shard_bytes = {True: 0, False: 0}, self.recipe.sizes.shard_bytes
         for generation in range(max(piece.generation for piece in self.pieces) + 1):
             both: dict[bool, list[tuple[shards.Segment, int]]] = {True: [], False: []}
-            for number, (part, lengths) in enumerate(zip(self.parts, chars)):
+            for number, (part, lengths) in enumerate(zip(self.parts, sizes)):
                 if part.piece.generation != generation:
                     continue
                 times = np.where(lengths >= 0, shards.take_of(shards.keys_of(part.piece.number, part.first, part.last), epochs[part.piece.source]), 0)
-                all_chars = np.where(lengths >= 0, lengths, -1 - lengths).astype(np.int64)
-                kept, dropped = shards.plan(number, part.first, all_chars, times, max(1, shard_chars // 4))
+                all_sizes = np.where(lengths >= 0, lengths, -1 - lengths).astype(np.int64)
+                kept, dropped = shards.plan(number, part.first, all_sizes, times, max(1, shard_bytes // 4))
                 both[True] += kept
                 both[False] += dropped
             for kept_ones, segments in both.items():
-                for group in shards.groups(segments, shard_chars):
+                for group in shards.groups(segments, shard_bytes):
                     name = f"{shards.KEPT if kept_ones else shards.DROPPED}/{numbers[kept_ones]:06d}.parquet"
                     tasks.append(self._shard(name, len(tasks), group, kept_ones, cleaned, pairs, duplicate, epochs, references))
                     numbers[kept_ones] += 1
@@ -381,6 +382,17 @@ class Preparation:
             size, digest = done.result["out"]
             found.append((Shard(name, done.result["rows"], size, digest, done.result["content"]), done.result["tally"]))
         return sorted(found, key=lambda each: (not each[0].is_kept, each[0].name))
+
+    def _kept_of(self, root: str, sizes: Sequence[np.ndarray]) -> Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]:
+        """A function that gives (keys, bytes) of the documents of a source that are kept, in parts. sizes: of all parts, as in `_write`."""
+
+        def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for part, lengths in zip(self.parts, sizes):
+                if part.piece.source == root:
+                    kept = lengths >= 0
+                    yield shards.keys_of(part.piece.number, part.first, part.last)[kept], lengths[kept].astype(np.int64)
+
+        return parts
 
     def _shard(
         self,

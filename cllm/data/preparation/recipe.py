@@ -20,7 +20,7 @@ from cllm.runtime.errors import UserError
 
 VERSIONS = dict.fromkeys(
     ("extract", "versions", "lines", "evaluation", "score", "clean", "sign", "exact", "near", "forest", "verify", "write"), 1
-) | {"extract": 3, "evaluation": 2, "score": 2, "write": 2}
+) | {"extract": 3, "evaluation": 2, "score": 2, "clean": 2, "write": 2}
 LARGE_LOSS = 100
 """Near duplicates that a source has to lose before half of it is worth a question."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -36,7 +36,7 @@ class Sizes:
     part_chars: int = 16 << 20
     """Of extracted text that one task cleans, about: a large file, or an archive, is read by one task and cleaned by many."""
     piece_files: int = 500
-    shard_chars: int = 64 << 20
+    shard_bytes: int = 64 << 20
     """Of text in a shard of the result, about."""
     partition_rows: int = 8 << 20
     """Rows that a task sorts to find duplicates. It bounds the task's memory: some 60 bytes a row."""
@@ -128,19 +128,15 @@ def _amount(kind: str, text: str, value: str) -> float | int:
     return amount
 
 
-def epochs_of(mixes: Mapping[str, Mix], chars: Mapping[str, int]) -> dict[str, float]:
-    """How often each document of a source is taken, when the sources keep so much text.
+def epochs_of(mixes: Mapping[str, Mix], sizes: Mapping[str, int], caps: Mapping[str, float]) -> dict[str, float]:
+    """How often each document of a source is taken, when the sources keep so many bytes of text, and so many times fit into the caps of some.
 
     With weights the text of the sources stands in their proportion, and is as much as their epochs and caps allow.
     """
-    most = {root: mixes.get(root, Mix()) for root in chars}
-    limits = {root: _limit(mix, chars[root]) for root, mix in most.items()}
-    weights = {root: mix.weight for root, mix in most.items() if mix.weight is not None and chars[root]}
+    most = {root: mixes.get(root, Mix()) for root in sizes}
+    limits = {root: min(mix.epochs, caps.get(root, mix.epochs)) for root, mix in most.items()}
+    weights = {root: mix.weight for root, mix in most.items() if mix.weight is not None and sizes[root]}
     if weights:
-        scale = min(limits[root] * chars[root] / weight for root, weight in weights.items())
-        return {root: min(limits[root], scale * weights[root] / chars[root]) if root in weights else limits[root] for root in chars}
+        scale = min(limits[root] * sizes[root] / weight for root, weight in weights.items())
+        return {root: min(limits[root], scale * weights[root] / sizes[root]) if root in weights else limits[root] for root in sizes}
     return limits
-
-
-def _limit(mix: Mix, chars: int) -> float:
-    return mix.epochs if mix.cap is None or not chars else min(mix.epochs, mix.cap / chars)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ COLUMNS = (
 """All are texts. `path` is the file below its source, and the part of it where it holds several documents ("mail.mbox#message 3"); `source` the name
 of the source; `kind` that of the file; `code` the programming language; `note` what was lost although the document was read; `scores` a JSON object
 of what the filters measured. `dropped_because` is empty for a document that is kept."""
+_ANEW = "Remove it and run the same cllm prepare again, which makes it anew."
 GROUP_ROWS, GROUP_CHARS = 1000, 32 << 20  # of a row group at most
 
 
@@ -70,6 +71,11 @@ class RowWriter:
             self._file.write_table(self._pa.table(columns, schema=schema()), row_group_size=len(self._waiting))
             self._waiting, self._chars = [], 0
 
+    def abandon(self) -> None:
+        """Ends the file as it is; the error that led here is the one to tell, not that of a disk which takes no end of it either."""
+        with suppress(OSError, self._pa.ArrowException):
+            self._file.close()
+
     def close(self) -> str:
         """Ends the file; the digest of all rows."""
         self._flush()
@@ -84,8 +90,10 @@ def writing(place: Path) -> Iterator[RowWriter]:
         writer = RowWriter(beside)
         try:
             yield writer
-        finally:
-            writer.close()
+        except BaseException:
+            writer.abandon()
+            raise
+        writer.close()
 
 
 def read_rows(place: Path, columns: Sequence[str] = COLUMNS, first: int = 0, last: int | None = None) -> Iterator[Row]:
@@ -106,13 +114,14 @@ def read_groups(place: Path, columns: Sequence[str], first: int = 0, last: int |
                 end = begin + file.metadata.row_group(number).num_rows
                 if end > first and (last is None or begin < last):
                     table = file.read_row_group(number, columns=list(columns), use_threads=False)
+                    if table.num_columns != len(columns):
+                        raise DataError(f"{place} was not written by cllm prepare: it lacks some of the columns {', '.join(columns)}. {_ANEW}")
                     start = max(first - begin, 0)
                     yield table.slice(start, (end if last is None else min(end, last)) - begin - start)
                 begin = end
     except (OSError, pa.ArrowException) as error:
-        raise DataError(
-            f"{place} cannot be read as Parquet: {' '.join(str(error).split())[:200]}. Run the same command again to make it anew."
-        ) from error
+        why = " ".join(str(error).split())[:200].rstrip(".")
+        raise DataError(f"{place} cannot be read as Parquet: {why}. {_ANEW}") from error
 
 
 def texts_at(place: Path, rows: Any) -> Iterator[tuple[int, str]]:

@@ -9,7 +9,7 @@ texts alone, and none holds documents of two generations, so documents that come
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from cllm.data.preparation.tally import Tally
 from cllm.files import DATA, new_file
 
 KEPT, DROPPED = "kept", "dropped"
+_BITS = 53  # of what is drawn
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,51 @@ def pairs_in(pairs: np.ndarray, piece: int, first: int, last: int) -> np.ndarray
 
 
 def take_of(keys: np.ndarray, epochs: float) -> np.ndarray:
-    """How often each document is taken: the whole part of `epochs`, and once more for a share of the documents that their keys draw (splitmix64)."""
+    """How often each document is taken: the whole part of `epochs`, and once more for a share of the documents that their keys draw."""
+    whole = int(epochs)
+    return whole + (_drawn(keys) < np.uint64(round((epochs - whole) * 2**_BITS))).astype(np.int64)
+
+
+def _drawn(keys: np.ndarray) -> np.ndarray:
+    """A number below 2^53 for each key (splitmix64)."""
     mixed = keys + np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    drawn = (mixed ^ (mixed >> np.uint64(31))) >> np.uint64(11)
-    whole = int(epochs)
-    return whole + (drawn < np.uint64(round((epochs - whole) * 2**53))).astype(np.int64)
+    return (mixed ^ (mixed >> np.uint64(31))) >> np.uint64(64 - _BITS)
 
 
-def plan(part: int, first: int, chars: np.ndarray, times: np.ndarray, size: int) -> tuple[list[tuple[Segment, int]], list[tuple[Segment, int]]]:
-    """The segments of a part, for the kept and for the dropped shards, each with the characters that it adds there.
+def epochs_within(cap: int, parts: Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]) -> float:
+    """How often the documents of a source can be taken when `take_of` may take so many bytes at most.
 
-    first: its first row. chars: of each document. times: how often each is taken; 0 where it is dropped. size: of a segment, about, in characters.
+    parts: gives (keys, bytes) of some documents each, twice the same. Beside them 8 MB are held, and the keys of a millionth of the documents.
+    """
+    shift = np.uint64(_BITS - 20)
+    by_draw = np.zeros(1 << 20, np.int64)
+    for keys, sizes in parts():
+        np.add.at(by_draw, (_drawn(keys) >> shift).astype(np.int64), sizes)
+    total = int(by_draw.sum())
+    if not total:
+        return 1.0
+    whole, room = divmod(cap, total)
+    sums = np.cumsum(by_draw)
+    full = int(np.searchsorted(sums, room, side="right"))  # the first draws of which not all fit
+    found: list[tuple[int, int]] = []
+    for keys, sizes in parts():
+        drawn = _drawn(keys)
+        here = drawn >> shift == full
+        found += zip(drawn[here].tolist(), sizes[here].tolist())
+    room -= int(sums[full - 1]) if full else 0
+    for draw, size in sorted(found):
+        room -= size
+        if room < 0:
+            return whole + (draw & ~1023) / 2**_BITS  # as many bits as a number of up to 1000 has behind the point
+    raise AssertionError("more fits than there is")
+
+
+def plan(part: int, first: int, sizes: np.ndarray, times: np.ndarray, size: int) -> tuple[list[tuple[Segment, int]], list[tuple[Segment, int]]]:
+    """The segments of a part, for the kept and for the dropped shards, each with the bytes that it adds there.
+
+    first: its first row. sizes: of each document, in bytes. times: how often each is taken; 0 where it is dropped. size: of a segment, about.
     """
 
     def cut(amounts: np.ndarray, wanted: np.ndarray) -> list[tuple[Segment, int]]:
@@ -71,17 +104,17 @@ def plan(part: int, first: int, chars: np.ndarray, times: np.ndarray, size: int)
         bounds = zip([0, *ends], ends)
         return [(Segment(part, first + a, first + b), int(sums[b - 1] - (sums[a - 1] if a else 0))) for a, b in bounds if wanted[a:b].any()]
 
-    return cut(chars * times, times > 0), cut(chars * (times == 0), times == 0)
+    return cut(sizes * times, times > 0), cut(sizes * (times == 0), times == 0)
 
 
-def groups(segments: Sequence[tuple[Segment, int]], shard_chars: int) -> Iterator[list[Segment]]:
+def groups(segments: Sequence[tuple[Segment, int]], shard_bytes: int) -> Iterator[list[Segment]]:
     """Segments together until they have the text of a shard."""
     group: list[Segment] = []
     room = 0
-    for segment, chars in segments:
+    for segment, size in segments:
         group.append(segment)
-        room += chars
-        if room >= shard_chars:
+        room += size
+        if room >= shard_bytes:
             yield group
             group, room = [], 0
     if group:

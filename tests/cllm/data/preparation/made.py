@@ -10,7 +10,7 @@ from cllm.data.preparation.recipe import Recipe, Sizes
 from cllm.data.preparation.runner import Pool
 
 # Small, so that some hundred kilobytes take many tasks.
-SIZES = Sizes(piece_bytes=15_000, part_chars=5_000, piece_files=6, shard_chars=40_000, partition_rows=150, verify_documents=4)
+SIZES = Sizes(piece_bytes=15_000, part_chars=5_000, piece_files=6, shard_bytes=40_000, partition_rows=150, verify_documents=4)
 _SYLLABLES = ("ba", "ne", "ri", "so", "tu", "mar", "len", "dor", "vin", "cal", "per", "mo", "sti", "gra")
 
 

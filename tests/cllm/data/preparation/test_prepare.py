@@ -6,6 +6,7 @@ import random
 import zipfile
 
 import pytest
+from disk import file_size_limit
 from here import Here
 from made import edited, prose, recipe
 
@@ -14,7 +15,7 @@ from cllm.data.preparation import extraction, look, within
 from cllm.data.preparation.manifest import open_prepared
 from cllm.data.preparation.plan import prepare
 from cllm.data.preparation.recipe import Mix, Recipe, Sizes, read_mix
-from cllm.data.preparation.rows import read_rows
+from cllm.data.preparation.rows import COLUMNS, read_rows, writing
 from cllm.report.prepared import prepared_page
 from cllm.runtime.errors import DataError, UserError
 
@@ -95,7 +96,7 @@ def test_every_document_has_a_row_and_training_reads_the_kept_ones(folder, tmp_p
 
 
 def test_one_changed_file_redoes_only_what_depends_on_it(folder, tmp_path):
-    how = Recipe(sizes=Sizes(piece_bytes=1, shard_chars=6000))
+    how = Recipe(sizes=Sizes(piece_bytes=1, shard_bytes=6000))
     runner = Here()
     before = run([folder], tmp_path / "out", how, runner)
     assert runner.ran.count("extract") == runner.ran.count("clean") == 8
@@ -163,6 +164,14 @@ def test_the_reading_of_a_large_file_tells_how_far_it_is(tmp_path, monkeypatch, 
     assert heard == sorted(heard) and (ending or len({*heard}) > 1) and 0.5 * place.stat().st_size < heard[-1] <= place.stat().st_size
 
 
+def test_a_disk_that_takes_no_more_is_told_and_not_that_a_file_was_closed(tmp_path):
+    rows = ({**dict.fromkeys(COLUMNS, ""), "text": random.Random(number).randbytes(100).hex()} for number in range(2000))
+    with pytest.raises(DataError, match=r"could not write .*File too large"), file_size_limit(20_000), writing(tmp_path / "rows.parquet") as out:
+        for row in rows:
+            out.add(row)
+    assert not list(tmp_path.iterdir())
+
+
 def test_sources_are_mixed_by_epochs_weights_and_caps(folder, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
@@ -178,6 +187,24 @@ def test_sources_are_mixed_by_epochs_weights_and_caps(folder, tmp_path):
     equal = run([folder, other], tmp_path / "equal", recipe(mixes={str(folder): Mix(weight=1), str(other): Mix(weight=1)}))
     chars = {name: counts["written_chars"] for name, counts in equal.summary["tally"]["sources"].items()}
     assert 0.6 < chars["texts"] / chars["other"] < 1.6
+
+
+def test_a_cap_is_the_most_bytes_that_are_taken(tmp_path):
+    sources = [tmp_path / "letters", tmp_path / "books"]
+    for source in sources:
+        source.mkdir()
+    for number in range(30):
+        (sources[0] / f"{number}.txt").write_text("".join(chr(0x4E00 + each) for each in random.Random(number).randbytes(100)))  # 3 bytes each
+    for number in range(3):
+        (sources[1] / f"{number}.txt").write_text(prose(number))
+    mixes = {str(sources[0]): Mix(cap=7000, epochs=4), str(sources[1]): Mix(cap=int(2.5 * len(prose(0))), epochs=9)}
+    prepared = run(sources, tmp_path / "out", recipe(filter=False, mixes=mixes))
+    kept = rows(prepared, kept=True)
+    taken = {source.name: [len(row["text"].encode()) for row in kept if row["source"] == source.name] for source in sources}
+    assert taken["letters"] == [300] * 23 and len(taken["books"]) == 2
+    again = run(sources, tmp_path / "twice", recipe(filter=False, mixes={str(sources[0]): Mix(cap=9000 + 1500, epochs=4)}))
+    drawn = [row["path"] for row in rows(again, kept=True) if row["source"] == "letters"]
+    assert len(drawn) == 35 and len({*drawn}) == 30
 
 
 @pytest.mark.parametrize(
@@ -219,6 +246,25 @@ def test_without_a_filter_only_what_has_no_text_is_dropped(folder, tmp_path):
     (folder / "short.txt").write_text("Too short.")
     (folder / "empty.txt").write_text("")
     assert [row["path"] for row in rows(run([folder], tmp_path / "out", recipe(filter=False)), kept=False)] == ["empty.txt"]
+
+
+def test_a_folder_whose_manifest_or_shards_are_damaged_is_told(folder, tmp_path):
+    prepared = run([folder], tmp_path / "out")
+    place = prepared.folder / prepared.shards[0].name
+    content = place.read_bytes()
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"other": [1]}), place)
+    with pytest.raises(DataError, match=r"lacks some of the columns text, .* Remove it and run the same cllm prepare again"):
+        rows(prepared)
+    place.write_bytes(content[:100])
+    with pytest.raises(DataError, match=r"cannot be read as Parquet: .*[^.]\. Remove it"):
+        rows(prepared)
+    manifest = prepared.folder / "manifest.jsonl"
+    manifest.write_bytes(manifest.read_bytes()[:-5])
+    with pytest.raises(DataError, match=r"manifest\.jsonl cannot be read"):
+        open_prepared(prepared.folder)
+    assert len(rows(run([folder], tmp_path / "out"), kept=True)) == 8
 
 
 def test_hostile_text_is_text_on_the_page(folder, tmp_path):
