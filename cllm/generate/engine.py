@@ -33,7 +33,7 @@ from cllm.runtime.errors import UserError
 if TYPE_CHECKING:
     from cllm.model.model import Model
 
-BUSY_CHUNK = 64  # tokens in a step beside running answers for each prompt that is being read: more of them would make those answers wait
+BUSY_CHUNK = 128  # tokens in a step beside running answers for each prompt that is being read: more of them would make those answers wait
 _RATE_OVER = 32  # finished answers that the rate is measured over
 
 
