@@ -179,7 +179,7 @@ def _seeds(texts: list[str]) -> tuple[str, ...]:
         try:
             seeds.append(clean(text))
         except BadURL as error:
-            hint = f" Did you mean https://{text}?" if "://" not in text else ""
+            hint = f" Did you mean https://{text}?" if text and "://" not in text else ""
             raise UserError(f"{text!r} cannot be crawled: {error}.{hint}") from error
     return tuple(seeds)
 

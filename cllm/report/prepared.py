@@ -29,7 +29,7 @@ def prepared_page(summary: Mapping[str, Any]) -> str:
     found = summary["tally"]
     parts = [
         _tiles(summary),
-        _sources(found),
+        _sources(found, summary["taken"]),
         _reasons(found),
         _unreadable(found, summary["not_looked_at"]),
         _beside(summary["evaluation"], "Text for evaluation", "What has a part of them was dropped (max_evaluation_overlap)."),
@@ -53,17 +53,21 @@ def _tiles(summary: Mapping[str, Any]) -> Html:
     return element("dl", *(element("div", element("dt", name), element("dd", value)) for name, value in facts), class_="tiles")
 
 
-def _sources(found: Mapping[str, Any]) -> Html:
-    """What each source gave, with its duplicates."""
+def _sources(found: Mapping[str, Any], taken: Mapping[str, float]) -> Html:
+    """What each source gave, with its duplicates; where sources are mixed, also how often each document is taken."""
+    is_mixed = any(times != 1 for times in taken.values())
     rows = []
     for name, counts in found["sources"].items():
         dropped = counts["dropped"]
         exact, near = dropped.get("exact duplicate", 0), dropped.get("near duplicate", 0)
         other = counts["documents"] - counts["kept"] - exact - near
         share = f"{100 * counts['kept'] / max(counts['documents'], 1):.0f} %"
-        rows.append([name, *(f"{each:,}" for each in (counts["documents"], exact, near, other, counts["kept"])), share, size(counts["kept_chars"])])
+        mix = [f"{taken[name]:.4g} times", size(counts["written_chars"])] if is_mixed else []
+        figures = (f"{each:,}" for each in (counts["documents"], exact, near, other, counts["kept"]))
+        rows.append([name, *figures, share, size(counts["kept_chars"]), *mix])
     head = ["source", "documents", "exact duplicates", "near duplicates", "dropped otherwise", "kept", "share kept", "text kept"]
-    return section("Sources", table(head, rows, numbers=range(1, 8)))
+    head += ["taken", "text written"] if is_mixed else []
+    return section("Sources", table(head, rows, numbers=range(1, len(head))))
 
 
 def _reasons(found: Mapping[str, Any]) -> Html:

@@ -70,6 +70,7 @@ class Preparation:
         self.parts: list[_Part] = []
         self.evaluation: Done | None = None
         self.score: Done | None = None
+        self.epochs: dict[str, float] = {}
 
     def run(self) -> Prepared:
         """Raises DataError where there is nothing to prepare, and where a loss was asked about and is not wanted."""
@@ -351,7 +352,7 @@ class Preparation:
             sizes.append(lengths)
             totals[part.piece.source] += int(lengths[lengths > 0].sum(dtype=np.int64))
         caps = {root: shards.epochs_within(mix.cap, self._kept_of(root, sizes)) for root, mix in self.recipe.mixes.items() if mix.cap is not None}
-        epochs = epochs_of(self.recipe.mixes, totals, caps)
+        epochs = self.epochs = epochs_of(self.recipe.mixes, totals, caps)
         tasks: list[Task] = []
         numbers, shard_bytes = {True: 0, False: 0}, self.recipe.sizes.shard_bytes
         for generation in range(max(piece.generation for piece in self.pieces) + 1):
@@ -437,6 +438,7 @@ class Preparation:
             "kept_chars": sum(counts["kept_chars"] for counts in whole["sources"].values()),
             "written_chars": sum(counts["written_chars"] for counts in whole["sources"].values()),
             "shards": sum(shard.is_kept for shard, _ in written),
+            "taken": {self.sources[root].name: times for root, times in self.epochs.items()},
             "files": sum(len(source.found) + len(source.refused) for source in self.sources.values()),
             "not_looked_at": skipped.to_dict(),
             "evaluation": _beside(self.evaluation, self.recipe.exclude),

@@ -22,6 +22,8 @@ from cllm.runtime.errors import DataError
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
 """Workers are many; each computes with one thread."""
+_OF_THE_SYSTEM = (errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOTCONN)
+"""What the disk, the network that it is behind, or the limits of the user are to blame for."""
 ATTEMPTS = 3  # of a task whose worker dies; after that the task is to blame
 
 
@@ -41,6 +43,9 @@ def answer(function: str, arguments: dict[str, Any]) -> dict[str, Any]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return {"error": "the disk is full. Free some space and run the same command again; what was finished is kept.", "kind": "data"}
+        if error.errno in _OF_THE_SYSTEM:
+            about = f" ({error.filename})" if error.filename else ""
+            return {"error": f"{(error.strerror or str(error)).lower()}{about}. Once that is put right, run the same command again.", "kind": "data"}
         return {"error": traceback.format_exc(), "kind": "bug"}
     except MemoryError:
         return {"error": "out of memory. Use fewer --workers, or a machine with more memory; what was finished is kept.", "kind": "data"}

@@ -1,5 +1,6 @@
 """Tasks for the tests of runners, which workers import by this file's folder."""
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -37,6 +38,10 @@ def tells(place, number):
 
 def raises_data(place, number):
     raise DataError("the disk of the test is full.")
+
+
+def raises_system(place, number):
+    raise OSError(errno.EIO, os.strerror(errno.EIO), "/mnt/far/pages.parquet")
 
 
 def raises_bug(place, number):

@@ -183,6 +183,8 @@ def test_sources_are_mixed_by_epochs_weights_and_caps(folder, tmp_path):
     drawn = {row["path"] for row in rows(prepared, kept=True) if row["source"] == "other"}
     assert 10 < len(drawn) < 30
     left = rows(prepared, kept=False)
+    page = prepared_page(prepared.summary)
+    assert "2 times" in page and "0.5 times" in page and prepared.summary["taken"] == {"texts": 2, "other": 0.5}
     assert len(left) == 40 - len(drawn) and {row["dropped_because"] for row in left} == {"not drawn (other is taken 0.5 times)"}
     equal = run([folder, other], tmp_path / "equal", recipe(mixes={str(folder): Mix(weight=1), str(other): Mix(weight=1)}))
     chars = {name: counts["written_chars"] for name, counts in equal.summary["tally"]["sources"].items()}

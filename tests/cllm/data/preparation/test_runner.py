@@ -53,6 +53,8 @@ def test_a_task_that_kills_every_worker_is_named(pool):
 def test_what_a_task_raises_reaches_the_user_as_an_error_or_as_a_mistake_of_ours(pool):
     with pytest.raises(DataError, match="the disk of the test is full"):
         list(pool.run("tasks:raises_data", ARGUMENTS[:1]))
+    with pytest.raises(DataError, match=r"input/output error \(/mnt/far/pages\.parquet\)\. Once that is put right"):
+        list(pool.run("tasks:raises_system", ARGUMENTS[:1]))
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         list(pool.run("tasks:raises_bug", ARGUMENTS[:1]))
 
