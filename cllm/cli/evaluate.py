@@ -256,14 +256,14 @@ def _before(model: Model, checkpoint: str, weights: str | None, kv_cache: str | 
     """What a model in fewer bits is compared with."""
 
     def stored() -> Model:
-        found: Model = load_model(checkpoint, device="cpu" if device == "auto" else device)[0]
+        found: Model = load_model(checkpoint, weights="fp32", device=device)[0]
         return found
 
     def without_cache() -> Model:
         model.kv_cache = None
         return model
 
-    if weights in ("int8", "int4"):
+    if weights in ("bf16", "int8", "int4"):
         changes = "these change" if kv_cache is None else f"these and a KV cache of {kv_cache} change"
         return Before(stored, "stored_weights", "evaluating with the weights as they are stored", "The stored weights have", changes)
     if kv_cache is not None:

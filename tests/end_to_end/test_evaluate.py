@@ -102,7 +102,7 @@ def stored(model, documents):
 @pytest.mark.parametrize(
     ("options", "key", "what"),
     [
-        (("--weights", "int8"), "stored_weights", "these change"),
+        (("--weights", "bf16"), "stored_weights", "these change"),
         (("--weights", "int4", "--kv-cache", "int8"), "stored_weights", "these and a KV cache of int8 change"),
         (("--kv-cache", "int8"), "computed_kv", "int8 changes"),
     ],
