@@ -4,6 +4,7 @@ The method of GPT-3 (Brown et al. 2020, arXiv 2005.14165, appendix C). A text fo
 nothing that others would not say as well.
 """
 
+import re
 import unicodedata
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from cllm.data.clean.words import Words, between, ngrams, power, prefixes, split
 
 LENGTH = 13  # words
 SHORTEST = 8
+_LINK = re.compile(r"!?\[([^\[\]\n]*)\]\([^()\s]*(?:\([^()\s]*\)[^()\s]*)*(?: \"[^\"\n]*\")?\)")
+_NOTE = re.compile(r"\[\^?\d{1,3}\]")
 
 
 class Grams(NamedTuple):
@@ -37,7 +40,7 @@ def grams_of(texts: Iterable[str]) -> Grams:
     sizes: set[int] = set()
     for text in texts:
         cleaned = normalise(text, False, Rules())[0]
-        for form in {text, cleaned, unicodedata.normalize("NFKC", cleaned)}:
+        for form in {text, cleaned, _plainest(cleaned)}:
             hashes = split(form).hashes
             size = min(len(hashes), LENGTH)
             if size >= SHORTEST:
@@ -61,11 +64,19 @@ def judge(text: str, words: Words, grams: Grams, rules: Rules) -> str:
     if rules.max_evaluation_overlap is None:
         return ""
     share = overlap(words, grams)
-    if not text.isascii() and not unicodedata.is_normalized("NFKC", text):  # ligatures of a PDF, letters of double width
-        share = max(share, overlap(split(unicodedata.normalize("NFKC", text)), grams))
+    if (plainest := _plainest(text)) != text:
+        share = max(share, overlap(split(plainest), grams))
     if share <= rules.max_evaluation_overlap:
         return ""
     return f"max_evaluation_overlap: {100 * share:.3g} % of its runs of {LENGTH} words stand in text for evaluation"
+
+
+def _plainest(text: str) -> str:
+    """The text without what may stand between its words, and with plain letters: no addresses of links and no marks of notes, as in Markdown, no
+    ligatures, as in PDF, no letters of double width."""
+    if "[" in text:
+        text = _NOTE.sub("", _LINK.sub(r"\1", text))
+    return text if text.isascii() else unicodedata.normalize("NFKC", text)
 
 
 @jit

@@ -51,6 +51,8 @@ IN_DOCUMENTS = {
     "composed": (unicodedata.normalize("NFD", ACCENTS), ACCENTS, False),
     "taken apart, in code": (ACCENTS, unicodedata.normalize("NFD", ACCENTS), True),
     "ligatures": (OFFICE, OFFICE.replace("ffi", "\ufb03").replace("fi", "\ufb01").replace("fl", "\ufb02"), False),
+    "links": (OFFICE, OFFICE.replace("officer", "[officer](https://example.org/a_(b)?c=d)").replace("efficient", '[efficient](/e "A title")'), False),
+    "notes": (OFFICE.replace("staff", "staff[3]"), OFFICE.replace("efficient", "efficient[^12]"), False),
     "double width": (OFFICE, "".join(chr(ord(each) + 0xFEE0) if each != " " else each for each in OFFICE), False),
     "soft hyphens": (OFFICE.replace("ff", "f\u00adf"), OFFICE, False),
 }
