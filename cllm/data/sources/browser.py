@@ -38,35 +38,42 @@ _SWITCHES = (
     "disable-quic",
     "dns-prefetch-disable",
     "disable-gpu",
+    "block-new-web-contents",  # each window is a process
     "js-flags=-max-old-space-size=512",  # megabytes of one page's objects
 )
 _WINDOW = {"width": 1280, "height": 6000}  # so high that what is loaded when it comes into sight is loaded
 _LOADED = frozenset({"script", "xhr", "fetch"})  # what a text can depend on
 _RESTS = 5  # in a row, 100 milliseconds of the page's own clock and then nothing to do, without a request: the page is complete
 _LEADS = 100  # addresses that are remembered of a page that tries to go to one after the other
+_LEFT = "its scripts go away from it"  # to what is no page of the web, so that no request tells it
+_NOBODY = {"access-control-allow-origin": "http://nowhere.invalid"}  # otherwise Playwright lets each page read the answers of all sites
 _GRACE = 5.0  # seconds for what should take none: opening, reading and closing a page
 _STARTING = 60.0  # seconds
 _MEMORY = 2 << 30  # bytes of each process of Chromium
 _PAGES = 1000  # after which Chromium is started again, since it keeps a little of each page
 
-# The page is not needed any more. Shadow trees take the place of what their elements hold, which goes where their slots are. Scripts, which have run,
-# and styles are left out; metadata for search engines is a script by name only.
+# What is wrong with the page, if anything is, and its text. The page is not needed any more. Shadow trees take the place of what their elements hold,
+# which goes where their slots are. Scripts, which have run, and styles are left out; metadata for search engines is a script by name only.
 _READ = """(() => {
+  if (!location.protocol.startsWith("http")) return ["%s", ""];
+  if (document.querySelector("html > parsererror, body > parsererror")) return ["it is not well-formed XML", ""];
+  const inside = document.createRange();
   const flatten = (tree) => {
-    for (const host of tree.querySelectorAll("*")) {
+    for (const host of tree.querySelectorAll("*:not(form)")) {  // whose fields can have the names of its properties
       if (!host.shadowRoot) continue;
       flatten(host.shadowRoot);
       for (const slot of host.shadowRoot.querySelectorAll("slot")) {
         const filled = slot.assignedNodes();
         slot.replaceWith(...(filled.length ? filled : slot.childNodes));
       }
-      host.replaceChildren(...host.shadowRoot.childNodes);
+      inside.selectNodeContents(host.shadowRoot);
+      host.replaceChildren(inside.extractContents());
     }
   };
   flatten(document);
   for (const each of document.querySelectorAll("script:not([type='application/ld+json']), noscript, style")) each.remove();
   const page = "<!DOCTYPE html>\\n" + (document.documentElement?.outerHTML ?? "");
-  return page.length > %d ? null : page;
+  return ["", page.slice(0, %d + 1)];
 })()"""
 _REST = "new Promise((done) => setTimeout(() => requestIdleCallback(done, { timeout: 1000 }), 100))"
 
@@ -180,6 +187,7 @@ class Browser:
                 self._chromium = await self._playwright.chromium.launch(
                     executable_path=self._program,
                     args=[f"--{each}" for each in _SWITCHES],
+                    ignore_default_args=["--disable-popup-blocking"],
                     chromium_sandbox=sandbox,
                     handle_sigint=False,
                     handle_sigterm=False,
@@ -219,7 +227,9 @@ class Browser:
             except TimeoutError:
                 problem = "its scripts do not come to an end"
             except Error as error:
-                problem = "Chromium crashed" if visit.has_crashed or "closed" in str(error) else _words(error)
+                problem = _problem(error, visit.has_crashed)
+                if problem == _LEFT:
+                    return Rendered(problem=problem)
             await self._stop()  # whatever is left of the page ends with its browser
             return Rendered(problem=problem)
 
@@ -241,14 +251,13 @@ class _Visit:
         self._context = await chromium.new_context(service_workers="block", accept_downloads=False, viewport=_WINDOW)
         try:
             await self._context.route("**/*", self._asked)
-            await self._context.route_web_socket("**/*", lambda each: each.close())
             self._tab = await self._context.new_page()
             self._tab.on("crash", self._crashed)
             self._context.on("page", lambda each: self._closing.append(asyncio.ensure_future(each.close())))
             await self._tab.goto(self._url, wait_until="commit", timeout=1000 * self.bounds.seconds)
             world = await self._world()
             await self._settled(world)
-            return self._checked(await world(_READ % self.bounds.max_bytes))
+            return self._checked(await world(_READ % (_LEFT, self.bounds.max_bytes)))
         finally:
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(self._context.close(), _GRACE)
@@ -280,9 +289,12 @@ class _Visit:
                     rests = 0 if self._pending or asked != self._num_asked else rests + 1
                     asked = self._num_asked
 
-    def _checked(self, text: str | None) -> Rendered:
-        body = (text or "").encode("utf-8", "replace")
-        if text is None or len(body) > self.bounds.max_bytes:
+    def _checked(self, found: list[str]) -> Rendered:
+        problem, text = found
+        body = text.encode("utf-8", "replace")
+        if problem:
+            return Rendered(problem=problem, leads_to=tuple(self._leads))
+        if len(body) > self.bounds.max_bytes:
             return Rendered(problem=f"it is larger than {self.bounds.max_bytes:,} bytes once its scripts have run")
         return Rendered(body, leads_to=tuple(self._leads))
 
@@ -312,7 +324,7 @@ class _Visit:
             if answer is None:
                 await route.abort()
             else:
-                await route.fulfill(status=answer.status, headers=dict(answer.headers), body=answer.body)
+                await route.fulfill(status=answer.status, headers=_NOBODY | dict(answer.headers), body=answer.body)
         else:
             await route.abort()
 
@@ -333,6 +345,14 @@ def _children(task: str) -> list[int]:
         return [int(each) for each in Path(task, "children").read_text().split()]
     except OSError:
         return []
+
+
+def _problem(error: Exception, has_crashed: bool) -> str:
+    """In words for `Rendered.problem`."""
+    text = str(error)
+    if not has_crashed and ("target navigated" in text or "Cannot find context" in text):
+        return _LEFT
+    return "Chromium crashed" if has_crashed or "closed" in text else _words(error)
 
 
 def _words(error: Exception) -> str:

@@ -220,6 +220,38 @@ HARM = {
 }
 
 
+ODD = {
+    "text/html": {
+        """<p></p><form><input name=shadowRoot>field</form><div></div><script crossorigin src=http://other.org/shared></script><script>
+        const tree = document.querySelector("div").attachShadow({ mode: "open" });
+        for (let i = 0; i < 150000; i++) tree.append("");
+        tree.append("in a tree");
+        const opened = open("about:blank"), ours = Object.getOwnPropertyNames(window).filter((name) => name.startsWith("__p"));
+        const can = (url) => fetch(url).then(() => 1, () => 0);
+        Promise.all([can("/own"), can("http://other.org/own"), can("http://other.org/shared")]).then((read) => {
+          document.querySelector("p").textContent = JSON.stringify([opened, ours, read]);
+        });
+        </script>""": """<p>[null,[],[1,0,1]]</p><form><input name="shadowRoot">field</form><div>in a tree</div>""",
+        "<p>good</p><script>history.back()</script>": "its scripts go away from it",
+        "<p>good</p><script>setTimeout(() => { location = 'about:blank'; }, 50)</script>": "its scripts go away from it",
+    },
+    "application/xhtml+xml": {
+        "<html xmlns='http://www.w3.org/1999/xhtml'><body><p>good<br></p><script>1</script></body></html>": "it is not well-formed XML",
+    },
+}
+
+
+def test_a_page_is_what_its_scripts_make_of_it_alone_however_odd_they_are(chromium):
+    async def load(url, accept):
+        return Answer(200, {"access-control-allow-origin": "*"} if "shared" in url else {}, b"")
+
+    for kind, expected in ODD.items():
+        for body, outcome in expected.items():
+            page = Answer(200, {"content-type": kind}, body.encode())
+            found = asyncio.run(chromium.render(page, "http://x.org/", load, Bounds(PATIENCE, 1_000_000)))
+            assert found.problem == outcome or (not found.problem and outcome in found.body.decode()), body
+
+
 def test_a_page_that_means_harm_costs_itself_and_the_next_one_is_rendered(chromium, monkeypatch):
     async def load(url, accept):
         if url.endswith("/kill"):
