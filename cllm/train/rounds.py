@@ -107,7 +107,7 @@ class Rounds:
             counts = _write_new(_only(corpus, new), folder)
             budget = int(counts["bytes"] * settings.replay / (1 - settings.replay))
             counts["replayed_bytes"] = self._replay(number, budget, folder / "text" / "replay.jsonl")
-            np.sort(corpus.rows["key"][new]).astype("<u8").tofile(folder / "keys.bin")
+            (folder / "keys.bin").write_bytes(np.sort(corpus.rows["key"][new]).astype("<u8").tobytes())
             (folder / "round.json").write_text(json.dumps({"number": number, **counts}), "utf-8")
         return self.begun()
 

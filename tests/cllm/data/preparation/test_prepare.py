@@ -5,13 +5,14 @@ import json
 import random
 import zipfile
 
+import numpy as np
 import pytest
 from disk import file_size_limit
 from here import Here
 from made import edited, prose, recipe
 
 from cllm.data import stream_texts
-from cllm.data.preparation import extraction, look, within
+from cllm.data.preparation import duplicates, extraction, look, within
 from cllm.data.preparation.manifest import open_prepared
 from cllm.data.preparation.plan import prepare
 from cllm.data.preparation.recipe import Mix, Recipe, Sizes, read_mix
@@ -169,6 +170,8 @@ def test_a_disk_that_takes_no_more_is_told_and_not_that_a_file_was_closed(tmp_pa
     with pytest.raises(DataError, match=r"could not write .*File too large"), file_size_limit(20_000), writing(tmp_path / "rows.parquet") as out:
         for row in rows:
             out.add(row)
+    with pytest.raises(DataError, match=r"could not write .*File too large"), file_size_limit(20_000):
+        duplicates.save(tmp_path / "numbers", np.zeros(10_000))
     assert not list(tmp_path.iterdir())
 
 
