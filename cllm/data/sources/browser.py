@@ -47,6 +47,8 @@ _RESTS = 5  # in a row, 100 milliseconds of the page's own clock and then nothin
 _LEADS = 100  # addresses that are remembered of a page that tries to go to one after the other
 _LEFT = "its scripts go away from it"  # to what is no page of the web, so that no request tells it
 _NOBODY = {"access-control-allow-origin": "http://nowhere.invalid"}  # otherwise Playwright lets each page read the answers of all sites
+_POLICY = "content-security-policy"
+_FRAMELESS = "frame-src 'none'; object-src 'none'"  # each frame of another site would be a process
 _GRACE = 5.0  # seconds for what should take none: opening, reading and closing a page
 _STARTING = 60.0  # seconds
 _MEMORY = 2 << 30  # bytes of each process of Chromium
@@ -312,7 +314,8 @@ class _Visit:
         if request.is_navigation_request():
             if not self._is_served:
                 self._is_served = True
-                await route.fulfill(status=self._page.status, headers=dict(self._page.headers), body=self._page.body)
+                policy = ", ".join(filter(None, (self._page.headers.get(_POLICY), _FRAMELESS)))
+                await route.fulfill(status=self._page.status, headers={**self._page.headers, _POLICY: policy}, body=self._page.body)
                 return
             if len(self._leads) < _LEADS and request.frame == self._tab.main_frame:
                 self._leads.setdefault(request.url)

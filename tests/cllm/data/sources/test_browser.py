@@ -222,16 +222,21 @@ HARM = {
 
 ODD = {
     "text/html": {
-        """<p></p><form><input name=shadowRoot>field</form><div></div><script crossorigin src=http://other.org/shared></script><script>
+        """<p></p><form><input name=shadowRoot>field</form><div></div><script>
+        const barred = [];
+        const both = new Promise((done) => addEventListener("securitypolicyviolation", (event) => {
+          if (barred.push(event.effectiveDirective) === 2) done();
+        }));
+        document.write("<iframe src=http://other.org/frame></iframe><img src=http://other.org/picture>");
         const tree = document.querySelector("div").attachShadow({ mode: "open" });
         for (let i = 0; i < 150000; i++) tree.append("");
         tree.append("in a tree");
         const opened = open("about:blank"), ours = Object.getOwnPropertyNames(window).filter((name) => name.startsWith("__p"));
         const can = (url) => fetch(url).then(() => 1, () => 0);
-        Promise.all([can("/own"), can("http://other.org/own"), can("http://other.org/shared")]).then((read) => {
-          document.querySelector("p").textContent = JSON.stringify([opened, ours, read]);
+        Promise.all([can("/own"), can("http://other.org/own"), can("http://other.org/shared"), both]).then((read) => {
+          document.querySelector("p").textContent = JSON.stringify([opened, ours, ...read, ...barred.sort()]);
         });
-        </script>""": """<p>[null,[],[1,0,1]]</p><form><input name="shadowRoot">field</form><div>in a tree</div>""",
+        </script>""": """<p>[null,[],1,0,1,null,"frame-src","img-src"]</p><form><input name="shadowRoot">field</form><div>in a tree</div>""",
         "<p>good</p><script>history.back()</script>": "its scripts go away from it",
         "<p>good</p><script>setTimeout(() => { location = 'about:blank'; }, 50)</script>": "its scripts go away from it",
     },
@@ -247,7 +252,7 @@ def test_a_page_is_what_its_scripts_make_of_it_alone_however_odd_they_are(chromi
 
     for kind, expected in ODD.items():
         for body, outcome in expected.items():
-            page = Answer(200, {"content-type": kind}, body.encode())
+            page = Answer(200, {"content-type": kind, "content-security-policy": "img-src 'none'"}, body.encode())
             found = asyncio.run(chromium.render(page, "http://x.org/", load, Bounds(PATIENCE, 1_000_000)))
             assert found.problem == outcome or (not found.problem and outcome in found.body.decode()), body
 
