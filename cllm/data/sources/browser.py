@@ -47,6 +47,7 @@ _RESTS = 5  # in a row, 100 milliseconds of the page's own clock and then nothin
 _LEADS = 100  # addresses that are remembered of a page that tries to go to one after the other
 _LEFT = "its scripts go away from it"  # to what is no page of the web, so that no request tells it
 _NOBODY = {"access-control-allow-origin": "http://nowhere.invalid"}  # otherwise Playwright lets each page read the answers of all sites
+_NOT_SWITCHED = "disable-popup-blocking"  # which Playwright would: what a page opens is a process
 _POLICY = "content-security-policy"
 _FRAMELESS = "frame-src 'none'; object-src 'none'"  # each frame of another site would be a process
 _GRACE = 5.0  # seconds for what should take none: opening, reading and closing a page
@@ -189,7 +190,7 @@ class Browser:
                 self._chromium = await self._playwright.chromium.launch(
                     executable_path=self._program,
                     args=[f"--{each}" for each in _SWITCHES],
-                    ignore_default_args=["--disable-popup-blocking"],
+                    ignore_default_args=[f"--{_NOT_SWITCHED}"],
                     chromium_sandbox=sandbox,
                     handle_sigint=False,
                     handle_sigterm=False,
