@@ -306,10 +306,6 @@ class Frontier:
         self.sql.execute("INSERT OR IGNORE INTO contents VALUES(?, ?)", (digest, entry.id))
         self.pages += not entry.stored
 
-    def note(self, entry: Entry) -> str:
-        """What was told of a URL the last time."""
-        return self.sql.execute("SELECT reason FROM urls WHERE id = ?", (entry.id,)).fetchone()[0]
-
     def with_digest(self, digest: bytes) -> str | None:
         """The URL under which these bytes were stored first."""
         row = self.sql.execute("SELECT urls.url FROM contents JOIN urls ON urls.id = contents.url WHERE contents.digest = ?", (digest,)).fetchone()

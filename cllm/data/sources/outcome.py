@@ -33,6 +33,7 @@ REDIRECT = "it redirects"
 A_LIST = "a sitemap or feed"
 SITE_FULL = "the site has given --max-per-site pages"
 MAX_NESTED = 4  # sitemaps that are named in sitemaps
+_OF_PAGE, _OF_RENDERED = 16, 17  # bytes of the digest of what is stored, which tell the two apart for good
 _SCRIPT = re.compile(rb"<script\b", re.IGNORECASE)
 
 
@@ -66,7 +67,7 @@ class Outcomes:
             state = DONE if entry.kind != PAGE else FAILED if answer.status >= 400 or not answer.status else LEFT_OUT
             self._finish(entry, state, answer.problem, now, status=answer.status, pace=1)
         elif answer.not_modified:
-            self._finish(entry, DONE, "", now, status=200, pace=entry.pace + 1)
+            self._finish(entry, DONE, RENDERED if _is_rendered(entry) else "", now, status=200, pace=entry.pace + 1)
         elif entry.kind != PAGE:
             await self._read_list(entry, answer, now)
         else:
@@ -133,10 +134,10 @@ class Outcomes:
             self._finish(entry, LEFT_OUT, ASKS_NO_TRAINING if directives.words == NO_TRAINING else ASKS_NOT, now, status=answer.status, pace=1)
             return pause
         note = RENDERED if rendered.body else NOT_RENDERED + rendered.problem if rendered.problem else ""
-        if rendered.problem and entry.stored and self._frontier.note(entry) == RENDERED:
+        if rendered.problem and _is_rendered(entry):
             self._finish(entry, DONE, RENDERED, now, status=answer.status, pace=entry.pace)  # what is stored has more in it
             return pause
-        digest = hashlib.blake2b(answer.body + rendered.body, digest_size=16).digest()
+        digest = hashlib.blake2b(answer.body + rendered.body, digest_size=_OF_RENDERED if rendered.body else _OF_PAGE).digest()
         if entry.digest == digest:
             self._finish(entry, DONE, note, now, status=answer.status, pace=entry.pace + 1)
             return pause
@@ -175,6 +176,11 @@ class Outcomes:
             self._frontier.close_prefix(prefix, NOTHING_NEW)
         if site.pages >= self._settings.max_per_site and not site.closed:
             self._frontier.close_site(site, SITE_FULL)
+
+
+def _is_rendered(entry: Entry) -> bool:
+    """Whether what is stored of it is what its scripts have made of it."""
+    return len(entry.digest or b"") == _OF_RENDERED
 
 
 def _same_name(one: str, other: str) -> bool:

@@ -132,8 +132,9 @@ def test_a_page_costs_so_many_requests_and_no_more(web):
 
 
 def test_a_page_is_stored_again_where_its_scripts_write_something_else_and_not_where_they_fail(tmp_path, web):
-    site = web.site(lambda exchange: exchange.send("<script>" if exchange.path == "/" else "", ETag='"x"'))
-    texts = ["one", "one", Rendered(problem="Chromium crashed"), "two", "<meta name=robots content=noindex>"]
+    gone = None
+    site = web.site(lambda exchange: exchange.send("<script>" if exchange.path == "/" else "", 404 if text is gone else 200, ETag='"x"'))
+    texts = ["one", "one", gone, Rendered(problem="Chromium crashed"), "two", "<meta name=robots content=noindex>"]
     settings = Settings(seeds=(site.url(),), delay=0.0, sitemaps=False, revisit=0.0, browser=True)
     write_settings(tmp_path, settings)
     stored, told = [], []
@@ -147,5 +148,5 @@ def test_a_page_is_stored_again_where_its_scripts_write_something_else_and_not_w
         summary = read_summary(tmp_path)[1]
         stored.append(summary.segments)
         told.append((summary.rendered, summary.not_rendered))
-    assert stored == [1, 1, 1, 2, 2] and told[:4] == [(1, {})] * 4
+    assert stored == [1, 1, 1, 1, 2, 2] and told[:5] == [(1, {}), (1, {}), (0, {}), (1, {}), (1, {})]
     assert site.counts["/"] == len(texts) and not any("if-none-match" in hit.headers for hit in site.hits)
