@@ -34,7 +34,7 @@ A_LIST = "a sitemap or feed"
 SITE_FULL = "the site has given --max-per-site pages"
 MAX_NESTED = 4  # sitemaps that are named in sitemaps
 _OF_PAGE, _OF_RENDERED = 16, 17  # bytes of the digest of what is stored, which tell the two apart for good
-_SCRIPT = re.compile(rb"<script\b", re.IGNORECASE)
+_SCRIPT = re.compile(rb"<\0?s\0?c\0?r\0?i\0?p\0?t\b", re.IGNORECASE)  # in UTF-16 too
 
 
 class Outcomes:

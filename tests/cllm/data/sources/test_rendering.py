@@ -150,3 +150,15 @@ def test_a_page_is_stored_again_where_its_scripts_write_something_else_and_not_w
         told.append((summary.rendered, summary.not_rendered))
     assert stored == [1, 1, 1, 1, 2, 2] and told[:5] == [(1, {}), (1, {}), (0, {}), (1, {}), (1, {})]
     assert site.counts["/"] == len(texts) and not any("if-none-match" in hit.headers for hit in site.hits)
+
+
+def test_scripts_are_seen_in_a_page_of_utf_16_too(tmp_path, web):
+    site = web.site(lambda exchange: exchange.send("<script>".encode("utf-16")))
+
+    async def act(url, load):
+        return "text"
+
+    settings = Settings(seeds=(site.url(),), delay=0.0, sitemaps=False, browser=True)
+    write_settings(tmp_path, settings)
+    Crawl(tmp_path, settings, Guard(web.allowed), browser=Scripted(act)).run()
+    assert read_summary(tmp_path)[1].rendered == 1
