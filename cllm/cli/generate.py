@@ -116,6 +116,7 @@ def generate(
     check_model(checkpoint)
     from cllm import runtime
     from cllm.data.tokens.fim import fim_prompt
+    from cllm.generate.chat_context import prompt_room
     from cllm.generate.constraint import compile_constraint
     from cllm.generate.decoding import generate as run
     from cllm.generate.decoding import stream as run_stream
@@ -132,7 +133,7 @@ def generate(
         shown = {"prompt": prompt}
         if suffix is not None:
             before, after, longest = tokenizer.encode(prompt), tokenizer.encode(suffix), model.config.max_seq_len
-            asked = fim_prompt(tokenizer, before, after, longest, max_tokens)
+            asked = fim_prompt(tokenizer, before, after, prompt_room(longest, max_tokens))
             if len(asked) < len(before) + len(after) + 3:
                 say(
                     f"The context of {longest:,} tokens does not hold the prompt of {len(before):,}, the suffix of {len(after):,} and the middle: "

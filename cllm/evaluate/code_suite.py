@@ -216,8 +216,8 @@ def next_lines(tasks: Sequence[Function], tokenizer: Tokenizer, writer: Writer) 
 
 def missing_lines(tasks: Sequence[Function], tokenizer: Tokenizer, writer: Writer, context: int) -> list[str]:
     """The same by a model that fills in the middle (`Tokenizer.fim`): it is shown what follows the line, too, in the same context."""
-    prompts = [fim_prompt(tokenizer, task.line_prompt, tokenizer.encode(task.behind), context, LINE_TOKENS) for task in tasks]
-    return _lines(prompts, tokenizer, writer)
+    room = context - LINE_TOKENS
+    return _lines([fim_prompt(tokenizer, task.line_prompt, tokenizer.encode(task.behind), room) for task in tasks], tokenizer, writer)
 
 
 def _lines(prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, writer: Writer) -> list[str]:

@@ -28,6 +28,11 @@ class Seen:
     answer_room: int  # the most tokens of an answer for which the model goes on seeing all of it
 
 
+def prompt_room(context: int, max_tokens: int) -> int:
+    """The tokens of a prompt that leaves room for an answer of `max_tokens` tokens, or of half the context if that is less."""
+    return context - min(max_tokens, context // 2)
+
+
 def fit_to_context(
     tokenizer: Tokenizer, messages: Messages, context: int, max_tokens: int, *, tools: Tools = (), draw: Draw = render
 ) -> Seen:  # fmt: skip
@@ -36,7 +41,7 @@ def fit_to_context(
     The oldest turns go first, and the system messages at the beginning stay. Where the last question alone is too long, its end is kept. Raises
     UserError where the system messages leave no room for a question. tools, draw: as of `encode_prompt`.
     """
-    room = context - min(max_tokens, context // 2)
+    room = prompt_room(context, max_tokens)
     system, turns = _turns(messages)
     for first in range(len(turns)):
         kept = [*system, *(message for turn in turns[first:] for message in turn)]

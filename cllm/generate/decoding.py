@@ -205,8 +205,9 @@ class _Run:
         return Generation(continuation.text, tokens, continuation.finish_reason, len(self.prompt), seconds, rate)
 
     def _runs_as_a_graph(self) -> bool:
-        in_pages = self.constraint is not None or self.draft is not None or self.model.kv_cache is not None
-        return self.use_cache and not in_pages and _computes_on_a_gpu(self.model)
+        if not self.use_cache or not _computes_on_a_gpu(self.model):
+            return False
+        return self.constraint is None and self.draft is None and self.model.kv_cache is None
 
     def _engine_pieces(self) -> Iterator[tuple[int, str]]:
         told: list[tuple[int, str]] = []

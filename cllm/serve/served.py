@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cllm.config.sampling import Sampling
 from cllm.data.tokens.chat_template import encode_prompt, encode_written, end_of_turn
 from cllm.data.tokens.fim import fim_prompt
-from cllm.generate.chat_context import fit_to_context
+from cllm.generate.chat_context import fit_to_context, prompt_room
 from cllm.generate.request import Request
 from cllm.runtime.errors import DataError, UserError
 from cllm.serve.errors import Refused
@@ -109,7 +109,7 @@ class Served:
             before = self._checked(prefix)
         after = self._encode(suffix, "suffix")
         try:
-            tokens = fim_prompt(self.tokenizer, before, after, self.context if may_leave_out else None, max_tokens)
+            tokens = fim_prompt(self.tokenizer, before, after, prompt_room(self.context, max_tokens) if may_leave_out else None)
         except UserError as error:
             raise Refused(400, str(error), param="suffix", code="unsupported_value") from None
         self._check_tokens(len(tokens), "prompt with suffix")

@@ -37,20 +37,19 @@ def check_fim(tokenizer: Tokenizer) -> FimTokens:
     return tokenizer.fim_tokens
 
 
-def fim_prompt(tokenizer: Tokenizer, prefix: Sequence[int], suffix: Sequence[int], context: int | None = None, max_tokens: int = 1) -> list[int]:
+def fim_prompt(tokenizer: Tokenizer, prefix: Sequence[int], suffix: Sequence[int], most: int | None = None) -> list[int]:
     """The tokens behind which a model writes the middle between two others.
 
-    context: what they and a middle of `max_tokens`, or one of half the context, have to fit into; at least 4. Where they do not, the prefix loses its
-    beginning and the suffix its end, which keeps at least a quarter of the room. Raises UserError where the model of the tokenizer has not learnt to
-    fill in a middle.
+    most: the length that the result keeps to, at least 4. The prefix then loses its beginning and the suffix its end, which keeps at least a quarter
+    of the room. Raises UserError where the model of the tokenizer has not learnt to fill in a middle.
     """
     tokens = tokenizer.fim
     if tokens is None:
         raise UserError(
             "this model has not learnt to fill in the middle of a text. Train one with cllm train DATA --fim-rate 0.5, or leave out the suffix."
         )
-    if context is not None:
-        room = max(0, context - min(max_tokens, context // 2) - len(tokens))
+    if most is not None:
+        room = most - len(tokens)
         suffix = suffix[: max(room // 4, room - len(prefix))]
         prefix = prefix[max(0, len(prefix) - (room - len(suffix))) :]
     return [tokens.prefix, *prefix, tokens.suffix, *suffix, tokens.middle]

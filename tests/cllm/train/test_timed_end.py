@@ -33,6 +33,7 @@ clock.now = lambda: (lambda n: n if n < 150 else 2 * n - 150)(next(ticks)) / 1.0
 KILLED = (
     CLOCK
     + """
+import sys
 from cllm.train.trainer import Trainer
 sys.path[:0] = {folders!r}
 import test_timed_end as test

@@ -152,14 +152,13 @@ def test_batches_are_the_same_on_every_machine(split):
     ]
 
 
-@given(st.lists(st.integers(20, 30), max_size=30), st.lists(st.integers(20, 30), max_size=30), st.integers(8, 60), st.integers(1, 80))
-def test_a_prompt_keeps_what_is_next_to_the_middle_and_leaves_room_for_it(prefix, suffix, context, max_tokens):
+@given(st.lists(st.integers(20, 30), max_size=30), st.lists(st.integers(20, 30), max_size=30), st.integers(4, 40))
+def test_a_prompt_keeps_what_is_next_to_the_middle(prefix, suffix, most):
     tokenizer = BYTES.with_fim()
     whole = fim_prompt(tokenizer, prefix, suffix)
     first, second, third = tokenizer.fim
     assert whole == [first, *prefix, second, *suffix, third]
-    cut = fim_prompt(tokenizer, prefix, suffix, context, max_tokens)
-    most = context - min(max_tokens, context // 2)
+    cut = fim_prompt(tokenizer, prefix, suffix, most)
     assert len(cut) == min(len(whole), most)
     place = cut.index(second)
     before, behind = cut[1:place], cut[place + 1 : -1]
