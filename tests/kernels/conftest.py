@@ -66,6 +66,10 @@ def serve():
         scope.__exit__(None, None, None)
 
 
+with torch.device("meta"):  # the first such block looks up, once for all, what makes tensors: before any of it is replaced below
+    torch.empty(0)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that nobody wrote reads as NaN, so that an output left unwritten shows."""
