@@ -3,7 +3,6 @@
 import json
 import pydoc_data.topics
 import re
-import shutil
 import signal
 import urllib.request
 from dataclasses import dataclass
@@ -25,11 +24,6 @@ _PROGRAM = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); imp
 def real_text():
     """Prose that every Python brings: its reference of the language."""
     return "\n\n".join(pydoc_data.topics.topics.values())[:400_000]
-
-
-def chromium():
-    """The path of a Chromium that is installed, or None."""
-    return next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 
 
 @dataclass

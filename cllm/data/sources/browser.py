@@ -114,6 +114,11 @@ Load = Callable[[str, str], Coroutine[Any, Any, Answer | None]]
 """Answers a GET for an address with this Accept header; None where it is not loaded."""
 
 
+def installed_chromium() -> str | None:
+    """The path of a Chromium or Chrome that the system has."""
+    return next((found for name in _PROGRAMS if (found := shutil.which(name))), None)
+
+
 class Browser:
     """A Chromium that runs as long as the block. A context manager that raises DataError where something is missing or does not start."""
 
@@ -121,7 +126,7 @@ class Browser:
     """Whether Chromium keeps pages away from the rest of the user's files; it cannot as root, nor without namespaces for users."""
 
     def __init__(self) -> None:
-        self._program = next((found for name in _PROGRAMS if (found := shutil.which(name))), None)
+        self._program = installed_chromium()
         self._playwright: Any = None
         self._chromium: Any = None
         self._num_pages = 0

@@ -6,15 +6,17 @@ A test fails on an error in the console, an error of the page, or a request to a
 from pathlib import Path
 
 import pytest
-from app_browser import QUIET, TINY, Watched, chromium, real_text, start_app
+from app_browser import QUIET, TINY, Watched, real_text, start_app
 from command import cllm
+
+from cllm.data.sources.browser import installed_chromium
 
 
 @pytest.fixture(scope="session")
 def driver():
     """(Playwright's module, the path of Chromium)."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'cllm[browser]'")
-    path = chromium()
+    path = installed_chromium()
     if path is None:
         pytest.skip("Chromium is not installed: apt install chromium")
     return sync_api, path

@@ -13,15 +13,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from app_browser import chromium as chromium_here
 from command import PATIENCE, Started, cllm, wait_for, wait_until
 from web_servers import Web
 
 pytest.importorskip("aiohttp", reason="the crawler's library, of the extra [data]")
 pytest.importorskip("protego", reason="reads robots.txt, of the extra [data]")
 pytest.importorskip("playwright.async_api", reason="drives Chromium, of the extra [browser]")
-if chromium_here() is None:
-    pytest.skip("Chromium is not installed: apt install chromium", allow_module_level=True)
 
 from cllm.app.readers.pages import newest_pages
 from cllm.data.extract import warcs
@@ -29,12 +26,13 @@ from cllm.data.extract.compressed import Budget
 from cllm.data.extract.options import Options
 from cllm.data.sources import browser as browser_module
 from cllm.data.sources.addresses import Guard
-from cllm.data.sources.browser import Answer, Bounds, Browser
+from cllm.data.sources.browser import Answer, Bounds, Browser, installed_chromium
 from cllm.data.sources.crawl import Crawl
 from cllm.data.sources.no_network import leave_network
 from cllm.data.sources.settings import Settings, write_settings
 from cllm.data.sources.summary import read_summary
 
+pytestmark = pytest.mark.skipif(installed_chromium() is None, reason="Chromium is not installed: apt install chromium")
 SHELL = "<html><head><title>Shell</title></head><body><noscript>Please switch on JavaScript</noscript><script src=/app.js></script></body></html>"
 APP = """
 document.write("<link rel=stylesheet href=/style.css><img src=/picture.png><iframe src=/frame></iframe>");

@@ -66,7 +66,10 @@ def updating_on_a_gpu(optimizer):
 
 INTERPRETED = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
 # On a CPU, and as on a GPU.
-EVERYWHERE = [False, pytest.param(True, marks=pytest.mark.skipif(not INTERPRETED, reason="Triton has no interpreter here"), id="gpu")]
+EVERYWHERE = [
+    False,
+    pytest.param(True, marks=pytest.mark.skipif(not INTERPRETED, reason="needs Triton, and its interpreter: with a GPU tests/gpu run"), id="gpu"),
+]
 
 
 def clipped(update):
