@@ -23,17 +23,16 @@ def visible_keys(num_queries: int, num_keys: int, causal: bool, window: int | No
 @functools.cache
 def _visible_keys(num_queries: int, num_keys: int, causal: bool, window: int | None, bounds: tuple[int, ...] | None) -> Tensor:
     """(T, S) bool, written as loops so that it shares nothing with the kernels."""
-    seen = torch.zeros(num_queries, num_keys, dtype=torch.bool, device="cpu")
     document = [0] * num_keys
     for index, (start, end) in enumerate(itertools.pairwise(bounds or ())):
         document[start:end] = [index] * (end - start)
-    for t in range(num_queries):
-        position = t + num_keys - num_queries
+    seen = []
+    for position in range(num_keys - num_queries, num_keys):
         for s in range(num_keys):
-            seen[t, s] = (
+            seen.append(
                 (not causal or s <= position) and (window is None or s > position - window) and (bounds is None or document[s] == document[position])
             )
-    return seen
+    return torch.tensor(seen, dtype=torch.bool, device="cpu").view(num_queries, num_keys)
 
 
 def plain_attention(q, k, v, *, causal=False, scale=None, window=None, softcap=None, cu_seqlens=None, sinks=None, return_lse=False):

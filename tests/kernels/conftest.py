@@ -1,5 +1,6 @@
 """Fixtures of the kernel tests: the rule of `oracle.py`, the cases of `cases.py`, the backends, and allocations poisoned with NaN."""
 
+import dataclasses
 import importlib.util
 import sys
 import warnings
@@ -90,13 +91,13 @@ def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def infinities_in_interpreted_kernels() -> Iterator[None]:
+def interpreted_kernels() -> Iterator[None]:
     """Triton's interpreter computes with NumPy, which warns of each infinity and NaN; the hardware goes on without a word, and tests ask for both.
-    Only while a kernel is interpreted are these warnings off."""
+    Only while a kernel is interpreted are these warnings off. A whole number that overflows, as an offset could, is an error."""
     if importlib.util.find_spec("triton") is None:
         yield
         return
-    from triton.runtime.interpreter import GridExecutor
+    from triton.runtime.interpreter import GridExecutor, interpreter_builder
 
     interpret = GridExecutor.__call__
 
@@ -107,4 +108,5 @@ def infinities_in_interpreted_kernels() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GridExecutor, "__call__", quietly)
+        patch.setattr(interpreter_builder, "options", dataclasses.replace(interpreter_builder.options, debug=True))
         yield
