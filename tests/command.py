@@ -111,6 +111,12 @@ def _changes(variables: dict[str, str]) -> dict[str, str | None]:
     return {name: after.get(name) for name in before | after if before.get(name) != after.get(name)}
 
 
+def readable(file: int, timeout: float) -> bool:
+    poll = select.poll()  # `select.select` takes no descriptor beyond 1,023
+    poll.register(file, select.POLLIN)
+    return bool(poll.poll(timeout * 1000))
+
+
 class Started:
     """`cllm`, or a Python program, in a process forked from one with the libraries imported. What it prints goes to `out` and `err` as it comes.
 
@@ -181,7 +187,7 @@ class Started:
         wait_until(lambda: words in getattr(self, name), self)
 
     def _status(self, timeout: float) -> int | None:
-        if self.returncode is None and select.select([self._report], [], [], timeout)[0]:
+        if self.returncode is None and readable(self._report, timeout):
             self.returncode = int.from_bytes(os.read(self._report, 4), "little", signed=True)
             os.close(self._report)
         return self.returncode

@@ -18,9 +18,10 @@ import numpy as np
 from cllm.data.clean import lines
 from cllm.data.clean.rules import Rules
 from cllm.data.clean.words import split
-from cllm.data.preparation.duplicates import load, save, slice_of
+from cllm.data.preparation.duplicates import save, slice_of
 from cllm.data.preparation.rows import Row, read_rows
 from cllm.data.preparation.versions import reasons
+from cllm.runtime.mapped_file import mapped
 
 _PAGE = "one page of this site"
 
@@ -58,7 +59,7 @@ class Boilerplate:
 
     def __init__(self, inputs: list[str]) -> None:
         """inputs: the parts that `merge` has written, in their order."""
-        self._counts = np.concatenate([np.empty(0, lines.COUNT), *(load(each, lines.COUNT) for each in inputs)])
+        self._counts = np.concatenate([np.empty(0, lines.COUNT), *(mapped(each, lines.COUNT) for each in inputs)])
 
     def without(self, text: str, site: str, rules: Rules) -> tuple[str, int]:
         """A page without the boilerplate of its site, and how many lines that were."""

@@ -26,6 +26,7 @@ from cllm.data.clean.near import verify as near_duplicates
 from cllm.data.clean.words import split
 from cllm.data.preparation.rows import file_facts, texts_at
 from cllm.files import DATA, new_file
+from cllm.runtime.mapped_file import mapped
 
 EXACT_ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("key", "<u8")])
 BAND_ROW = np.dtype([("hash", "<u8"), ("key", "<u8")])
@@ -48,14 +49,9 @@ def save(place: Path, array: np.ndarray) -> list[Any]:
     return file_facts(place)
 
 
-def load(place: str, kind: np.dtype) -> np.ndarray:
-    """A file of such rows, read as it is needed; an empty one has no map."""
-    return np.memmap(place, kind, mode="r") if Path(place).stat().st_size else np.empty(0, kind)
-
-
 def slice_of(place: str, kind: np.dtype, column: str, part: int, parts: int) -> np.ndarray:
     """The rows of a file sorted by `column` whose values lie in part number `part` of `parts` equal ranges of 64 bits."""
-    rows = load(place, kind)
+    rows = mapped(place, kind)
     bounds = [min((number << 64) // parts, 2**64 - 1) for number in (part, part + 1)]
     first, last = np.searchsorted(rows[column], np.array(bounds, np.uint64))
     return np.array(rows[first:] if part + 1 == parts else rows[first:last])
@@ -87,7 +83,7 @@ def _stars(keys: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def merge_forests(place: str, inputs: list[str]) -> dict[str, Any]:
     """Writes PLACE.forest: one forest of the edges of several."""
-    edges = np.concatenate([load(each, np.dtype("<u8")).reshape(-1, 2) for each in inputs])
+    edges = np.concatenate([mapped(each, np.dtype("<u8")).reshape(-1, 2) for each in inputs])
     return {"files": {".forest": save(Path(place + ".forest"), forest_of(edges))}, "edges": len(edges)}
 
 
@@ -109,8 +105,8 @@ def verify(place: str, forest: str, first: int, last: int, copies: list[str], te
     their first rows. threshold: the
     similarity from which on a document repeats another. Of each document the hashes of its words are held, 8 bytes a word.
     """
-    members = np.array(load(forest, np.dtype("<u8")).reshape(-1, 2)[first:last])
-    gone = np.concatenate([np.empty(0, np.uint64), *(load(each, PAIR)["key"] for each in copies)])
+    members = np.array(mapped(forest, np.dtype("<u8")).reshape(-1, 2)[first:last])
+    gone = np.concatenate([np.empty(0, np.uint64), *(mapped(each, PAIR)["key"] for each in copies)])
     keys = np.unique(members)
     keys = keys[~np.isin(keys, gone)]
     hashes: dict[int, np.ndarray] = {}
@@ -143,5 +139,5 @@ def _texts_of(keys: np.ndarray, texts: dict[str, list[tuple[int, str]]]) -> Iter
 
 def merged(inputs: Sequence[str]) -> np.ndarray:
     """All pairs of these files, by key. A key stands in one of them at most."""
-    pairs = np.concatenate([np.empty(0, PAIR), *(load(each, PAIR) for each in inputs)])
+    pairs = np.concatenate([np.empty(0, PAIR), *(mapped(each, PAIR) for each in inputs)])
     return pairs[np.argsort(pairs["key"])]

@@ -28,6 +28,7 @@ from cllm.data.preparation.recipe import LARGE_LOSS, VERSIONS, Recipe, epochs_of
 from cllm.data.preparation.rows import arrow, digest_of
 from cllm.files import DATA, write_file
 from cllm.runtime.errors import DataError, UserError
+from cllm.runtime.mapped_file import mapped
 from cllm.runtime.progress import Progress
 from cllm.runtime.quantities import size
 
@@ -299,7 +300,7 @@ class Preparation:
         return max(1, -(-rows // self.recipe.sizes.partition_rows))
 
     def _verify(self, forest: Done, copies: list[Done], cleaned: list[Done], references: list[_Reference], threshold: float) -> list[Done]:
-        members = duplicates.load(forest.path(".forest"), np.dtype("<u8")).reshape(-1, 2)
+        members = mapped(forest.path(".forest"), np.dtype("<u8")).reshape(-1, 2)
         files = {number: [(0, str(each.path), each.signed.digest)] for number, each in enumerate(references)}
         for part, done in zip(self.parts, cleaned):
             files.setdefault(1 << 31 | part.piece.number, []).append((part.first, done.path(".parquet"), done.digest))
@@ -341,7 +342,7 @@ class Preparation:
     # -- the result --------------------------------------------------------------------------------------------------------------
 
     def _write(self, cleaned: list[Done], pairs: Path, references: list[_Reference]) -> list[tuple[Shard, dict[str, Any]]]:
-        duplicate = duplicates.load(str(pairs), duplicates.PAIR)
+        duplicate = mapped(str(pairs), duplicates.PAIR)
         sizes: list[np.ndarray] = []  # bytes of each document; -1 - bytes of one that is dropped
         totals = dict.fromkeys(self.sources, 0)
         for part, done in zip(self.parts, cleaned):

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from cllm.data.preparation.duplicates import EXACT, OWN, PAIR, load
+from cllm.data.preparation.duplicates import EXACT, OWN, PAIR
 from cllm.data.preparation.rows import Row, RowWriter, file_facts, read_rows
 from cllm.data.preparation.tally import Tally
 from cllm.files import DATA, new_file
+from cllm.runtime.mapped_file import mapped
 
 KEPT, DROPPED = "kept", "dropped"
 _BITS = 53  # of what is drawn
@@ -130,7 +131,7 @@ def write(
     how often its documents are taken. reasons: name of a source -> why those of it that are not drawn are dropped. earlier: the shards of earlier
     data sets.
     """
-    duplicates = load(pairs, PAIR)
+    duplicates = mapped(pairs, PAIR)
     tally = Tally()
     with new_file(out, DATA) as beside:
         rows = RowWriter(beside)

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from cllm.data.preparation.duplicates import load, save, slice_of
+from cllm.data.preparation.duplicates import save, slice_of
+from cllm.runtime.mapped_file import mapped
 
 FETCH = np.dtype([("high", "<u8"), ("low", "<u8"), ("time", "<i8"), ("member", "<u8"), ("key", "<u8"), ("same_high", "<u8"), ("same_low", "<u8")])
 """128 bits of the address; microseconds since 1970; the key of the first document that the fetch gave, and of this one. `same_high`, `same_low`: the
@@ -93,9 +94,9 @@ def _first_of_next(rows: np.ndarray) -> np.ndarray:
 
 def replaced(outdated: Sequence[str], copies: Sequence[str]) -> np.ndarray:
     """(R,) REPLACED, by key: all outdated documents but those that a page repeats now, which stay as the text of that one."""
-    rows = np.concatenate([np.empty(0, _OUTDATED), *(load(each, _OUTDATED) for each in outdated)])
+    rows = np.concatenate([np.empty(0, _OUTDATED), *(mapped(each, _OUTDATED) for each in outdated)])
     times = defaultdict(list)
-    for high, low, time in np.concatenate([np.empty(0, _COPY), *(load(each, _COPY) for each in copies)]).tolist():
+    for high, low, time in np.concatenate([np.empty(0, _COPY), *(mapped(each, _COPY) for each in copies)]).tolist():
         times[high, low].append(time)
     gone = np.ones(len(rows), dtype=bool)
     for place in np.flatnonzero(np.isin(rows["high"], np.array([high for high, _ in times], np.uint64))):
@@ -115,7 +116,7 @@ def of_piece(rows: np.ndarray, piece: int) -> np.ndarray:
 
 def reasons(place: str, piece: int) -> dict[int, str]:
     """Number of a document in its piece -> why it is dropped. place: the file of all replaced documents; empty where there is none."""
-    return {key & 0xFFFFFFFF: _reason(winner, newest) for key, winner, newest in of_piece(load(place, REPLACED), piece).tolist()} if place else {}
+    return {key & 0xFFFFFFFF: _reason(winner, newest) for key, winner, newest in of_piece(mapped(place, REPLACED), piece).tolist()} if place else {}
 
 
 def _reason(winner: int, newest: int) -> str:

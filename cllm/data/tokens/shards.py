@@ -23,6 +23,7 @@ import numpy as np
 
 from cllm.files import DATA, write_file
 from cllm.runtime.errors import DataError
+from cllm.runtime.mapped_file import mapped
 
 FORMAT = "cllm-tokens"
 VERSION = 1
@@ -323,6 +324,4 @@ class PackedTokens:
                 raise DataError(f"{path} has {size:,} bytes, and {file.size:,} were expected: it is damaged. {_AGAIN}")
 
     def _map(self, file: _File, dtype: np.dtype) -> np.ndarray:
-        if file.size == 0:
-            return np.empty(0, dtype=dtype)
-        return np.memmap(self.folder / file.name, dtype=dtype, mode="r")
+        return mapped(self.folder / file.name, dtype)

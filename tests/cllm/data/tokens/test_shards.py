@@ -2,6 +2,7 @@
 
 import errno
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -44,6 +45,16 @@ def test_every_slice_reads_back_across_shards(tmp_path_factory, documents, shard
     assert split.token_counts().tolist() == np.bincount(stream, minlength=vocab_size).tolist()
     assert split.dtype.itemsize == (2 if vocab_size == 100 else 4)
     split.verify()
+
+
+def test_a_split_may_have_more_shards_than_a_process_may_open_files(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+    try:
+        split = write(tmp_path / "split", [list(range(1, 100))] * 21)
+        assert split.read(0, split.num_tokens).tolist() == list(range(1, 100)) * 21 and len(list((tmp_path / "split").glob("shard-*"))) == 297
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_names_and_sizes_of_documents_are_kept(tmp_path):
