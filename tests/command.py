@@ -98,9 +98,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 READ_AT_THE_START = ("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "NUMBA_", "TRITON_", "TORCH", "LANG", "LC_")
 
 
+# No user has these: the tests set them, and torch and CLLM for what they compile in a process of tests.
+OURS = ("TRITON_INTERPRET", "PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR",
+        *(f"NUMBA_{name}" for name in ("CACHE_DIR", "CPU_FEATURES", "CPU_NAME", "THREADING_LAYER_PRIORITY")))  # fmt: skip
+
+
 def _environment() -> dict[str, str]:
-    ours = ("TRITON_INTERPRET", "PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")  # no user has these; torch sets the last when it first compiles
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    environment = {name: value for name, value in os.environ.items() if name not in OURS}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # as in an activated environment
     return environment
 
