@@ -15,10 +15,15 @@ from collections.abc import Callable
 from typing import Any
 
 _SECONDS = 0.25  # between two writes
-_path = os.environ.pop("CLLM_PROGRESS_FILE", "")
-_process = os.getpid()
+_path, _process = "", 0
 _newest: dict[str, Any] = {}
 _due = 0.0
+
+
+def begin() -> None:
+    """To be called by the command that the variable is for, before it starts anything else."""
+    global _path, _process
+    _path, _process = os.environ.pop("CLLM_PROGRESS_FILE", ""), os.getpid()
 
 
 def tell(values: Callable[[], dict[str, Any]]) -> None:

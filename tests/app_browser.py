@@ -72,7 +72,7 @@ def start_app(workspace, port=0):
     if _machine and not report.exists():
         report.parent.mkdir(exist_ok=True)
         report.write_bytes(_machine[0])
-    process = Started("app", "--no-browser", "--port", port, program=_PROGRAM, cwd=workspace, CLLM_API_KEY=KEY)
+    process = Started("app", "--no-browser", "--port", port, program=_PROGRAM, is_command=True, cwd=workspace, CLLM_API_KEY=KEY)
     found = []
     wait_until(lambda: found.extend(re.findall(r"http://\S+token=\S+\n", process.out)) or found, process)
     return Running(workspace, found[0].strip(), process)

@@ -5,18 +5,16 @@ import json
 import threading
 from urllib.parse import urlencode
 
-import typer
-
 from cllm.app.security import Access
 from cllm.app.server import build
 from cllm.app.state import App
 from cllm.app.workspace import Workspace
-from cllm.cli.app import app as command_line
+from cllm.cli.app import parser
 from cllm.cli.declared import declared_commands
 from cllm.serve.safety import Policy
 
 KEY = "key-of-the-tests"
-COMMANDS = declared_commands(typer.main.get_command(command_line))
+COMMANDS = declared_commands(parser())
 
 
 class Answer:

@@ -124,10 +124,19 @@ def readable(file: int, timeout: float) -> bool:
 class Started:
     """`cllm`, or a Python program, in a process forked from one with the libraries imported. What it prints goes to `out` and `err` as it comes.
 
-    program: Python code to run instead of the command, with the arguments in `sys.argv`. variables: what is set in its environment.
+    program: Python code to run instead of the command, with the arguments in `sys.argv`. is_command: it runs the command in the end, and may find
+    imported what that begins by importing. variables: what is set in its environment.
     """
 
-    def __init__(self, *arguments: object, program: str | None = None, cwd: Path | str | None = None, stdin: str = "", **variables: str) -> None:
+    def __init__(
+        self,
+        *arguments: object,
+        program: str | None = None,
+        is_command: bool = False,
+        cwd: Path | str | None = None,
+        stdin: str = "",
+        **variables: str,
+    ) -> None:
         request = {"program": program, "arguments": [*map(str, arguments)], "folder": str(cwd or Path.cwd()), "variables": _changes(variables)}
         self.out = self.err = ""
         self.returncode: int | None = None
@@ -136,7 +145,7 @@ class Started:
             reading, writing = os.pipe()
             ours.append(reading if ours_reads else writing)
             theirs.append(writing if ours_reads else reading)
-        _server().send(request, theirs)
+        _server().send(request, theirs, is_command or program is None)
         for file in theirs:
             os.close(file)
         self._report = ours[3]
@@ -239,13 +248,16 @@ class _Server:
 
     def __init__(self) -> None:
         self.environment = _environment()
-        self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
+        self._programs, self._commands = (ours for ours, _ in pairs)
+        files = [theirs.fileno() for _, theirs in pairs]
         script = Path(__file__).with_name("command_server.py")
-        with theirs:
-            subprocess.Popen([sys.executable, script, str(theirs.fileno())], env=self.environment, pass_fds=[theirs.fileno()])
+        subprocess.Popen([sys.executable, script, *map(str, files)], env=self.environment, pass_fds=files)
+        for _, theirs in pairs:
+            theirs.close()
 
-    def send(self, request: dict[str, Any], files: list[int]) -> None:
-        socket.send_fds(self._requests, [json.dumps(request).encode()], files)
+    def send(self, request: dict[str, Any], files: list[int], is_command: bool) -> None:
+        socket.send_fds(self._commands if is_command else self._programs, [json.dumps(request).encode()], files)
 
 
 def _write(file: int, text: str) -> None:

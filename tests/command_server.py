@@ -1,8 +1,9 @@
 """A process that has imported the libraries already and forks for each command: a command in it costs what the command does, not 2 s of imports.
 
 Run by `command.py`, which sends a request for each command: what was typed or the Python program, the folder, the environment where it differs,
-and the four files of the new process. Nothing of CLLM is imported before the fork, and no library has started a thread by then, so what a command
-imports, and in which order, is as in a process of its own.
+and the four files of the new process. Programs come out of a process that has imported nothing of CLLM, commands out of a copy of it that has
+imported the command line, as each of them begins by doing; that reads nothing of the environment, as `tests/cllm/cli/test_options.py` makes sure.
+No library has started a thread before the fork. So what a command imports, and in which order, is as in a process of its own.
 """
 
 import atexit
@@ -40,6 +41,21 @@ def import_libraries() -> None:
     for name in (*OPTIONAL, *(f"numba.{each}" for each in NUMBA)):
         with suppress(ImportError):  # not installed, or elsewhere in another version
             importlib.import_module(name)
+    registry = importlib.import_module("numba.core.registry")
+    registry.cpu_target.typing_context.refresh()  # the types of what Python and numpy have, which do not depend on the processor
+
+
+def import_command_line() -> None:
+    from cllm.cli.app import parser
+
+    parser()
+    keep()
+
+
+def keep() -> None:
+    """What has been imported stays: without this a command would look through it for cycles when it ends, for 0.7 s."""
+    gc.collect()
+    gc.freeze()
 
 
 def serve(requests: socket.socket) -> dict[str, Any]:
@@ -48,11 +64,12 @@ def serve(requests: socket.socket) -> dict[str, Any]:
         message, files, _, _ = socket.recv_fds(requests, 1 << 20, 4)
         if not message:
             sys.exit()
-        if os.fork() == 0:
+        began = os.fork()
+        if not began:
             break
         for file in files:
             os.close(file)
-        os.wait()
+        os.waitpid(began, 0)
     requests.close()
     # This process waits for the command, so that the server can go on; it is waited for at once, and its child afterwards belongs to init.
     report = files[3]
@@ -121,9 +138,15 @@ def end_as_python_does(status: int) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C that ends the tests ends this process when its socket closes
     del sys.path[0]  # the folder of this file, which no command sees
+    programs, commands = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
     import_libraries()
-    gc.collect()
-    gc.freeze()  # what the libraries have made stays: without this a command would look through it for cycles when it ends, for 0.7 s
-    request = serve(socket.socket(fileno=int(sys.argv[1])))
+    keep()
+    if os.fork():
+        commands.close()
+        request = serve(programs)
+    else:
+        programs.close()
+        import_command_line()
+        request = serve(commands)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     run(request)

@@ -1,8 +1,6 @@
 """The commands of `cllm` and their options, as the parser of the command line sees them."""
 
-import typer
-
-from cllm.cli.app import app
+from cllm.cli.app import parser
 
 
 def _commands(group, path=()):
@@ -13,7 +11,7 @@ def _commands(group, path=()):
             yield (*path, name), command
 
 
-COMMANDS = dict(_commands(typer.main.get_command(app)))
+COMMANDS = dict(_commands(parser()))
 
 
 def options(*command):

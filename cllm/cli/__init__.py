@@ -12,6 +12,7 @@ def main() -> None:
     from cllm.cli.app import main as run
     from cllm.runtime import progress_file
 
+    progress_file.begin()
     status: object = 1  # of an error that nobody expected
     try:
         run()

@@ -4,6 +4,7 @@ A command reads its options, calls the library and prints what came out. Whateve
 `cllm --help` stays quick. To add a command: a file with a `typer.Typer` of its own, and its line in the loop below.
 """
 
+import functools
 import os
 import sys
 from typing import Annotated, Any, NoReturn
@@ -75,16 +76,21 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
     pass
 
 
+@functools.cache
+def parser() -> Any:
+    """All commands with their options, as click knows them."""
+    return typer.main.get_command(app)
+
+
 def main(argv: list[str] | None = None) -> NoReturn:
     """Entry point of the `cllm` command. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     prepare_streams()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    command: Any = typer.main.get_command(app)
     arguments = sys.argv[1:] if argv is None else argv
     open_console("--json" in arguments)
     try:
         with interruptible():
-            status = command(args=arguments, prog_name="cllm", standalone_mode=False) or 0
+            status = parser()(args=arguments, prog_name="cllm", standalone_mode=False) or 0
         sys.exit(status)
     except _UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # typer does not export it

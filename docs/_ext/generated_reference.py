@@ -13,10 +13,9 @@ import typing
 from pathlib import Path
 from typing import Any
 
-import typer.main
 from sphinx.application import Sphinx
 
-from cllm.cli.app import app as commands
+from cllm.cli.app import parser
 from cllm.config import schema
 from cllm.config.setting import Setting, settings_of
 from cllm.monitor import records
@@ -88,7 +87,7 @@ def limits(setting: Setting) -> str:
 
 
 def commands_page() -> str:
-    root = typer.main.get_command(commands)
+    root = parser()
     lines = ["# Commands", "", "Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted with everything saved.", ""]
     for name, command in root.commands.items():
         lines += command_section(f"cllm {name}", command, 2)

@@ -29,11 +29,9 @@ def test_the_site_builds_without_a_warning_and_asks_the_network_for_nothing(tmp_
 
 def options_of(command: list[str]) -> set[str]:
     """The options of a subcommand, from its declaration."""
-    import typer.main
+    from cllm.cli.app import parser
 
-    from cllm.cli.app import app
-
-    found = typer.main.get_command(app)
+    found = parser()
     for word in command:
         found = found.commands[word]
     return {name for parameter in found.params for name in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}

@@ -5,19 +5,18 @@ import re
 from pathlib import Path
 
 import pytest
-import typer
 from app_client import COMMANDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cllm.app.workspace import Workspace
-from cllm.cli.app import app as command_line
+from cllm.cli.app import parser
 from cllm.cli.declared import NAMES
 from cllm.config.schema import SETTINGS
 from cllm.config.train import TrainConfig
 from cllm.serve.errors import Refused
 
-ROOT = typer.main.get_command(command_line)
+ROOT = parser()
 DESCRIBED = COMMANDS.describe()
 
 

@@ -26,6 +26,7 @@ from cllm.serve.errors import Refused
 SCRIPT = """
 import json, os, signal, sys, time
 from cllm.runtime import progress_file
+progress_file.begin()
 name, how = sys.argv[1:3]
 def asked(number, frame):
     if how == "deaf": return

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from command import cllm
+from command import cllm, python
 from commands import COMMANDS, options
 
 from cllm import Model, ModelConfig, save
@@ -84,10 +84,18 @@ def test_the_list_of_commands_says_of_each_in_a_whole_sentence_what_it_does(grou
 
 def test_the_help_pages_import_nothing_that_computes():
     """Numbers of modules, not of seconds: torch alone brings more than a thousand."""
-    script = "import sys, typer; from cllm.cli.app import app; typer.main.get_command(app); print(*sys.modules)"
+    script = "import sys; from cllm.cli.app import parser; parser(); print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     heavy = {"torch", "numpy", "numba", "triton", "safetensors", "tokenizers", "rich", "psutil"}
     assert not heavy & set(modules) and len(modules) < 500
+
+
+def test_the_command_line_is_imported_without_a_look_at_the_environment():
+    """What is asked for is known only when a command begins: the tests fork commands from a process that has imported it."""
+    script = "import os\nread = type(os.environ).__getitem__\nasked = []\n"
+    script += "def spy(environment, name):\n    asked.append(name)\n    return read(environment, name)\n"
+    script += "type(os.environ).__getitem__ = spy\nfrom cllm.cli.app import parser\nparser()\nimport cllm\nprint(cllm.cli.app.__name__, asked)"
+    assert python("-c", script).out == "cllm.cli.app []\n"
 
 
 WRONG = [

@@ -7,11 +7,10 @@ import re
 import shutil
 
 import pytest
-import typer
 
 from cllm.checkpoint.safetensors import sha256_of
 from cllm.checkpoint.store import CheckpointStore
-from cllm.cli.app import app
+from cllm.cli.app import parser
 from cllm.data import Dataset
 from cllm.data.tokens.shards import ShardWriter
 from cllm.monitor.guards import RunLock
@@ -28,7 +27,7 @@ WORDS = "the quick brown fox jumps over the lazy dog and comes back to sleep\n"
 
 def cllm(*arguments):
     """The command inside this process; its errors as they are."""
-    typer.main.get_command(app)(args=[str(each) for each in arguments], prog_name="cllm", standalone_mode=False)
+    parser()(args=[str(each) for each in arguments], prog_name="cllm", standalone_mode=False)
 
 
 def content(folder):
