@@ -5,6 +5,9 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import pytest
@@ -18,6 +21,9 @@ SETTINGS = ("--tokenizer", "char", "--embed-dim", 16, "--num-layers", 1, "--num-
             "--set", "train.deterministic=true", "--device", "cpu")  # fmt: skip
 
 
+PROGRAM = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); import torchrun_program; del sys.path[0]; torchrun_program.main()"
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "text.txt"
@@ -26,22 +32,16 @@ def text(tmp_path_factory):
 
 
 class Torchrun:
-    """The launcher, forked from a process that has imported torch; the processes that it starts are a user's."""
+    """The launcher and the processes that it starts, all forked from one that has imported torch; those of the README are a user's."""
 
     def __init__(self, text, out, *extra, steps, processes=2, launcher=()):
-        self.out = out
+        self.out, self._numbers = out, Path(tempfile.mkdtemp(dir=out.parent))
         launched = ("--nproc-per-node", processes, "--standalone", *launcher, "-m", "cllm")
         trained = ("train", text, "--out", out, "--steps", steps, *SETTINGS, *extra)
-        self.process = Started(*launched, *trained, program="from torch.distributed.run import main; main()")
+        self.process = Started(self._numbers, *launched, *trained, program=PROGRAM, is_command=True)
 
     def worker(self, rank):
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            try:
-                if child.environ().get("RANK") == str(rank) and "cllm" in child.cmdline():
-                    return child
-            except psutil.Error:
-                pass
-        raise AssertionError(f"no process {rank}")
+        return psutil.Process(int((self._numbers / str(rank)).read_text()))
 
     @property
     def step(self):
@@ -58,8 +58,9 @@ class Torchrun:
         try:
             status = self.process.wait()
         except BaseException:
-            for child in psutil.Process(self.process.pid).children(recursive=True):
-                child.kill()
+            for each in self._numbers.iterdir():
+                with suppress(psutil.NoSuchProcess):
+                    self.worker(each.name).kill()
             raise
         self.process.communicate()
         return status, self.log
