@@ -108,11 +108,16 @@ import cllm
 assert cllm.__file__.startswith({str(environment)!r}), cllm.__file__
 model, tokenizer = cllm.load("sample")
 assert model.config.vocab_size >= tokenizer.vocab_size > 256
+from cllm.cli.app import main
+main(["explain", "softmax", "64x64", "--json"])
 """
-    for command in ([environment / "bin/python", "-c", code], [environment / "bin/cllm", "explain", "softmax", "64x64", "--json"]):
-        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path / "elsewhere", env=variables)
-        assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["op"] == "softmax"
+    explained, version = (
+        subprocess.run([environment / "bin" / name, *words], capture_output=True, text=True, cwd=tmp_path / "elsewhere", env=variables)
+        for name, words in (("python", ("-c", code)), ("cllm", ("--version",)))
+    )
+    assert explained.returncode == 0, explained.stderr
+    assert json.loads(explained.stdout)["op"] == "softmax"
+    assert version.stdout.startswith("cllm "), version.stderr
 
 
 def test_the_source_distribution_holds_what_its_readme_speaks_of(built):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from command import python, start_python
 
 from cllm import runtime
 from cllm.runtime import ceiling, device, threads, tuning
@@ -132,8 +133,7 @@ def test_processes_that_start_together_compile_into_one_cache(tmp_path):
     pytest.importorskip("numba")
     (tmp_path / "kernel.py").write_text("import numba\n@numba.njit(cache=True)\ndef twice(x): return 2 * x\n")
     code = "from cllm.runtime import compiler; compiler.numba_setup(); import kernel; print(kernel.twice(21))"
-    env = {**os.environ, "CLLM_CACHE_DIR": str(tmp_path), "NUMBA_CACHE_DIR": ""}
-    started = [subprocess.Popen([sys.executable, "-c", code], env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    started = [start_python("-c", code, cwd=tmp_path, CLLM_CACHE_DIR=str(tmp_path)) for _ in range(3)]
     assert [process.communicate()[0] for process in started] == ["42\n"] * 3
     assert list(tmp_path.glob("numba-*/**/*.nbi"))
 
@@ -152,11 +152,9 @@ def test_a_damaged_cache_of_compiled_kernels_is_compiled_again(tmp_path):
         (tmp_path / f"{name}.py").write_text("import numba\n@numba.njit(cache=True)\ndef twice(x): return 2 * x\n")
     code = "import importlib, sys; from cllm import runtime; runtime.numba_setup()\nfor name in sys.argv[1:]:\n"
     code += "    kernel = importlib.import_module(name); print(kernel.twice(21), sum(kernel.twice.stats.cache_hits.values()))"
-    env = {**os.environ, "CLLM_CACHE_DIR": str(tmp_path), "NUMBA_CACHE_DIR": ""}
 
     def run() -> list[str]:
-        done = subprocess.run([sys.executable, "-c", code, *damages], env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
-        return done.stdout.splitlines()
+        return python("-c", code, *damages, cwd=tmp_path, CLLM_CACHE_DIR=str(tmp_path)).out.splitlines()
 
     assert (run(), run()) == (["42 0"] * len(damages), ["42 1"] * len(damages))
     for name, (suffix, damage) in damages.items():
@@ -189,6 +187,7 @@ def test_ceilings_are_those_of_all_cores_whatever_limit_is_in_force(tmp_path, mo
     monkeypatch.setenv("CLLM_CACHE_DIR", str(tmp_path))
     seen = []
     monkeypatch.setattr(ceiling, "_probes", {"a kernel": lambda precision: seen.append((runtime.settings().threads, torch.get_num_threads()))})
+    monkeypatch.setattr(ceiling, "_torch_gflops", lambda precision, clock: clock.best_seconds(lambda: None, 0.001) and 1.0)
     monkeypatch.setattr(ceiling, "QUIET_SHARE", 0.0)
     runtime.ceilings.cache_clear()
     with runtime.use(threads=1):
@@ -264,14 +263,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20): step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    faults = {
-        keep: int(
-            subprocess.run(
-                [sys.executable, "-c", code], env={**os.environ, "CLLM_KEEP_HEAP": keep}, capture_output=True, text=True, check=True
-            ).stdout
-        )
-        for keep in ("0", "1")
-    }
+    faults = {keep: int(python("-c", code, CLLM_KEEP_HEAP=keep).out) for keep in ("0", "1")}
     if faults["0"] > 5000:  # an allocator that gives memory back; others have nothing to show here
         assert faults["1"] < faults["0"] / 10, faults
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import TINY, cllm
+from command import TINY, python
 
 from cllm import runtime
 from cllm.runtime import device, toolchain
@@ -19,6 +19,8 @@ torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: 1
 torch.cuda.get_device_properties = lambda index: type("Properties", (), {
     "name": "a GPU", "major": 9, "minor": 0, "multi_processor_count": 132, "total_memory": 1 << 37})()
+from cllm.cli import main
+main()
 """
 
 
@@ -102,13 +104,11 @@ def test_a_gpu_that_cannot_be_used_is_chosen_around_and_told_once(programs, monk
 
 
 def test_the_commands_name_what_is_missing_and_go_on_without_it(programs, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(GPU)
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 400)
-    variables = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]), "PATH": str(tmp_path / "bin")}
     what = (tmp_path / "text.txt", "--out", tmp_path / "run", *TINY, "--steps", 1)
-    asked = cllm("train", *what, "--device", "cuda", **variables)
+    asked = python("-c", GPU, "train", *what, "--device", "cuda", PATH=str(tmp_path / "bin"))
     assert asked.status == 2 and asked.err.count("\n") == 1 and "--device cuda: no C compiler" in asked.err
-    chosen = cllm("train", *what, **variables)
+    chosen = python("-c", GPU, "train", *what, PATH=str(tmp_path / "bin"))
     assert chosen.status == 0 and chosen.err.count("warning: the GPU is not used and everything runs on the CPU: no C compiler") == 1
-    doctor = cllm("doctor", **variables)
+    doctor = python("-c", GPU, "doctor", PATH=str(tmp_path / "bin"))
     assert doctor.status == 0 and "missing: what a GPU's kernels need; everything runs on the CPU: no C compiler" in doctor.out

@@ -1,14 +1,11 @@
 """A process of the run fails while the others are inside a collective that hears of nothing, as one of NCCL: all end, and one of them says why."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from command import PATIENCE
+from command import python
 
 from cllm.checkpoint.store import CheckpointStore
 from cllm.data.pipeline import prepare
@@ -90,10 +87,8 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     (folder / "text.txt").write_text("one two three many " * 150, encoding="utf-8")
     prepare(folder / "text.txt", folder / "tokens", tokenizer="char", val_fraction=0.05)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-c", CODE, folder / "tokens", folder, json.dumps(CASES)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
+    done = python("-c", f"import sys; sys.path.append({str(Path(__file__).parents[2])!r})\n{CODE}", folder / "tokens", folder, json.dumps(CASES))
+    assert done.status == 0, done.err
     return {name: _outcome(folder, name) for name in CASES}
 
 

@@ -1,17 +1,16 @@
 """What is compiled before a training is what it needs."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from command import Started, python
 
 from cllm.config.train import TrainConfig
 from cllm.train import compile_ahead
 
 pytest.importorskip("numba")
 
+COMPILE = "import runpy; runpy.run_module('cllm.train.compile_ahead', run_name='__main__')"
 TRAIN = """
 import torch
 from cllm import Model, TrainStep
@@ -48,11 +47,13 @@ def test_afterwards_a_training_compiles_nothing():
     config = TrainConfig.from_layers(sets=[f"{key}={value}" for key, value in settings.items()])
     sizes = {"vocab_size": 64, "embed_dim": 32, "num_layers": 3, "num_heads": 2, "max_seq_len": 64}
     given = json.dumps({"config": config.to_dict(), "sizes": sizes})
-    run = {"env": {**os.environ, "CLLM_THREADS": "2"}, "capture_output": True, "text": True, "check": True}
-    told = subprocess.run([sys.executable, "-m", "cllm.train.compile_ahead"], input=given, **run).stdout.split()
+    compiling = Started(program=COMPILE, stdin=given, CLLM_THREADS="2")
+    told = compiling.communicate()[0].split()
+    assert compiling.returncode == 0, compiling.err
     assert told[-1] == told[-2] and int(told[-1]) > 12
     assert not compile_ahead.is_cold()
-    assert subprocess.run([sys.executable, "-c", TRAIN.format(sizes=sizes)], **run).stdout.strip() == "[]"
+    trained = python("-c", TRAIN.format(sizes=sizes), CLLM_THREADS="2")
+    assert trained.out == "[]\n", trained.err
 
 
 def test_a_cache_without_the_matrix_product_is_cold(tmp_path, monkeypatch):
