@@ -7,10 +7,10 @@ measurement speaks for its neighbours, and the key holds the device and the vers
 import time
 from collections.abc import Mapping
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from cllm.runtime import tuning
+from cllm.runtime.packages import version
 
 LOSES = 0.95  # a backend below this share of the fastest one's speed is not chosen; among the others priority decides
 
@@ -27,14 +27,7 @@ def _device(device: str) -> str:
     import torch
 
     name = torch.cuda.get_device_name(torch.device(device)) if device.startswith("cuda") and torch.cuda.is_available() else device
-    return f"{name}|cuda {torch.version.cuda or torch.version.hip}|torch {torch.__version__}|triton {_version('triton')}|cllm {_version('cllm')}"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"
+    return f"{name}|cuda {torch.version.cuda or torch.version.hip}|torch {torch.__version__}|triton {version('triton')}|cllm {version('cllm')}"
 
 
 def _key(op: str, device: str, dtype: str, shapes: Shapes) -> str:

@@ -11,12 +11,12 @@ import sys
 import threading
 from collections.abc import Iterable
 from functools import cache, lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from cllm.runtime import heap, kernel_cache, kernel_linking, tuning
 from cllm.runtime.errors import BackendError
+from cllm.runtime.packages import version
 
 _folders: dict[Path, set[str]] = {}  # registered sources, and the environment variables that they read
 _beside: dict[Path, set[Path]] = {}  # files elsewhere whose values a folder's kernels hold
@@ -75,13 +75,6 @@ def cpu_features() -> frozenset[str]:
     return frozenset({_plain(name) for name, present in found.items() if present} | {name for name, present in found.items() if present})
 
 
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "absent"
-
-
 @cache
 def kernel_cache_key(folder: Path | None = None) -> str:
     """A digest of all that a compiled kernel of a registered folder depends on; without a folder, of all of them."""
@@ -91,9 +84,7 @@ def kernel_cache_key(folder: Path | None = None) -> str:
         *(path.read_text("utf-8") for each in folders for path in [*sorted(each.glob("*.py")), *sorted(_beside.get(each, ()))]),
         sorted(cpu_features()),
         sys.version_info[:2],
-        _version("numba"),
-        _version("llvmlite"),
-        _version("numpy"),
+        *map(version, ("numba", "llvmlite", "numpy")),
         *((name, os.environ.get(name, "")) for name in sorted(variables)),
     )
 
@@ -127,7 +118,7 @@ def numba_setup() -> None:
 
 
 def _set_up() -> None:
-    if _version("numba") == "absent":
+    if version("numba") == "absent":
         raise BackendError("the CPU kernels need numba, which is not installed. Install it with: pip install numba")
     settings: dict[str, Any] = {
         "CACHE_DIR": _cache_folder(),

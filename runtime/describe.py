@@ -3,12 +3,12 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from cllm.runtime import ceiling, compiler, toolchain, tree, tuning
 from cllm.runtime.device import available_memory, cpu, devices, gpus, operating_system
 from cllm.runtime.errors import BackendError
+from cllm.runtime.packages import version
 from cllm.runtime.plan import explain, registered_operations, settings
 
 
@@ -66,16 +66,6 @@ def register_library(name: str, missing: str = "") -> None:
     _libraries[name] = missing
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _libraries:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "absent"
-    return found
-
-
 def _missing(features: frozenset[str], versions: dict[str, str]) -> list[str]:
     """What would make this installation faster or more complete, each with what to do."""
     missing = [f"{name}, {_libraries[name]}" for name, number in versions.items() if number == "absent" and _libraries[name]]
@@ -116,7 +106,7 @@ def _plan(operation: str, dtype: str, device: str) -> dict[str, Any]:
 
 def describe(operations: Iterable[str] = ()) -> Report:
     """Everything known about this machine; with `operations`, the backend that each would get and why, on the CPU and on a GPU that can be used."""
-    features, versions = compiler.cpu_features(), _versions()
+    features, versions = compiler.cpu_features(), {name: version(name) for name in _libraries}
     asked, names = settings(), list(operations)
     return Report(
         {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -13,6 +12,8 @@ def until_told(run: Callable[[Callable[[], bool]], Coroutine[Any, Any, None]], n
 
     run: gets the function that says whether to end. name: of the thread. ending: what a person is told at the first signal. Raises what `run` raised.
     """
+    import asyncio
+
     from cllm.monitor.stop_signals import StopSignals
 
     failure: list[BaseException] = []

@@ -13,6 +13,15 @@ def double(place, number):
     return {"files": {}, "double": 2 * number}
 
 
+def makes_a_column(place, number):
+    import sys
+
+    import pyarrow
+
+    pyarrow.array(["a text"])
+    return {"files": {}, "double": "pandas" in sys.modules}
+
+
 def noisy(place, number):
     print("a library talks on standard output", flush=True)
     return {"files": {}, "double": 2 * number}

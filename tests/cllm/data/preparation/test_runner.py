@@ -32,6 +32,11 @@ def test_each_task_gives_its_result_and_what_a_library_prints_does_not_matter(po
     assert doubles(pool, "noisy") == {number: 2 * number for number in range(20)}
 
 
+def test_a_worker_writes_rows_without_pandas(pool):
+    pytest.importorskip("pyarrow", reason="the data extra is not installed")
+    assert doubles(pool, "makes_a_column", ARGUMENTS[:1]) == {0: False}
+
+
 def test_a_task_whose_worker_is_killed_runs_again(pool, tmp_path):
     arguments = [{"place": str(tmp_path), "number": number} for number in range(4)]
     assert doubles(pool, "dies_once", arguments) == {number: 2 * number for number in range(4)}
