@@ -39,9 +39,9 @@ class Layout:
     start: int = 0
 
 
-def read(chunks: Iterator[str], layout: Layout, malformed: Malformed) -> Iterator[tuple[str, Any]]:
-    """(place, value) of each record in a stream of text, in order."""
-    return _read_lines(chunks, malformed) if layout.kind == "lines" else _read_values(_Window(chunks), layout, malformed)
+def read(chunks: Iterator[str], layout: Layout, malformed: Malformed, line: int = 1) -> Iterator[tuple[str, Any]]:
+    """(place, value) of each record in a stream of text, in order. line: the number of the first one, in the layout of lines."""
+    return _read_lines(chunks, malformed, line) if layout.kind == "lines" else _read_values(_Window(chunks), layout, malformed)
 
 
 def clean(text: str) -> str:
@@ -158,8 +158,8 @@ def _holds_records(text: str, begin: int) -> bool:
 # -- records ------------------------------------------------------------------------------------------------------------------------
 
 
-def _read_lines(chunks: Iterable[str], malformed: Malformed) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(tables.lines_of(chunks), 1):
+def _read_lines(chunks: Iterable[str], malformed: Malformed, first: int) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(tables.lines_of(chunks), first):
         if tables.is_cut(line):
             malformed(f"record of more than {tables.LINE_CHARS >> 20} million characters", str(number))
             continue

@@ -38,12 +38,26 @@ def refusal(path: Path) -> str:
         return f"Parquet file that is {'encrypted' if encrypted else 'damaged (its list of columns cannot be read)'}"
 
 
+def group_sizes(path: Path | IO[bytes]) -> list[int]:
+    """The bytes of each row group in the file. None for a file that `cllm prepare` has written: the reasons of its dropped rows are told together."""
+    with _open(path) as file:
+        if DROPPED in file.schema_arrow.names:
+            return []
+        groups = map(file.metadata.row_group, range(file.num_row_groups))
+        return [sum(group.column(number).total_compressed_size for number in range(group.num_columns)) for group in groups]
+
+
 def rows(
-    path: Path | IO[bytes], malformed: Malformed, columns: Sequence[str] | None = None, report: Callable[[int], None] | None = None
+    path: Path | IO[bytes],
+    malformed: Malformed,
+    columns: Sequence[str] | None = None,
+    report: Callable[[int], None] | None = None,
+    groups: tuple[int, int] | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(number of the row, counted from 1; column -> value) of each row that was kept, in order. A value that is null is left out.
 
     columns: names, or paths of names joined by dots; None takes all. `report` hears how many bytes of the file were dealt with since the last call.
+    groups: only row groups number `groups[0]` to `groups[1]` (not included).
     """
     import pyarrow as arrow
 
@@ -56,6 +70,8 @@ def rows(
         for group in range(file.num_row_groups):
             number = first
             first += file.metadata.row_group(group).num_rows
+            if groups is not None and not groups[0] <= group < groups[1]:
+                continue
             try:
                 for batch in file.iter_batches(_ROWS, row_groups=[group], columns=wanted, use_threads=False):
                     values = {name: _values(column) for name, column in zip(batch.schema.names, batch.columns)}

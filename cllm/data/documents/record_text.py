@@ -30,6 +30,11 @@ def charset_of(file: IO[bytes], encoding: str = AUTO) -> Charset | Binary:
     return _line_charset(file, found, encoding)
 
 
+def is_plain_utf8(charset: Charset) -> bool:
+    """Whether all of a file is read as UTF-8, so that what stands behind a line end means the same without what stands before it."""
+    return charset.codec in ("utf-8", "utf-8-sig") and charset.how != _MIXED
+
+
 def _line_charset(file: IO[bytes], whole: Charset, encoding: str) -> Charset:
     """The charset of the lines that are not UTF-8, and whether there are others that are."""
     sample: list[bytes] = []

@@ -174,10 +174,10 @@ def _is_number(cell: str) -> bool:
 class _Lines:
     """Lines as csv takes them, with those of the row that is being read at hand, so that they can be given back."""
 
-    def __init__(self, lines: Iterator[str]):
+    def __init__(self, lines: Iterator[str], number: int):
         self._lines = lines
         self._returned: list[str] = []  # in reverse
-        self.number = 0  # of lines taken
+        self.number = number  # of lines taken, and before those
         self.row: list[str] = []
 
     def __iter__(self) -> "_Lines":
@@ -198,9 +198,9 @@ class _Lines:
         self.row = self.row[:1]
 
 
-def rows(chunks: Iterable[str], dialect: Dialect, malformed: Malformed) -> Iterator[tuple[str, dict[str, str]]]:
-    """(line that it begins in, column -> field) of each row."""
-    lines = _Lines(lines_of(chunks))
+def rows(chunks: Iterable[str], dialect: Dialect, malformed: Malformed, line: int = 1) -> Iterator[tuple[str, dict[str, str]]]:
+    """(line that it begins in, column -> field) of each row. line: the number of the first one."""
+    lines = _Lines(lines_of(chunks), line - 1)
     for _ in range(dialect.skipped_lines):
         next(lines, None)
     reader = dialect.reader(lines)

@@ -11,8 +11,9 @@ from typing import IO, Any
 from cllm.data.extract import readers
 from cllm.data.extract.confine import confine, limit_cpu, peak_bytes, quiet
 from cllm.data.extract.document import Document, Unreadable
-from cllm.data.extract.frames import DONE, LENGTH, MORE, UNREADABLE, Answer, write_answer
+from cllm.data.extract.frames import DIVISION, DONE, LENGTH, MORE, UNREADABLE, Answer, write_answer
 from cllm.data.extract.options import Options
+from cllm.data.extract.parts import Left, Part
 from cllm.runtime.printable import printable
 
 _BATCH_CHARS = 1 << 18
@@ -82,14 +83,18 @@ def _answers(request: dict[str, Any], pieces: _Pieces, options: Options) -> Iter
     try:
         told = replace(options, content_type=request["content_type"])
         with open(request["path"], "rb") if request["path"] is not None else io.BufferedReader(pieces) as file:
-            held = 0
-            for document in readers.documents(file, request["kind"], request["name"], told):
+            if request["kind"] == DIVISION:
+                yield Answer(DONE, [], told=readers.divide(file, request["name"], told))
+                return
+            held, left = 0, Left()
+            part = Part(**request["part"]) if request["part"] else None
+            for document in readers.documents(file, request["kind"], request["name"], told, part, left):
                 batch.append(document)
                 held += len(document.text)
                 if held >= _BATCH_CHARS or len(batch) >= _BATCH_DOCUMENTS:
                     yield Answer(MORE, batch, position=file.tell() if file.seekable() else 0)
                     batch, held = [], 0
-        yield Answer(DONE, batch, "", peak_bytes())
+        yield Answer(DONE, batch, "", peak_bytes(), told=left.to_dict() if part else None)
     except Unreadable as error:
         yield Answer(UNREADABLE, batch, printable(error), peak_bytes())
     except OSError as error:  # of the path, which was there a moment ago

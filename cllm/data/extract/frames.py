@@ -17,6 +17,7 @@ from cllm.data.extract.document import Document
 
 PIECE = 1 << 18  # bytes of a file that are sent together
 MORE, DONE, UNREADABLE = "more", "done", "unreadable"
+DIVISION = "division"  # asked for instead of a kind: how a file of records is read in parts
 LENGTH = struct.Struct("<I")
 _LENGTHS = struct.Struct("<II")
 _FIELD_CHARS = 2000  # of a title or another field beside the text
@@ -30,6 +31,8 @@ class Answer(NamedTuple):
     """The most memory that the child ever held."""
     position: int = 0
     """How far the child has read the file, where it has opened it itself."""
+    told: dict[str, Any] | None = None
+    """Beside documents: how a file is divided, or what a part of it has left (see parts.py)."""
 
     @property
     def is_last(self) -> bool:

@@ -12,10 +12,11 @@ import importlib
 import io
 from collections.abc import Iterator
 from types import ModuleType
-from typing import IO
+from typing import IO, Any
 
 from cllm.data.extract.document import Document, Unreadable
 from cllm.data.extract.options import Options
+from cllm.data.extract.parts import Left, Part
 from cllm.runtime.printable import printable_text
 from cllm.runtime.quantities import size
 
@@ -49,13 +50,13 @@ ARCHIVES = frozenset({"zip", "tar", "warc"})
 COMPRESSED = frozenset({"gz", "xz", "zst", "bz2"})
 
 
-def documents(file: IO[bytes], kind: str, name: str, options: Options) -> Iterator[Document]:
-    """The documents of an open file, in order.
+def documents(file: IO[bytes], kind: str, name: str, options: Options, part: Part | None = None, left: Left | None = None) -> Iterator[Document]:
+    """The documents of an open file, in order, or of a part of one of records; left: counts what is to be told at the end of that file.
 
     Raises Unreadable and nothing else, also after some documents where a file is damaged further on: what a library raises is damage of the file.
     """
     try:
-        yield from _documents(file, kind, name, options)
+        yield from _documents(file, kind, name, options) if part is None else _load(kind).part(file, part, options, left)
     except (Unreadable, GeneratorExit):
         raise
     except MemoryError:
@@ -81,6 +82,15 @@ def _documents(file: IO[bytes], kind: str, name: str, options: Options) -> Itera
         if total > options.text_bytes:
             raise Unreadable(f"too large (more than {size(options.text_bytes)} of text)")
         yield document
+
+
+def divide(file: IO[bytes], name: str, options: Options) -> dict[str, Any]:
+    """How the parts of a file of records are to be read (see `records.divide`); nothing where it has to be read as a whole, which then tells why."""
+    try:
+        found: dict[str, Any] = _load("records").divide(file, name, options)
+        return found
+    except Exception:
+        return {}
 
 
 def read(data: bytes, kind: str, name: str, options: Options) -> list[Document]:

@@ -25,9 +25,10 @@ from typing import IO, Any
 
 from cllm.data.extract import readers
 from cllm.data.extract.document import Document, Unreadable
-from cllm.data.extract.frames import PIECE, UNREADABLE, Answer, AnswerReader, write_piece, write_request
+from cllm.data.extract.frames import DIVISION, PIECE, UNREADABLE, Answer, AnswerReader, write_piece, write_request
 from cllm.data.extract.kinds import HEAD_BYTES, kind_of
 from cllm.data.extract.options import Options
+from cllm.data.extract.parts import Part
 from cllm.data.extract.readers import ARCHIVES, COMPRESSED
 from cllm.runtime.quantities import size
 
@@ -48,6 +49,8 @@ class Sandbox:
         self._child: _Child | None = None
         self.position = 0
         """How far the newest file has been read in the child, in bytes, where it is one of the disk."""
+        self.told: dict[str, Any] = {}
+        """What the child has said of the newest file beside its documents."""
 
     def __enter__(self) -> "Sandbox":
         return self
@@ -64,17 +67,27 @@ class Sandbox:
         """All documents of a file; see `documents`."""
         return list(self.documents(source, name, content_type=content_type))
 
-    def documents(self, source: Source, name: str, kind: str = "", content_type: str = "") -> Iterator[Document]:
+    def divide(self, path: Path, name: str) -> dict[str, Any]:
+        """How the parts of a file of records are to be read (see `records.divide`); nothing where it has to be read as a whole."""
+        self.told = {}
+        try:
+            list(self.documents(path, name, DIVISION))
+        except (Unreadable, OSError):  # as who reads the whole will find as well
+            return {}
+        return self.told
+
+    def documents(self, source: Source, name: str, kind: str = "", content_type: str = "", part: Part | None = None) -> Iterator[Document]:
         """The documents of a file, in order.
 
         source: its content, where it lies on the disk, or a stream, which is read once. name: tells the kind of file where its content does not.
-        kind: what `kind_of` says where it is known. content_type: what a server said.
+        kind: what `kind_of` says where it is known. content_type: what a server said. part: of a file of the disk that is divided; then `told` is
+        what the part has left.
         Raises Unreadable with the reason in words, also after some documents where a file is damaged further on, and OSError where a path
         cannot be opened.
         """
         if isinstance(source, Path):
             with open(source, "rb") as file:  # permissions are the user's to mend, and told by this process
-                head = file.read(_HARMLESS_BYTES)
+                head = b"" if kind and kind not in _HARMLESS else file.read(_HARMLESS_BYTES)
                 kind = kind or kind_of(name, head[:HEAD_BYTES])
                 if kind in _HARMLESS and len(head) < _HARMLESS_BYTES:
                     source = head
@@ -88,7 +101,7 @@ class Sandbox:
             yield from readers.documents(io.BytesIO(source), kind, name, replace(self._options, content_type=content_type))
             return
         path = os.path.abspath(source) if isinstance(source, Path) else None
-        request = {"name": name, "kind": kind, "path": path, "content_type": content_type}
+        request = {"name": name, "kind": kind, "path": path, "content_type": content_type, "part": part and part.to_dict()}
         given = 0
         while True:
             child = self._ready(new=given > 0 or not isinstance(source, bytes | Path))
@@ -101,6 +114,7 @@ class Sandbox:
                         continue
                     given += 1
                     yield document
+                self.told = child.told
                 return
             except _Lost as lost:
                 self.close()
@@ -135,6 +149,7 @@ class _Child:
         self.files = 0
         self.is_busy = False
         self.position = 0
+        self.told: dict[str, Any] = {}
         self._options = options
         self._peak_bytes = 0
         self._answers = AnswerReader()
@@ -175,6 +190,7 @@ class _Child:
             if not answer.is_last:
                 continue
             self.is_busy = False
+            self.told = answer.told or {}
             if outgoing.failure is not None:
                 raise outgoing.failure
             if answer.reason.startswith("out of memory"):

@@ -36,6 +36,7 @@ def clean(
     place: str,
     inputs: list[str],
     piece: int,
+    begin: int,
     first: int,
     last: int,
     changes: Mapping[str, Any],
@@ -46,8 +47,9 @@ def clean(
     evaluation: list[str],
     score: list[str],
 ) -> dict[str, Any]:
-    """Cleans rows `first` to `last` of an extracted piece. Writes PLACE.parquet; PLACE.lengths, the bytes of each text as int32, -1 - bytes where
-    it is dropped; PLACE.exact and PLACE.bands, what the search for duplicates sorts (see duplicates.py).
+    """Cleans rows `first` to `last` of a piece, out of an extracted file that begins with row `begin` of it. Writes PLACE.parquet; PLACE.lengths, the
+    bytes of each text as int32, -1 - bytes where it is dropped; PLACE.exact and PLACE.bands, what the search for duplicates sorts
+    (see duplicates.py).
 
     replaced: the file of older versions of pages. lines: the counted lines of web pages. evaluation, score: place and digest of what `examples` has
     made, or nothing.
@@ -60,7 +62,8 @@ def clean(
     target = Path(place + ".parquet")
     older = reasons(replaced, piece)
     with writing(target) as out:
-        for number, row in enumerate(read_rows(Path(inputs[0]), first=first, last=last), first):
+        for number, row in enumerate(read_rows(Path(inputs[0]), first=first - begin, last=last - begin), first):
+            row["id"] = f"{piece:08x}{number:08x}"  # a part of a large file is extracted without knowing how many rows the others have
             row["dropped_because"] = row["dropped_because"] or older.get(number, "")
             if not row["dropped_because"]:
                 words = _cleaned(row, how, counts)

@@ -19,7 +19,7 @@ from cllm.data.documents.corpus import pieces
 from cllm.data.extract.options import Options
 from cllm.data.preparation.duplicates import save
 from cllm.data.preparation.extraction import path_of, rows_of, sandbox_of
-from cllm.data.preparation.rows import read_rows
+from cllm.data.preparation.rows import Row, read_rows
 from cllm.runtime.errors import DataError
 
 MOST_TEXTS, MOST_CHARS = 5000, 20_000
@@ -72,9 +72,9 @@ def grams_at(place: str, digest: str) -> decontaminate.Grams:
     return decontaminate.arranged(np.fromfile(place + ".grams", np.uint64), np.fromfile(place + ".sizes", np.int64))
 
 
-def score(place: str, inputs: list[str], like: list[list[str]], options: dict[str, Any]) -> dict[str, Any]:
-    """Writes PLACE.weights: what tells the texts in the files `like`, [root, name], from a sample of the documents of extracted pieces. There are two
-    scores, and each half of the documents is judged by the one that has not learnt from it."""
+def score(place: str, inputs: list[list[str]], like: list[list[str]], options: dict[str, Any]) -> dict[str, Any]:
+    """Writes PLACE.weights: what tells the texts in the files `like`, [root, name], from a sample of the documents of extracted pieces, each of some
+    files. There are two scores, and each half of the documents is judged by the one that has not learnt from it."""
     texts = _Texts(like, options)
     examples = [piece[:MOST_CHARS] for piece in itertools.islice((piece for text in texts for piece in pieces([text])), MOST_TEXTS)]
     sample = list(_sample(inputs))
@@ -91,12 +91,18 @@ def score_at(place: str, digest: str) -> tuple[quality.Quality, ...]:
     return tuple(map(quality.loaded, np.fromfile(place + ".weights", np.float32).reshape(2, -1)))
 
 
-def _sample(inputs: list[str]) -> Iterator[tuple[int, str]]:
-    """Of each piece the same number of documents, drawn by their ids: (half, text)."""
+def _sample(inputs: list[list[str]]) -> Iterator[tuple[int, str]]:
+    """Of each piece, which may be in several files, the same number of documents, drawn by their ids: (half, text)."""
     each = max(1, MOST_TEXTS // max(len(inputs), 1))
-    for place in inputs:
-        ids = [row["id"] for row in read_rows(Path(place), ("id", "dropped_because")) if not row["dropped_because"]]
+    for places in inputs:
+        ids = [number for number, row in _numbered(places, ("id", "dropped_because")) if not row["dropped_because"]]
         drawn = set(sorted(ids, key=lambda number: hashlib.blake2b(number.encode(), digest_size=8).digest())[:each])
-        for row in read_rows(Path(place), ("id", "text")):
-            if row["id"] in drawn:
-                yield quality.half_of(row["id"]), row["text"][:MOST_CHARS]
+        for number, row in _numbered(places, ("id", "text")):
+            if number in drawn:
+                yield quality.half_of(number), row["text"][:MOST_CHARS]
+
+
+def _numbered(places: list[str], columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
+    """(id, row) of the documents of a piece."""
+    rows = (row for place in places for row in read_rows(Path(place), columns))
+    return ((f"{row['id'][:8]}{number:08x}", row) for number, row in enumerate(rows))

@@ -11,6 +11,7 @@ generation is not finished may the list be made anew.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,8 +21,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cllm.data.documents.files import FOREIGN_FOLDERS, PREPARED_MARK, VCS_FOLDERS, Skipped, is_prepared
+from cllm.data.preparation.cuts import Cut, cut
 from cllm.files import DATA, write_file
 from cllm.runtime.errors import DataError, UserError
 
@@ -200,7 +203,7 @@ class Inputs:
 
 
 class Digests:
-    """The digest of each input file, read anew only where its size, its times or its inode have changed."""
+    """The digest of each input file, or of the parts of a large one, read anew only where its size, its times or its inode have changed."""
 
     def __init__(self, folder: Path) -> None:
         self.place = folder / "digests.json"
@@ -208,22 +211,39 @@ class Digests:
             self._known = dict(json.loads(self.place.read_text("utf-8")))
         except (OSError, ValueError, TypeError):
             self._known = {}
-        self._used: dict[str, list[object]] = {}
+        self._used: dict[str, list[Any]] = {}
         self._due = float("inf")
 
     def of(self, path: Path, status: os.stat_result, read: Callable[[int], None] = lambda num_bytes: None) -> str:
         """Content digest; "unreadable" with the reason where it cannot be read. read: is told of bytes as they are read."""
-        key, stamp = os.path.abspath(path), [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-        known = self._known.get(key)
-        if isinstance(known, list) and known[:4] == stamp:
-            digest = str(known[4])
+        known = self._remembered(path, status, 5)
+        if known:
             read(status.st_size)
         else:
-            digest = _digest(path, read)
-        self._used[key] = [*stamp, digest]
+            known = [_digest(path, read)]
+        self._remember(path, status, known)
+        return str(known[0])
+
+    def cuts_of(self, path: Path, status: os.stat_result, part_bytes: int, read: Callable[[int], None]) -> list[Cut]:
+        """The parts of a file of lines, each with its digest; none where it cannot be read."""
+        known = self._remembered(path, status, 6)
+        if known and known[0] == part_bytes:
+            read(status.st_size)
+            cuts = [Cut(*each) for each in known[1]]
+        else:
+            cuts = cut(path, part_bytes, read)
+        if cuts:
+            self._remember(path, status, [part_bytes, [dataclasses.astuple(each) for each in cuts]])
+        return cuts
+
+    def _remembered(self, path: Path, status: os.stat_result, length: int) -> list[Any]:
+        known, stamp = self._known.get(os.path.abspath(path)), _stamp(status)
+        return known[4:] if isinstance(known, list) and len(known) == length and known[:4] == stamp else []
+
+    def _remember(self, path: Path, status: os.stat_result, what: list[Any]) -> None:
+        self._used[os.path.abspath(path)] = [*_stamp(status), *what]
         if time.monotonic() >= self._due:
             self._save()
-        return digest
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -238,6 +258,10 @@ class Digests:
         began = time.monotonic()
         write_file(self.place, json.dumps(self._known | self._used).encode("utf-8", "surrogateescape"), DATA)
         self._due = time.monotonic() + max(_SAVED_EVERY, 20 * (time.monotonic() - began))  # which a list of millions of files may take long
+
+
+def _stamp(status: os.stat_result) -> list[int]:
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def _digest(path: Path, read: Callable[[int], None]) -> str:

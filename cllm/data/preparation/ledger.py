@@ -143,12 +143,12 @@ class Ledger:
                     show()
         return [each_done for each_done in done if each_done is not None]
 
-    def tidy(self, name: str, numbers: set[int]) -> None:
-        """Removes the files of tasks that are part of this stage no longer."""
+    def tidy(self, name: str, numbers: set[int], mine: Callable[[int], bool] = lambda number: True) -> None:
+        """Removes the files of tasks that are part of this stage no longer. mine: which of those that this run does not have may go."""
         folder = self.folder / name
         for entry in sorted(os.listdir(folder)) if folder.is_dir() else ():
             number = entry.partition(".")[0]
-            if number.isdigit() and int(number) not in numbers:
+            if number.isdigit() and int(number) not in numbers and mine(int(number)):
                 (folder / entry).unlink(missing_ok=True)
 
     def _place(self, name: str, number: int) -> str:

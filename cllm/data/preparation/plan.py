@@ -24,13 +24,12 @@ from cllm.data.preparation import duplicates, manifest, shards, tally, versions
 from cllm.data.preparation.inputs import Digests, Inputs, Piece, Source, find_sources
 from cllm.data.preparation.ledger import Done, Ledger, Runner, Task, tree
 from cllm.data.preparation.manifest import Prepared, Shard, open_prepared
+from cllm.data.preparation.reading import Read, Reading, without_secrets
 from cllm.data.preparation.recipe import LARGE_LOSS, VERSIONS, Recipe, epochs_of, rules_of
 from cllm.data.preparation.rows import arrow, digest_of
 from cllm.files import DATA, write_file
 from cllm.runtime.errors import DataError, UserError
 from cllm.runtime.mapped_file import mapped
-from cllm.runtime.progress import Progress
-from cllm.runtime.quantities import size
 
 Ask = Callable[[str], bool]
 _ROOM = "cllm.data.preparation"
@@ -48,11 +47,12 @@ class _Reference:
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows `first` to `last` of an extracted piece, which one task cleans."""
+    """Rows `first` to `last` of a piece, which one task cleans."""
 
     piece: Piece
     number: int
     """Of its task: that of the piece, and of those behind its first part another."""
+    read: Read
     first: int
     last: int
     chars: int
@@ -68,6 +68,7 @@ class Preparation:
         self.ledger = Ledger(out)
         self.inputs = Inputs(self.ledger.folder)
         self.pieces: list[Piece] = []
+        self.reads: list[Read] = []
         self.parts: list[_Part] = []
         self.evaluation: Done | None = None
         self.score: Done | None = None
@@ -82,9 +83,9 @@ class Preparation:
         if not self.pieces:
             raise DataError(f"there are no files in {', '.join(self.sources)}. Give a folder with documents.")
         self.evaluation = self._evaluation()
-        extracted = self._extract()
-        self.parts = [part for piece, done in zip(self.pieces, extracted) for part in _parts_of(piece, done)]
-        cleaned = self._clean(extracted)
+        self.reads = Reading(self.sources, self.recipe, self.ledger, self.runner).run(self.pieces)
+        self.parts = _parts_of(self.reads)
+        cleaned = self._clean()
         references = self._references()
         pairs = self._duplicates(cleaned, references)
         written = self._write(cleaned, pairs, references)
@@ -115,39 +116,12 @@ class Preparation:
 
     # -- texts -------------------------------------------------------------------------------------------------------------------
 
-    def _extract(self) -> list[Done]:
-        total, seen = sum(status.st_size for source in self.sources.values() for status in source.found.values()), 0
-        digests, tasks = Digests(self.ledger.folder), []
-        with digests.kept(), Progress(total, "Looking at the files", unit="bytes") as bar:
-
-            def read(num_bytes: int) -> None:
-                nonlocal seen
-                seen += num_bytes
-                bar.update(seen, f"{size(seen)} of {size(total)}")
-
-            for piece in self.pieces:
-                source = self.sources[piece.source]
-                there = [name for name in piece.files if name in source.found or name in source.refused]
-                files = [
-                    [name, digests.of(source.path(name), source.found[name], read) if name in source.found else source.refused[name]]
-                    for name in there
-                ]
-                refused = {name: source.refused[name] for name in there if name in source.refused}
-                options = dict(self.recipe.extraction)
-                arguments = {
-                    "piece": piece.number, "source": source.name, "root": source.root, "files": there, "refused": refused, "options": options,
-                    "part_chars": self.recipe.sizes.part_chars,
-                }  # fmt: skip
-                weight = 1 + sum(source.found[name].st_size for name in there if name in source.found)
-                tasks.append(Task(piece.number, arguments, [source.name, files, _without_secrets(options), self.recipe.sizes.part_chars], weight))
-        return self._stage("extract", "Reading documents", "extraction:extract", tasks, "bytes")
-
-    def _versions(self, extracted: list[Done]) -> np.ndarray:
+    def _versions(self) -> np.ndarray:
         """The documents that a newer version of their page has replaced; also written to the file of them."""
         fetched = [
-            done
-            for piece, done in zip(self.pieces, extracted)
-            if done.result["fetched"] and rules_of(self._changes(self.sources[piece.source]), self.recipe.filter).newest_version
+            read.done
+            for read in self.reads
+            if read.done.result["fetched"] and rules_of(self._changes(self.sources[read.piece.source]), self.recipe.filter).newest_version
         ]
         found = (
             self._partitions("versions", "Finding older versions of pages", "versions:outdated", fetched, ".fetched", "fetched") if fetched else []
@@ -160,32 +134,32 @@ class Preparation:
     def _replaced(self) -> Path:
         return self.ledger.folder / "replaced.rows"
 
-    def _clean(self, extracted: list[Done]) -> list[Done]:
-        older = self._versions(extracted)
-        self.score = self._score(extracted)
-        lines, evaluation, score = self._boilerplate(extracted, older), self.evaluation, self.score
-        tasks, by_piece = [], {piece.number: done for piece, done in zip(self.pieces, extracted)}
+    def _clean(self) -> list[Done]:
+        older = self._versions()
+        self.score = self._score()
+        lines, evaluation, score = self._boilerplate(older), self.evaluation, self.score
+        tasks = []
         for part in self.parts:
-            piece, done = part.piece, by_piece[part.piece.number]
+            piece, begin, done = part.piece, part.read.first, part.read.done
             changes, counted = self._changes(self.sources[piece.source]), lines[piece.generation] if done.result["pages"] else []
             arguments = {
-                "inputs": [done.path(".parquet")], "piece": piece.number, "first": part.first, "last": part.last, "changes": changes,
+                "inputs": [done.path(".parquet")], "piece": piece.number, "begin": begin, "first": part.first, "last": part.last, "changes": changes,
                 "filter": self.recipe.filter, "sign": self.recipe.dedup, "replaced": str(self._replaced),
                 "lines": [each.path(".lines") for each in counted], "evaluation": _place(evaluation), "score": _place(score),
             }  # fmt: skip
             beside = [each.digest if each else "" for each in (evaluation, score)]
             rules = rules_of(changes, self.recipe.filter).digest()
             own = versions.of_piece(older, piece.number).tolist()
-            rows = [done.files[".parquet"], part.first, part.last]
+            rows = [done.files[".parquet"], part.first, part.last, *([begin] if begin else [])]
             depends = [rows, own, rules, self.recipe.dedup, [each.digest for each in counted], beside]
             tasks.append(Task(part.number, arguments, depends, 1 + part.chars))
         cleaned = self._stage("clean", "Cleaning and filtering", "cleaning:clean", tasks, "bytes")
         self.ledger.tidy("clean", {task.number for task in tasks})
         return cleaned
 
-    def _boilerplate(self, extracted: list[Done], older: np.ndarray) -> dict[int, list[Done]]:
+    def _boilerplate(self, older: np.ndarray) -> dict[int, list[Done]]:
         """For each generation the counted lines of all pages up to it, in parts, so that pages that come later change nothing that was prepared."""
-        own = [(piece, done) for piece, done in zip(self.pieces, extracted) if done.result["pages"]]
+        own = [(read.piece, read.done) for read in self.reads if read.done.result["pages"]]
         tasks = []
         for piece, done in own:
             arguments = {"inputs": [done.path(".parquet")], "piece": piece.number, "replaced": str(self._replaced)}
@@ -212,17 +186,19 @@ class Preparation:
             return None
         inputs, contents = self._files(self.recipe.exclude)
         options = dict(self.recipe.extraction)
-        task = Task(0, {"inputs": inputs, "options": options}, [contents, _without_secrets(options)])
+        task = Task(0, {"inputs": inputs, "options": options}, [contents, without_secrets(options)])
         return self._stage("evaluation", "Reading text for evaluation", "examples:evaluation", [task])[0]
 
-    def _score(self, extracted: list[Done]) -> Done | None:
+    def _score(self) -> Done | None:
         """The score of quality that the user's examples teach."""
         if not self.recipe.like:
             return None
         like, contents = self._files(self._like)
         options = dict(self.recipe.extraction)
-        arguments = {"like": like, "inputs": [done.path(".parquet") for done in extracted], "options": options}
-        task = Task(0, arguments, [contents, _without_secrets(options), [done.digest for done in extracted]])
+        pieces = [[read.done.path(".parquet") for read in reads] for _, reads in itertools.groupby(self.reads, lambda read: read.piece.number)]
+        task = Task(
+            0, {"like": like, "inputs": pieces, "options": options}, [contents, without_secrets(options), [read.done.digest for read in self.reads]]
+        )
         return self._stage("score", "Learning from the examples", "examples:score", [task])[0]
 
     @property
@@ -472,13 +448,18 @@ def prepare(roots: Sequence[str], out: Path, recipe: Recipe, runner: Runner, ask
         return Preparation(sources, out, recipe, runner, ask).run()
 
 
-def _parts_of(piece: Piece, extracted: Done) -> list[_Part]:
-    """What one task each cleans of a piece. There is one part even of a piece without documents."""
-    begins = [*extracted.result["parts"], [extracted.result["rows"], extracted.result["chars"]]]
-    return [
-        _Part(piece, number << 32 | piece.number, first, last, end - begin)
-        for number, ((first, begin), (last, end)) in enumerate(itertools.pairwise(begins))
-    ]
+def _parts_of(reads: Sequence[Read]) -> list[_Part]:
+    """What one task each cleans. There is one part even of a piece without documents."""
+    found = []
+    for piece_number, own in itertools.groupby(reads, lambda read: read.piece.number):
+        numbers = itertools.count()
+        for read in own:
+            begins = [*read.done.result["parts"], [read.done.result["rows"], read.done.result["chars"]]]
+            found += [
+                _Part(read.piece, next(numbers) << 32 | piece_number, read, read.first + first, read.first + last, end - begin)
+                for (first, begin), (last, end) in itertools.pairwise(begins)
+            ]
+    return found
 
 
 def _beside(done: Done | None, places: Sequence[str]) -> dict[str, Any] | None:
@@ -489,8 +470,3 @@ def _beside(done: Done | None, places: Sequence[str]) -> dict[str, Any] | None:
 def _place(done: Done | None) -> list[str]:
     """Where a task's files are, and their digest."""
     return [] if done is None else [done.place, done.digest]
-
-
-def _without_secrets(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as a ledger may remember them: of passwords only the digest."""
-    return {name: digest_of(value) if name == "passwords" else value for name, value in options.items()}

@@ -21,6 +21,8 @@ from cllm.runtime.errors import UserError
 VERSIONS = dict.fromkeys(
     ("extract", "versions", "lines", "evaluation", "score", "clean", "sign", "exact", "near", "forest", "verify", "write"), 1
 ) | {"extract": 3, "evaluation": 2, "score": 2, "clean": 2, "write": 2}
+DIVISION_VERSION = 1
+"""Of the stage that tells how large files are read in parts. It is no part of the recipe's digest, because it changes no document."""
 LARGE_LOSS = 100
 """Near duplicates that a source has to lose before half of it is worth a question."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -32,7 +34,7 @@ class Sizes:
     """How the work and the result are cut. The number of workers is no part of it."""
 
     piece_bytes: int = 8 << 20
-    """Of input files that one task reads; a larger file is a piece of its own."""
+    """Of input files that one task reads; a larger file is a piece of its own, and one of records is read in parts of this size by several."""
     part_chars: int = 16 << 20
     """Of extracted text that one task cleans, about: a large file, or an archive, is read by one task and cleaned by many."""
     piece_files: int = 500

@@ -1,6 +1,7 @@
 """Documents to prepare, the same each time, and a program that prepares them in a process of its own."""
 
 import hashlib
+import json
 import random
 import sys
 from pathlib import Path
@@ -37,7 +38,8 @@ def edited(text, seed, share):
 
 
 def make(folder, reverse=False):
-    """Two folders of documents, with copies, near copies, files without text and one that no rule lets pass. reverse: created in another order."""
+    """Two folders of documents, with copies, near copies, files without text, one that no rule lets pass, and one of records that is read in parts.
+    reverse: created in another order."""
     files = {}
     for number in range(60):
         text = prose(number // 2 if number % 10 == 1 else number)
@@ -48,6 +50,8 @@ def make(folder, reverse=False):
     files["letters/empty.txt"] = ""
     files["letters/short.txt"] = "Too short.\n"
     files["stories/list.txt"] = "\n".join(f"* {number}" for number in range(300))
+    records = [json.dumps({"text": prose(number + 180 * (number % 5 > 0))}) for number in range(30)]
+    files["letters/records.jsonl"] = "\n".join([*records[:20], '{"text": "broken', *records[20:]])
     for name in sorted(files, reverse=reverse):
         place = folder / name
         place.parent.mkdir(parents=True, exist_ok=True)

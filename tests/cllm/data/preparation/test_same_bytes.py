@@ -33,7 +33,13 @@ def expected(sources, tmp_path_factory):
     reasons = prepared.summary["tally"]["sources"]
     assert sum(shard.is_kept for shard in prepared.shards) > 2
     assert all(counts["dropped"].get("near duplicate", 0) and counts["kept"] for counts in reasons.values())
+    assert len(parts_of_records(out)) > 3
     return digest(out)
+
+
+def parts_of_records(out):
+    """The finished tasks that have read a part of a large file, but for its first one, by their names."""
+    return {place.name: place.stat().st_mtime_ns for place in (out / ".ledger/extract").glob("*.json") if len(place.stem) > 6}
 
 
 def start(workers, out, sources):
@@ -53,6 +59,19 @@ def test_a_kill_at_three_moments(sources, expected, tmp_path):
     _, said = process.communicate()
     assert process.returncode == 0, said
     assert digest(out) == expected
+
+
+def test_a_large_file_in_which_it_was_killed_is_read_on_from_there(sources, expected, tmp_path):
+    out = tmp_path / "out"
+    process = start(2, out, sources)
+    wait_until(lambda: len(parts_of_records(out)) > 1, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    read = parts_of_records(out)
+    process = start(2, out, sources)
+    _, said = process.communicate()
+    assert process.returncode == 0, said
+    assert digest(out) == expected and read.items() <= parts_of_records(out).items()
 
 
 def test_five_workers_and_files_that_are_listed_in_another_order(sources, expected, tmp_path, monkeypatch):
