@@ -4,7 +4,7 @@ How a file is read is decided once, from its beginning (`records.divide`), and e
 UTF-8, where no line changes what another one means; of Parquet it is row groups.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from cllm.data.documents.files import Skipped
@@ -59,4 +59,4 @@ class Part:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        return {"how": self.how, "begin": self.begin, "end": self.end, "line": self.line}

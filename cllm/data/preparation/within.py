@@ -1,4 +1,4 @@
-"""How far the task of this process is, for whoever runs it: a large file is one task, and takes long."""
+"""How far the task of this process is, for whoever runs it: a large file may be one task, and takes long."""
 
 from __future__ import annotations
 
