@@ -129,6 +129,13 @@ def test_the_parts_of_a_table_without_quotes_together_are_the_whole(rows, part_b
         assert parts and read_parts(path, parts) == read_whole(path)
 
 
+def test_quotes_that_mean_nothing_are_no_obstacle(tmp_path):
+    rows = "".join(f'{number}\t"Alas" said number {number} to the others\n' for number in range(40))
+    path = written(tmp_path, ("id\ttext\n" + rows).encode(), "table.tsv")
+    parts = parts_of(path, 200)
+    assert len(parts) > 4 and read_parts(path, parts) == read_whole(path) and len(read_whole(path)[0]) == 40
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(1, 7), min_size=2, max_size=8), st.integers(1, 3000))
 def test_the_parts_of_a_parquet_file_together_are_the_whole(groups, part_bytes):
