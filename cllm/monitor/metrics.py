@@ -41,15 +41,21 @@ class Metrics:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def truncate(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Keeps only the rows that `keep` accepts; a run that goes on from a checkpoint writes the others again. A torn last line is dropped."""
+    def truncate(self, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        """Keeps only the rows that `keep` accepts and returns the others, which a run that goes on from a checkpoint writes again. A torn last line
+        is dropped."""
         if self._file is not None:
             self._file.close()
             self._file = None
-        if not self.path.exists():
-            return
-        with new_file(self.path, RUN) as beside, open(beside, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in read_metrics(self.path) if keep(row))
+        others: list[dict[str, Any]] = []
+        if self.path.exists():
+            with new_file(self.path, RUN) as beside, open(beside, "w", encoding="utf-8") as file:
+                for row in read_metrics(self.path):
+                    if keep(row):
+                        file.write(json.dumps(row) + "\n")
+                    else:
+                        others.append(row)
+        return others
 
     def write(self, row: Row) -> None:
         """Adds a row, which survives a kill as soon as this returns. Raises OutputError when the disk does not take it."""

@@ -89,8 +89,8 @@ class SilentMetrics(Metrics):
     def __exit__(self, *exc: object) -> None:
         pass
 
-    def truncate(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        pass
+    def truncate(self, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        return []
 
     def write(self, row: Row) -> None:
         pass

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from cllm.config.evaluation_plan import EvaluationPlan, class_rows_of, least_rows
 from cllm.evaluate.loss import Evaluation, evaluate_part, unigram_loss
 from cllm.evaluate.programs import EvaluationPrograms
+from cllm.monitor.records import ActivationsRow, EvaluationRow, FinalRow
 
 if TYPE_CHECKING:
     from cllm.config.train import TrainConfig
@@ -48,6 +49,7 @@ class Evaluations:
         self.plan = EvaluationPlan.of(config, self._whole.num_rows)
         self.steps = settings.steps  # of the run, which a clock may move
         self._unigram: dict[int, float] = {}
+        self._recorded: dict[str, dict[str, Any]] = {}
         self._programs = EvaluationPrograms(model)
 
     def keep_to(self, rows: int | None) -> None:
@@ -57,6 +59,14 @@ class Evaluations:
             self.plan, rows=rows, class_rows=class_rows_of(self._config, rows), whole_at_end=self.plan.whole_at_end and rows < self.plan.split_rows
         )
 
+    def recall(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Takes over what an earlier start of the run has recorded of the very weights that it goes on with: rows of metrics of this one step."""
+        self._recorded = {row["kind"]: row for row in rows}
+
+    def forget(self) -> None:
+        """The weights are to change."""
+        self._recorded = {}
+
     def due(self, step: int) -> bool:
         """Whether an evaluation follows the update after which `step` updates are done."""
         settings = self._config.train
@@ -65,14 +75,21 @@ class Evaluations:
 
     def measure(self, report: Reporter, check: Callable[[], None]) -> Measured:
         """One evaluation of the plan's part, with everything that goes with it. `check` is called after each batch and may raise."""
-        found = self.loss(report, check)
+        recorded = self._recalled(EvaluationRow)
+        if recorded is not None:
+            return recorded
+        found = self._predict(report, check, whole=False)
         with report.stage("evaluating classes of tokens", "evaluation") as moved:
             classes = self._diagnostics.classes(self.plan.class_rows, moved)
             activations = self._diagnostics.activations()
         return replace(found, classes=classes, activations=activations)
 
-    def loss(self, report: Reporter, check: Callable[[], None], whole: bool = False) -> Measured:
-        """The loss alone, of the plan's part or of the whole split."""
+    def loss(self, report: Reporter, check: Callable[[], None], whole: bool) -> Measured:
+        """The loss alone of the weights that a run leaves, on the plan's part or on the whole split."""
+        recorded = self._recalled(FinalRow, whole)
+        return self._predict(report, check, whole) if recorded is None else recorded
+
+    def _predict(self, report: Reporter, check: Callable[[], None], whole: bool) -> Measured:
         rows = self._rows(whole)
         with report.stage("evaluating", "evaluation") as moved:
 
@@ -82,6 +99,23 @@ class Evaluations:
 
             found = evaluate_part(self._model, rows, self._whole, progress, self._programs)
             return Measured(found, self._unigram_loss(rows))
+
+    def _recalled(self, row: type[EvaluationRow | FinalRow], whole: bool = False) -> Measured | None:
+        """What such a row says of these weights; None where there is none, or where it says less than is asked for now."""
+        try:
+            found = row.from_dict(self._recorded[row.kind])
+        except (KeyError, ValueError):
+            return None
+        if found.num_targets != self._rows(whole).num_targets or found.split_targets is None or found.unigram_loss is None:
+            return None
+        values = found.values()
+        evaluation = Evaluation(**{each.name: values.pop(each.name) for each in fields(Evaluation)})
+        classes = {name: value for name, value in values.items() if name not in ("step", "best", "unigram_loss")}
+        blocks = self._recorded.get(ActivationsRow.kind, {}).get("blocks")
+        log, named = self._config.log, self._diagnostics.tokenizer is not None
+        if isinstance(found, EvaluationRow) and (bool(classes), blocks is not None) != (log.classes and named, log.activations):
+            return None
+        return Measured(evaluation, found.unigram_loss, classes, blocks)
 
     def _rows(self, whole: bool) -> EvaluationBatches:
         return self._whole if whole or self.plan.rows >= self.plan.split_rows else self._whole.part(self.plan.rows)

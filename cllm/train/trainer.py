@@ -167,6 +167,8 @@ class Trainer:
         if state.step == 0 and state.faults.may_roll_back:
             self._save()  # where a fault in the first steps goes back to
         self._follow(None if self._end is None else self._end.begin(state.step, self._steps))
+        if state.step < self._steps:
+            self._evaluations.forget()
         while state.step < self._steps and not state.best.exhausted(settings.patience):
             with report.reading(state.step), self._left_at_once():
                 microbatches = self.data.microbatches(state.step)
@@ -500,7 +502,9 @@ class Trainer:
             most_steps = config.steps_of_epochs(self.dataset.train.num_tokens)
             self._end = TimedEnd(config, self._began, self.out, found, self._evaluations.plan, most_steps)
             self._take_pace(self._end.pace)
-        self._metrics.truncate(self._belongs_before_step)
+        again = self._metrics.truncate(self._belongs_before_step)
+        if self._world is None:  # several processes evaluate together, and only the first has these rows
+            self._evaluations.recall(row for row in again if row["step"] == self.step and row["kind"] in _OF_EVALUATIONS)
 
     def _write_settings(self) -> None:
         write_file(self.out / "config.toml", self.config.to_toml().encode(), RUN)

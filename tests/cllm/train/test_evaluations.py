@@ -31,9 +31,9 @@ def dataset(tmp_path_factory):
     return prepare(folder / "texts", folder / "tokens", tokenizer="char", val_fraction=0.1)
 
 
-def trainer(dataset, out, **values):
+def trainer(dataset, out, tokenizer=None, **values):
     model = Model(ModelConfig(vocab_size=dataset.tokenizer.vocab_size, embed_dim=16, num_layers=1, num_heads=2, max_seq_len=16))
-    return Trainer(model, dataset, TrainConfig(**{**SETTINGS, **values}), out=out)
+    return Trainer(model, dataset, TrainConfig(**{**SETTINGS, **values}), out=out, tokenizer=tokenizer)
 
 
 def rows(out, *kinds):
@@ -90,6 +90,67 @@ def test_a_resumed_run_keeps_the_part_that_it_began_with(dataset, tmp_path):
         broken.fit()
     again = trainer(dataset, tmp_path / "run", eval_budget=0.01, threads=3).fit()
     assert again.resumed_from == 20 and rows(tmp_path / "run") == rows(tmp_path / "straight")
+
+
+@pytest.fixture
+def predictions(monkeypatch):
+    """The steps at which text was predicted, and not only looked up."""
+    seen = []
+
+    def counted(*args, **kwargs):
+        seen.append(args)
+        return evaluate_part(*args, **kwargs)
+
+    monkeypatch.setattr("cllm.train.evaluations.evaluate_part", counted)
+    return seen
+
+
+@pytest.mark.parametrize("values", [{}, {"activations": True}, {"restore_best": True, "learning_rate": 0.5}, {"ema": 0.9}], ids=str)
+def test_what_a_finished_run_has_measured_is_not_measured_again(dataset, tmp_path, predictions, values):
+    values = {"eval_budget": 0.9, "eval_every": 4, "tokenizer": dataset.tokenizer, **values}
+    first = trainer(dataset, tmp_path / "run", **values).fit()
+    written = rows(tmp_path / "run")
+    assert len(predictions) == 11 and len(rows(tmp_path / "run", "final")) == 1
+    again = trainer(dataset, tmp_path / "run", **values).fit()
+    assert len(predictions) == 11, "a finished run has nothing to measure"
+    assert (again.validation, again.best_loss, again.best_step) == (first.validation, first.best_loss, first.best_step)
+    assert rows(tmp_path / "run") == written
+
+
+def test_an_evaluation_is_measured_again_where_less_of_it_was_recorded(dataset, tmp_path, predictions):
+    run = tmp_path / "run"
+    trainer(dataset, run, tokenizer=dataset.tokenizer).fit()
+    written = rows(run)
+    for changes, expected in (({}, 0), ({"activations": True}, 1), ({"activations": True}, 0), ({}, 1)):
+        predictions.clear()
+        trainer(dataset, run, tokenizer=dataset.tokenizer, **changes).fit()
+        assert len(predictions) == expected
+    assert rows(run) == written
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    last = max(number for number, line in enumerate(lines) if '"eval"' in line)
+    for broken in ("", lines[last].replace('"loss"', '"less"'), lines[last].replace('"num_targets": ', '"num_targets": 1'), lines[last][:40]):
+        (run / "metrics.jsonl").write_text("".join([*lines[:last], broken, *lines[last + 1 :]]))
+        predictions.clear()
+        trainer(dataset, run, tokenizer=dataset.tokenizer).fit()
+        assert len(predictions) == 1 and rows(run) == written
+
+
+def test_a_run_that_goes_on_from_an_evaluated_step_measures_later_ones_only(dataset, tmp_path, predictions):
+    trainer(dataset, tmp_path / "straight").fit()
+    broken = trainer(dataset, tmp_path / "run")
+    sample = broken._check_stop
+
+    def stopped():
+        sample()
+        if broken.step == 20 and rows(tmp_path / "run", "eval"):
+            raise KeyboardInterrupt
+
+    broken._check_stop = stopped
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit()
+    predictions.clear()
+    assert trainer(dataset, tmp_path / "run").fit().resumed_from == 20
+    assert len(predictions) == 1 and rows(tmp_path / "run") == rows(tmp_path / "straight")
 
 
 def test_a_run_from_before_there_was_a_part_goes_on_with_the_whole_split(dataset, tmp_path, monkeypatch):
