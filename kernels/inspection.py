@@ -7,6 +7,7 @@
 Builds are kept on disk under a hash of the compiled PTX's inputs, so that a second look costs nothing.
 """
 
+import gc
 import hashlib
 import importlib
 import io
@@ -30,7 +31,7 @@ from triton.compiler import ASTSource
 
 from cllm.kernels import assembly
 from cllm.kernels.triton.launch import Launch, recording
-from cllm.runtime import files, tuning
+from cllm.runtime import files, heap, tuning
 from cllm.runtime.gpu import DESCRIBED, GPU, described
 
 MODULES = (  # those of kernels/triton, unless another folder is named
@@ -240,11 +241,19 @@ def _exponentials_before_any_product(build: Build) -> int:
     return 2 * (of_scores + 2)
 
 
-def _one(arguments: tuple[int, int, GPU, tuple[str, ...], tuple[torch.dtype, ...], Choice]) -> list[dict[str, Any]]:
-    """A share of the launches, found again in a process of its own: launches hold functions, which do not travel."""
-    part, parts, gpu, modules, dtypes, choose = arguments
-    chosen = choose(find_launches(gpu, modules, dtypes))
-    return [asdict(build(launch, gpu, call)) for index, (call, launch) in enumerate(chosen) if index % parts == part]
+_shared: list[tuple[GPU, str, Launch]] = []
+
+
+def _share(found: list[tuple[GPU, str, Launch]]) -> None:
+    """In a process that builds. What all of them have in common is there to stay; what a build frees, the next one takes."""
+    _shared[:] = found
+    gc.freeze()
+    heap.keep_freed_memory()
+
+
+def _one(index: int) -> dict[str, Any]:
+    gpu, call, launch = _shared[index]
+    return asdict(build(launch, gpu, call))
 
 
 def build_all(
@@ -255,9 +264,7 @@ def build_all(
     choose: Choice = list,
 ) -> list[tuple[GPU, Build]]:
     """Every launch for every described GPU, or those that `choose` (`covering`, `largest`) takes of a GPU's launches, compiled in parallel."""
-    jobs: Any = [(part, processes, DESCRIBED[name], modules, dtypes, choose) for name in gpus for part in range(processes)]
-    found: list[tuple[GPU, Build]] = []
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for job, builds in zip(jobs, pool.map(_one, jobs)):
-            found += [(job[2], _read(each)) for each in builds]
-    return found
+    found = [(DESCRIBED[name], call, launch) for name in gpus for call, launch in choose(find_launches(DESCRIBED[name], modules, dtypes))]
+    # Forked, because launches hold functions, which do not travel: each process would import all and find all again.
+    with ProcessPoolExecutor(processes, mp_context=get_context("fork"), initializer=_share, initargs=(found,)) as pool:
+        return [(gpu, _read(values)) for (gpu, _, _), values in zip(found, pool.map(_one, range(len(found))))]

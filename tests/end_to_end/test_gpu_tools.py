@@ -2,15 +2,12 @@
 
 import importlib.util
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from command import PATIENCE, python
+from command import python
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -18,15 +15,9 @@ if importlib.util.find_spec("triton") is None:
 ROOT = Path(__file__).parents[2]
 
 
-def run(*words: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, env=environment)
-    assert done.returncode == status, done.stderr[-4000:]
-    return done
-
-
 def test_the_suite_runs_through_on_the_interpreter_and_claims_nothing(tmp_path):
-    done = run("profiling/gpu_suite.py", "--tiny", "--out", tmp_path)
+    done = python("profiling/gpu_suite.py", "--tiny", "--out", tmp_path, cwd=ROOT)
+    assert done.status == 0, done.err[-4000:]
     state = json.loads((tmp_path / "gpu-tiny.json").read_text())
     order = ["about", "versions", "captured", "optimizer", "accuracy", "hopper", "instrumented", "determinism", "training", "gpu"]
     assert list(state) == [*order, "ceilings", "operations", "steps"]
@@ -40,7 +31,7 @@ def test_the_suite_runs_through_on_the_interpreter_and_claims_nothing(tmp_path):
     for word in ("attention", "feed-forward", "linear cross entropy", "rms_norm", "layer_norm", "softmax", "rotary", "cross entropy", "AdamW"):
         assert any(word in row["name"] for row in rows), word
     table = (tmp_path / "gpu-tiny.md").read_text()
-    assert table in done.stdout and "not measured" in table and not re.search(r"\| yes \||\| no \|", table)
+    assert table in done.out and "not measured" in table and not re.search(r"\| yes \||\| no \|", table)
 
 
 def test_without_a_gpu_it_says_what_to_do():
@@ -52,10 +43,11 @@ def test_without_a_gpu_it_says_what_to_do():
 
 
 def test_the_compile_check_prints_what_the_compiler_made_of_each_kernel():
-    done = run("profiling/compile_lint.py", "--gpu", "h200", "--few", "softmax", "--json")
-    builds = json.loads(done.stdout.splitlines()[-1])
+    done = python("profiling/compile_lint.py", "--gpu", "h200", "--few", "softmax", "--json", cwd=ROOT)
+    assert done.status == 0, done.err[-4000:]
+    builds = json.loads(done.out.splitlines()[-1])
     assert builds and all(build["registers"] > 0 and build["occupancy"] > 0 and not build["complaints"] for build in builds)
-    assert "softmax_forward_kernel" in done.stdout and "0 with complaints" in done.stdout
+    assert "softmax_forward_kernel" in done.out and "0 with complaints" in done.out
 
 
 def test_the_gpu_commands_of_the_documentation_are_these():

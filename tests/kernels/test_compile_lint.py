@@ -2,13 +2,10 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from command import PATIENCE
+from command import python
 
 pytest.importorskip("triton")
 
@@ -22,11 +19,6 @@ GOOD = Build(
 )
 
 
-def lint(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments, "--json"], capture_output=True, text=True, env=environment, timeout=PATIENCE)
-
-
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize(
     ("gpus", "dtypes", "extent"),
@@ -38,9 +30,10 @@ def lint(*arguments: str) -> subprocess.CompletedProcess[str]:
 )
 def test_every_launch_compiles_without_complaints(gpus, dtypes, extent):
     """Each kernel for two kinds of GPU, in one dtype each; fp16 compiles like bf16. Every combination: --slow, or profiling/compile_lint.py"""
-    done = lint(*extent, *(word for name in gpus for word in ("--gpu", name)), *(word for name in dtypes for word in ("--dtype", name)))
-    assert done.returncode == 0, done.stderr[-6000:] or done.stdout[-2000:]
-    builds = json.loads(done.stdout.splitlines()[-1])
+    chosen = (word for option, names in (("--gpu", gpus), ("--dtype", dtypes)) for name in names for word in (option, name))
+    done = python(SCRIPT, *extent, *chosen, "--json")
+    assert done.status == 0, done.err[-6000:] or done.out[-2000:]
+    builds = json.loads(done.out.splitlines()[-1])
     for module in inspection.MODULES:
         for gpu in (DESCRIBED[name] for name in gpus):
             if module.startswith("gluon.") and not gpu.is_hopper:
