@@ -12,6 +12,8 @@ import pytest
 import torch
 from command import PATIENCE
 
+from cllm.runtime import tuning
+
 pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("with a GPU the same code runs there, in tests/gpu", allow_module_level=True)
@@ -58,6 +60,9 @@ print(json.dumps(statuses))
 def ran(library, tmp_path_factory):
     """(the status of each group of scenarios, what was printed, errors)."""
     folder = tmp_path_factory.mktemp("scenarios")
+    (folder / "cache").mkdir()
+    for kernels in tuning.cache_dir().glob("numba-*"):  # not what is measured, which is of another GPU here
+        (folder / "cache" / kernels.name).symlink_to(kernels)
     paths = [str(HERE.parents[1]), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     settings = {"TRITON_INTERPRET": "1", "CLLM_THREADS": "1", "OMP_NUM_THREADS": "1", "CLLM_CACHE_DIR": str(folder / "cache")}
     environment = os.environ | settings | {"PYTHONPATH": os.pathsep.join(paths)}
