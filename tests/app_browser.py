@@ -58,20 +58,17 @@ class Running:
                     self.request("POST", f"/api/jobs/{job['id']}/stop", {})
         self.process.send_signal(how)
         self.process.wait()
-        report = self.workspace / ".cllm" / "doctor.json"
-        if not _machine and report.exists():
-            _machine.append(report.read_bytes())
 
 
-_machine = []  # the report of the machine, which takes seconds: the first app that has one passes it on to the others
+known = []  # the report of the machine, where there is one already
 
 
 def start_app(workspace, port=0):
     """Starts the app in a folder and waits for its address."""
     report = workspace / ".cllm" / "doctor.json"
-    if _machine and not report.exists():
+    if known and not report.exists():
         report.parent.mkdir(exist_ok=True)
-        report.write_bytes(_machine[0])
+        report.write_bytes(known[0])
     process = Started("app", "--no-browser", "--port", port, program=_PROGRAM, is_command=True, cwd=workspace, CLLM_API_KEY=KEY)
     found = []
     wait_until(lambda: found.extend(re.findall(r"http://\S+token=\S+\n", process.out)) or found, process)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from command import TINY, cllm
+from made_once import made_once
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +23,9 @@ def text(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def run(text, tmp_path_factory) -> Path:
     """A finished tiny run."""
-    out = tmp_path_factory.mktemp("runs") / "tiny"
-    ran = cllm("train", text, "--out", out, "--steps", 12, "--learning-rate", "3e-3", *TINY)
-    assert ran.status == 0, ran.err
-    return out
+
+    def make(folder: Path) -> None:
+        ran = cllm("train", text, "--out", folder / "tiny", "--steps", 12, "--learning-rate", "3e-3", *TINY)
+        assert ran.status == 0, ran.err
+
+    return made_once(tmp_path_factory, "runs", make) / "tiny"

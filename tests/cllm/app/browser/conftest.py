@@ -6,8 +6,9 @@ A test fails on an error in the console, an error of the page, or a request to a
 from pathlib import Path
 
 import pytest
-from app_browser import QUIET, TINY, Watched, real_text, start_app
+from app_browser import QUIET, TINY, Watched, known, real_text, start_app
 from command import cllm
+from made_once import made_once
 
 from cllm.data.sources.browser import installed_chromium
 
@@ -49,17 +50,31 @@ def pytest_runtest_protocol(item, nextitem):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A workspace with real text and two finished runs, made once. Tests that change it take a copy."""
-    workspace = tmp_path_factory.mktemp("trained")
-    (workspace / "books").mkdir()
-    (workspace / "books" / "notes.txt").write_text(real_text())
-    for name, more in (("demo", ("--steps", 40, "--sample-every", 20)), ("other", ("--steps", 20, "--learning-rate", 0.02))):
-        done = cllm("train", "books", "--out", f"runs/{name}", "--set", "log.layers_every=10", *more, *TINY, cwd=workspace)
-        assert done.status == 0, done.err
-    return workspace
+
+    def make(workspace):
+        (workspace / "books").mkdir()
+        (workspace / "books" / "notes.txt").write_text(real_text())
+        for name, more in (("demo", ("--steps", 40, "--sample-every", 20)), ("other", ("--steps", 20, "--learning-rate", 0.02))):
+            done = cllm("train", "books", "--out", f"runs/{name}", "--set", "log.layers_every=10", *more, *TINY, cwd=workspace)
+            assert done.status == 0, done.err
+
+    return made_once(tmp_path_factory, "trained", make)
 
 
 @pytest.fixture(scope="session")
-def shared_app(driver, trained):
+def machine(driver, tmp_path_factory):
+    """The report of the machine, which an app makes in seconds: the first one hands it on to all others."""
+
+    def make(workspace):
+        running = start_app(workspace)
+        running.request("GET", "/api/doctor")
+        running.end()
+
+    known.append((made_once(tmp_path_factory, "machine", make) / ".cllm" / "doctor.json").read_bytes())
+
+
+@pytest.fixture(scope="session")
+def shared_app(driver, machine, trained):
     """An app on the trained workspace, for tests that leave its runs as they are."""
     running = start_app(trained)
     yield running
@@ -67,7 +82,7 @@ def shared_app(driver, trained):
 
 
 @pytest.fixture
-def launch(browser):
+def launch(browser, machine):
     """launch(workspace) -> an app that runs there until the test and its pages have ended."""
     running = []
     yield lambda workspace: running.append(start_app(workspace)) or running[-1]
