@@ -43,6 +43,8 @@ def import_libraries() -> None:
             importlib.import_module(name)
     registry = importlib.import_module("numba.core.registry")
     registry.cpu_target.typing_context.refresh()  # the types of what Python and numpy have, which do not depend on the processor
+    # What was made for this processor on the way: CLLM chooses the instructions to compile for only when it sets numba up.
+    vars(registry.cpu_target).pop("_toplevel_target_context", None)
 
 
 def import_command_line() -> None:

@@ -3,11 +3,9 @@
 import json
 import os
 import re
-import subprocess
-import sys
 
 import pytest
-from command import PATIENCE
+from command import python
 
 pytest.importorskip("numba")
 
@@ -59,11 +57,7 @@ def test_streamed_products_compile_to_the_instructions_of(features, target, inst
     if os.uname().machine != "x86_64":
         pytest.skip("numba compiles for the machine's own family of processors")
     lanes = {} if target != "neoverse-n1" else {"CLLM_SIMD_LANES": "4"}
-    # Tests before this one may have set numba up in this process, for this processor.
-    unset = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
-    environment = {**unset, "CLLM_CACHE_DIR": str(tmp_path), **lanes}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(features), target]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr[-3000:]
-    missing = [each for each in instructions if not re.search(each, done.stdout)]
+    done = python("-c", SCRIPT, json.dumps(features), target, CLLM_CACHE_DIR=str(tmp_path), **lanes)
+    assert done.status == 0, done.err[-3000:]
+    missing = [each for each in instructions if not re.search(each, done.out)]
     assert not missing, f"{target} is not given {missing}"
