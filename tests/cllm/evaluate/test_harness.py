@@ -1,9 +1,9 @@
 """The adapter for lm-evaluation-harness: the harness's own numbers for the same model through transformers, and a local task end to end."""
 
-import functools
 import importlib.util
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,7 +130,8 @@ def test_a_local_task_runs_from_a_checkpoint_by_the_registered_name(trained, tmp
     import cllm
     import cllm.evaluate.harness
 
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.cache(TaskManager))  # to read the harness's thousands of tasks takes seconds
+    # To read the harness's thousands of tasks takes ten seconds: those of one of its folders stand for them.
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(Path(lm_eval.tasks.__file__).parent / "arc" / "manager.py"))
     cllm.save(trained[0], tmp_path / "model.cllm", tokenizer=trained[1])
     docs = [{"q": f"On day {n} the", "choices": [" owl saw", " zebra yawned"], "text": TEXT[n : n + 200]} for n in range(4)]
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
@@ -174,3 +175,5 @@ def test_a_local_task_runs_from_a_checkpoint_by_the_registered_name(trained, tmp
     assert again["local_choose"]["acc,none"] == 1.0
     with pytest.raises(UserError, match="local_choose"):
         cllm.evaluate.harness.run_tasks(*trained, ["local_chose"], tmp_path / "tasks")
+    with pytest.raises(UserError, match="Did you mean arc_easy"):  # the harness's own tasks are there beside them
+        cllm.evaluate.harness.run_tasks(*trained, ["arc_eazy"], tmp_path / "tasks")
