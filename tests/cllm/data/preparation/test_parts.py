@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from made import edited, prose
 
 from cllm.data.extract import records
-from cllm.data.extract.document import Unreadable
+from cllm.data.extract.document import Document, Unreadable
 from cllm.data.extract.options import Options
 from cllm.data.extract.parts import Left, Part
 from cllm.data.preparation import extraction, within
@@ -320,6 +320,20 @@ def test_the_reading_of_a_part_tells_how_far_in_it_it_is(tmp_path, monkeypatch):
     found = extraction.extract(str(tmp_path / "0"), 0, "records", str(source), [source.name], {}, {}, 1 << 20, part)
     assert 0 < found["rows"] < 900 and found["left"]["documents"] == found["rows"]
     assert heard == sorted(heard) and heard[0] >= 0 and 0.5 * (second.end - second.begin) < heard[-1] <= second.end - second.begin
+
+
+def test_a_part_that_costs_too_much_says_so_and_the_file_is_not_called_empty():
+    class Lost:
+        told = {"damaged": "of another file"}
+
+        def documents(self, *request, **more):
+            yield Document("a text", "line 7")
+            raise Unreadable("time limit (more than 60 seconds)")
+
+    left, part = Left(), Part({"fields": ["text"], "codec": "utf-8", "dialect": None}, 100, 200, 7)
+    (_, read), (_, refused) = extraction.rows_of_part(Path("a.jsonl"), "a.jsonl", part, Lost(), left)
+    assert read["path"] == "a.jsonl#line 7" and refused["path"] == "a.jsonl" and refused["dropped_because"].startswith("time limit")
+    assert left.reason == ""
 
 
 def test_a_part_whose_file_has_gone_says_so(tmp_path):
