@@ -74,7 +74,7 @@ def test_a_large_file_in_which_it_was_killed_is_read_on_from_there(sources, expe
     assert digest(out) == expected and read.items() <= parts_of_records(out).items()
 
 
-def test_five_workers_and_files_that_are_listed_in_another_order(sources, expected, tmp_path, monkeypatch):
+def test_three_workers_and_files_that_are_listed_in_another_order(sources, expected, tmp_path, monkeypatch):
     others = make(tmp_path / "others", reverse=True)
     listed = os.scandir
 
@@ -90,7 +90,7 @@ def test_five_workers_and_files_that_are_listed_in_another_order(sources, expect
 
     monkeypatch.setattr(os, "scandir", lambda path: Reversed(sorted(listed(path), key=lambda entry: entry.name, reverse=True)))
     monkeypatch.chdir(tmp_path / "others")
-    pool = Pool(5)
+    pool = Pool(3)
     prepare(others[::-1], tmp_path / "out", recipe(), pool)
     pool.close()
     # The places of the sources are told in the mark, and nothing else of them anywhere.
