@@ -51,8 +51,8 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     step = next((power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= count), power * 10)
     if step <= 0 or high + step == high or low + step == low:  # the step is too small to change a float of this size
         return [low, high]
-    first = math.ceil(low / step)
-    return [place * step for place in range(first, first + count + 2) if place * step <= high + 1e-9 * span]
+    first, slack = math.floor(low / step), 1e-9 * span  # the quotient is rounded: up to the next whole number where low has many digits
+    return [place * step for place in range(first, first + count + 3) if low - slack <= place * step <= high + slack]
 
 
 def log_ticks(low: float, high: float) -> list[float]:

@@ -263,6 +263,7 @@ def test_any_points_give_a_chart_inside_its_frame(points, log):
 
 @given(st.floats(-1e300, 1e300), st.floats(0, 1e300))
 @example(low=0.0, span=5e-324)
+@example(low=1.1500084600933486e16, span=12.0)
 def test_ticks_are_few_and_within_the_axis(low, span):
     found = charts.ticks(low, low + span)
     assert 1 <= len(found) <= 8 and all(low - 1e-6 * span <= tick <= low + span + 1e-6 * span for tick in found)
