@@ -47,11 +47,15 @@ def ray_of_two():
 
 @pytest.fixture(scope="module", params=[dask_of_two, ray_of_two], ids=["dask", "ray"])
 def cluster(request):
+    before = set(os.environ)
     address, close = request.param()
     runner = runner_of(address, 1)
     yield runner
     runner.close()
     close()
+    for name in set(os.environ) - before:  # Dask gives its workers one thread of each library by variables that it sets here, and leaves them
+        if not name.startswith("NUMBA_"):
+            del os.environ[name]
 
 
 def doubles(runner, function, arguments):
