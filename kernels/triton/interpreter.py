@@ -3,9 +3,9 @@
 It multiplies the bits of bfloat16 matrices as whole numbers, and cuts float32 off where a GPU rounds it to nearest. That of 3.6 does not know NumPy
 2.4, which makes no number of an array of one.
 
-Of the time of an interpreted kernel, NumPy's arithmetic took a tenth. The rest went into what the language derives anew for every operation although
-a kernel has a handful of types and shapes: the type of a block, its shape as constants, the type of that tuple. Each is made once here. And it
-asked of every sum of whole numbers whether it overflows, only to leave the answer unused unless its option `debug` is set.
+More than half of the time of an interpreted kernel went into what the language derives anew for every operation although a kernel has a handful of
+types and shapes: the type of a block, its shape as constants, the type of that tuple. Each is made once here. And it asked of every sum of whole
+numbers whether it overflows, only to leave the answer unused unless its option `debug` is set.
 """
 
 from functools import cache
